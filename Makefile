@@ -1,0 +1,47 @@
+# Every target does its own set-up: a virtual environment in .venv with the exact versions of constraints.txt.
+
+# One thread a process: the test run has two processes, and small tensors gain nothing from more threads.
+export OMP_NUM_THREADS ?= 1
+
+# The first interpreter that runs and is new enough; `make PYTHON=/path/to/python ...` overrides it.
+PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3 python; do \
+	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && echo $$python && break; done)
+
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+
+.PHONY: demo test slow lint clean help
+
+help:
+	@echo "make demo   train ShapeWorld against five rewards; results in runs/demo/"
+	@echo "make test   lint rules and the tests"
+	@echo "make slow   the tests that are left out of 'make test' because they take long"
+	@echo "make lint   ruff (rules and format) and mypy"
+	@echo "make clean  remove the environment, caches and builds; runs/ is kept"
+
+demo: export OMP_NUM_THREADS = 2
+demo: $(INSTALLED)
+	$(BIN)/python examples/quickstart.py
+
+test: $(INSTALLED)
+	$(BIN)/ruff check
+	$(BIN)/pytest tests -n 2
+
+slow: $(INSTALLED)
+	$(BIN)/pytest tests -m slow
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+clean:
+	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find trl_marble tests examples -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "No Python of version 3.11 or newer was found; install one, or name it: make PYTHON=/path/to/python"; exit 1; }
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11) and f"Python 3.11 or newer is needed; $(PYTHON) is {sys.version.split()[0]}. Name another: make PYTHON=/path/to/python")'
+	test -x $(BIN)/python || "$(PYTHON)" -m venv .venv
+	$(BIN)/python -m pip install --disable-pip-version-check -e ".[test]" -c constraints.txt
+	@touch $@
