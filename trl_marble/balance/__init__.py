@@ -1,0 +1,57 @@
+# Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
+"""
+Balancing several rewards: pure tensor maths, importable and testable alone.
+
+Throughout, `K` is the number of rewards, `B` of samples and `P` of trainable parameters, flattened. A NaN reward or
+advantage means that the reward does not apply to the sample.
+"""
+
+from .advantages import aggregate_advantages, group_advantages, reward_stds
+from .amortization import BalanceSchedule
+from .diagnostics import balance_diagnostics, direction_cosines, weighted_sum_weights
+from .ema import OLD_POLICY_PRESETS, old_policy_decay, weight_ema_decay
+from .harmonize import Harmonization, harmonize
+from .losses import (
+    NFTLosses,
+    SampleCoefficients,
+    advantage_coefficients,
+    anchor_coefficients,
+    mix_coefficients,
+    nft_coefficients,
+    nft_losses,
+    weighted_loss,
+)
+from .per_reward_gradients import assign_gradients, flatten_gradients, gram_matrix, per_reward_gradients
+from .weightings import WEIGHTINGS, equal_weights, get_weighting, mgda_weights
+
+
+__all__ = [
+    "OLD_POLICY_PRESETS",
+    "WEIGHTINGS",
+    "BalanceSchedule",
+    "Harmonization",
+    "NFTLosses",
+    "SampleCoefficients",
+    "advantage_coefficients",
+    "aggregate_advantages",
+    "anchor_coefficients",
+    "assign_gradients",
+    "balance_diagnostics",
+    "direction_cosines",
+    "equal_weights",
+    "flatten_gradients",
+    "get_weighting",
+    "gram_matrix",
+    "group_advantages",
+    "harmonize",
+    "mgda_weights",
+    "mix_coefficients",
+    "nft_coefficients",
+    "nft_losses",
+    "old_policy_decay",
+    "per_reward_gradients",
+    "reward_stds",
+    "weight_ema_decay",
+    "weighted_loss",
+    "weighted_sum_weights",
+]

@@ -1,0 +1,197 @@
+# Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
+"""From raw rewards to advantages. A NaN means that the reward does not apply to the sample, before and after."""
+
+import math
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+
+ScaleRewards = Literal["batch", "group", "none"]
+AggregationMode = Literal["marble", "equal", "sum_then_normalize", "normalize_then_sum"]
+
+# Added to every standard deviation before dividing by it, as TRL and DiffusionNFT's reference do.
+STD_EPS = 1e-4
+
+
+def reward_stds(rewards: Tensor) -> Tensor:
+    """
+    Population standard deviation of every reward over the samples to which it applies.
+
+    Args:
+        rewards (`torch.Tensor` of shape `(K, B)`):
+            Raw rewards, NaN where a reward does not apply.
+
+    Returns:
+        `torch.Tensor` of shape `(K,)`, float32: NaN for a reward that applies to no sample.
+    """
+    _check_rewards(rewards)
+    return _std(rewards.detach().cpu().double()).squeeze(1).to(rewards.device, torch.float32)
+
+
+def group_advantages(
+    rewards: Tensor,
+    groups: Tensor,
+    scale_rewards: ScaleRewards = "batch",
+    advantage_clip: float = 5.0,
+) -> Tensor:
+    """
+    Group-relative advantages, one independent estimator per reward:
+
+    `A[k, i] = clip((R[k, i] - mean of R[k] over the valid samples of i's group) / (s_k + 1e-4), -C, C)`
+
+    The standard deviations are *population* ones (divided by n), as in the reference code of
+    [DiffusionNFT](https://huggingface.co/papers/2509.16117) and Flow-GRPO; TRL's `GRPOTrainer` divides by n - 1, which
+    for the usual batch sizes changes the scale by less than a percent. Per-reward estimators are those of
+    [MARBLE](https://huggingface.co/papers/2605.06507).
+
+    Args:
+        rewards (`torch.Tensor` of shape `(K, B)`):
+            Raw rewards of the whole generation batch, all processes together. NaN where a reward does not apply.
+        groups (`torch.LongTensor` of shape `(B,)`):
+            Group id of every sample: samples of the same prompt share one. Any integers, in any order.
+        scale_rewards (`str`, *optional*, defaults to `"batch"`):
+            What `s_k` is: `"batch"`, the standard deviation over all valid samples; `"group"`, over the valid samples
+            of the sample's own group; `"none"`, centred rewards are left unscaled.
+        advantage_clip (`float`, *optional*, defaults to `5.0`):
+            `C`, the largest absolute advantage, above 0.
+
+    Returns:
+        `torch.Tensor` of shape `(K, B)`, float32, in `[-C, C]`, NaN where `rewards` is. A reward that is constant over
+        a group, or valid for one of its samples only, has advantage exactly 0 there.
+
+    Raises:
+        `ValueError`: if a reward is infinite (the message names its row), or an argument is of the wrong shape or
+        outside its range.
+    """
+    advantages = _scaled_advantages(rewards, groups, scale_rewards)
+    return _clipped(advantages, advantage_clip).to(rewards.device, torch.float32)
+
+
+def aggregate_advantages(
+    rewards: Tensor,
+    groups: Tensor,
+    reward_weights: Tensor,
+    mode: AggregationMode,
+    scale_rewards: ScaleRewards = "batch",
+    advantage_clip: float = 5.0,
+) -> Tensor:
+    """
+    Advantages for each way of treating several objectives (`multi_objective_aggregation`).
+
+    - `"marble"`, `"equal"`: one row per reward, see [`group_advantages`]. Rewards are mixed later, as gradients, so
+      `reward_weights` play no part.
+    - `"sum_then_normalize"`: the weighted sum of the raw rewards that apply, then one advantage, as
+      [DiffusionNFT](https://huggingface.co/papers/2509.16117) and TRL do.
+    - `"normalize_then_sum"`: per-reward advantages, their weighted sum over the rewards that apply, standardized once
+      more over the batch ([GDPO](https://huggingface.co/papers/2601.05242)). Only the result is clipped. TRL always
+      scales the inner advantages by group; here `scale_rewards` decides, so `"group"` is TRL's behaviour.
+
+    Args:
+        rewards (`torch.Tensor` of shape `(K, B)`):
+            Raw rewards, NaN where a reward does not apply.
+        groups (`torch.LongTensor` of shape `(B,)`):
+            Group id of every sample.
+        reward_weights (`torch.Tensor` of shape `(K,)`):
+            Weight of every reward in the sums.
+        mode (`str`):
+            One of the four modes above.
+        scale_rewards (`str`, *optional*, defaults to `"batch"`):
+            See [`group_advantages`].
+        advantage_clip (`float`, *optional*, defaults to `5.0`):
+            See [`group_advantages`].
+
+    Returns:
+        `torch.Tensor` of shape `(K, B)` for `"marble"` and `"equal"`, else `(1, B)` with NaN only where no reward
+        applies; float32, in `[-advantage_clip, advantage_clip]`.
+
+    Raises:
+        `ValueError`: for an unknown mode, and as [`group_advantages`].
+    """
+    _check_rewards(rewards)
+    if mode not in get_args(AggregationMode):
+        raise ValueError(
+            f"Unknown multi_objective_aggregation {mode!r}: use one of {list(get_args(AggregationMode))}."
+        )
+    weights = torch.as_tensor(reward_weights).detach().cpu().double()
+    if weights.shape != rewards.shape[:1]:
+        raise ValueError(
+            f"reward_weights has shape {tuple(weights.shape)} for {rewards.shape[0]} rewards: give one weight per reward."
+        )
+    if not weights.isfinite().all():
+        raise ValueError(f"reward_weights must be finite, got {weights.tolist()}.")
+
+    if mode in ("marble", "equal"):
+        return group_advantages(rewards, groups, scale_rewards, advantage_clip)
+    if mode == "sum_then_normalize":
+        total = _weighted_sum_of_valid(rewards.detach().cpu().double(), weights)
+        advantages = _scaled_advantages(total, groups, scale_rewards)
+    else:
+        total = _weighted_sum_of_valid(_scaled_advantages(rewards, groups, scale_rewards), weights)
+        # Its mean is 0 already: every reward is centred in each group over exactly the samples that it is summed on.
+        advantages = total / (_std(total) + STD_EPS)
+    return _clipped(advantages, advantage_clip).to(rewards.device, torch.float32)
+
+
+def _check_rewards(rewards: Tensor) -> None:
+    if rewards.ndim != 2:
+        raise ValueError(f"rewards must be of shape (rewards, samples), got {tuple(rewards.shape)}.")
+    infinite = rewards.isinf()
+    if infinite.any():
+        row, column = infinite.nonzero()[0].tolist()
+        raise ValueError(
+            f"Reward {row} is {rewards[row, column].item()} for sample {column}: rewards must be finite. Return None or "
+            "NaN where a reward does not apply."
+        )
+
+
+def _scaled_advantages(rewards: Tensor, groups: Tensor, scale_rewards: ScaleRewards) -> Tensor:
+    """Unclipped advantages `(K, B)`, on the CPU in float64: the data is tiny and some devices have no float64."""
+    _check_rewards(rewards)
+    if groups.shape != rewards.shape[1:]:
+        raise ValueError(
+            f"groups has shape {tuple(groups.shape)} for {rewards.shape[1]} samples: give one group id per sample."
+        )
+    if groups.is_floating_point():
+        # A float32 cannot tell neighbouring ids above 2 ** 24 apart and would merge the groups of two prompts.
+        raise ValueError(f"groups must be integers, got {groups.dtype}: use torch.int64 ids.")
+    if scale_rewards not in get_args(ScaleRewards):
+        raise ValueError(f"Unknown scale_rewards {scale_rewards!r}: use one of {list(get_args(ScaleRewards))}.")
+
+    values = rewards.detach().cpu().double()
+    centred = torch.empty_like(values)
+    scale = torch.ones_like(values)
+    for group in groups.detach().cpu().unique():
+        members = groups.cpu() == group
+        centred[:, members] = _centre(values[:, members])
+        if scale_rewards == "group":
+            scale[:, members] = _std(values[:, members]) + STD_EPS
+    if scale_rewards == "batch":
+        scale = _std(values) + STD_EPS
+    return centred / scale
+
+
+def _centre(values: Tensor) -> Tensor:
+    """Rows minus their means over the entries that are not NaN."""
+    # Without first subtracting one of the values, a constant reward would keep the mean's rounding error; divided by
+    # STD_EPS and normalized to a unit gradient, that error would become a full-sized update in a random direction.
+    shifted = values - values.nan_to_num(nan=math.inf).amin(dim=1, keepdim=True)
+    return shifted - shifted.nanmean(dim=1, keepdim=True)
+
+
+def _std(values: Tensor) -> Tensor:
+    """Population standard deviation `(K, 1)` of the rows over the entries that are not NaN."""
+    return _centre(values).square().nanmean(dim=1, keepdim=True).sqrt()
+
+
+def _weighted_sum_of_valid(values: Tensor, weights: Tensor) -> Tensor:
+    """Weighted sum `(1, B)` over the rewards that apply; NaN where none does."""
+    total = (weights[:, None] * values).nansum(dim=0, keepdim=True)
+    return total.masked_fill(values.isnan().all(dim=0, keepdim=True), torch.nan)
+
+
+def _clipped(advantages: Tensor, advantage_clip: float) -> Tensor:
+    if not (0 < advantage_clip < math.inf):
+        raise ValueError(f"advantage_clip must be positive and finite, got {advantage_clip}.")
+    return advantages.clamp(-advantage_clip, advantage_clip)

@@ -1,0 +1,107 @@
+# Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
+"""What a direction means for every reward, from the Gram matrix alone."""
+
+import torch
+from torch import Tensor
+
+from .advantages import STD_EPS
+
+
+# A direction shorter than 1e-4 of its parts' lengths put together is what rounding left of gradients that cancel.
+_CANCELLED = 1e-8
+_CONFLICT_TOLERANCE = 1e-6
+
+
+def direction_cosines(gram: Tensor, weights: Tensor) -> Tensor:
+    """
+    Cosines between the direction `d = sum_k w_k g_k` and every gradient.
+
+    Args:
+        gram (`torch.Tensor` of shape `(K, K)`):
+            Inner products of the gradients as they are (not normalized).
+        weights (`torch.Tensor` of shape `(K,)`):
+            `w`.
+
+    Returns:
+        `torch.Tensor` of shape `(K,)`, float64 on the CPU, in `[-1, 1]`. NaN for a zero gradient; 0 if the gradients
+        cancel, so that there is no direction.
+
+    Raises:
+        `ValueError`: if there is not one weight per gradient.
+    """
+    if gram.ndim != 2 or gram.shape[0] != gram.shape[1] or weights.shape != gram.shape[:1]:
+        raise ValueError(
+            f"Give a square Gram matrix and one weight per gradient, got {tuple(gram.shape)} and {tuple(weights.shape)}."
+        )
+    gram, weights = gram.detach().cpu().double(), weights.detach().cpu().double()
+    norms = gram.diagonal().sqrt()
+    products = gram @ weights
+    squared_length = weights @ products
+    if squared_length <= _CANCELLED * (weights.abs() @ norms).square():
+        return torch.zeros_like(norms).masked_fill(norms == 0, torch.nan)
+    return (products / (squared_length.sqrt() * norms)).clamp(-1, 1)
+
+
+def balance_diagnostics(gram: Tensor, weights: Tensor, active: Tensor) -> dict[str, float]:
+    """
+    Summary of the cosines between the direction and the gradients of the active rewards.
+
+    Args:
+        gram (`torch.Tensor` of shape `(K, K)`):
+            Inner products of the gradients as they are.
+        weights (`torch.Tensor` of shape `(K,)`):
+            `w` of the direction `d = sum_k w_k g_k`, taken or only considered (see [`weighted_sum_weights`]).
+        active (`torch.BoolTensor` of shape `(K,)`):
+            The rewards to look at.
+
+    Returns:
+        `dict` with `cos_min`, `cos_mean`, `cos_var` (population variance) over the active rewards that have a
+        gradient, NaN if there is none, and `conflict`: 1.0 if any cosine is below -1e-6, else 0.0.
+    """
+    cosines = direction_cosines(gram, weights)[active.detach().cpu()]
+    cosines = cosines[~cosines.isnan()]
+    if len(cosines) == 0:
+        return {"cos_min": torch.nan, "cos_mean": torch.nan, "cos_var": torch.nan, "conflict": 0.0}
+    return {
+        "cos_min": cosines.min().item(),
+        "cos_mean": cosines.mean().item(),
+        "cos_var": cosines.var(correction=0).item(),
+        "conflict": float((cosines < -_CONFLICT_TOLERANCE).any()),
+    }
+
+
+def weighted_sum_weights(reward_weights: Tensor, reward_stds: Tensor, counts: Tensor) -> Tensor:
+    """
+    The weights over per-reward gradients to which `"sum_then_normalize"` amounts, up to a common scale. With them
+    [`balance_diagnostics`] shows what the weighted sum *would* have done.
+
+    A raw reward minus its group's mean is `(s_k + 1e-4) A[k, i]`, so the one advantage of the weighted sum is
+    proportional to `sum_k w_k (s_k + 1e-4) m[k, i] A[k, i]`, averaged over all samples; `g_k` averages `A[k]` over its own
+    `n_k` samples, which leaves `u_k = w_k (s_k + 1e-4) n_k`. This is exact for the gradients of the rewards' signal
+    (`balance_on="advantage"`), with `scale_rewards="batch"`, where no advantage is clipped and a reward applies to all
+    samples of a prompt or to none.
+
+    Args:
+        reward_weights (`torch.Tensor` of shape `(K,)`):
+            `w`, the weights of the raw rewards.
+        reward_stds (`torch.Tensor` of shape `(K,)`):
+            `s`, see [`reward_stds`]. What it holds for a reward with count 0 does not matter.
+        counts (`torch.Tensor` of shape `(K,)`):
+            `n`, to how many samples every reward applies.
+
+    Returns:
+        `torch.Tensor` of shape `(K,)`, float64 on the CPU; absolute values sum to 1, or all are 0.
+
+    Raises:
+        `ValueError`: if shapes do not agree.
+    """
+    if not reward_weights.shape == reward_stds.shape == counts.shape or reward_weights.ndim != 1:
+        raise ValueError(
+            "reward_weights, reward_stds and counts hold one value per reward, got shapes "
+            f"{tuple(reward_weights.shape)}, {tuple(reward_stds.shape)} and {tuple(counts.shape)}."
+        )
+    counts = counts.detach().cpu().double()
+    products = reward_weights.detach().cpu().double() * (reward_stds.detach().cpu().double() + STD_EPS) * counts
+    products = products.where(counts > 0, torch.zeros_like(products))
+    total = products.abs().sum()
+    return products / total if total > 0 else products
