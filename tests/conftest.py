@@ -1,0 +1,29 @@
+# Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
+"""Settings and fixtures for every test: no network, one thread, tiny real pipelines."""
+
+import os
+
+
+# Before anything imports huggingface_hub, which reads it once. A test that talks to a Hub of its own sets HF_ENDPOINT.
+if "HF_ENDPOINT" not in os.environ:
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+
+import pytest  # noqa: E402
+import tiny  # noqa: E402
+import torch  # noqa: E402
+
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture
+def tiny_sd3():
+    """Factory of fresh tiny SD3 pipelines, see tests/tiny.py."""
+    return tiny.tiny_sd3
+
+
+@pytest.fixture
+def tiny_flux():
+    """Factory of fresh tiny Flux pipelines, see tests/tiny.py."""
+    return tiny.tiny_flux

@@ -1,0 +1,24 @@
+# Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
+"""How a diffusers pipeline is loaded, conditioned, sampled and asked for a velocity."""
+
+from .families import FAMILIES, Family, find_family
+from .flow_pipeline import Conditioning, FlowPipeline, Rollout, check_flow_matching
+from .loading import add_trainable_adapter, load_pipeline, lora_config
+from .policy import Policy, WeightShadow, adapters_disabled
+
+
+__all__ = [
+    "FAMILIES",
+    "Conditioning",
+    "Family",
+    "FlowPipeline",
+    "Policy",
+    "Rollout",
+    "WeightShadow",
+    "adapters_disabled",
+    "add_trainable_adapter",
+    "check_flow_matching",
+    "find_family",
+    "load_pipeline",
+    "lora_config",
+]

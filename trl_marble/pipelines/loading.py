@@ -1,0 +1,133 @@
+# Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
+"""Loading a pipeline and making its transformer trainable."""
+
+import copy
+import os
+from pathlib import Path
+
+import torch
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from peft import LoraConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
+
+from .families import Family, find_family
+
+
+def load_pipeline(
+    pipeline: str | os.PathLike | DiffusionPipeline, dtype: torch.dtype | None = None
+) -> DiffusionPipeline:
+    """
+    Load a pipeline, from safetensors only and without running any code that comes with it.
+
+    Args:
+        pipeline (`str`, `os.PathLike` or [`~diffusers.DiffusionPipeline`]):
+            A model id on the Hub, a local folder, or a pipeline, which is returned as it is.
+        dtype (`torch.dtype`, *optional*):
+            The dtype of the loaded weights. Defaults to fp32.
+
+    Returns:
+        [`~diffusers.DiffusionPipeline`]: the pipeline.
+
+    Raises:
+        `TypeError`: `pipeline` is none of these.
+        `ValueError`: `dtype` was given together with a pipeline object, which has its dtype already.
+        `OSError`: there is no pipeline with safetensors weights at that place.
+    """
+    if isinstance(pipeline, DiffusionPipeline):
+        if dtype is not None:
+            raise ValueError(
+                f"dtype={dtype} was given together with a loaded {type(pipeline).__name__}. Leave it out, and call "
+                f"`pipeline.to({dtype})` first if the pipeline should change its dtype."
+            )
+        return pipeline
+    if not isinstance(pipeline, (str, os.PathLike)):
+        raise TypeError(
+            "`pipeline` must be a Hub model id, a local folder or a diffusers.DiffusionPipeline, got "
+            f"{type(pipeline).__name__}."
+        )
+    folder = Path(pipeline)
+    if folder.is_dir() and not (folder / "model_index.json").is_file():
+        raise FileNotFoundError(
+            f"The folder {os.fspath(pipeline)!r} holds no diffusers pipeline (no model_index.json). Pass the "
+            "folder that `pipeline.save_pretrained` wrote."
+        )
+    try:
+        return DiffusionPipeline.from_pretrained(pipeline, dtype=dtype, use_safetensors=True)
+    except (OSError, ValueError) as error:
+        raise OSError(
+            f"No pipeline could be loaded from {os.fspath(pipeline)!r}. It must be a local folder or a Hub model id "
+            f"of a diffusers pipeline with safetensors weights. The cause: {error}"
+        ) from error
+
+
+def lora_config(pipeline: DiffusionPipeline | Family, r: int = 32, lora_alpha: int = 64) -> LoraConfig:
+    """
+    The default LoRA of a pipeline: the attention layers of its family, gaussian initialization, and rank and alpha of
+    [DiffusionNFT](https://huggingface.co/papers/2509.16117).
+
+    Args:
+        pipeline ([`~diffusers.DiffusionPipeline`] or `Family`):
+            The pipeline or its row in the table.
+        r (`int`, *optional*, defaults to `32`):
+            The rank.
+        lora_alpha (`int`, *optional*, defaults to `64`):
+            The scale of the update is `lora_alpha / r`.
+
+    Returns:
+        [`~peft.LoraConfig`]: the configuration.
+
+    Raises:
+        `ValueError`: the pipeline's class is not in the table.
+    """
+    family = pipeline if isinstance(pipeline, Family) else find_family(pipeline)
+    return LoraConfig(
+        r=r, lora_alpha=lora_alpha, init_lora_weights="gaussian", target_modules=list(family.lora_target_modules)
+    )
+
+
+def add_trainable_adapter(
+    pipeline: DiffusionPipeline, peft_config: LoraConfig, adapter_name: str = "default"
+) -> list[tuple[str, torch.nn.Parameter]]:
+    """
+    Freeze the whole pipeline and add a LoRA with fp32 weights to its transformer.
+
+    Args:
+        pipeline ([`~diffusers.DiffusionPipeline`]):
+            The pipeline, changed in place.
+        peft_config ([`~peft.LoraConfig`]):
+            The LoRA. It is copied.
+        adapter_name (`str`, *optional*, defaults to `"default"`):
+            The name of the adapter in the transformer.
+
+    Returns:
+        `list[tuple[str, torch.nn.Parameter]]`: names in the transformer and the trainable parameters, in the
+        transformer's own order.
+
+    Raises:
+        `TypeError`: `peft_config` is not a `LoraConfig`.
+        `ValueError`: the transformer has adapters already, or the configuration trains more than a LoRA, which a
+            published adapter file cannot hold.
+    """
+    if not isinstance(peft_config, LoraConfig):
+        raise TypeError(f"`peft_config` must be a peft.LoraConfig, got {type(peft_config).__name__}.")
+    if peft_config.modules_to_save or peft_config.bias != "none":
+        raise ValueError(
+            f"modules_to_save={peft_config.modules_to_save!r} and bias={peft_config.bias!r} train weights that a "
+            'diffusers LoRA file cannot hold. Leave modules_to_save unset and bias="none".'
+        )
+    transformer = pipeline.transformer
+    if any(isinstance(module, BaseTunerLayer) for module in transformer.modules()):
+        raise ValueError(
+            f"The transformer has adapters already ({', '.join(sorted(transformer.peft_config))}). Make them part of "
+            "the base weights with `pipeline.fuse_lora()` followed by `pipeline.unload_lora_weights()`, or remove "
+            "them with `pipeline.unload_lora_weights()` alone."
+        )
+    for component in pipeline.components.values():
+        if isinstance(component, torch.nn.Module):
+            component.requires_grad_(False)
+    transformer.add_adapter(copy.deepcopy(peft_config), adapter_name=adapter_name)
+    trainable = [(name, parameter) for name, parameter in transformer.named_parameters() if parameter.requires_grad]
+    for _, parameter in trainable:
+        # peft creates them in the base's dtype; small updates to bf16 weights would be rounded away.
+        parameter.data = parameter.data.to(torch.float32)
+    return trainable
