@@ -1,13 +1,12 @@
 # Every target does its own set-up: a virtual environment in .venv with the exact versions of constraints.txt.
 
-# One thread a process: the test run has two processes, and small tensors gain nothing from more threads.
-export OMP_NUM_THREADS ?= 1
-
 # The first interpreter that runs and is new enough; `make PYTHON=/path/to/python ...` overrides it.
 PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3 python; do \
 	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && echo $$python && break; done)
 
 BIN := .venv/bin
+# One thread a test process: two processes run at once, and small tensors gain nothing from more threads.
+PYTEST := OMP_NUM_THREADS=1 .venv/bin/pytest
 INSTALLED := .venv/.installed
 
 .PHONY: demo test slow lint clean help
@@ -19,16 +18,15 @@ help:
 	@echo "make lint   ruff (rules and format) and mypy"
 	@echo "make clean  remove the environment, caches and builds; runs/ is kept"
 
-demo: export OMP_NUM_THREADS = 2
 demo: $(INSTALLED)
 	$(BIN)/python examples/quickstart.py
 
 test: $(INSTALLED)
 	$(BIN)/ruff check
-	$(BIN)/pytest tests -n 2
+	$(PYTEST) tests -n 2
 
 slow: $(INSTALLED)
-	$(BIN)/pytest tests -m slow
+	$(PYTEST) tests -m slow
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check

@@ -1,0 +1,437 @@
+# Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
+"""The pictures of a run: grids of its images, the balance between its rewards, and the rewards themselves.
+
+Figures are made without pyplot, so nothing here touches a display or the state of the caller's own plots. They have an
+opaque light background and read on light and dark pages alike.
+"""
+
+import math
+import os
+import textwrap
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.ticker import MaxNLocator
+from PIL import Image
+
+
+# Okabe and Ito's palette, told apart under the common kinds of colour blindness; its yellow and black are left out.
+PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#7A7A7A")
+INK = "#1F2328"
+FAINT = "#656D76"
+RULE = "#D0D7DE"
+PAPER = "#FFFFFF"
+TAKEN, NOT_TAKEN, CONFLICT = "#0072B2", "#D55E00", "#FBE3DC"
+
+DPI = 150
+# Mean width of a character of the default font, in font sizes.
+CHARACTER_WIDTH = 0.56
+
+
+def image_grid(
+    rows: Sequence[Sequence[Image.Image]],
+    row_labels: Sequence[str],
+    path: str | os.PathLike,
+    *,
+    column_labels: Sequence[str] | None = None,
+    cell: int = 160,
+    title: str | None = None,
+) -> Path:
+    """
+    Write rows of images with a label before each row, such as the samples of each prompt.
+
+    Args:
+        rows (`Sequence[Sequence[PIL.Image.Image]]`):
+            The images, row by row. Rows may differ in length, images in size; each is scaled to fit its cell.
+        row_labels (`Sequence[str]`):
+            One label a row, wrapped to the space there is.
+        path (`str` or `os.PathLike`):
+            The file to write, its format after its suffix; folders are made.
+        column_labels (`Sequence[str]`, *optional*):
+            One label a column, such as the rewards or seeds.
+        cell (`int`, *optional*, defaults to `160`):
+            Width and height of a cell in pixels.
+        title (`str`, *optional*):
+            A line above all.
+
+    Returns:
+        `Path`: the file.
+
+    Raises:
+        `ValueError`: where there is no image, or the labels are not as many as the rows or columns.
+    """
+    _check_grid("rows", rows, "row_labels", row_labels)
+    columns = max(map(len, rows))
+    if column_labels is not None and len(column_labels) != columns:
+        raise ValueError(f"`column_labels` has {len(column_labels)} labels for {columns} columns. Pass one for each.")
+    layout = _GridLayout(cell, [columns], len(rows), title is not None, column_labels is not None)
+    for row, images in enumerate(rows):
+        layout.draw_row(row, row_labels[row], [images])
+    if title is not None:
+        layout.write_title(title)
+    for column, label in enumerate(column_labels or ()):
+        layout.write_column_label(column, label)
+    return layout.save(path)
+
+
+def before_after_grid(
+    prompts: Sequence[str],
+    before: Sequence[Sequence[Image.Image]],
+    after: Sequence[Sequence[Image.Image]],
+    path: str | os.PathLike,
+    *,
+    cell: int = 160,
+    title: str | None = None,
+) -> Path:
+    """
+    Write what training changed: for every prompt the images before it and, at their side, those after it.
+
+    Args:
+        prompts (`Sequence[str]`):
+            One prompt a row.
+        before (`Sequence[Sequence[PIL.Image.Image]]`):
+            The images of each prompt before training.
+        after (`Sequence[Sequence[PIL.Image.Image]]`):
+            The images of each prompt after training, as many as before, from the same seeds in the same order.
+        path (`str` or `os.PathLike`):
+            The file to write, its format after its suffix; folders are made.
+        cell (`int`, *optional*, defaults to `160`):
+            Width and height of a cell in pixels.
+        title (`str`, *optional*):
+            A line above all.
+
+    Returns:
+        `Path`: the file.
+
+    Raises:
+        `ValueError`: where there is no image, or prompts and images do not pair up.
+    """
+    _check_grid("before", before, "prompts", prompts)
+    _check_grid("after", after, "prompts", prompts)
+    for prompt, first, second in zip(prompts, before, after, strict=True):
+        if len(first) != len(second):
+            raise ValueError(
+                f"{len(first)} images before and {len(second)} after for the prompt {prompt!r}. "
+                "Sample the same seeds twice."
+            )
+    columns = max(map(len, before))
+    layout = _GridLayout(cell, [columns, columns], len(prompts), title is not None, has_headers=True)
+    for row, prompt in enumerate(prompts):
+        layout.draw_row(row, prompt, [before[row], after[row]])
+    if title is not None:
+        layout.write_title(title)
+    layout.write_block_header(0, "Before", FAINT)
+    layout.write_block_header(1, "After", TAKEN)
+    return layout.save(path)
+
+
+def plot_balance(history: Sequence[Mapping[str, Any]], path: str | os.PathLike) -> Path:
+    """
+    Write how a run balanced its rewards: their weights over the steps, and below them the worst cosine between the
+    update and a reward's gradient, beside that of the weighted sum that was not taken.
+
+    Args:
+        history (`Sequence[Mapping[str, Any]]`):
+            `trainer.state.log_history`. Used are `step`, `balance/alpha/<reward>`, `balance/cos_min` and, where there,
+            `balance/weighted_sum/cos_min`. Rows without them are passed over, so weights may be logged more often than
+            cosines.
+        path (`str` or `os.PathLike`):
+            The file to write, its format after its suffix; folders are made.
+
+    Returns:
+        `Path`: the file.
+
+    Raises:
+        `ValueError`: where no row has weights or no row has cosines, where a row has the weights of some rewards only,
+            or a weight is not finite.
+    """
+    prefix = "balance/alpha/"
+    weighted = [row for row in history if any(key.startswith(prefix) for key in row)]
+    names = _names(history, prefix, "")
+    cosines = [row for row in history if "balance/cos_min" in row]
+    if not weighted or not cosines:
+        raise ValueError(
+            "The history has no `balance/alpha/<reward>` or no `balance/cos_min`. Log them: train with "
+            '`multi_objective_aggregation="marble"`, and with `logging_steps` small enough that a balancing step is '
+            "logged."
+        )
+    for row in weighted:
+        bad = [name for name in names if not math.isfinite(row.get(prefix + name, math.nan))]
+        if bad:
+            raise ValueError(
+                f"The history's row of step {row.get('step')} has no finite `{prefix}{bad[0]}`. Log every reward's "
+                "weight whenever any is logged."
+            )
+    steps = _steps(weighted)
+    weights = np.array([[row[prefix + name] for row in weighted] for name in names])
+    means = weights.mean(axis=1)
+    if len(steps) == 1:  # an area needs a width
+        steps, weights = np.array([steps[0] - 0.5, steps[0] + 0.5]), np.repeat(weights, 2, axis=1)
+
+    figure = _figure(9.0, 5.4)
+    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[3, 2])
+    colors = [_color(index) for index in range(len(names))]
+    areas = top.stackplot(steps, weights, colors=colors, alpha=0.88, edgecolor=PAPER, linewidth=0.8)
+    labels = [f"{name}  ({mean:.2f})" for name, mean in zip(names, means, strict=True)]
+    _style(top, "Weight of each reward", "share")
+    top.set_ylim(0, max(1.0, float(weights.sum(axis=0).max())))
+    top.set_xlim(steps[0], steps[-1])
+    top.grid(False)
+    # The legend in the order of the areas, the topmost first.
+    _side_legend(top, areas[::-1], labels[::-1], "reward (mean weight)")
+
+    handles, labels = [], []
+    for key, color, label in (
+        ("balance/cos_min", TAKEN, "update taken"),
+        ("balance/weighted_sum/cos_min", NOT_TAKEN, "weighted sum, not taken"),
+    ):
+        rows = [row for row in cosines if key in row]
+        if rows:
+            values = np.array([row[key] for row in rows], dtype=float)
+            handles += _line(bottom, _steps(rows), values, color)
+            labels.append(f"{label}  ({np.nanmin(values):+.2f})")
+    low, high = bottom.get_ylim()
+    margin = 0.04
+    bottom.set_ylim(min(low, -margin), max(high, margin))
+    bottom.axhspan(bottom.get_ylim()[0], 0, color=CONFLICT, zorder=0, linewidth=0)
+    bottom.axhline(0, color=INK, linewidth=0.9, zorder=1)
+    _style(bottom, "Worst cosine between the update and a reward's gradient", "cosine")
+    bottom.set_xlabel("optimizer step", color=FAINT, fontsize=9)
+    _side_legend(bottom, handles, labels, "direction (worst)", note="shaded: the step goes\nagainst some reward")
+    return _save(figure, path)
+
+
+def plot_rewards(history: Sequence[Mapping[str, Any]], path: str | os.PathLike) -> Path:
+    """
+    Write each reward's mean over the training steps, one panel a reward, since rewards have their own units.
+
+    A thin line is what was logged; the thick one is its running mean over a twentieth of the run.
+
+    Args:
+        history (`Sequence[Mapping[str, Any]]`):
+            `trainer.state.log_history`. Used are `step` and `rewards/<reward>/mean`. NaN (no sample of the step had
+            the reward) leaves a gap.
+        path (`str` or `os.PathLike`):
+            The file to write, its format after its suffix; folders are made.
+
+    Returns:
+        `Path`: the file.
+
+    Raises:
+        `ValueError`: where no row has a reward's mean.
+    """
+    names = _names(history, "rewards/", "/mean")
+    if not names:
+        raise ValueError(
+            "The history has no `rewards/<reward>/mean`. Log them: pass `trainer.state.log_history` after training "
+            "with `logging_steps` small enough that a step is logged."
+        )
+    columns = min(3, len(names))
+    lines = math.ceil(len(names) / columns)
+    figure = _figure(3.3 * columns, 0.3 + 2.3 * lines)
+    panels = figure.subplots(lines, columns, squeeze=False, sharex=True).flatten()
+    for index, (axes, name) in enumerate(zip(panels, names, strict=False)):
+        key = f"rewards/{name}/mean"
+        rows = [row for row in history if key in row]
+        steps, values = _steps(rows), np.array([row[key] for row in rows], dtype=float)
+        window = max(1, len(values) // 20)
+        color = _color(index)
+        if window > 1:
+            axes.plot(steps, values, color=color, linewidth=0.8, alpha=0.45)
+        _line(axes, steps, _running_mean(values, window), color)
+        _style(axes, name, None)
+    for axes in panels[len(names) :]:
+        axes.set_visible(False)
+    for index in range(max(0, len(names) - columns), len(names)):
+        panels[index].tick_params(labelbottom=True)
+        panels[index].set_xlabel("optimizer step", color=FAINT, fontsize=9)
+    return _save(figure, path)
+
+
+class _GridLayout:
+    """
+    A page of image cells, addressed by block, row and column, with room for labels; everything scales with the cell.
+
+    The images are put together pixel by pixel in one array, so that none is resampled by the plotting library, and
+    matplotlib writes the text over it.
+    """
+
+    def __init__(self, cell: int, blocks: list[int], rows: int, has_title: bool, has_headers: bool) -> None:
+        self.cell, self.blocks = cell, blocks
+        self.gap, self.margin, self.block_gap = round(0.06 * cell), round(0.16 * cell), round(0.3 * cell)
+        self.label_width = round(1.55 * cell)
+        self.font = 0.105 * cell  # in pixels
+        self.title_height = round(0.3 * cell) if has_title else 0
+        self.header_height = round(0.34 * cell) if has_headers else 0
+        last = len(blocks) - 1
+        self.width = self.left(last, blocks[last]) - self.gap + self.margin
+        self.height = self.top(rows) - self.gap + self.margin
+        self.page = Image.new("RGB", (self.width, self.height), PAPER)
+        self.texts: list[tuple[float, float, str, dict[str, Any]]] = []
+        self.frames: list[tuple[int, int, int, int]] = []
+        self.rules: list[tuple[int, int, int, str]] = []
+
+    def left(self, block: int, column: int) -> int:
+        """The left edge of a cell in pixels."""
+        columns = sum(self.blocks[:block]) + column
+        return self.margin + self.label_width + block * self.block_gap + columns * (self.cell + self.gap)
+
+    def top(self, row: int) -> int:
+        """The upper edge of a row in pixels."""
+        return self.margin + self.title_height + self.header_height + row * (self.cell + self.gap)
+
+    def draw_row(self, row: int, label: str, blocks: Sequence[Sequence[Image.Image]]) -> None:
+        width = int((self.label_width - 2 * self.gap) / (CHARACTER_WIDTH * self.font))
+        lines = textwrap.wrap(label, width, max_lines=6, placeholder=" …")
+        middle = self.top(row) + self.cell / 2
+        self.texts.append((self.margin, middle, "\n".join(lines), {"va": "center", "linespacing": 1.35}))
+        for block, images in enumerate(blocks):
+            for column, image in enumerate(images):
+                scale = self.cell / max(image.size)
+                size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+                x = self.left(block, column) + (self.cell - size[0]) // 2
+                y = self.top(row) + (self.cell - size[1]) // 2
+                self.page.paste(image.convert("RGB").resize(size, Image.Resampling.LANCZOS), (x, y))
+                self.frames.append((x, y, *size))
+
+    def write_title(self, text: str) -> None:
+        y = self.margin + 0.1 * self.cell
+        self.texts.append((self.margin, y, text, {"va": "center", "weight": "bold", "scale": 1.3}))
+
+    def write_column_label(self, column: int, text: str) -> None:
+        width = int(self.cell / (CHARACTER_WIDTH * self.font))
+        x, y = self.left(0, column) + self.cell / 2, self.top(0) - 0.08 * self.cell
+        text = textwrap.fill(text, width, max_lines=2, placeholder=" …")
+        self.texts.append((x, y, text, {"va": "bottom", "ha": "center", "color": FAINT}))
+
+    def write_block_header(self, block: int, text: str, color: str) -> None:
+        left, right = self.left(block, 0), self.left(block, self.blocks[block]) - self.gap
+        y = self.top(0) - round(0.1 * self.cell)
+        style = {"va": "bottom", "weight": "bold", "color": color, "scale": 1.15}
+        self.texts.append((left, y - 0.05 * self.cell, text, style))
+        self.rules.append((left, right, y, color))
+
+    def save(self, path: str | os.PathLike) -> Path:
+        figure = Figure(figsize=(self.width / DPI, self.height / DPI), dpi=DPI, facecolor=PAPER)
+        FigureCanvasAgg(figure)
+        axes = figure.add_axes((0, 0, 1, 1))
+        axes.set_axis_off()
+        axes.imshow(np.asarray(self.page), extent=(0, self.width, self.height, 0), interpolation="nearest")
+        for x, y, width, height in self.frames:
+            edges = ([x, x + width, x + width, x, x], [y, y, y + height, y + height, y])
+            axes.plot(*edges, color=RULE, linewidth=0.6)
+        point = 72 / DPI  # of a pixel
+        for left, right, ruled, color in self.rules:
+            axes.plot([left, right], [ruled, ruled], color=color, linewidth=0.014 * self.cell * point)
+        for text_x, text_y, text, style in self.texts:
+            size = self.font * style.get("scale", 1.0) * point
+            style = {"color": INK} | {key: value for key, value in style.items() if key != "scale"}
+            # Prompts are text as it stands, not mathematics between dollar signs.
+            axes.text(text_x, text_y, text, fontsize=size, parse_math=False, **style)
+        axes.set_xlim(0, self.width)
+        axes.set_ylim(self.height, 0)
+        return _save(figure, path)
+
+
+def _check_grid(
+    rows_argument: str, rows: Sequence[Sequence[Image.Image]], labels_argument: str, labels: Sequence[str]
+) -> None:
+    if len(rows) != len(labels):
+        raise ValueError(
+            f"`{labels_argument}` has {len(labels)} entries, `{rows_argument}` has {len(rows)} rows. "
+            "Pass one for each row."
+        )
+    if not any(rows):
+        raise ValueError(f"`{rows_argument}` has no image. Pass at least one row with one image.")
+
+
+def _names(history: Sequence[Mapping[str, Any]], prefix: str, suffix: str) -> list[str]:
+    """The reward names in keys `<prefix><name><suffix>`, in the order in which they were first logged."""
+    keys = dict.fromkeys(key for row in history for key in row)
+    return [
+        key.removeprefix(prefix).removesuffix(suffix)
+        for key in keys
+        if key.startswith(prefix) and key.endswith(suffix) and len(key) > len(prefix) + len(suffix)
+    ]
+
+
+def _steps(rows: Sequence[Mapping[str, Any]]) -> np.ndarray:
+    return np.array([row["step"] for row in rows], dtype=float)
+
+
+def _running_mean(values: np.ndarray, window: int) -> np.ndarray:
+    """The mean of the finite values among the last `window` ones at each place; NaN where there is none."""
+    means = np.full(len(values), math.nan)
+    for end in range(1, len(values) + 1):
+        recent = values[max(0, end - window) : end]
+        if np.isfinite(recent).any():
+            means[end - 1] = recent[np.isfinite(recent)].mean()
+    return means
+
+
+def _color(index: int) -> str:
+    return PALETTE[index % len(PALETTE)]
+
+
+def _figure(width: float, height: float) -> Figure:
+    """An empty figure of a size in inches."""
+    layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12)
+    figure = Figure(figsize=(width, height), dpi=DPI, facecolor=PAPER, layout=layout)
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _style(axes: Axes, title: str, unit: str | None) -> None:
+    axes.set_title(title, loc="left", fontsize=10.5, color=INK, fontweight="bold", parse_math=False)
+    axes.set_facecolor(PAPER)
+    axes.grid(True, axis="y", color=RULE, linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(RULE)
+    axes.tick_params(colors=FAINT, labelsize=8.5, length=0, pad=5)
+    # Steps are whole numbers.
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True, min_n_ticks=1))
+    if unit is not None:
+        axes.set_ylabel(unit, color=FAINT, fontsize=9)
+
+
+def _line(axes: Axes, steps: np.ndarray, values: np.ndarray, color: str) -> list[Any]:
+    """A line, with markers where there are few enough points to tell apart."""
+    marker = "o" if len(steps) <= 40 else None
+    return axes.plot(steps, values, color=color, linewidth=1.8, marker=marker, markersize=3.2, zorder=3, clip_on=False)
+
+
+def _side_legend(
+    axes: Axes, handles: Sequence[Any], labels: Sequence[str], title: str, note: str | None = None
+) -> None:
+    """A legend to the right of the panel, where it hides nothing."""
+    legend = axes.legend(
+        handles,
+        labels,
+        title=title,
+        loc="upper left",
+        bbox_to_anchor=(1.01, 1.02),
+        frameon=False,
+        fontsize=9,
+        title_fontsize=8.5,
+        labelcolor=INK,
+        alignment="left",
+        handlelength=1.2,
+    )
+    legend.get_title().set_color(FAINT)
+    if note is not None:
+        style: dict[str, Any] = {"fontsize": 8.5, "color": NOT_TAKEN, "va": "bottom", "linespacing": 1.3}
+        axes.text(1.03, 0.0, note, transform=axes.transAxes, **style)
+
+
+def _save(figure: Figure, path: str | os.PathLike) -> Path:
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=DPI, facecolor=PAPER)
+    return path

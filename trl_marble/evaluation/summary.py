@@ -1,0 +1,155 @@
+# Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
+"""A run in a few numbers: how the rewards changed, and what balancing them did to the update direction."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rich.table import Table
+
+
+# A direction counts as in conflict with a reward below this cosine. The quadratic program is solved up to rounding, so
+# an exactly balanced direction can show cosines a little below zero.
+CONFLICT_COSINE = -1e-6
+
+# A change is called real from this many standard errors upwards (a two-sided 5% test).
+SIGNIFICANT = 2.0
+
+NOT_MEASURED = "not measured"
+
+
+@dataclass(frozen=True)
+class BalanceSummary:
+    """
+    The balancing diagnostics of a whole run. `None` means that it was not measured.
+
+    Args:
+        alpha (`dict[str, float]`):
+            Reward name -> mean weight over the logged steps, each in [0, 1], together 1.
+        cos_min (`float`, *optional*):
+            The worst cosine between an update direction and a reward's gradient, over all steps and rewards, in
+            [-1, 1]. Not negative means that no step was against any reward.
+        conflict (`float`, *optional*):
+            The share of the steps, in [0, 1], in which some reward's cosine was negative.
+        weighted_sum_cos_min (`float`, *optional*):
+            Like `cos_min`, for the weighted sum of the same gradients, which was not taken.
+        weighted_sum_conflict (`float`, *optional*):
+            Like `conflict`, for the weighted sum.
+    """
+
+    alpha: dict[str, float]
+    cos_min: float | None = None
+    conflict: float | None = None
+    weighted_sum_cos_min: float | None = None
+    weighted_sum_conflict: float | None = None
+
+
+def summarize_balance(history: Sequence[Mapping[str, Any]]) -> BalanceSummary | None:
+    """
+    Sum up the balancing diagnostics of a run from its log.
+
+    The figures are those of the logged steps: log every step (`logging_steps=1`) for those of the run.
+
+    Args:
+        history (`Sequence[Mapping[str, Any]]`):
+            `trainer.state.log_history`. Rows without `balance/...` keys, such as those of evaluations, are passed
+            over.
+
+    Returns:
+        `BalanceSummary`, or `None` where no row has any weight `balance/alpha/<reward>`.
+    """
+    alpha: dict[str, list[float]] = {}
+    for row in history:
+        for key, value in row.items():
+            if key.startswith("balance/alpha/"):
+                alpha.setdefault(key.removeprefix("balance/alpha/"), []).append(value)
+    if not alpha:
+        return None
+    cos_min, conflict = _worst_cosine(history, "balance/cos_min")
+    weighted_sum_cos_min, weighted_sum_conflict = _worst_cosine(history, "balance/weighted_sum/cos_min")
+    return BalanceSummary(
+        alpha={name: sum(values) / len(values) for name, values in alpha.items()},
+        cos_min=cos_min,
+        conflict=conflict,
+        weighted_sum_cos_min=weighted_sum_cos_min,
+        weighted_sum_conflict=weighted_sum_conflict,
+    )
+
+
+def _worst_cosine(history: Sequence[Mapping[str, Any]], key: str) -> tuple[float | None, float | None]:
+    """The least of a logged cosine, and the share of its values that are in conflict; `None`s where none is finite."""
+    values = [row[key] for row in history if key in row and math.isfinite(row[key])]
+    if not values:
+        return None, None
+    return min(values), sum(value < CONFLICT_COSINE for value in values) / len(values)
+
+
+def format_value(value: float | None, sign: bool = False) -> str:
+    """
+    A reward's value, or the change of one, with four significant digits where it is at least 0.1 in size.
+
+    Args:
+        value (`float`, *optional*): `None` and NaN are written as "not measured".
+        sign (`bool`, *optional*, defaults to `False`): write a plus before what is not negative.
+    """
+    if value is None or math.isnan(value):
+        return NOT_MEASURED
+    digits = 4 if abs(value) < 1 else 3 if abs(value) < 10 else 2
+    return f"{value:{'+' if sign else ''}.{digits}f}"
+
+
+def rewards_table(
+    before: Mapping[str, tuple[float, float]],
+    after: Mapping[str, tuple[float, float]],
+    difference_se: Mapping[str, float] | None = None,
+    title: str = "Rewards on held-out prompts",
+) -> Table:
+    """
+    A table for the terminal: every reward before and after, its change, and the change in standard errors.
+
+    Changes of at least two standard errors are green where the reward rose and red where it fell.
+
+    Args:
+        before (`Mapping[str, tuple[float, float]]`):
+            Reward name -> (mean, standard error of the mean) before training, in the reward's own unit.
+        after (`Mapping[str, tuple[float, float]]`):
+            The same after training, for the same rewards.
+        difference_se (`Mapping[str, float]`, *optional*):
+            Reward name -> standard error of after - before, where it was computed from pairs (same prompts, same
+            seeds). Defaults to that of independent samples, sqrt(se_before^2 + se_after^2), which is the larger one
+            where pairs are alike.
+        title (`str`, *optional*, defaults to `"Rewards on held-out prompts"`):
+            The table's title.
+
+    Returns:
+        `rich.table.Table`: one row a reward, in the order of `before`.
+
+    Raises:
+        `ValueError`: where the mappings name different rewards.
+    """
+    named = {"after": after} if difference_se is None else {"after": after, "difference_se": difference_se}
+    for argument, mapping in named.items():
+        if mapping.keys() != before.keys():
+            raise ValueError(
+                f"`{argument}` has the rewards {sorted(mapping)}, `before` has {sorted(before)}. "
+                "Measure the same rewards."
+            )
+    table = Table(title=title, title_justify="left", title_style="bold")
+    table.add_column("Reward")
+    for header in ("Before", "After", "Change", "Change / SE"):
+        table.add_column(header, justify="right")
+    for name in before:
+        (mean_before, se_before), (mean_after, se_after) = before[name], after[name]
+        change = mean_after - mean_before
+        se = math.hypot(se_before, se_after) if difference_se is None else difference_se[name]
+        ratio = change / se if se > 0 else math.nan
+        style = "green" if ratio >= SIGNIFICANT else "red" if ratio <= -SIGNIFICANT else ""
+        table.add_row(
+            name,
+            f"{format_value(mean_before)} ± {format_value(se_before)}",
+            f"{format_value(mean_after)} ± {format_value(se_after)}",
+            f"[{style}]{format_value(change, sign=True)}[/]" if style else format_value(change, sign=True),
+            f"{ratio:+.1f}" if math.isfinite(ratio) else "-",
+        )
+    return table

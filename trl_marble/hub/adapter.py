@@ -1,0 +1,134 @@
+# Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
+"""Reading a pipeline's LoRA adapter, and writing it the way `load_lora_weights` reads it back."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from diffusers import DiffusionPipeline
+from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
+from torch import Tensor
+
+
+# Fields of a peft configuration that say how the adapter was made or on whose disk, not what it computes.
+_NOT_PUBLISHED = frozenset({"auto_mapping", "base_model_name_or_path", "inference_mode", "init_lora_weights"})
+
+
+def adapter_state(pipeline: DiffusionPipeline, adapter_name: str = "default") -> dict[str, Tensor]:
+    """
+    The weights of one LoRA adapter of a pipeline's transformer.
+
+    Args:
+        pipeline (`DiffusionPipeline`):
+            A pipeline whose `transformer` carries the adapter.
+        adapter_name (`str`, *optional*, defaults to `"default"`):
+            Which of the transformer's adapters.
+
+    Returns:
+        `dict[str, Tensor]`: peft's state dict, keys without the adapter's name (`"...attn.to_q.lora_A.weight"` of
+        shape (r, in_features), `"...lora_B.weight"` of shape (out_features, r)). The tensors are the live ones,
+        detached, not copies.
+
+    Raises:
+        `ValueError`: where the transformer has no adapter of that name.
+    """
+    _lora_config(pipeline, adapter_name)
+    state = get_peft_model_state_dict(pipeline.transformer, adapter_name=adapter_name)
+    return {key: value.detach() for key, value in state.items()}
+
+
+def save_adapter(
+    pipeline: DiffusionPipeline,
+    folder: str | os.PathLike,
+    state: dict[str, Tensor] | None = None,
+    *,
+    adapter_name: str = "default",
+) -> Path:
+    """
+    Write a LoRA adapter so that `load_lora_weights(folder)` on a fresh base pipeline makes the same images.
+
+    The file also holds the adapter's configuration. Without it a loader takes alpha to be equal to r, and the images
+    differ wherever it is not.
+
+    Args:
+        pipeline (`DiffusionPipeline`):
+            The trained pipeline. Its class decides how the file's keys are named.
+        folder (`str` or `os.PathLike`):
+            Where `pytorch_lora_weights.safetensors` goes; made if missing. An earlier file of that name is replaced.
+        state (`dict[str, Tensor]`, *optional*):
+            Other weights for the same adapter, keyed and shaped like [`adapter_state`], such as their moving average.
+            Defaults to the adapter's own.
+        adapter_name (`str`, *optional*, defaults to `"default"`):
+            Which of the transformer's adapters.
+
+    Returns:
+        `Path`: the file that was written.
+
+    Raises:
+        `ValueError`: where the transformer has no adapter of that name, or `state` has other keys or shapes than it.
+        `NotADirectoryError`: where `folder` is a file.
+    """
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"Cannot save the adapter in {folder}: it is a file. Pass a folder.")
+    config = _lora_config(pipeline, adapter_name)
+    own = adapter_state(pipeline, adapter_name)
+    if state is None:
+        state = own
+    _check_same_layout(state, own, adapter_name)
+
+    pipeline.save_lora_weights(
+        folder,
+        # safetensors writes no strided views.
+        transformer_lora_layers={key: value.detach().cpu().contiguous() for key, value in state.items()},
+        transformer_lora_adapter_metadata=_published_config(config),
+        safe_serialization=True,
+    )
+    return folder / LORA_WEIGHT_NAME_SAFE
+
+
+def _lora_config(pipeline: DiffusionPipeline, adapter_name: str) -> LoraConfig:
+    """The configuration of one adapter of the transformer, or a `ValueError` that lists those that there are."""
+    configs: dict[str, LoraConfig] = getattr(pipeline.transformer, "peft_config", {})
+    if adapter_name not in configs:
+        present = ", ".join(map(repr, configs)) or "none"
+        raise ValueError(
+            f"The transformer has no adapter {adapter_name!r} (it has: {present}). Pass another `adapter_name`, or "
+            f"add it with `pipeline.transformer.add_adapter(LoraConfig(...), adapter_name={adapter_name!r})`."
+        )
+    return configs[adapter_name]
+
+
+def _published_config(config: LoraConfig) -> dict[str, Any]:
+    """
+    The part of a peft configuration that a loader needs, ready for JSON.
+
+    Values that peft would fill in anyway are left out: a full dump names fields that an older or newer peft does not
+    know, and such a file does not load there. Sets become sorted lists, so that equal adapters are equal files.
+    """
+    values, defaults = config.to_dict(), LoraConfig().to_dict()
+    published = {
+        key: sorted(value) if isinstance(value, set | frozenset) else value
+        for key, value in values.items()
+        if key not in _NOT_PUBLISHED and value != defaults[key]
+    }
+    return published | {"r": config.r, "lora_alpha": config.lora_alpha}
+
+
+def _check_same_layout(state: dict[str, Tensor], own: dict[str, Tensor], adapter_name: str) -> None:
+    """Raise a `ValueError` where two states differ in keys or shapes."""
+    missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+    reshaped = [
+        f"{key}: {tuple(state[key].shape)} instead of {tuple(own[key].shape)}"
+        for key in sorted(own.keys() & state.keys())
+        if state[key].shape != own[key].shape
+    ]
+    problems = {"missing": missing, "unexpected": unexpected, "of another shape": reshaped}
+    found = [f"{len(keys)} {what} (first: {keys[0]})" for what, keys in problems.items() if keys]
+    if found:
+        raise ValueError(
+            f"`state` does not fit the adapter {adapter_name!r}: {'; '.join(found)}. Take its keys from "
+            "`trl_marble.hub.adapter_state(pipeline)`."
+        )
