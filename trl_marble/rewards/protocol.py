@@ -1,0 +1,141 @@
+# Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
+"""What a reward is, what it may return, and how its answers are checked."""
+
+import functools
+import math
+from collections import Counter
+from collections.abc import Awaitable, Callable, Sequence
+from numbers import Real
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+RewardValues = Sequence[float | None]
+RewardFunc = Callable[..., RewardValues | Awaitable[RewardValues]]
+"""A sync or async callable that scores images.
+
+It is called with keywords only: `images` (list of PIL images), `prompts` (list of strings), every other column of the
+dataset (list of values) and `trainer_state` ([`~transformers.TrainerState`]). It returns one number for each image,
+higher is better, or `None` (or NaN) where the reward does not apply. Accept `**kwargs` to ignore what is not needed. A
+function whose attribute `image_type` is `"pt"` receives `images` as one tensor `[B, 3, H, W]` in [0, 1] instead.
+"""
+
+
+class RewardError(RuntimeError):
+    """A reward function failed or returned something that is not a reward."""
+
+
+def reward_names(reward_funcs: Sequence[RewardFunc]) -> list[str]:
+    """
+    Names that tell the rewards of a run apart.
+
+    Args:
+        reward_funcs (`Sequence[RewardFunc]`):
+            Functions (named by `__name__`), `functools.partial` objects (by the function inside) or other callables (by
+            their class).
+
+    Returns:
+        `list[str]`: One name a reward; a name that several rewards share gets `_1`, `_2`, ... appended from the second.
+    """
+    taken: set[str] = set()
+    names = []
+    for func in reward_funcs:
+        inner: Any = func
+        while isinstance(inner, functools.partial):
+            inner = inner.func
+        base = getattr(inner, "__name__", type(inner).__name__)
+        name, suffix = base, 0
+        while name in taken:
+            suffix += 1
+            name = f"{base}_{suffix}"
+        taken.add(name)
+        names.append(name)
+    return names
+
+
+def validate_reward_funcs(reward_funcs: Any) -> list[RewardFunc]:
+    """
+    The rewards as a new list, refused if one of them cannot be called.
+
+    Args:
+        reward_funcs (`RewardFunc` or `list[RewardFunc]`):
+            One reward or several.
+
+    Raises:
+        `TypeError`: If a reward is not callable.
+        `ValueError`: If there is none.
+    """
+    funcs = [reward_funcs] if callable(reward_funcs) else list(reward_funcs or [])
+    if not funcs:
+        raise ValueError("`reward_funcs` is empty; pass at least one callable that scores images.")
+    for position, func in enumerate(funcs):
+        if not callable(func):
+            raise TypeError(f"`reward_funcs[{position}]` is {func!r}; every reward must be a callable.")
+    return funcs
+
+
+def reward_tensor(values: Any, name: str, prompts: Sequence[str]) -> Tensor:
+    """
+    Check what a reward returned and turn it into a tensor.
+
+    Args:
+        values (`Sequence[float | None]`, `np.ndarray` or `Tensor`):
+            The answer: one value an image.
+        name (`str`):
+            Name of the reward, for messages.
+        prompts (`Sequence[str]`):
+            The prompts of the images, for messages and for the number of values.
+
+    Returns:
+        `Tensor` of shape `[B]`, float32: NaN where the reward does not apply.
+
+    Raises:
+        [`RewardError`]: If the number of values is wrong, a value is not a number, or a value is infinite.
+    """
+    if isinstance(values, Tensor):
+        values = values.detach().cpu().numpy()
+    if isinstance(values, np.ndarray):
+        values = values.tolist()
+    if not isinstance(values, Sequence) or isinstance(values, str):
+        raise RewardError(
+            f"Reward `{name}` returned {_short(values)} for {len(prompts)} images; return a list with one number (or "
+            "`None`) for each image."
+        )
+    if len(values) != len(prompts):
+        raise RewardError(
+            f"Reward `{name}` returned {len(values)} values for {len(prompts)} images; return one for each image, `None` "
+            "where the reward does not apply."
+        )
+    numbers = []
+    for value, prompt in zip(values, prompts, strict=True):
+        if isinstance(value, Tensor) and value.numel() == 1:
+            value = value.item()
+        if value is None:
+            value = math.nan
+        if not isinstance(value, Real):
+            raise RewardError(
+                f"Reward `{name}` returned {_short(value)} for the prompt {prompt!r}; a reward is a number, or `None` "
+                "where it does not apply."
+            )
+        if math.isinf(value):
+            raise RewardError(
+                f"Reward `{name}` returned {value} for the prompt {prompt!r}; a reward must be finite. Return `None` where "
+                "it does not apply, or bound it."
+            )
+        numbers.append(float(value))
+    return torch.tensor(numbers, dtype=torch.float32)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return f"{type(value).__name__} {text if len(text) <= 80 else text[:77] + '...'}"
+
+
+def most_common_prompts(prompts: Sequence[str], limit: int = 3) -> str:
+    """The most frequent prompts of a batch, quoted, for messages."""
+    counts = Counter(prompts)
+    shown = ", ".join(repr(prompt) for prompt, _ in counts.most_common(limit))
+    return shown if len(counts) <= limit else f"{shown} and {len(counts) - limit} more"

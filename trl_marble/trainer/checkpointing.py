@@ -1,0 +1,129 @@
+# Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
+"""What a checkpoint holds beside what `transformers` puts there, and the check that it belongs to the run."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+
+STATE_FILE = "marble_state.safetensors"
+IDENTITY_FILE = "marble_state.json"
+FORMAT_VERSION = 1
+
+
+def base_fingerprint(transformer: nn.Module) -> str:
+    """
+    A short digest of a transformer's frozen weights.
+
+    Args:
+        transformer (`nn.Module`):
+            The model; parameters that require grad are left out.
+
+    Returns:
+        `str`: Hex digest of the name, shape, dtype and first 64 values of every frozen parameter: the same for the same
+        base model wherever it is loaded from, different for another one.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    for name, parameter in transformer.named_parameters():
+        if not parameter.requires_grad:
+            sample = parameter.detach().flatten()[:64].float().cpu()
+            digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
+            digest.update(sample.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def save_state(folder: Path, tensors: dict[str, dict[str, Tensor]], identity: dict[str, Any]) -> None:
+    """
+    Write a run's own state to a checkpoint.
+
+    Args:
+        folder (`Path`):
+            The checkpoint folder; created if missing.
+        tensors (`dict[str, dict[str, Tensor]]`):
+            Named groups of named tensors.
+        identity (`dict[str, Any]`):
+            JSON-serializable facts that a run resumed from here must share.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    flat = {
+        f"{group}/{name}": tensor.detach().cpu().contiguous().clone()
+        for group, members in tensors.items()
+        for name, tensor in members.items()
+    }
+    save_file(flat, folder / STATE_FILE)
+    (folder / IDENTITY_FILE).write_text(json.dumps({"format_version": FORMAT_VERSION, **identity}, indent=2) + "\n")
+
+
+def load_state(folder: Path, identity: dict[str, Any]) -> dict[str, dict[str, Tensor]]:
+    """
+    Read what [`save_state`] wrote.
+
+    Args:
+        folder (`Path`):
+            The checkpoint folder.
+        identity (`dict[str, Any]`):
+            The facts of the run that resumes.
+
+    Returns:
+        `dict[str, dict[str, Tensor]]`: The groups of tensors, on CPU.
+
+    Raises:
+        `FileNotFoundError`: If the folder is not a checkpoint of this trainer.
+        `ValueError`: If it belongs to another base model, other rewards or another LoRA, or a file is damaged.
+    """
+    for file in (STATE_FILE, IDENTITY_FILE):
+        if not (folder / file).is_file():
+            raise FileNotFoundError(
+                f"`{folder}` has no `{file}`: it is not a whole checkpoint of `MarbleNFTTrainer`. Pass the path of a "
+                "`checkpoint-<step>` folder."
+            )
+    try:
+        saved = json.loads((folder / IDENTITY_FILE).read_text())
+        flat = load_file(folder / STATE_FILE)
+    except (json.JSONDecodeError, SafetensorError) as error:
+        raise ValueError(f"`{folder}` is damaged ({error}); resume from an earlier checkpoint.") from error
+    for name, value in {"format_version": FORMAT_VERSION, **identity}.items():
+        if saved.get(name) != value:
+            raise ValueError(
+                f"`{folder}` was written with {name} = {saved.get(name)!r}, this run has {value!r}. Resume with what the "
+                "checkpoint was trained with, or start anew without `resume_from_checkpoint`."
+            )
+    groups: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in flat.items():
+        group, _, name = key.partition("/")
+        groups.setdefault(group, {})[name] = tensor
+    return groups
+
+
+@torch.no_grad()
+def copy_into(parameters: dict[str, Tensor], values: dict[str, Tensor]) -> None:
+    """
+    Copy saved values into live parameters.
+
+    Args:
+        parameters (`dict[str, Tensor]`):
+            The live parameters by name.
+        values (`dict[str, Tensor]`):
+            The saved values by the same names.
+
+    Raises:
+        `ValueError`: If a name is missing on either side or a shape differs.
+    """
+    if parameters.keys() != values.keys():
+        name = min(parameters.keys() ^ values.keys())
+        raise ValueError(
+            f"The checkpoint and the run do not train the same parameters: `{name}` is only in one of them."
+        )
+    for name, parameter in parameters.items():
+        if parameter.shape != values[name].shape:
+            raise ValueError(
+                f"`{name}` has shape {tuple(values[name].shape)} in the checkpoint and {tuple(parameter.shape)} in this "
+                "run. Use the `peft_config` that the checkpoint was trained with."
+            )
+        parameter.copy_(values[name])

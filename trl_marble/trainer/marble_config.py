@@ -1,0 +1,310 @@
+# Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
+"""The settings of [`MarbleNFTTrainer`]."""
+
+import dataclasses
+import difflib
+import math
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+from transformers import TrainingArguments
+
+from ..balance import OLD_POLICY_PRESETS
+
+
+AGGREGATIONS = ("marble", "equal", "sum_then_normalize", "normalize_then_sum")
+BALANCE_ON = ("loss", "advantage")
+SCALE_REWARDS = ("batch", "group", "none")
+
+
+@dataclass
+class MarbleConfig(TrainingArguments):
+    r"""
+    Configuration class for the [`MarbleNFTTrainer`].
+
+    This class includes only the parameters that are specific to MARBLE training. For a full list of training
+    arguments, please refer to the [`~transformers.TrainingArguments`] documentation. Defaults are those of the MARBLE
+    paper (https://huggingface.co/papers/2605.06507) for Stable Diffusion 3.5 Medium on one device: 48 prompts x 24
+    images an optimizer step. On several devices divide `gradient_accumulation_steps` by their number.
+
+    Parameters:
+        > Parameters that control the rollouts
+
+        num_generations (`int`, *optional*, defaults to `24`):
+            Number of images sampled for each prompt: the group that advantages are centred on. At least 2. The global
+            generation batch (`per_device_train_batch_size * steps_per_generation * number of processes`) must be a
+            multiple of it.
+        num_inference_steps (`int`, *optional*, defaults to `25`):
+            Number of solver steps of a rollout. The solver is the pipeline's own scheduler.
+        guidance_scale (`float`, *optional*, defaults to `1.0`):
+            Guidance scale of the rollouts, as the pipeline understands it. `1.0` samples Stable Diffusion 3 without
+            classifier-free guidance, as DiffusionNFT does; guidance-distilled pipelines embed the value.
+        resolution (`int`, *optional*):
+            Height and width of the images in pixels. Defaults to the pipeline's own default size. The paper uses 512.
+        max_sequence_length (`int`, *optional*):
+            Maximum number of prompt tokens, for pipelines whose text encoder takes it. Defaults to the pipeline's own.
+        rollout_batch_size (`int`, *optional*):
+            Number of images that one call of the pipeline samples on each device. Defaults to
+            `per_device_train_batch_size`. Does not change the images.
+        num_generations_eval (`int`, *optional*, defaults to `4`):
+            Number of images sampled for each prompt of `eval_dataset`. Seeds are the same at every evaluation.
+
+        > Parameters that control how often samples are used
+
+        steps_per_generation (`int`, *optional*):
+            Number of micro-batches a generation batch is split into. Defaults to `gradient_accumulation_steps`, that
+            is one optimizer step for each generation batch. Must be a multiple of `gradient_accumulation_steps`, so
+            that an optimizer step never mixes generation batches.
+        num_iterations (`int`, *optional*, defaults to `1`):
+            Number of passes over each generation batch.
+        timestep_fraction (`float`, *optional*, defaults to `0.99`):
+            Fraction, in `(0, 1]`, of the rollout's time grid that each sample is trained on in one pass, rounded down
+            to a whole number of timesteps (at least one), drawn anew for each sample without replacement.
+
+        > Parameters that control the rewards
+
+        reward_weights (`list[float]`, *optional*):
+            Weight of each reward, in the order of `reward_funcs`, in the weighted sum that `"sum_then_normalize"` and
+            `"normalize_then_sum"` train on. MARBLE needs no weights: with `"marble"` and `"equal"` they only define the
+            weighted sum that the `balance/weighted_sum/*` metrics compare with. Defaults to `1.0` each.
+        scale_rewards (`str`, *optional*, defaults to `"batch"`):
+            What centred rewards are divided by: `"batch"` (standard deviation over all valid samples of the generation
+            batch on all processes), `"group"` (standard deviation of the prompt's group) or `"none"`.
+        multi_objective_aggregation (`str`, *optional*, defaults to `"marble"`):
+            How several rewards become one update. `"marble"`: per-reward gradients, balanced so that the update goes
+            against none of them (MARBLE). `"equal"`: the same with fixed equal coefficients. `"sum_then_normalize"`:
+            weighted sum of the raw rewards, then one advantage (DiffusionNFT). `"normalize_then_sum"`: one advantage a
+            reward, then their weighted sum, normalized again (GDPO).
+
+        > Parameters that control the loss
+
+        nft_beta (`float`, *optional*, defaults to `0.1`):
+            Mixing coefficient b of the implicit positive and negative policies, v± = v_old ± b (v - v_old)
+            (DiffusionNFT, https://huggingface.co/papers/2509.16117). Greater than 0.
+        advantage_clip (`float`, *optional*, defaults to `5.0`):
+            Advantages are clipped to ± this value, reward by reward, before anything is mixed. Greater than 0.
+        beta (`float`, *optional*, defaults to `1e-4`):
+            Coefficient of the penalty `mean((v - v_ref)^2)` that keeps the policy near the base model. With `0.0` the
+            base model's forward pass is not run.
+
+        > Parameters that control the balancing
+
+        balance_every (`int`, *optional*, defaults to `10`):
+            The balancing problem is solved from per-reward gradients every this many optimizer steps. In between, the
+            smoothed solution is used at the cost of one backward pass. With `1` every step is solved exactly, and
+            `balance_ema` only smooths what is used for rewards without a valid sample.
+        balance_ema (`float`, *optional*, defaults to `0.7`):
+            Decay, in `[0, 1)`, of the moving average of the solutions that is used between solves.
+        balance_on (`str`, *optional*, defaults to `"loss"`):
+            Which gradients are balanced: those of each reward's whole loss (`"loss"`, the paper's), or only those of
+            its advantage-weighted part (`"advantage"`); the pull toward the old policy that all rewards share is then
+            applied once.
+        normalize_gradients (`bool`, *optional*, defaults to `True`):
+            Whether per-reward gradients are scaled to unit length before the balancing problem is solved, which makes
+            the update independent of each reward's scale.
+
+        > Parameters that control the old policy and the averaged weights
+
+        old_policy_preset (`int`, *optional*, defaults to `1`):
+            How fast the policy that samples follows the one that is trained: old <- eta old + (1 - eta) current with
+            eta = min(max(0, step - flat) * rate, max), applied after each generation batch. `0`: fully on-policy;
+            `1`: rate 0.001 up to 0.95 (the paper's); `2`: flat 75, rate 0.0075, max 0.999.
+        weight_ema_decay (`float`, *optional*, defaults to `0.9`):
+            Upper limit, in `[0, 1)`, of the decay of the averaged weights, min((1 + step) / (10 + step), this), which
+            are the ones that are evaluated, saved and pushed. `0.0` evaluates and saves the trained weights themselves.
+
+        > Parameters that control logging
+
+        log_images (`bool`, *optional*, defaults to `True`):
+            Whether to save a grid of rollout images with their rewards to `output_dir/images` at each logging step,
+            and to send it to TensorBoard and Weights & Biases where they are in use.
+        num_images_to_log (`int`, *optional*, defaults to `4`):
+            Number of prompts in a logged grid, with up to as many images each.
+
+    Raises:
+        `TypeError`: For a setting that does not exist, with the nearest that does.
+        `ValueError`: For settings that cannot work, alone or together.
+    """
+
+    # Parameters whose default values are overridden from TrainingArguments
+    learning_rate: float = field(default=3e-4, metadata={"help": "The initial learning rate for AdamW."})
+    lr_scheduler_type: str = field(default="constant", metadata={"help": "The learning rate schedule."})
+    weight_decay: float = field(default=1e-4, metadata={"help": "Weight decay of AdamW."})
+    per_device_train_batch_size: int = field(
+        default=8, metadata={"help": "Number of images in one forward and backward pass on each device."}
+    )
+    gradient_accumulation_steps: int = field(
+        default=144, metadata={"help": "Number of micro-batches in one optimizer step (8 x 144 = 48 prompts x 24)."}
+    )
+    logging_steps: float = field(default=1, metadata={"help": "Log every X optimizer steps."})
+    save_steps: float = field(default=50, metadata={"help": "Save a checkpoint every X optimizer steps."})
+    remove_unused_columns: bool | None = field(
+        default=False, metadata={"help": "Must stay `False`: rewards receive every column of the dataset."}
+    )
+
+    # Parameters that control the rollouts
+    num_generations: int = field(default=24, metadata={"help": "Number of images sampled for each prompt."})
+    num_inference_steps: int = field(default=25, metadata={"help": "Number of solver steps of a rollout."})
+    guidance_scale: float = field(default=1.0, metadata={"help": "Guidance scale of the rollouts."})
+    resolution: int | None = field(
+        default=None, metadata={"help": "Height and width of the images. Defaults to the pipeline's own size."}
+    )
+    max_sequence_length: int | None = field(
+        default=None, metadata={"help": "Maximum number of prompt tokens. Defaults to the pipeline's own."}
+    )
+    rollout_batch_size: int | None = field(
+        default=None, metadata={"help": "Images sampled at once on each device. Defaults to the train batch size."}
+    )
+    num_generations_eval: int = field(default=4, metadata={"help": "Number of images for each evaluation prompt."})
+
+    # Parameters that control how often samples are used
+    steps_per_generation: int | None = field(
+        default=None,
+        metadata={"help": "Micro-batches of a generation batch. Defaults to `gradient_accumulation_steps`."},
+    )
+    num_iterations: int = field(default=1, metadata={"help": "Number of passes over each generation batch."})
+    timestep_fraction: float = field(
+        default=0.99, metadata={"help": "Fraction of the rollout's time grid each sample is trained on in a pass."}
+    )
+
+    # Parameters that control the rewards
+    reward_weights: list[float] | None = field(
+        default=None, metadata={"help": "Weight of each reward where rewards are added up. Defaults to 1 each."}
+    )
+    scale_rewards: str = field(
+        default="batch", metadata={"help": "What centred rewards are divided by: 'batch', 'group' or 'none'."}
+    )
+    multi_objective_aggregation: str = field(
+        default="marble",
+        metadata={
+            "help": "How rewards become one update: 'marble', 'equal', 'sum_then_normalize' or 'normalize_then_sum'."
+        },
+    )
+
+    # Parameters that control the loss
+    nft_beta: float = field(default=0.1, metadata={"help": "Mixing coefficient of the implicit policies."})
+    advantage_clip: float = field(default=5.0, metadata={"help": "Advantages are clipped to ± this value."})
+    beta: float = field(default=1e-4, metadata={"help": "Coefficient of the pull toward the base model."})
+
+    # Parameters that control the balancing
+    balance_every: int = field(default=10, metadata={"help": "Solve the balancing problem every X optimizer steps."})
+    balance_ema: float = field(default=0.7, metadata={"help": "Decay of the moving average of the solutions."})
+    balance_on: str = field(default="loss", metadata={"help": "What is balanced: 'loss' or 'advantage' gradients."})
+    normalize_gradients: bool = field(
+        default=True, metadata={"help": "Whether per-reward gradients are scaled to unit length before balancing."}
+    )
+
+    # Parameters that control the old policy and the averaged weights
+    old_policy_preset: int = field(default=1, metadata={"help": "Schedule of the sampling policy: 0, 1 or 2."})
+    weight_ema_decay: float = field(default=0.9, metadata={"help": "Upper limit of the averaged weights' decay."})
+
+    # Parameters that control logging
+    log_images: bool = field(default=True, metadata={"help": "Whether to save a grid of images at logging steps."})
+    num_images_to_log: int = field(default=4, metadata={"help": "Number of prompts in a logged grid."})
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        # The generated `__init__` would name the unknown key too, but not the one that was meant.
+        known = [f.name for f in dataclasses.fields(cls) if f.init]
+        for name in kwargs:
+            if name not in known:
+                nearest = difflib.get_close_matches(name, known, n=1)
+                mend = f"did you mean `{nearest[0]}`?" if nearest else "see the docstring for the settings there are."
+                raise TypeError(f"`{cls.__name__}` has no setting `{name}`; {mend}")
+        return super().__new__(cls)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_choices()
+        self._check_ranges()
+        self._check_batches()
+        self._check_inherited()
+
+    def _check_choices(self) -> None:
+        for name, choices in (
+            ("multi_objective_aggregation", AGGREGATIONS),
+            ("balance_on", BALANCE_ON),
+            ("scale_rewards", SCALE_REWARDS),
+            ("old_policy_preset", tuple(OLD_POLICY_PRESETS)),
+        ):
+            value = getattr(self, name)
+            if value not in choices:
+                raise ValueError(f"`{name}` is {value!r}; it must be one of {', '.join(map(repr, choices))}.")
+
+    def _check_ranges(self) -> None:
+        at_least = {
+            "num_generations": (2, "advantages compare the images of one prompt with each other"),
+            "num_inference_steps": (1, "a rollout needs a step"),
+            "num_iterations": (1, "each generation batch is used at least once"),
+            "num_generations_eval": (1, "evaluation needs an image a prompt"),
+            "balance_every": (1, "1 solves at every optimizer step"),
+            "num_images_to_log": (1, "set `log_images=False` to log none"),
+        }
+        if self.rollout_batch_size is not None:
+            at_least["rollout_batch_size"] = (1, "leave it out to use `per_device_train_batch_size`")
+        if self.steps_per_generation is not None:
+            at_least["steps_per_generation"] = (1, "leave it out to use `gradient_accumulation_steps`")
+        for name, (minimum, why) in at_least.items():
+            if getattr(self, name) < minimum:
+                raise ValueError(f"`{name}` is {getattr(self, name)}; it must be at least {minimum}: {why}.")
+        for name in ("nft_beta", "advantage_clip"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"`{name}` is {getattr(self, name)}; it must be a finite number greater than 0.")
+        if not 0 <= self.beta < math.inf:
+            raise ValueError(f"`beta` is {self.beta}; it must be 0 (no pull toward the base model) or greater.")
+        for name in ("balance_ema", "weight_ema_decay"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"`{name}` is {getattr(self, name)}; a decay must be in [0, 1).")
+        if not 0 < self.timestep_fraction <= 1:
+            raise ValueError(f"`timestep_fraction` is {self.timestep_fraction}; it must be in (0, 1].")
+        if self.reward_weights is not None and not all(math.isfinite(w) for w in self.reward_weights):
+            raise ValueError(f"`reward_weights` is {self.reward_weights}; every weight must be finite.")
+
+    def _check_batches(self) -> None:
+        if self.steps_per_generation is None:
+            self.steps_per_generation = self.gradient_accumulation_steps
+        if self.steps_per_generation % self.gradient_accumulation_steps != 0:
+            raise ValueError(
+                f"`steps_per_generation` ({self.steps_per_generation}) must be a multiple of "
+                f"`gradient_accumulation_steps` ({self.gradient_accumulation_steps}), so that an optimizer step stays "
+                "within one generation batch."
+            )
+        if self.generation_batch_size % self.num_generations != 0:
+            raise ValueError(
+                f"The generation batch holds {self.generation_batch_size} images (`per_device_train_batch_size` "
+                f"{self.per_device_train_batch_size} x {self.world_size} processes x `steps_per_generation` "
+                f"{self.steps_per_generation}), which is not a multiple of `num_generations` ({self.num_generations}). "
+                "Change one of them so that every prompt has its whole group."
+            )
+
+    def _check_inherited(self) -> None:
+        if self.fp16:
+            raise ValueError(
+                "`fp16=True` is not supported: per-reward gradients are not loss-scaled. Use `bf16=True`."
+            )
+        if self.load_best_model_at_end:
+            raise ValueError(
+                "`load_best_model_at_end=True` is not supported. Keep checkpoints (`save_total_limit`) and load the one "
+                "you want with `load_lora_weights`."
+            )
+        if self.remove_unused_columns:
+            raise ValueError("`remove_unused_columns` must be `False`: rewards receive every column of the dataset.")
+        if self.auto_find_batch_size:
+            raise ValueError(
+                "`auto_find_batch_size=True` is not supported: it would change the prompts of a step. Set "
+                "`per_device_train_batch_size` and `rollout_batch_size` yourself."
+            )
+
+    @property
+    def balances_gradients(self) -> bool:
+        """Whether the aggregation needs one gradient for each reward."""
+        return self.multi_objective_aggregation in ("marble", "equal")
+
+    @property
+    def generation_batch_size(self) -> int:
+        """Number of images sampled together on all processes."""
+        return self.per_device_train_batch_size * self.world_size * self.steps_per_generation
+
+    @property
+    def prompts_per_generation(self) -> int:
+        """Number of prompts in one generation batch on all processes."""
+        return self.generation_batch_size // self.num_generations

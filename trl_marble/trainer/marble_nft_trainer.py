@@ -1,0 +1,782 @@
+# Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
+"""The trainer. It reads in the order of the data: prompts, rollout, rewards, advantages, gradients, update, adapter."""
+
+import tempfile
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object, set_seed
+from datasets import Dataset
+from diffusers import DiffusionPipeline
+from peft import LoraConfig
+from PIL import Image
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import Trainer, TrainerCallback, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
+from transformers.utils import logging
+
+from ..balance import (
+    OLD_POLICY_PRESETS,
+    BalanceSchedule,
+    Harmonization,
+    advantage_coefficients,
+    aggregate_advantages,
+    anchor_coefficients,
+    assign_gradients,
+    balance_diagnostics,
+    flatten_gradients,
+    get_weighting,
+    gram_matrix,
+    harmonize,
+    mix_coefficients,
+    nft_coefficients,
+    nft_losses,
+    old_policy_decay,
+    per_reward_gradients,
+    weight_ema_decay,
+    weighted_loss,
+    weighted_sum_weights,
+)
+from ..data import RepeatPromptSampler, validate_prompts
+from ..evaluation import Evaluation, image_grid, nan_aware_mean
+from ..hub import save_adapter
+from ..pipelines import (
+    Conditioning,
+    FlowPipeline,
+    Policy,
+    WeightShadow,
+    adapters_disabled,
+    add_trainable_adapter,
+    load_pipeline,
+    lora_config,
+)
+from ..rewards import RewardFunc, RewardScorer
+from .checkpointing import base_fingerprint, copy_into, load_state, save_state
+from .generation import GenerationBatch
+from .marble_config import MarbleConfig
+from .publishing import push_checkpoint, write_card
+from .seeding import Draw, derive_seed
+from .trackers import log_image
+
+
+logger = logging.get_logger(__name__)
+
+
+class MarbleNFTTrainer(Trainer):
+    """
+    Trainer for flow-matching pipelines against several rewards at once: MARBLE
+    (https://huggingface.co/papers/2605.06507) on DiffusionNFT (https://huggingface.co/papers/2509.16117).
+
+    Example:
+
+    ```python
+    from trl_marble import MarbleConfig, MarbleNFTTrainer
+    from trl_marble.shapeworld import load_pipeline, load_prompts, reward_funcs
+
+    trainer = MarbleNFTTrainer(
+        load_pipeline(),
+        reward_funcs=reward_funcs(),
+        args=MarbleConfig("shapeworld-marble"),
+        train_dataset=load_prompts("train"),
+    )
+    trainer.train()
+    trainer.save_model()
+    ```
+
+    Args:
+        pipeline (`str`, `os.PathLike` or [`~diffusers.DiffusionPipeline`]):
+            The flow-matching pipeline to align: a Hub id, a local folder, or the object. Its parts are frozen and a LoRA
+            adapter is added to its transformer.
+        reward_funcs (`RewardFunc` or `list[RewardFunc]`):
+            The rewards, see [`~trl_marble.rewards.RewardFunc`]. Called with keywords `images`, `prompts`, the other
+            columns of the dataset, and `trainer_state`; they return one number an image, or `None` where they do not
+            apply.
+        args ([`MarbleConfig`], *optional*):
+            Configuration. Defaults to `MarbleConfig` with an output folder named after the pipeline.
+        train_dataset ([`~datasets.Dataset`]):
+            Prompts, in a column `prompt`. All other columns are passed to the rewards.
+        eval_dataset ([`~datasets.Dataset`], *optional*):
+            Prompts to evaluate on.
+        peft_config ([`~peft.LoraConfig`], *optional*):
+            The adapter. Defaults to rank 32, alpha 64 on the projections that are usually trained in the pipeline's family.
+        callbacks (`list` of [`~transformers.TrainerCallback`], *optional*):
+            Callbacks to add to the default ones.
+        optimizers (`tuple` of optimizer and scheduler, *optional*, defaults to `(None, None)`):
+            Optimizer and learning rate scheduler to use instead of those that `args` describe.
+        weighting (`str` or `Callable[[Tensor], Tensor]`, *optional*, defaults to `"mgda"`):
+            How `multi_objective_aggregation="marble"` finds the coefficients: a name, or any callable from the Gram
+            matrix `[K, K]` of the per-reward gradients to coefficients `[K]`, such as a `torchjd` weighting.
+
+    Raises:
+        `ValueError`: For a pipeline that is not flow matching, a prompt set without prompts, the wrong number of reward
+            weights, or settings that do not fit together.
+        `OSError`: If the output folder cannot be written.
+    """
+
+    def __init__(
+        self,
+        pipeline: str | DiffusionPipeline,
+        reward_funcs: RewardFunc | list[RewardFunc],
+        args: MarbleConfig | None = None,
+        train_dataset: Dataset | None = None,
+        eval_dataset: Dataset | None = None,
+        peft_config: LoraConfig | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
+        weighting: str | Callable[[Tensor], Tensor] = "mgda",
+    ) -> None:
+        if args is None:
+            name = pipeline if isinstance(pipeline, str) else type(pipeline).__name__
+            args = MarbleConfig(f"{Path(name).name}-marble")
+        if not isinstance(args, MarbleConfig):
+            raise TypeError(f"`args` is a {type(args).__name__}; pass a `MarbleConfig`.")
+        if train_dataset is None:
+            raise ValueError("`train_dataset` is missing; pass a `datasets.Dataset` with a `prompt` column.")
+        validate_prompts(train_dataset, "train_dataset")
+        if eval_dataset is not None:
+            validate_prompts(eval_dataset, "eval_dataset")
+        _check_writable(Path(args.output_dir))
+
+        self.scorer = RewardScorer(reward_funcs)
+        num_rewards = len(self.scorer)
+        if args.reward_weights is not None and len(args.reward_weights) != num_rewards:
+            raise ValueError(
+                f"`reward_weights` has {len(args.reward_weights)} values ({args.reward_weights}) for {num_rewards} rewards "
+                f"({', '.join(self.scorer.names)}); pass one weight a reward, in their order."
+            )
+        self.reward_weights = torch.tensor(args.reward_weights or [1.0] * num_rewards)
+        if args.multi_objective_aggregation == "equal" and weighting != "mgda":
+            raise ValueError(
+                "`weighting` has no effect with `multi_objective_aggregation='equal'`; leave one of the two out."
+            )
+        self.weighting = get_weighting("equal" if args.multi_objective_aggregation == "equal" else weighting)
+
+        # The base model, the adapter that is trained, and two more sets of values for it.
+        set_seed(args.seed)  # the adapter is initialized here, before `Trainer` sets the seed
+        self.pipeline = load_pipeline(pipeline)
+        self.flow = FlowPipeline(
+            self.pipeline, args.resolution, args.resolution, args.guidance_scale, args.max_sequence_length
+        )
+        self.trainable = dict(add_trainable_adapter(self.pipeline, peft_config or lora_config(self.pipeline)))
+        self.pipeline.to(args.device)
+        super().__init__(
+            model=Policy(self.flow),
+            args=args,
+            data_collator=_keep_rows,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        self.parameters = list(self.trainable.values())
+        self.old_policy = WeightShadow(self.trainable.items())
+        self.average = WeightShadow(self.trainable.items())
+        self.schedule = BalanceSchedule(num_rewards, args.balance_every, args.balance_ema, args.normalize_gradients)
+        self.add_callback(_FollowPolicy(self))
+
+        # The loss of a micro-batch is already its share of the optimizer step's.
+        self.model_accepts_loss_kwargs = False
+        self.loss_is_scaled_for_ga = True
+
+        self.times = self.flow.training_times(args.num_inference_steps)
+        self.num_times = max(1, int(len(self.times) * args.timestep_fraction))
+        self._cycle_length = args.steps_per_generation * args.num_iterations
+        self._fingerprint = base_fingerprint(self.flow.transformer)
+        self.evaluations: list[Evaluation] = []
+        self._batch: GenerationBatch | None = None
+        self._micro_step = 0
+        self._reward_gradients: Tensor | None = None
+        self._solving = False
+        self._metrics: dict[str, list[float]] = defaultdict(list)
+        self._latest_rollout: tuple[list[str], list[Image.Image], Tensor] | None = None
+        self._silent_rewards: set[str] = set()
+
+    # ---- Prompts ----
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> RepeatPromptSampler:
+        return self._prompt_sampler
+
+    def get_train_dataloader(self):
+        """
+        Batches of dataset rows: in each, this process's part of a generation batch.
+
+        A generation batch comes once for every micro-batch that trains on it, so that epochs, steps and resuming are
+        counted as `transformers` does; only its first coming is rolled out.
+        """
+        self._prompt_sampler = RepeatPromptSampler(
+            num_prompts=len(self.train_dataset),
+            num_generations=self.args.num_generations,
+            prompts_per_batch=self.args.prompts_per_generation,
+            num_repeats=self.args.steps_per_generation * self.args.num_iterations,
+            seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
+        )
+        return self._get_dataloader(
+            dataset=self.train_dataset,
+            description="Training",
+            batch_size=self.args.per_device_train_batch_size * self.args.steps_per_generation,
+            sampler_fn=self._get_train_sampler,
+            is_training=True,
+        )
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
+        """
+        Train, see [`~transformers.Trainer.train`].
+
+        If training stops by an exception, what was trained so far is saved as a checkpoint first, and training can be
+        resumed from there.
+        """
+        self._batch, self._micro_step = None, 0
+        try:
+            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        except BaseException:
+            self._save_on_failure()
+            raise
+        finally:
+            self.scorer.close()
+
+    def training_step(
+        self, model: nn.Module, inputs: list[dict[str, Any]], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """
+        One micro-batch: sample and score if a generation batch begins, then accumulate gradients; the last micro-batch
+        of an optimizer step turns them into the update's direction.
+
+        Args:
+            model (`nn.Module`):
+                The policy as `accelerate` wrapped it. Not called: gradients are reduced once for the whole step, by us.
+            inputs (`list[dict[str, Any]]`):
+                Rows of the dataset: this process's part of the generation batch.
+            num_items_in_batch:
+                Not used.
+
+        Returns:
+            `Tensor`: The micro-batch's share of the step's loss, detached.
+        """
+        cycle, place = divmod(self._micro_step, self._cycle_length)
+        iteration, slot = divmod(place, self.args.steps_per_generation)
+        if place == 0:
+            self._batch = self._generate(inputs, cycle)
+        update = slot // self.args.gradient_accumulation_steps
+        if slot % self.args.gradient_accumulation_steps == 0:
+            self._begin_update(update)
+        loss = self._accumulate(slot, update, cycle, iteration)
+        if self.accelerator.sync_gradients:
+            self._finish_update(update)
+        self._micro_step += 1
+        return loss
+
+    # ---- Rollout, rewards, advantages ----
+
+    def _generate(self, rows: list[dict[str, Any]], cycle: int) -> GenerationBatch:
+        """Sample the rows' prompts with the old policy, score the images and compare them with their group."""
+        prompts = [row["prompt"] for row in rows]
+        columns = {name: [row[name] for row in rows] for name in rows[0] if name != "prompt"}
+        sample_ids = range(self.args.process_index * len(rows), (self.args.process_index + 1) * len(rows))
+        seeds = [derive_seed(self.args.seed, Draw.ROLLOUT, cycle, i) for i in sample_ids]
+        unique_prompts = list(dict.fromkeys(prompts))
+        prompt_index = torch.tensor([unique_prompts.index(prompt) for prompt in prompts])
+
+        with self.old_policy.swapped_in():
+            conditioning = self.flow.encode(unique_prompts)
+            latents, images, rewards = self._sample_and_score(
+                conditioning, prompt_index, prompts, columns, seeds, self.args.rollout_batch_size
+            )
+        self._latest_rollout = (prompts, images, rewards)
+
+        all_rewards = self.accelerator.gather(rewards.T.contiguous().to(self.args.device)).T.cpu()
+        self._log_rewards(all_rewards)
+        advantages = aggregate_advantages(
+            all_rewards,
+            groups=torch.arange(all_rewards.shape[1]) // self.args.num_generations,
+            reward_weights=self.reward_weights,
+            mode=self.args.multi_objective_aggregation,
+            scale_rewards=self.args.scale_rewards,
+            advantage_clip=self.args.advantage_clip,
+        )[:, sample_ids.start : sample_ids.stop]
+
+        # Micro-batches hold samples of many prompts, in an order that resuming finds again.
+        generator = torch.Generator().manual_seed(
+            derive_seed(self.args.seed, Draw.ORDER, cycle, self.args.process_index)
+        )
+        order = torch.randperm(len(rows), generator=generator)
+        advantages = advantages[:, order]
+        updates = advantages.chunk(self.args.steps_per_generation // self.args.gradient_accumulation_steps, dim=1)
+        counts = torch.stack([(~part.isnan()).sum(dim=1) for part in updates])
+        signals = torch.stack([(part.nan_to_num() != 0).sum(dim=1) for part in updates])
+        scored = torch.stack([(~part.isnan()).any(dim=0).sum() for part in updates])
+        device = self.args.device
+        self._record("drift/latent_rms", latents.float().square().mean().sqrt().item())
+        return GenerationBatch(
+            prompts=unique_prompts,
+            conditioning=conditioning,
+            prompt_index=prompt_index[order].to(device),
+            sample_ids=torch.tensor(sample_ids)[order],
+            latents=latents[order.to(device)],
+            advantages=advantages.to(device),
+            counts=self.accelerator.reduce(counts.to(device), reduction="sum"),
+            active=self.accelerator.reduce(signals.to(device), reduction="sum") > 0,
+            scored=self.accelerator.reduce(scored.to(device), reduction="sum"),
+            weighted_sum=self._weighted_sum(all_rewards),
+        )
+
+    @torch.no_grad()
+    def _sample_and_score(
+        self,
+        conditioning: Conditioning,
+        prompt_index: Tensor,
+        prompts: list[str],
+        columns: dict[str, list],
+        seeds: list[int],
+        batch_size: int | None,
+    ) -> tuple[Tensor, list[Image.Image], Tensor]:
+        """Latents, images and rewards `[K, B]`; a batch is scored while the next one is sampled."""
+        self.model.eval()
+        batch_size = batch_size or self.args.per_device_train_batch_size
+        latents, images, pending = [], [], []
+        with self._progress("rollout", len(prompts)) as bar:
+            for start in range(0, len(prompts), batch_size):
+                part = slice(start, start + batch_size)
+                with self.compute_loss_context_manager():
+                    rollout = self.flow.rollout(
+                        conditioning.select(prompt_index[part]), seeds[part], self.args.num_inference_steps
+                    )
+                latents.append(rollout.latents)
+                images.extend(rollout.images)
+                part_columns = {name: values[part] for name, values in columns.items()}
+                pending.append(self.scorer.submit(rollout.images, prompts[part], part_columns, self.state))
+                bar.update(len(rollout.images))
+        rewards = []
+        with self._progress("rewards", len(prompts)) as bar:
+            for scores in pending:
+                rewards.append(self.scorer.collect(scores))
+                bar.update(len(scores.prompts))
+        return torch.cat(latents), images, torch.cat(rewards, dim=1)
+
+    def _log_rewards(self, rewards: Tensor) -> None:
+        for name, row in zip(self.scorer.names, rewards, strict=True):
+            valid = row[~row.isnan()]
+            self._record(f"rewards/{name}/valid", len(valid) / len(row))
+            self._record(f"rewards/{name}/mean", valid.mean().item() if len(valid) else float("nan"))
+            self._record(f"rewards/{name}/std", valid.std(correction=0).item() if len(valid) else float("nan"))
+            if len(valid) == 0 and name not in self._silent_rewards:
+                self._silent_rewards.add(name)
+                warnings.warn(
+                    f"Reward `{name}` applied to none of the {len(row)} images of step {self.state.global_step + 1}; it takes "
+                    "no part in it. (This is said once a reward.)",
+                    stacklevel=2,
+                )
+
+    def _weighted_sum(self, rewards: Tensor) -> Tensor:
+        """How "weighted sum of the raw rewards, then one advantage" would mix the per-reward gradients."""
+        valid = ~rewards.isnan()
+        if self.args.scale_rewards == "none":
+            stds = torch.ones(len(rewards))
+        else:
+            stds = torch.stack(
+                [row[keep].std(correction=0).nan_to_num() for row, keep in zip(rewards, valid, strict=True)]
+            )
+        return weighted_sum_weights(self.reward_weights, stds, valid.sum(dim=1)).to(self.args.device)
+
+    # ---- Per-reward gradients and the update ----
+
+    def _begin_update(self, update: int) -> None:
+        """Decide whether this optimizer step solves the balancing problem."""
+        self._solving = self.args.balances_gradients and self.schedule.is_due(
+            self.state.global_step, self._batch.active[update]
+        )
+        if self._solving:
+            size = sum(parameter.numel() for parameter in self.parameters)
+            self._reward_gradients = torch.zeros(len(self.scorer), size, device=self.args.device)
+
+    def _accumulate(self, slot: int, update: int, cycle: int, iteration: int) -> Tensor:
+        """Add the gradients of one micro-batch, over its timesteps."""
+        batch = self._batch
+        size = self.args.per_device_train_batch_size
+        part = slice(slot * size, (slot + 1) * size)
+        x0 = batch.latents[part].float()
+        conditioning = batch.conditioning.select(batch.prompt_index[part])
+        advantages = batch.advantages[:, part]
+        generators = [
+            torch.Generator().manual_seed(derive_seed(self.args.seed, Draw.TRAINING_NOISE, cycle, iteration, i))
+            for i in batch.sample_ids[part].tolist()
+        ]
+        # Which timesteps, [B, T]: without replacement, drawn sample by sample so that the batch split does not matter.
+        drawn = torch.stack([torch.randperm(len(self.times), generator=g)[: self.num_times] for g in generators])
+        loss = torch.zeros((), device=self.args.device)
+        with self._progress("update", self.num_times) as bar:
+            for places in drawn.T:
+                t = self.times[places].to(x0)
+                noise = torch.stack([torch.randn(x0.shape[1:], generator=g) for g in generators]).to(x0)
+                t_ = t.view(-1, *[1] * (x0.ndim - 1))
+                x_t = (1 - t_) * x0 + t_ * noise
+                loss += self._backward(x_t, x0, t, conditioning, advantages, update)
+                bar.update()
+        return loss
+
+    def _backward(
+        self, x_t: Tensor, x0: Tensor, t: Tensor, conditioning: Conditioning, advantages: Tensor, update: int
+    ) -> Tensor:
+        """
+        Forward and backward passes for one noisy version of a micro-batch.
+
+        Gradients of the rewards go to `self._reward_gradients` when the step solves the balancing problem. What is not
+        balanced, or is mixed with known weights, goes to `.grad`. Returns this part's share of the step's loss.
+        """
+        velocity, old_velocity, base_velocity = self._velocities(x_t, t, conditioning)
+        losses = nft_losses(velocity, old_velocity, x_t, x0, t, self.args.nft_beta)
+        counts = self._batch.counts[update] * self.num_times
+        settings = (counts, self.args.advantage_clip, self.args.nft_beta)
+        whole = nft_coefficients(advantages, *settings)
+        balance_advantage = self.args.balances_gradients and self.args.balance_on == "advantage"
+        balanced = advantage_coefficients(advantages, *settings) if balance_advantage else whole
+
+        shared = torch.zeros((), device=x_t.device)
+        if balance_advantage:
+            scored = ~advantages.isnan().all(dim=0)
+            anchor_count = self._batch.scored[update] * self.num_times
+            anchor = anchor_coefficients(scored, anchor_count, self.args.advantage_clip, self.args.nft_beta)
+            shared = shared + weighted_loss(losses, anchor)
+        divergence = torch.zeros((), device=x_t.device)
+        if base_velocity is not None:
+            total = self.args.generation_batch_size // len(self._batch.counts) * self.num_times
+            squared = (velocity.float() - base_velocity.float()).square().flatten(1).mean(dim=1)
+            divergence = squared.sum() / total
+            shared = shared + self.args.beta * divergence
+            # `_gather_metrics` averages over micro-batches, timesteps and processes what here are shares of a sum.
+            parts = self.args.gradient_accumulation_steps * self.num_times * self.args.world_size
+            self._record("kl", divergence.detach() * parts)
+
+        if self._solving:
+            if shared.requires_grad:
+                shared.backward(retain_graph=True)
+            self._reward_gradients += per_reward_gradients(losses, balanced, self.parameters)
+        else:
+            weights = self._mixing_weights(update)
+            (weighted_loss(losses, mix_coefficients(balanced, weights)) + shared).backward()
+        with torch.no_grad():
+            reward_losses = whole.positive @ losses.positive + whole.negative @ losses.negative
+            loss = reward_losses.sum() / (counts > 0).sum().clamp(min=1) + self.args.beta * divergence
+            # `Trainer` averages over processes what here is each process's share of a sum.
+            return loss * self.args.world_size
+
+    def _velocities(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Velocities of the trained policy, the old one, and the base model (`None` with `beta=0`)."""
+        with self.compute_loss_context_manager():
+            # Without gradients first: with gradient checkpointing the trained pass runs again during the backward pass,
+            # and must find the model as it was.
+            base = None
+            self.model.eval()
+            with torch.no_grad():
+                with self.old_policy.swapped_in():
+                    old = self.model(x_t, t, conditioning)
+                if self.args.beta > 0:
+                    with adapters_disabled(self.flow.transformer):
+                        base = self.model(x_t, t, conditioning)
+            self.model.train()
+            current = self.model(x_t, t, conditioning)
+        self._record("drift/velocity_rms", current.detach().float().square().mean().sqrt())
+        return current, old, base
+
+    def _mixing_weights(self, update: int) -> Tensor:
+        """Weights of the losses when one backward pass does."""
+        if not self.args.balances_gradients:
+            return torch.ones(1, device=self.args.device)
+        return self.schedule.weights(self._batch.active[update]).to(self.args.device, torch.float32)
+
+    def _finish_update(self, update: int) -> None:
+        """Reduce gradients over processes once, and leave the update's direction in `.grad`."""
+        shared = flatten_gradients([p.grad for p in self.parameters], self.parameters)
+        direction = self.accelerator.reduce(shared, reduction="sum")
+        if self._solving:
+            gradients = self.accelerator.reduce(self._reward_gradients, reduction="sum")
+            self._reward_gradients = None
+            solution = harmonize(
+                gram_matrix(gradients), self.weighting, self.args.normalize_gradients, self._batch.active[update]
+            )
+            self.schedule.update(solution)
+            direction = direction + solution.weights.to(gradients) @ gradients
+            self._log_balance(solution)
+        assign_gradients(direction, self.parameters)
+        if self.args.balances_gradients:
+            alpha = solution.alpha if self._solving else self.schedule.alpha
+            for name, value in zip(self.scorer.names, alpha.tolist(), strict=True):
+                self._record(f"balance/alpha/{name}", value)
+
+    def _log_balance(self, solution: Harmonization) -> None:
+        for name, norm in zip(self.scorer.names, solution.norms.tolist(), strict=True):
+            self._record(f"balance/grad_norm/{name}", norm)
+        for prefix, weights in (("balance", solution.weights), ("balance/weighted_sum", self._batch.weighted_sum)):
+            for key, value in balance_diagnostics(solution.gram, weights, solution.active).items():
+                self._record(f"{prefix}/{key}", value)
+
+    def _after_optimizer_step(self) -> None:
+        """Let the averaged weights follow every step, and the old policy every generation batch."""
+        step = self.state.global_step
+        self.average.lerp_(min(weight_ema_decay(step), self.args.weight_ema_decay))
+        if self._micro_step % self._cycle_length == 0:
+            flat, rate, maximum = OLD_POLICY_PRESETS[self.args.old_policy_preset]
+            self.old_policy.lerp_(old_policy_decay(step, flat, rate, maximum))
+
+    # ---- Evaluation and logging ----
+
+    def evaluate(
+        self,
+        eval_dataset: Dataset | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """
+        Score the averaged weights on a prompt set, with the same seeds at every call.
+
+        Args:
+            eval_dataset ([`~datasets.Dataset`], *optional*):
+                Prompts; defaults to the trainer's `eval_dataset`.
+            ignore_keys:
+                Not used.
+            metric_key_prefix (`str`, *optional*, defaults to `"eval"`):
+                Put before the metrics' names.
+
+        Returns:
+            `dict[str, float]`: For each reward `<prefix>_rewards/<name>/mean`, `/standard_error` and `/valid` (fraction
+            of the images that it applies to), and `<prefix>_drift/velocity_norm`, the norm of the velocity relative to the
+            base model's. The images and rewards themselves are appended to `trainer.evaluations`.
+
+        Raises:
+            `ValueError`: If there is no dataset to evaluate on.
+        """
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        if dataset is None:
+            raise ValueError("There is nothing to evaluate on: pass `eval_dataset` here or to the trainer.")
+        validate_prompts(dataset, "eval_dataset")
+        with self.average.swapped_in():
+            evaluation, velocity_norm = self._evaluate_policy(dataset)
+        self.evaluations.append(evaluation)
+
+        metrics: dict[str, float] = {f"{metric_key_prefix}_drift/velocity_norm": velocity_norm}
+        for row, (name, (mean, error)) in zip(evaluation.rewards, evaluation.summary().items(), strict=True):
+            prefix = f"{metric_key_prefix}_rewards/{name}"
+            valid = 1 - row.isnan().float().mean().item()
+            metrics |= {f"{prefix}/mean": mean, f"{prefix}/standard_error": error, f"{prefix}/valid": valid}
+        super().log(dict(metrics))
+        if self.args.log_images and self.is_world_process_zero():
+            path = self._image_folder() / f"{metric_key_prefix}_step_{self.state.global_step:06d}.png"
+            image_grid(list(evaluation.gallery.values()), list(evaluation.gallery), path=path)
+            log_image(self, f"{metric_key_prefix}/images", path)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _evaluate_policy(self, dataset: Dataset) -> tuple[Evaluation, float]:
+        repeats = self.args.num_generations_eval
+        indices = range(len(dataset) * repeats)[self.args.process_index :: self.args.world_size]
+        rows = [dataset[i // repeats] for i in indices]
+        prompts = [row["prompt"] for row in rows]
+        columns = {name: [row[name] for row in rows] for name in dataset.column_names if name != "prompt"}
+        seeds = [derive_seed(self.args.seed, Draw.EVALUATION, i) for i in indices]
+        unique_prompts = list(dict.fromkeys(prompts))
+        places = {prompt: place for place, prompt in enumerate(unique_prompts)}
+        prompt_index = torch.tensor([places[prompt] for prompt in prompts])
+        conditioning = self.flow.encode(unique_prompts)
+        batch_size = self.args.per_device_eval_batch_size
+        latents, images, rewards = self._sample_and_score(
+            conditioning, prompt_index, prompts, columns, seeds, batch_size
+        )
+        norm = self._relative_velocity_norm(
+            latents[:batch_size], conditioning.select(prompt_index[:batch_size]), seeds
+        )
+
+        # Rows of the gallery: prompts spread over the dataset.
+        shown = {(k * len(dataset)) // self.args.num_images_to_log for k in range(self.args.num_images_to_log)}
+        found = [
+            (i, rewards[:, place].tolist(), images[place] if i // repeats in shown else None)
+            for place, i in enumerate(indices)
+        ]
+        found = sorted(gather_object(found), key=lambda entry: entry[0])
+        gallery: dict[str, list[Image.Image]] = {}
+        for i, _, image in found:
+            if image is not None:
+                gallery.setdefault(dataset[i // repeats]["prompt"], []).append(image)
+        all_rewards = torch.tensor([values for _, values, _ in found]).T
+        return Evaluation(self.state.global_step, self.scorer.names, all_rewards, gallery), norm
+
+    @torch.no_grad()
+    def _relative_velocity_norm(self, x0: Tensor, conditioning: Conditioning, seeds: Sequence[int]) -> float:
+        """Norm of the policy's velocity divided by the base model's, half way between image and noise."""
+        x0 = x0.float()
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds[: len(x0)]]
+        noise = torch.stack([torch.randn(x0.shape[1:], generator=g) for g in generators]).to(x0)
+        x_t, t = (x0 + noise) / 2, torch.full((len(x0),), 0.5, device=x0.device)
+        with self.compute_loss_context_manager():
+            policy = self.model(x_t, t, conditioning)
+            with adapters_disabled(self.flow.transformer):
+                base = self.model(x_t, t, conditioning)
+        return (policy.float().norm() / base.float().norm()).item()
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log; a training step's log also holds what was recorded since the last one, averaged NaN-aware."""
+        if "loss" in logs:
+            logs = {**logs, **self._gather_metrics()}
+            if self.args.log_images and self._latest_rollout is not None and self.is_world_process_zero():
+                self._log_rollout_images()
+        super().log(logs, start_time)
+
+    def _record(self, name: str, value: float | Tensor) -> None:
+        """Keep a value for the next log. Tensors are not read before, so that the device is not waited for."""
+        self._metrics[name].append(value)
+
+    def _gather_metrics(self) -> dict[str, float]:
+        """Means of what was recorded, over steps and processes. Every process records the same names in the same order."""
+        means = torch.tensor([nan_aware_mean([float(v) for v in values]) for values in self._metrics.values()])
+        means = self.accelerator.gather(means.to(self.args.device)[None]).cpu()
+        names = list(self._metrics)
+        self._metrics.clear()
+        return {name: nan_aware_mean(column.tolist()) for name, column in zip(names, means.T, strict=True)}
+
+    def _image_folder(self) -> Path:
+        folder = Path(self.args.output_dir) / "images"
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    def _log_rollout_images(self) -> None:
+        """Save and send a grid of the latest rollout: some prompts, up to as many images of each."""
+        prompts, images, _ = self._latest_rollout
+        self._latest_rollout = None
+        rows: dict[str, list[Image.Image]] = {}
+        for prompt, image in zip(prompts, images, strict=True):
+            if prompt in rows or len(rows) < self.args.num_images_to_log:
+                rows.setdefault(prompt, []).append(image)
+        shown = [row[: self.args.num_images_to_log] for row in rows.values()]
+        path = self._image_folder() / f"train_step_{self.state.global_step:06d}.png"
+        image_grid(shown, list(rows), path=path)
+        log_image(self, "train/images", path)
+
+    def _progress(self, what: str, total: int) -> tqdm:
+        return tqdm(
+            total=total,
+            desc=what,
+            leave=False,
+            dynamic_ncols=True,
+            disable=self.args.disable_tqdm or not self.is_local_process_zero(),
+        )
+
+    # ---- Saving, resuming, publishing ----
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """Write the adapter with the averaged weights; nothing else is needed to use it, and nothing is pickled."""
+        if self.args.should_save:
+            with self.average.swapped_in():
+                save_adapter(self.pipeline, output_dir or self.args.output_dir)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Write everything that a resumed run needs to end as the uninterrupted one does."""
+        folder = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        folder.mkdir(parents=True, exist_ok=True)
+        if self.args.should_save:
+            tensors = {
+                "current": self.trainable,
+                "old": self.old_policy.state_dict(),
+                "average": self.average.state_dict(),
+                "balance": self.schedule.state_dict(),
+            }
+            save_state(folder, tensors, self._identity())
+        if self._micro_step % self._cycle_length != 0:
+            self._batch.save(folder / self._batch_file())
+        super()._save_checkpoint(model, trial)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        folder = Path(resume_from_checkpoint)
+        groups = load_state(folder, self._identity())
+        copy_into(self.trainable, groups["current"])
+        self.old_policy.load_state_dict(groups["old"])
+        self.average.load_state_dict(groups["average"])
+        self.schedule.load_state_dict(groups["balance"])
+        step = TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME)).global_step
+        self._micro_step = step * self.args.gradient_accumulation_steps
+        if self._micro_step % self._cycle_length != 0:
+            self._batch = GenerationBatch.load(folder / self._batch_file(), self.flow.encode, self.args.device)
+
+    def _identity(self) -> dict[str, Any]:
+        """What a run must share with a checkpoint that it resumes from."""
+        config = self.flow.transformer.peft_config["default"]
+        return {
+            "pipeline": type(self.pipeline).__name__,
+            "base_model": self._fingerprint,
+            "rewards": self.scorer.names,
+            "lora": {"r": config.r, "lora_alpha": config.lora_alpha},
+            "world_size": self.args.world_size,
+            "generation_batch": [
+                self.args.per_device_train_batch_size,
+                self.args.gradient_accumulation_steps,
+                self.args.steps_per_generation,
+                self.args.num_iterations,
+            ],
+        }
+
+    def _batch_file(self) -> str:
+        return f"generation_batch_{self.args.process_index}.safetensors"
+
+    def _save_on_failure(self) -> None:
+        """Save a checkpoint of the last whole optimizer step, if there is one that was not saved."""
+        step = self.state.global_step
+        folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
+        if step == 0 or (folder / TRAINER_STATE_NAME).is_file():
+            return
+        self._micro_step = step * self.args.gradient_accumulation_steps
+        try:
+            self._save_checkpoint(self.model, trial=None)
+        except Exception as error:
+            logger.error(f"Training failed, and saving step {step} to {folder} failed too: {error}")
+        else:
+            logger.warning(f"Training stopped after step {step}; it is saved in {folder}.")
+
+    def create_model_card(self, model_name: str | None = None, **kwargs: Any) -> None:
+        """
+        Write the model card, with its pictures, to the output folder. It is rendered anew from this run.
+
+        Args:
+            model_name (`str`, *optional*):
+                Title of the card. Defaults to the name of the output folder.
+            kwargs:
+                Accepted for compatibility with [`~transformers.Trainer.push_to_hub`]; not used.
+        """
+        if self.is_world_process_zero():
+            write_card(self, model_name)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if self.is_world_process_zero() and self.args.hub_strategy != HubStrategy.END:
+            push_checkpoint(self, Path(checkpoint_folder))
+
+
+class _FollowPolicy(TrainerCallback):
+    """Calls the trainer after each optimizer step, before anything is logged, evaluated or saved."""
+
+    def __init__(self, trainer: MarbleNFTTrainer) -> None:
+        self.trainer = trainer
+
+    def on_epoch_begin(self, args, state, control, **kwargs) -> None:
+        # Not every dataloader wrapper of `accelerate` forwards the epoch to the sampler.
+        self.trainer._prompt_sampler.set_epoch(int(state.epoch or 0))
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        self.trainer._after_optimizer_step()
+
+
+def _keep_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The data collator: rewards want the rows as they are."""
+    return rows
+
+
+def _check_writable(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OSError(
+            f"The output folder `{folder}` cannot be written ({error}); pass another `output_dir` to `MarbleConfig`."
+        ) from error

@@ -1,0 +1,177 @@
+# Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
+"""What a run pushes to the Hub: its card with pictures, its adapter, and checkpoints if asked for."""
+
+import importlib.metadata
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from huggingface_hub import HfApi
+from PIL import Image
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
+from transformers.utils import PushInProgress
+
+import trl_marble
+
+from ..evaluation import plot_balance, summarize_balance
+from ..hub import GalleryItem, RewardRow, build_model_card
+
+
+if TYPE_CHECKING:
+    from .marble_nft_trainer import MarbleNFTTrainer
+
+PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "datasets")
+CARD_SETTINGS = (
+    "num_inference_steps",
+    "guidance_scale",
+    "num_generations",
+    "timestep_fraction",
+    "multi_objective_aggregation",
+    "balance_on",
+    "balance_every",
+    "balance_ema",
+    "scale_rewards",
+    "reward_weights",
+    "nft_beta",
+    "beta",
+    "advantage_clip",
+    "old_policy_preset",
+    "weight_ema_decay",
+    "learning_rate",
+    "weight_decay",
+    "max_grad_norm",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "steps_per_generation",
+    "num_iterations",
+    "seed",
+)
+
+
+def write_card(trainer: "MarbleNFTTrainer", model_name: str | None = None) -> None:
+    """
+    Write `README.md` and the pictures it shows to the output folder.
+
+    Args:
+        trainer ([`MarbleNFTTrainer`]):
+            The run.
+        model_name (`str`, *optional*):
+            Title of the card. Defaults to the name of the output folder.
+    """
+    folder = Path(trainer.args.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    history = trainer.state.log_history
+    balance = summarize_balance(history)
+    balance_plot = None
+    if balance is not None:
+        balance_plot = "balance.png"
+        plot_balance(history, folder / balance_plot)
+    card = build_model_card(
+        repo_name=model_name or folder.absolute().name,
+        pipeline_class=type(trainer.pipeline).__name__,
+        rewards=reward_rows(trainer.scorer.names, history),
+        base_model=trainer.pipeline.config.get("_name_or_path"),
+        dataset_name=trainer.train_dataset.info.dataset_name,
+        balance=balance,
+        settings=_card_settings(trainer),
+        gallery=_save_gallery(trainer, folder),
+        balance_plot=balance_plot,
+        before_after="before_after.png" if (folder / "before_after.png").is_file() else None,
+        model_id=trainer.hub_model_id,
+        framework_versions=framework_versions(),
+    )
+    card.save(folder / "README.md")
+
+
+def framework_versions() -> dict[str, str]:
+    """Versions of this package and of those that it stands on."""
+    # Not from the installed metadata: the package may be run from a source tree.
+    return {"trl_marble": trl_marble.__version__} | {name: importlib.metadata.version(name) for name in PACKAGES}
+
+
+def reward_rows(names: list[str], history: list[dict[str, Any]]) -> list[RewardRow]:
+    """
+    Each reward before and after training.
+
+    Args:
+        names (`list[str]`):
+            The rewards.
+        history (`list[dict[str, Any]]`):
+            `trainer.state.log_history`.
+
+    Returns:
+        `list[RewardRow]`: From the first and the last evaluation, if the first was before training; else not measured.
+    """
+    rows = []
+    for name in names:
+        key = f"eval_rewards/{name}"
+        found = [entry for entry in history if f"{key}/mean" in entry]
+        before = found[0] if found and found[0]["step"] == 0 else {}
+        after = found[-1] if found and found[-1]["step"] > 0 else {}
+        rows.append(
+            RewardRow(
+                name=name,
+                before=before.get(f"{key}/mean"),
+                after=after.get(f"{key}/mean"),
+                before_se=before.get(f"{key}/standard_error"),
+                after_se=after.get(f"{key}/standard_error"),
+            )
+        )
+    return rows
+
+
+def push_checkpoint(trainer: "MarbleNFTTrainer", checkpoint: Path) -> None:
+    """
+    Push the adapter of a checkpoint with its card, and the checkpoint itself where `hub_strategy` asks for it.
+
+    Args:
+        trainer ([`MarbleNFTTrainer`]):
+            The run.
+        checkpoint (`Path`):
+            A whole checkpoint folder.
+    """
+    args = trainer.args
+    if not args.hub_always_push and trainer.push_in_progress is not None and not trainer.push_in_progress.is_done():
+        return
+    folder = Path(args.output_dir)
+    for file in checkpoint.glob("pytorch_lora_weights*.safetensors"):
+        shutil.copy(file, folder / file.name)
+    trainer.create_model_card()
+    api = HfApi(token=args.hub_token)
+    message = f"Training in progress, step {trainer.state.global_step}"
+    upload = {"repo_id": trainer.hub_model_id, "revision": args.hub_revision, "run_as_future": True}
+    ignore = ["_*", f"{PREFIX_CHECKPOINT_DIR}-*"]
+    jobs = [api.upload_folder(folder_path=folder, commit_message=message, ignore_patterns=ignore, **upload)]
+    if args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
+        place = "last-checkpoint" if args.hub_strategy == HubStrategy.CHECKPOINT else checkpoint.name
+        message += ", checkpoint"
+        jobs.append(api.upload_folder(folder_path=checkpoint, path_in_repo=place, commit_message=message, **upload))
+    if trainer.push_in_progress is None or trainer.push_in_progress.is_done():
+        trainer.push_in_progress = PushInProgress(jobs)
+    else:
+        trainer.push_in_progress.jobs.extend(jobs)
+
+
+def _card_settings(trainer: "MarbleNFTTrainer") -> dict[str, Any]:
+    args = trainer.args
+    config = trainer.flow.transformer.peft_config["default"]
+    settings = {name: getattr(args, name) for name in CARD_SETTINGS}
+    if args.resolution is not None:
+        settings |= {"height": args.resolution, "width": args.resolution}
+    settings |= {"optimizer_steps": trainer.state.global_step, "processes": args.world_size}
+    settings |= {"lora_rank": config.r, "lora_alpha": config.lora_alpha}
+    return {name: value for name, value in settings.items() if value is not None}
+
+
+def _save_gallery(trainer: "MarbleNFTTrainer", folder: Path) -> list[GalleryItem]:
+    """The first image of each prompt that the latest evaluation kept."""
+    if not trainer.evaluations:
+        return []
+    (folder / "images").mkdir(exist_ok=True)
+    items = []
+    for number, (prompt, images) in enumerate(trainer.evaluations[-1].gallery.items()):
+        path = f"images/sample_{number}.png"
+        image: Image.Image = images[0]
+        image.save(folder / path)
+        items.append(GalleryItem(path=path, prompt=prompt))
+    return items

@@ -1,0 +1,34 @@
+# Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
+"""Seeds that depend on what is drawn, not on when, so that a run does not depend on batch split, world size or resume."""
+
+from enum import IntEnum
+
+import numpy as np
+
+
+class Draw(IntEnum):
+    """What a seed is for."""
+
+    ROLLOUT = 0
+    TRAINING_NOISE = 1
+    ORDER = 2
+    EVALUATION = 3
+
+
+def derive_seed(seed: int, draw: Draw, *place: int) -> int:
+    """
+    A 64-bit seed for one draw.
+
+    Args:
+        seed (`int`):
+            Seed of the run, not negative.
+        draw ([`Draw`]):
+            What is drawn.
+        *place (`int`):
+            Where in the run, for example the number of the generation batch and of the sample in it.
+
+    Returns:
+        `int`: The seed; different places give unrelated seeds.
+    """
+    low, high = np.random.SeedSequence([seed, int(draw), *place]).generate_state(2).tolist()
+    return low | (high << 32)
