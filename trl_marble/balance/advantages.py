@@ -112,12 +112,12 @@ def aggregate_advantages(
     _check_rewards(rewards)
     if mode not in get_args(AggregationMode):
         raise ValueError(
-            f"Unknown multi_objective_aggregation {mode!r}: use one of {list(get_args(AggregationMode))}."
+            f"Unknown multi_objective_aggregation {mode!r}: use one of {', '.join(get_args(AggregationMode))}."
         )
     weights = torch.as_tensor(reward_weights).detach().cpu().double()
     if weights.shape != rewards.shape[:1]:
         raise ValueError(
-            f"reward_weights has shape {tuple(weights.shape)} for {rewards.shape[0]} rewards: give one weight per reward."
+            f"reward_weights has shape {tuple(weights.shape)} for {len(rewards)} rewards: give one weight per reward."
         )
     if not weights.isfinite().all():
         raise ValueError(f"reward_weights must be finite, got {weights.tolist()}.")
@@ -141,8 +141,8 @@ def _check_rewards(rewards: Tensor) -> None:
     if infinite.any():
         row, column = infinite.nonzero()[0].tolist()
         raise ValueError(
-            f"Reward {row} is {rewards[row, column].item()} for sample {column}: rewards must be finite. Return None or "
-            "NaN where a reward does not apply."
+            f"Reward {row} is {rewards[row, column].item()} for sample {column}: rewards must be finite. Return None "
+            "or NaN where a reward does not apply."
         )
 
 
@@ -157,7 +157,7 @@ def _scaled_advantages(rewards: Tensor, groups: Tensor, scale_rewards: ScaleRewa
         # A float32 cannot tell neighbouring ids above 2 ** 24 apart and would merge the groups of two prompts.
         raise ValueError(f"groups must be integers, got {groups.dtype}: use torch.int64 ids.")
     if scale_rewards not in get_args(ScaleRewards):
-        raise ValueError(f"Unknown scale_rewards {scale_rewards!r}: use one of {list(get_args(ScaleRewards))}.")
+        raise ValueError(f"Unknown scale_rewards {scale_rewards!r}: use one of {', '.join(get_args(ScaleRewards))}.")
 
     values = rewards.detach().cpu().double()
     centred = torch.empty_like(values)

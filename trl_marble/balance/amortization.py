@@ -7,6 +7,10 @@ from torch import Tensor
 from .harmonize import Harmonization
 
 
+# Below this share of the total, what is left of old solves says nothing about how rewards compare.
+_NEGLIGIBLE = 1e-6
+
+
 class BalanceSchedule:
     """
     Holds the smoothed balance between two full solves ([MARBLE](https://huggingface.co/papers/2605.06507)).
@@ -50,15 +54,15 @@ class BalanceSchedule:
     @property
     def alpha(self) -> Tensor:
         """
-        The smoothed `alpha` of shape `(K,)`, float64 on the CPU; NaN for a reward that no solve has seen. Each entry is
-        its reward's own average, so they need not sum to 1 where rewards come and go.
+        The smoothed `alpha` of shape `(K,)`, float64 on the CPU; NaN for a reward that no solve has seen. Each entry
+        is its reward's own average, so they need not sum to 1 where rewards come and go.
         """
         return self._alpha.clone()
 
     def is_due(self, step: int, active: Tensor | None = None) -> bool:
         """
-        Whether this optimizer step is to be a full solve: at steps 0, N, 2N, ..., and whenever a reward takes part that
-        no solve has seen yet, because there is no telling what it should weigh.
+        Whether this optimizer step is to be a full solve: at steps 0, N, 2N, ..., and whenever a reward takes part
+        that no solve has seen yet, because there is no telling what it should weigh.
 
         Args:
             step (`int`):
@@ -94,8 +98,8 @@ class BalanceSchedule:
 
     def weights(self, active: Tensor) -> Tensor:
         """
-        Weights for a step without a solve: the smoothed `alpha` of the rewards that take part, scaled to the total that
-        solves have (1 for MGDA), times the mean of their last known gradient norms over their own.
+        Weights for a step without a solve: the smoothed `alpha` of the rewards that take part, scaled to the total
+        that solves have (1 for MGDA), times the mean of their last known gradient norms over their own.
 
         Args:
             active (`torch.BoolTensor` of shape `(K,)`):
@@ -104,14 +108,14 @@ class BalanceSchedule:
         Returns:
             `torch.Tensor` of shape `(K,)`, float64 on the CPU. 0 for rewards that do not take part, and for rewards
             that no solve has seen (for which [`~BalanceSchedule.is_due`] asks for a solve instead). If the smoothed
-            `alpha` of all that take part is 0, they share equally: what made them superfluous is absent.
+            `alpha` of all that take part is (nearly) 0, they share equally: what made them superfluous is absent.
         """
         usable = self._checked(active) & ~self._alpha.isnan()
         weights = torch.zeros(self.num_rewards, dtype=torch.float64)
         if not usable.any():
             return weights
         alpha = self._alpha[usable]
-        if alpha.abs().sum() == 0:
+        if alpha.abs().sum() <= _NEGLIGIBLE * self._total:
             alpha = torch.ones_like(alpha)
         alpha = alpha * self._total / alpha.abs().sum()
         norms = self._norms[usable]

@@ -31,7 +31,8 @@ def direction_cosines(gram: Tensor, weights: Tensor) -> Tensor:
     """
     if gram.ndim != 2 or gram.shape[0] != gram.shape[1] or weights.shape != gram.shape[:1]:
         raise ValueError(
-            f"Give a square Gram matrix and one weight per gradient, got {tuple(gram.shape)} and {tuple(weights.shape)}."
+            "Give a square Gram matrix and one weight per gradient, got shapes "
+            f"{tuple(gram.shape)} and {tuple(weights.shape)}."
         )
     gram, weights = gram.detach().cpu().double(), weights.detach().cpu().double()
     norms = gram.diagonal().sqrt()
@@ -76,10 +77,10 @@ def weighted_sum_weights(reward_weights: Tensor, reward_stds: Tensor, counts: Te
     [`balance_diagnostics`] shows what the weighted sum *would* have done.
 
     A raw reward minus its group's mean is `(s_k + 1e-4) A[k, i]`, so the one advantage of the weighted sum is
-    proportional to `sum_k w_k (s_k + 1e-4) m[k, i] A[k, i]`, averaged over all samples; `g_k` averages `A[k]` over its own
-    `n_k` samples, which leaves `u_k = w_k (s_k + 1e-4) n_k`. This is exact for the gradients of the rewards' signal
-    (`balance_on="advantage"`), with `scale_rewards="batch"`, where no advantage is clipped and a reward applies to all
-    samples of a prompt or to none.
+    proportional to `sum_k w_k (s_k + 1e-4) m[k, i] A[k, i]`, averaged over all samples; `g_k` averages `A[k]` over its
+    own `n_k` samples, which leaves `u_k = w_k (s_k + 1e-4) n_k`. This is exact for the gradients of the rewards'
+    signal (`balance_on="advantage"`), with `scale_rewards="batch"`, where no advantage is clipped and a reward applies
+    to all samples of a prompt or to none.
 
     Args:
         reward_weights (`torch.Tensor` of shape `(K,)`):

@@ -65,17 +65,15 @@ def harmonize(
         one boolean per reward, or if the weighting returns something of the wrong shape or not finite.
     """
     if gram.ndim != 2 or gram.shape[0] != gram.shape[1] or not gram.is_floating_point():
-        raise ValueError(
-            f"gram must be a square floating-point matrix, got {gram.dtype} of shape {tuple(gram.shape)}."
-        )
+        raise ValueError(f"gram must be a square matrix of floats, got {gram.dtype} of shape {tuple(gram.shape)}.")
     squared_norms = gram.diagonal()
     if not gram.isfinite().all():
         # A broken gradient spoils its whole row and column, so the diagonal tells which one it was.
         broken = (~squared_norms.isfinite()).nonzero().flatten().tolist()
         culprits = broken or (~gram.isfinite()).any(dim=1).nonzero().flatten().tolist()
         raise FloatingPointError(
-            f"The gradient of reward {', '.join(map(str, culprits))} is not finite. Look for NaN or inf in the latents and "
-            "predictions of this step; lowering the learning rate or training in float32 or bfloat16 may mend it."
+            f"The gradient of reward {', '.join(map(str, culprits))} is not finite. Look for NaN or inf in the "
+            "latents and predictions of this step; a lower learning rate, or bfloat16 for float16, may mend it."
         )
     if (squared_norms < 0).any():
         row = int((squared_norms < 0).nonzero()[0])
@@ -84,7 +82,8 @@ def harmonize(
         active = torch.ones(len(gram), dtype=torch.bool)
     if active.dtype != torch.bool or active.shape != squared_norms.shape:
         raise ValueError(
-            f"active must hold one boolean per reward ({len(gram)}), got {active.dtype} of shape {tuple(active.shape)}."
+            f"active must hold one boolean per reward ({len(gram)}), got {active.dtype} of shape "
+            f"{tuple(active.shape)}."
         )
 
     active = active.to(gram.device) & (squared_norms > 0)
@@ -100,8 +99,8 @@ def harmonize(
         active_alpha = torch.as_tensor(weighting(active_gram)).detach().to(gram)
         if active_alpha.shape != active_norms.shape or not active_alpha.isfinite().all():
             raise ValueError(
-                f"The weighting returned {active_alpha.tolist()} for a Gram matrix of {len(active_norms)} gradients: it "
-                f"must return {len(active_norms)} finite weights."
+                f"The weighting returned {active_alpha.tolist()} for a Gram matrix of {len(active_norms)} gradients: "
+                f"it must return {len(active_norms)} finite weights."
             )
         alpha[active] = active_alpha
         weights[active] = active_alpha * active_norms.mean() / active_norms if normalize_gradients else active_alpha

@@ -211,8 +211,8 @@ def mix_coefficients(coefficients: SampleCoefficients, weights: Tensor) -> Sampl
     """
     if weights.shape != coefficients.positive.shape[:1]:
         raise ValueError(
-            f"weights has shape {tuple(weights.shape)} for coefficients of shape {tuple(coefficients.positive.shape)}: "
-            "give one weight per reward."
+            f"weights has shape {tuple(weights.shape)} for coefficients of shape "
+            f"{tuple(coefficients.positive.shape)}: give one weight per reward."
         )
     weights = weights.to(coefficients.positive)
     return SampleCoefficients(positive=weights @ coefficients.positive, negative=weights @ coefficients.negative)
@@ -260,15 +260,15 @@ def _masked_advantages(
     largest = values.abs().max().item() if values.numel() else 0.0
     if largest > advantage_clip * (1 + 1e-6):
         raise ValueError(
-            f"An advantage of size {largest} lies outside [-{advantage_clip}, {advantage_clip}]: clip the advantages with "
-            "the same advantage_clip before mixing them."
+            f"An advantage of size {largest} lies outside [-{advantage_clip}, {advantage_clip}]: clip the advantages "
+            "with the same advantage_clip before mixing them."
         )
     uncounted = (counts <= 0) & valid.any(dim=1)
     if uncounted.any():
         row = int(uncounted.nonzero()[0])
         raise ValueError(
-            f"Reward {row} applies to {int(valid[row].sum())} samples here but its count is {counts[row].item()}: counts "
-            "are over the whole optimizer step, this micro-batch included."
+            f"Reward {row} applies to {int(valid[row].sum())} samples here but its count is {counts[row].item()}: "
+            "counts are over the whole optimizer step, this micro-batch included."
         )
     share = valid.to(values.dtype) / counts.to(values).clamp_min(1)[:, None]
     return values, share

@@ -17,8 +17,8 @@ def per_reward_gradients(
     losses: NFTLosses, coefficients: SampleCoefficients, parameters: Sequence[Tensor], retain_graph: bool = False
 ) -> Tensor:
     """
-    Gradients of every per-reward loss ([MARBLE](https://huggingface.co/papers/2605.06507)), one backward pass each over
-    the one forward pass behind `losses`. A reward whose coefficients are all 0 in this micro-batch costs none.
+    Gradients of every per-reward loss ([MARBLE](https://huggingface.co/papers/2605.06507)), one backward pass each
+    over the one forward pass behind `losses`. A reward whose coefficients are all 0 in this micro-batch costs none.
 
     Gradients of micro-batches are *summed* over an optimizer step. `.grad` is neither read nor written. Reentrant
     gradient checkpointing does not work with `torch.autograd.grad`; the non-reentrant one does.

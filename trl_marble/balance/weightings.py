@@ -16,6 +16,7 @@ Weighting = Callable[[Tensor], Tensor]
 # Gram matrix has one solution (the one with the most even weights) and quadprog can factorize it.
 _RIDGE = 1e-8
 _SYMMETRY_TOLERANCE = 1e-5
+_NEGLIGIBLE = 1e-10
 _EIGENVALUE_TOLERANCE = 1e-3
 
 
@@ -26,9 +27,9 @@ def mgda_weights(gram: Any, floor: float = 0.0) -> Tensor:
 
     `alpha = argmin 1/2 a^T (G + eps I) a  subject to  sum(a) = 1, a >= floor`
 
-    With `floor = 0` the direction `d = sum_k alpha_k g_k` conflicts with no gradient, `<d, g_k> >= |d|^2`, up to `eps`,
-    which is 1e-8 of the largest entry of `G`: rescaling `G` as a whole does not change the weights. A positive floor
-    gives this guarantee up.
+    With `floor = 0` the direction `d = sum_k alpha_k g_k` conflicts with no gradient, `<d, g_k> >= |d|^2`, up to
+    `eps`, which is 1e-8 of the largest entry of `G`: rescaling `G` as a whole does not change the weights. A positive
+    floor gives this guarantee up.
 
     Args:
         gram (`torch.Tensor` of shape `(K, K)`, or anything `torch.as_tensor` takes):
@@ -51,14 +52,16 @@ def mgda_weights(gram: Any, floor: float = 0.0) -> Tensor:
         raise ValueError(f"floor must be in [0, 1/K] = [0, {1 / size:.6g}] for K = {size} gradients, got {floor}.")
 
     scale = np.abs(matrix).max()
-    if scale == 0 or floor * size == 1:
+    if scale == 0 or 1 - size * floor < 1e-9:
         return torch.full((size,), 1 / size, dtype=gram.dtype, device=gram.device)
     matrix = _nearest_positive_semidefinite(matrix / scale) + _RIDGE * np.eye(size)
     constraints = np.concatenate([np.ones((size, 1)), np.eye(size)], axis=1)
     bounds = np.concatenate([[1.0], np.full(size, floor)])
     solution = quadprog.solve_qp(matrix, np.zeros(size), constraints, bounds, 1)[0]
-    # The active-set solver meets its constraints up to rounding only.
-    solution = floor + _project_to_simplex(solution - floor, total=1 - size * floor)
+    # The active-set solver meets its constraints up to rounding only: put what it left at the floor exactly there.
+    spread = 1 - size * floor
+    excess = np.where(solution - floor < _NEGLIGIBLE * spread, 0.0, solution - floor)
+    solution = floor + excess * spread / excess.sum()
     return torch.as_tensor(solution, dtype=gram.dtype, device=gram.device)
 
 
@@ -105,13 +108,13 @@ def get_weighting(weighting: str | Weighting | None = None) -> Weighting:
     if isinstance(weighting, str):
         if weighting not in WEIGHTINGS:
             raise ValueError(
-                f"Unknown weighting {weighting!r}: use one of {sorted(WEIGHTINGS)}, or pass a callable from a Gram matrix "
-                "to weights."
+                f"Unknown weighting {weighting!r}: use one of {sorted(WEIGHTINGS)}, or pass a callable from a Gram "
+                "matrix to weights."
             )
         return WEIGHTINGS[weighting]
     if not callable(weighting):
         raise TypeError(
-            f"weighting must be a name out of {sorted(WEIGHTINGS)}, a callable or None, got {type(weighting).__name__}."
+            f"weighting must be one of {sorted(WEIGHTINGS)}, a callable or None, got {type(weighting).__name__}."
         )
     return weighting
 
@@ -129,15 +132,15 @@ def _checked_gram(gram: Tensor) -> np.ndarray:
     if not np.isfinite(matrix).all():
         row, column = np.argwhere(~np.isfinite(matrix))[0].tolist()
         raise ValueError(
-            f"The Gram matrix is not finite: entry ({row}, {column}) is {matrix[row, column]}. Look at the gradient or "
-            f"the loss of reward {row} or {column}."
+            f"The Gram matrix is not finite: entry ({row}, {column}) is {matrix[row, column]}. Look at the gradients "
+            f"of rewards {row} and {column}."
         )
     asymmetry = np.abs(matrix - matrix.T)
     if asymmetry.max() > _SYMMETRY_TOLERANCE * np.abs(matrix).max():
         row, column = np.unravel_index(asymmetry.argmax(), matrix.shape)
         raise ValueError(
-            f"The Gram matrix is not symmetric: entry ({row}, {column}) is {matrix[row, column]}, entry ({column}, {row}) "
-            f"is {matrix[column, row]}. Pass the inner products of the gradients with each other."
+            f"The Gram matrix is not symmetric: entry ({row}, {column}) is {matrix[row, column]}, entry ({column}, "
+            f"{row}) is {matrix[column, row]}. Pass the inner products of the gradients with each other."
         )
     return (matrix + matrix.T) / 2
 
@@ -149,15 +152,8 @@ def _nearest_positive_semidefinite(matrix: np.ndarray) -> np.ndarray:
         return matrix
     if eigenvalues[0] < -_EIGENVALUE_TOLERANCE:
         raise ValueError(
-            f"The Gram matrix has an eigenvalue of {eigenvalues[0]:.3g} times its largest entry, so it is no matrix of "
-            "inner products. Compute it as M @ M.T from the gradients M, in float32 or better."
+            f"The Gram matrix has an eigenvalue of {eigenvalues[0]:.3g} times its largest entry, so it is no matrix "
+            "of inner products. Compute it as M @ M.T from the gradients M, in float32 or better."
         )
     clipped = (vectors * eigenvalues.clip(min=0)) @ vectors.T
     return (clipped + clipped.T) / 2
-
-
-def _project_to_simplex(point: np.ndarray, total: float) -> np.ndarray:
-    """The nearest point with non-negative entries that sum to `total`."""
-    descending = np.sort(point)[::-1]
-    thresholds = (np.cumsum(descending) - total) / np.arange(1, len(point) + 1)
-    return (point - thresholds[descending > thresholds][-1]).clip(min=0)
