@@ -44,7 +44,7 @@ class Family:
     encode_arguments: Mapping[str, Any] = field(default_factory=dict)
 
 
-# A row is added when the tests in tests/pipelines/ pass for it: they take the families from this table.
+# A row is added together with a tiny pipeline of its class for the tests in tests/pipelines/, when they pass for it.
 FAMILIES: tuple[Family, ...] = (
     Family(
         pipeline_class=StableDiffusion3Pipeline,

@@ -423,7 +423,7 @@ class FlowPipeline:
             f"{limit}; what follows does not reach the image. {len(too_long)} of these {len(prompts)} prompts are too "
             "long. Shorten them, or raise `max_sequence_length` where the text encoder allows it. This is said once.",
             UserWarning,
-            stacklevel=3,
+            stacklevel=4,  # the caller of encode, beyond its no_grad decorator
         )
         self._warned_of_long_prompt = True
 
