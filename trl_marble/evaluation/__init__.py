@@ -1,9 +1,9 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
 """What a run shows of itself: tables, plots and grids of its images."""
 
-from trl_marble.evaluation.evaluation import Evaluation, nan_aware_mean
-from trl_marble.evaluation.plots import before_after_grid, image_grid, plot_balance, plot_rewards
-from trl_marble.evaluation.summary import BalanceSummary, format_value, rewards_table, summarize_balance
+from .evaluation import Evaluation, nan_aware_mean
+from .plots import before_after_grid, image_grid, plot_balance, plot_rewards
+from .summary import BalanceSummary, format_value, rewards_table, summarize_balance
 
 
 __all__ = [

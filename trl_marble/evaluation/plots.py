@@ -154,10 +154,10 @@ def plot_balance(history: Sequence[Mapping[str, Any]], path: str | os.PathLike) 
     prefix = "balance/alpha/"
     weighted = [row for row in history if any(key.startswith(prefix) for key in row)]
     names = _names(history, prefix, "")
-    cosines = [row for row in history if "balance/cos_min" in row]
+    cosines = [row for row in history if math.isfinite(row.get("balance/cos_min", math.nan))]
     if not weighted or not cosines:
         raise ValueError(
-            "The history has no `balance/alpha/<reward>` or no `balance/cos_min`. Log them: train with "
+            "The history has no `balance/alpha/<reward>` or no finite `balance/cos_min`. Log them: train with "
             '`multi_objective_aggregation="marble"`, and with `logging_steps` small enough that a balancing step is '
             "logged."
         )
@@ -191,11 +191,11 @@ def plot_balance(history: Sequence[Mapping[str, Any]], path: str | os.PathLike) 
         ("balance/cos_min", TAKEN, "update taken"),
         ("balance/weighted_sum/cos_min", NOT_TAKEN, "weighted sum, not taken"),
     ):
-        rows = [row for row in cosines if key in row]
+        rows = [row for row in cosines if math.isfinite(row.get(key, math.nan))]
         if rows:
             values = np.array([row[key] for row in rows], dtype=float)
             handles += _line(bottom, _steps(rows), values, color)
-            labels.append(f"{label}  ({np.nanmin(values):+.2f})")
+            labels.append(f"{label}  ({values.min():+.2f})")
     low, high = bottom.get_ylim()
     margin = 0.04
     bottom.set_ylim(min(low, -margin), max(high, margin))

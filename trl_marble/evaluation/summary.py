@@ -7,11 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 
-
-# A direction counts as in conflict with a reward below this cosine. The quadratic program is solved up to rounding, so
-# an exactly balanced direction can show cosines a little below zero.
-CONFLICT_COSINE = -1e-6
 
 # A change is called real from this many standard errors upwards (a two-sided 5% test).
 SIGNIFICANT = 2.0
@@ -49,12 +46,13 @@ def summarize_balance(history: Sequence[Mapping[str, Any]]) -> BalanceSummary | 
     """
     Sum up the balancing diagnostics of a run from its log.
 
-    The figures are those of the logged steps: log every step (`logging_steps=1`) for those of the run.
+    A row of the log holds means over the steps since the row before. So the worst cosine is that of the run where every
+    step is logged (`logging_steps=1`), and the worst of those means otherwise.
 
     Args:
         history (`Sequence[Mapping[str, Any]]`):
-            `trainer.state.log_history`. Rows without `balance/...` keys, such as those of evaluations, are passed
-            over.
+            `trainer.state.log_history`. Used are `balance/alpha/<reward>`, `balance/cos_min`, `balance/conflict` and
+            the last two of `balance/weighted_sum/`. Rows without them, such as those of evaluations, are passed over.
 
     Returns:
         `BalanceSummary`, or `None` where no row has any weight `balance/alpha/<reward>`.
@@ -66,8 +64,8 @@ def summarize_balance(history: Sequence[Mapping[str, Any]]) -> BalanceSummary | 
                 alpha.setdefault(key.removeprefix("balance/alpha/"), []).append(value)
     if not alpha:
         return None
-    cos_min, conflict = _worst_cosine(history, "balance/cos_min")
-    weighted_sum_cos_min, weighted_sum_conflict = _worst_cosine(history, "balance/weighted_sum/cos_min")
+    cos_min, conflict = _cosine_figures(history, "balance")
+    weighted_sum_cos_min, weighted_sum_conflict = _cosine_figures(history, "balance/weighted_sum")
     return BalanceSummary(
         alpha={name: sum(values) / len(values) for name, values in alpha.items()},
         cos_min=cos_min,
@@ -77,12 +75,13 @@ def summarize_balance(history: Sequence[Mapping[str, Any]]) -> BalanceSummary | 
     )
 
 
-def _worst_cosine(history: Sequence[Mapping[str, Any]], key: str) -> tuple[float | None, float | None]:
-    """The least of a logged cosine, and the share of its values that are in conflict; `None`s where none is finite."""
-    values = [row[key] for row in history if key in row and math.isfinite(row[key])]
-    if not values:
+def _cosine_figures(history: Sequence[Mapping[str, Any]], prefix: str) -> tuple[float | None, float | None]:
+    """The least worst cosine of a direction and its share of steps in conflict; `None`s where no cosine is finite."""
+    rows = [row for row in history if math.isfinite(row.get(f"{prefix}/cos_min", math.nan))]
+    if not rows:
         return None, None
-    return min(values), sum(value < CONFLICT_COSINE for value in values) / len(values)
+    conflict = sum(row[f"{prefix}/conflict"] for row in rows) / len(rows)
+    return min(row[f"{prefix}/cos_min"] for row in rows), conflict
 
 
 def format_value(value: float | None, sign: bool = False) -> str:
@@ -146,10 +145,10 @@ def rewards_table(
         ratio = change / se if se > 0 else math.nan
         style = "green" if ratio >= SIGNIFICANT else "red" if ratio <= -SIGNIFICANT else ""
         table.add_row(
-            name,
+            Text(name),
             f"{format_value(mean_before)} ± {format_value(se_before)}",
             f"{format_value(mean_after)} ± {format_value(se_after)}",
-            f"[{style}]{format_value(change, sign=True)}[/]" if style else format_value(change, sign=True),
+            Text(format_value(change, sign=True), style=style),
             f"{ratio:+.1f}" if math.isfinite(ratio) else "-",
         )
     return table

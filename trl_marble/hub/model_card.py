@@ -17,7 +17,7 @@ from urllib.parse import quote
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from trl_marble.evaluation.summary import NOT_MEASURED, BalanceSummary, format_value
+from ..evaluation.summary import NOT_MEASURED, BalanceSummary, format_value
 
 
 TEMPLATE = Path(__file__).with_name("model_card_template.md")
@@ -126,8 +126,8 @@ def build_model_card(
         raise ValueError("`rewards` is empty. Pass one `RewardRow` for each reward that the adapter was trained on.")
     settings = settings or {}
     title = _public_name(repo_name)
-    base = None if base_model is None else _public_name(base_model)
-    dataset = None if dataset_name is None else _public_name(dataset_name)
+    base = _public_name(base_model) if base_model else None
+    dataset = _public_name(dataset_name) if dataset_name else None
     on_hub = base is not None and _is_hub_id(base)
 
     card = ModelCard.from_template(
@@ -174,7 +174,10 @@ def _metadata(
     ]
     fields: dict[str, Any] = {}
     if gallery:
-        fields["widget"] = [{"text": item.prompt, "output": {"url": _relative_url(item.path)}} for item in gallery]
+        # In one line: a line of three dashes would end the metadata.
+        fields["widget"] = [
+            {"text": " ".join(item.prompt.split()), "output": {"url": _relative_url(item.path)}} for item in gallery
+        ]
     return ModelCardData(
         base_model=base if base and _is_hub_id(base) else None,
         datasets=[dataset] if dataset and _is_hub_id(dataset) else None,

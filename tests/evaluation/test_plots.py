@@ -1,0 +1,156 @@
+# Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
+import math
+
+import numpy as np
+import pytest
+from matplotlib.colors import to_rgb
+from PIL import Image
+
+from trl_marble.evaluation import before_after_grid, image_grid, plot_balance, plot_rewards
+from trl_marble.evaluation.plots import NOT_TAKEN, PALETTE, TAKEN
+
+
+RED, GREEN, BLUE, YELLOW = (200, 10, 10), (10, 200, 10), (10, 10, 200), (200, 200, 10)
+
+
+def tile(color, size=(32, 32)) -> Image.Image:
+    return Image.new("RGB", size, color)
+
+
+def extent(path, color) -> tuple[float, float, int, int]:
+    """Middle (x, y), width and height in pixels of all that has one colour in a picture."""
+    pixels = np.asarray(Image.open(path).convert("RGB")).astype(int)
+    y, x = np.nonzero(np.abs(pixels - np.array(color)).max(axis=2) <= 3)
+    assert len(x) > 0, f"nothing has the colour {color}"
+    return x.mean(), y.mean(), int(x.max() - x.min()) + 1, int(y.max() - y.min()) + 1
+
+
+def has_color(path, color: str) -> bool:
+    pixels = np.asarray(Image.open(path).convert("RGB")).astype(int)
+    wanted = np.array([round(255 * part) for part in to_rgb(color)])
+    return bool((np.abs(pixels - wanted).max(axis=2) <= 2).sum() > 20)
+
+
+def history(steps: int = 12, weighted_sum: bool = True) -> list[dict]:
+    """A log like the trainer's: weights and rewards at every step, cosines at every third, and other rows between."""
+    rows: list[dict] = [{"step": 0, "eval_rewards/reader/mean": 0.5}]
+    for step in range(1, steps + 1):
+        row = {"step": step, "loss": 0.1, "balance/alpha/reader": 0.3, "balance/alpha/big": 0.7}
+        row |= {"rewards/reader/mean": 0.5 + 0.01 * step, "rewards/reader/std": 0.1, "rewards/big/mean": 21.0 - step}
+        if step % 3 == 1:
+            row |= {"balance/cos_min": 0.2, "balance/conflict": 0.0}
+            if weighted_sum:
+                row |= {"balance/weighted_sum/cos_min": -0.3, "balance/weighted_sum/conflict": 1.0}
+        rows.append(row)
+    return [*rows, {"step": steps, "train_runtime": 3.0}]
+
+
+def test_images_stand_in_their_rows_and_columns(tmp_path):
+    path = image_grid([[tile(RED), tile(GREEN)], [tile(BLUE)]], ["a", "b"], tmp_path / "new" / "grid.png", cell=80)
+    red, green, blue = (extent(path, color) for color in (RED, GREEN, BLUE))
+    assert red[1] == green[1] < blue[1]
+    assert red[0] == blue[0] < green[0]
+    # All of the tile but for the hairline around it, which is drawn over its edge.
+    assert all(76 <= side <= 80 for side in (*red[2:], *green[2:], *blue[2:]))
+
+
+def test_images_keep_their_proportions(tmp_path):
+    path = image_grid([[tile(RED, (64, 32)), tile(BLUE, (10, 40))]], ["a"], tmp_path / "grid.png", cell=80)
+    _, red_y, width, height = extent(path, RED)
+    assert 76 <= width <= 80 and 36 <= height <= 40
+    _, blue_y, width, height = extent(path, BLUE)
+    assert 16 <= width <= 20 and 76 <= height <= 80
+    assert abs(red_y - blue_y) <= 1
+
+
+def test_labels_and_titles_make_room_for_themselves(tmp_path):
+    plain = image_grid([[tile(RED)]], ["a"], tmp_path / "plain.png")
+    titled = image_grid([[tile(RED)]], ["a"], tmp_path / "titled.png", title="Step 3", column_labels=["seed 0"])
+    assert extent(titled, RED)[1] > extent(plain, RED)[1] + 50
+
+
+@pytest.mark.parametrize("prompt", ["costs $5 or $x^{$", "word " * 80, "unbroken" * 40, "", "two\nlines", "\\frac{"])
+def test_any_prompt_can_be_a_label_and_stays_left_of_the_images(prompt, tmp_path):
+    path = image_grid([[tile(RED)]], [prompt], tmp_path / "grid.png")
+    blank = image_grid([[tile(RED)]], ["x"], tmp_path / "blank.png")
+    assert Image.open(path).size == Image.open(blank).size
+    assert extent(path, RED) == extent(blank, RED)
+
+
+def test_after_stands_right_of_before_in_the_same_row(tmp_path):
+    before, after = [[tile(RED)], [tile(GREEN)]], [[tile(BLUE)], [tile(YELLOW)]]
+    path = before_after_grid(["a", "b"], before, after, tmp_path / "grid.png", title="ShapeWorld")
+    red, green, blue, yellow = (extent(path, color) for color in (RED, GREEN, BLUE, YELLOW))
+    assert red[0] == green[0] < blue[0] == yellow[0]
+    assert red[1] == blue[1] < green[1] == yellow[1]
+
+
+def test_grids_refuse_what_does_not_pair_up(tmp_path):
+    path, images = tmp_path / "grid.png", [[tile(RED)]]
+    with pytest.raises(ValueError, match="`row_labels` has 2 entries, `rows` has 1"):
+        image_grid(images, ["a", "b"], path)
+    with pytest.raises(ValueError, match="`column_labels` has 2 labels for 1 columns"):
+        image_grid(images, ["a"], path, column_labels=["a", "b"])
+    with pytest.raises(ValueError, match="`rows` has no image"):
+        image_grid([[]], ["a"], path)
+    with pytest.raises(ValueError, match="`prompts` has 1 entries, `after` has 2"):
+        before_after_grid(["a"], images, images * 2, path)
+    with pytest.raises(ValueError, match="1 images before and 2 after for the prompt 'a'"):
+        before_after_grid(["a"], images, [[tile(RED)] * 2], path)
+    assert not path.exists()
+
+
+def test_balance_shows_weights_and_both_directions(tmp_path):
+    path = plot_balance(history(), tmp_path / "new" / "balance.png")
+    assert has_color(path, TAKEN) and has_color(path, NOT_TAKEN)
+    pixels = np.asarray(Image.open(path).convert("RGB")).astype(int)
+    panel = pixels[: pixels.shape[0] // 2, : pixels.shape[1] * 6 // 10]  # the upper panel without its legend
+    reader, big = (int((np.abs(panel - area_color(color)).max(axis=2) <= 2).sum()) for color in PALETTE[:2])
+    assert reader / (reader + big) == pytest.approx(0.3, abs=0.01)
+
+
+def area_color(color: str) -> np.ndarray:
+    """How an area comes out that lets a little of the paper through."""
+    return np.array([round(255 * (0.88 * part + 0.12)) for part in to_rgb(color)])
+
+
+@pytest.mark.parametrize("rows", [history(steps=1), history(weighted_sum=False)], ids=["one step", "no weighted sum"])
+def test_balance_of_short_and_partial_logs(rows, tmp_path):
+    assert has_color(plot_balance(rows, tmp_path / "balance.png"), TAKEN)
+
+
+def test_balance_says_what_to_log(tmp_path):
+    path = tmp_path / "balance.png"
+    for key in ("balance/alpha", "balance/cos_min"):
+        rows = [{name: value for name, value in row.items() if not name.startswith(key)} for row in history()]
+        with pytest.raises(ValueError, match="Log them.*logging_steps"):
+            plot_balance(rows, path)
+    with pytest.raises(ValueError, match="no finite `balance/cos_min`"):
+        plot_balance([row | {"balance/cos_min": math.nan} for row in history()], path)
+    for broken in ({"balance/alpha/big": math.nan}, {"balance/alpha/new": 0.1}):
+        rows = history()
+        rows[5] = rows[5] | broken
+        with pytest.raises(ValueError, match="has no finite `balance/alpha/(big|new)`"):
+            plot_balance(rows, path)
+    assert not path.exists()
+
+
+def test_rewards_have_a_panel_each(tmp_path):
+    one = [{key: value for key, value in row.items() if "big" not in key} for row in history()]
+    both = plot_rewards(history(), tmp_path / "both.png")
+    single = plot_rewards(one, tmp_path / "one.png")
+    assert has_color(both, PALETTE[0]) and has_color(both, PALETTE[1])
+    assert has_color(single, PALETTE[0]) and not has_color(single, PALETTE[1])
+    assert Image.open(both).width == 2 * Image.open(single).width
+
+
+def test_rewards_may_be_missing_in_some_steps(tmp_path):
+    rows = history(steps=60)
+    for row in rows[5:30]:
+        row["rewards/reader/mean"] = math.nan
+    assert has_color(plot_rewards(rows, tmp_path / "rewards.png"), PALETTE[0])
+
+
+def test_rewards_say_what_to_log(tmp_path):
+    with pytest.raises(ValueError, match="no `rewards/<reward>/mean`"):
+        plot_rewards([{"step": 1, "rewards/reader/std": 0.1}], tmp_path / "rewards.png")

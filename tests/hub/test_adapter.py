@@ -1,0 +1,169 @@
+# Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
+"""A saved adapter is right when a fresh base pipeline that loads it makes the same images."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from local_hub import local_hub
+from peft import LoraConfig
+from safetensors import safe_open
+
+from trl_marble.hub import adapter_state, save_adapter
+
+
+FACTORIES = {"sd3": tiny.tiny_sd3, "flux": tiny.tiny_flux}
+TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj"]
+FILE = "pytorch_lora_weights.safetensors"
+
+
+def images(pipeline) -> np.ndarray:
+    """Two images from fixed seeds, as floats in [0, 1] of shape (2, height, width, 3)."""
+    return pipeline(
+        ["two red circles", "a blue square"],
+        height=16,
+        width=16,
+        num_inference_steps=3,
+        guidance_scale=1.0,
+        max_sequence_length=16,
+        generator=[torch.Generator().manual_seed(seed) for seed in (3, 4)],
+        output_type="np",
+    ).images
+
+
+def quiet(pipeline):
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def add_trained_adapter(pipeline, name: str = "default", seed: int = 0) -> None:
+    """Give the transformer an adapter that does something, with alpha far from r."""
+    config = LoraConfig(r=4, lora_alpha=12, init_lora_weights="gaussian", target_modules=TARGETS)
+    pipeline.transformer.add_adapter(config, adapter_name=name)
+    generator = torch.Generator().manual_seed(seed)
+    for parameter_name, parameter in pipeline.transformer.named_parameters():
+        if f".{name}." in parameter_name:
+            parameter.data = 0.3 * torch.randn(parameter.shape, generator=generator)
+
+
+@pytest.fixture
+def trained():
+    pipeline = quiet(tiny.tiny_sd3())
+    add_trained_adapter(pipeline)
+    return pipeline
+
+
+@pytest.mark.parametrize("family", FACTORIES)
+def test_fresh_pipeline_makes_the_same_images(family, tmp_path):
+    pipeline = quiet(FACTORIES[family]())
+    base = images(pipeline)
+    add_trained_adapter(pipeline)
+    trained = images(pipeline)
+    assert np.abs(trained - base).max() > 0.01
+
+    assert save_adapter(pipeline, tmp_path / "new" / "folder") == tmp_path / "new" / "folder" / FILE
+    fresh = quiet(FACTORIES[family]())
+    fresh.load_lora_weights(tmp_path / "new" / "folder")
+    np.testing.assert_array_equal(images(fresh), trained)
+
+
+def test_pushed_adapter_makes_the_same_images_in_another_process(trained, tmp_path):
+    save_adapter(trained, tmp_path / "adapter")
+    script = """
+import sys
+import numpy as np
+from huggingface_hub import HfApi
+import tiny
+
+here, folder, out = sys.argv[1:]
+sys.path.insert(0, here)
+import test_adapter
+
+HfApi().create_repo("me/adapter")
+HfApi().upload_folder(folder_path=folder, repo_id="me/adapter")
+results = []
+for source in (folder, "me/adapter"):
+    pipeline = test_adapter.quiet(tiny.tiny_sd3())
+    pipeline.load_lora_weights(source)
+    results.append(test_adapter.images(pipeline))
+np.save(out, np.stack(results))
+"""
+    arguments = [Path(__file__).parent, tmp_path / "adapter", tmp_path / "images.npy"]
+    with local_hub() as hub:
+        hub.run(script, *map(str, arguments), home=tmp_path / "home")
+        assert list(hub.files["me/adapter"]) == [FILE]
+    from_folder, from_hub = np.load(tmp_path / "images.npy")
+    expected = images(trained)
+    np.testing.assert_array_equal(from_folder, expected)
+    np.testing.assert_array_equal(from_hub, expected)
+
+
+def test_other_weights_can_be_saved_in_the_place_of_the_adapters_own(trained, tmp_path):
+    zero = {key: torch.zeros_like(value) for key, value in adapter_state(trained).items()}
+    save_adapter(trained, tmp_path, zero)
+    fresh = quiet(tiny.tiny_sd3())
+    base = images(fresh)
+    fresh.load_lora_weights(tmp_path)
+    np.testing.assert_array_equal(images(fresh), base)
+
+
+def test_only_the_named_adapter_is_saved(tmp_path):
+    pipeline = tiny.tiny_sd3()
+    add_trained_adapter(pipeline, "old", seed=1)
+    add_trained_adapter(pipeline, "default", seed=2)
+    save_adapter(pipeline, tmp_path / "default")
+    save_adapter(pipeline, tmp_path / "old", adapter_name="old")
+    for name in ("default", "old"):
+        with safe_open(tmp_path / name / FILE, "pt") as file:
+            saved = {key.removeprefix("transformer."): file.get_tensor(key) for key in file.keys()}
+        own = adapter_state(pipeline, name)
+        assert saved.keys() == own.keys() and len(own) > 0
+        assert all(torch.equal(saved[key], own[key]) for key in own)
+
+
+def test_file_says_alpha_and_targets_and_nothing_of_the_machine(trained, tmp_path):
+    trained.transformer.peft_config["default"].base_model_name_or_path = str(tmp_path)
+    file = save_adapter(trained, tmp_path)
+    with safe_open(file, "pt") as opened:
+        metadata = json.loads(opened.metadata()["lora_adapter_metadata"])
+    assert metadata["transformer.lora_alpha"] == 12
+    assert metadata["transformer.r"] == 4
+    assert metadata["transformer.target_modules"] == sorted(TARGETS)
+    assert str(tmp_path).encode() not in file.read_bytes()
+
+
+def test_equal_adapters_are_equal_files(trained, tmp_path):
+    first = save_adapter(trained, tmp_path / "a").read_bytes()
+    copy = tiny.tiny_sd3()
+    add_trained_adapter(copy)
+    copy.transformer.peft_config["default"].target_modules = set(reversed(TARGETS))
+    assert save_adapter(copy, tmp_path / "b").read_bytes() == first
+
+
+def test_state_that_does_not_fit_is_refused(trained, tmp_path):
+    state = adapter_state(trained)
+    key = sorted(state)[0]
+    without = {name: value for name, value in state.items() if name != key}
+    with pytest.raises(ValueError, match=f"1 missing .*{key}"):
+        save_adapter(trained, tmp_path, without)
+    with pytest.raises(ValueError, match="1 unexpected .*surplus"):
+        save_adapter(trained, tmp_path, state | {"surplus": torch.zeros(1)})
+    with pytest.raises(ValueError, match=r"\(1, 1\) instead of"):
+        save_adapter(trained, tmp_path, state | {key: torch.zeros(1, 1)})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_missing_adapter_is_named(trained, tmp_path):
+    with pytest.raises(ValueError, match="no adapter 'ema' .*has: 'default'"):
+        save_adapter(trained, tmp_path, adapter_name="ema")
+    with pytest.raises(ValueError, match="has: none"):
+        adapter_state(tiny.tiny_sd3())
+
+
+def test_folder_that_is_a_file_is_refused(trained, tmp_path):
+    (tmp_path / "taken").write_text("")
+    with pytest.raises(NotADirectoryError, match="taken.*Pass a folder"):
+        save_adapter(trained, tmp_path / "taken")
