@@ -44,8 +44,8 @@ class RepeatPromptSampler(Sampler[int]):
     ) -> None:
         if num_prompts < prompts_per_batch:
             raise ValueError(
-                f"The dataset has {num_prompts} prompts, but one generation batch takes {prompts_per_batch}. Add prompts, "
-                "raise `num_generations`, or lower `per_device_train_batch_size` or `steps_per_generation`."
+                f"The dataset has {num_prompts} prompts, but one generation batch takes {prompts_per_batch}. Add "
+                "prompts, raise `num_generations`, or lower `per_device_train_batch_size` or `steps_per_generation`."
             )
         self.num_prompts = num_prompts
         self.num_generations = num_generations

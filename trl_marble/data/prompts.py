@@ -10,7 +10,8 @@ def validate_prompts(dataset: Dataset, name: str = "train_dataset") -> None:
 
     Args:
         dataset (`datasets.Dataset`):
-            The prompt set; its column `prompt` holds one non-empty string a row, every other column goes to the rewards.
+            The prompt set; its column `prompt` holds one non-empty string a row, every other column goes to the
+            rewards.
         name (`str`, *optional*, defaults to `"train_dataset"`):
             What to call the dataset in messages.
 
@@ -26,8 +27,8 @@ def validate_prompts(dataset: Dataset, name: str = "train_dataset") -> None:
         )
     if "prompt" not in dataset.column_names:
         raise ValueError(
-            f"`{name}` has the columns {dataset.column_names} but no `prompt`. Name the text column so, for example with "
-            '`dataset.rename_column("text", "prompt")`.'
+            f"`{name}` has the columns {dataset.column_names} but no `prompt`. Name the text column so, for example "
+            'with `dataset.rename_column("text", "prompt")`.'
         )
     if reserved := {"images", "prompts", "trainer_state"} & set(dataset.column_names):
         raise ValueError(

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 
+FLOAT32_MAX = torch.finfo(torch.float32).max
+
 RewardValues = Sequence[float | None]
 RewardFunc = Callable[..., RewardValues | Awaitable[RewardValues]]
 """A sync or async callable that scores images.
@@ -34,11 +36,12 @@ def reward_names(reward_funcs: Sequence[RewardFunc]) -> list[str]:
 
     Args:
         reward_funcs (`Sequence[RewardFunc]`):
-            Functions (named by `__name__`), `functools.partial` objects (by the function inside) or other callables (by
-            their class).
+            Functions (named by `__name__`), `functools.partial` objects (by the function inside) or other callables
+            (by their class).
 
     Returns:
-        `list[str]`: One name a reward; a name that several rewards share gets `_1`, `_2`, ... appended from the second.
+        `list[str]`: One name a reward; a name that several rewards share gets `_1`, `_2`, ... appended from the
+        second on.
     """
     taken: set[str] = set()
     names = []
@@ -95,22 +98,20 @@ def reward_tensor(values: Any, name: str, prompts: Sequence[str]) -> Tensor:
     Raises:
         [`RewardError`]: If the number of values is wrong, a value is not a number, or a value is infinite.
     """
-    if isinstance(values, Tensor):
-        values = values.detach().cpu().numpy()
-    if isinstance(values, np.ndarray):
+    if isinstance(values, Tensor | np.ndarray):
         values = values.tolist()
-    if not isinstance(values, Sequence) or isinstance(values, str):
+    if not isinstance(values, Sequence) or isinstance(values, str | bytes):
         raise RewardError(
             f"Reward `{name}` returned {_short(values)} for {len(prompts)} images; return a list with one number (or "
             "`None`) for each image."
         )
     if len(values) != len(prompts):
         raise RewardError(
-            f"Reward `{name}` returned {len(values)} values for {len(prompts)} images; return one for each image, `None` "
-            "where the reward does not apply."
+            f"Reward `{name}` returned {len(values)} values for {len(prompts)} images; return one for each image, "
+            "`None` where the reward does not apply."
         )
-    numbers = []
-    for value, prompt in zip(values, prompts, strict=True):
+    numbers = torch.empty(len(prompts), dtype=torch.float32)
+    for i, (value, prompt) in enumerate(zip(values, prompts, strict=True)):
         if isinstance(value, Tensor) and value.numel() == 1:
             value = value.item()
         if value is None:
@@ -120,13 +121,14 @@ def reward_tensor(values: Any, name: str, prompts: Sequence[str]) -> Tensor:
                 f"Reward `{name}` returned {_short(value)} for the prompt {prompt!r}; a reward is a number, or `None` "
                 "where it does not apply."
             )
-        if math.isinf(value):
+        size: Any = abs(value)
+        if size > FLOAT32_MAX:
             raise RewardError(
-                f"Reward `{name}` returned {value} for the prompt {prompt!r}; a reward must be finite. Return `None` where "
-                "it does not apply, or bound it."
+                f"Reward `{name}` returned {_short(value)} for the prompt {prompt!r}; a reward must be finite in "
+                "float32. Return `None` where it does not apply, or bound it."
             )
-        numbers.append(float(value))
-    return torch.tensor(numbers, dtype=torch.float32)
+        numbers[i] = float(value)
+    return numbers
 
 
 def _short(value: Any) -> str:

@@ -2,6 +2,7 @@
 """Scores batches of images with several rewards at once, while the next batch is being sampled."""
 
 import asyncio
+import functools
 import inspect
 import threading
 from collections.abc import Callable, Sequence
@@ -66,8 +67,9 @@ class RewardScorer:
         futures = []
         for func, name in zip(self.funcs, self.names, strict=True):
             as_tensor = getattr(func, "image_type", "pil") == "pt"
-            kwargs = dict(columns, images=_to_tensor(images) if as_tensor else list(images), prompts=list(prompts))
-            kwargs["trainer_state"] = trainer_state
+            kwargs: dict[str, Any] = {column: list(values) for column, values in columns.items()}
+            kwargs["images"] = _to_tensor(images) if as_tensor else list(images)
+            kwargs |= {"prompts": list(prompts), "trainer_state": trainer_state}
             futures.append(self._start(func, name, kwargs))
         return PendingScores(futures, list(prompts))
 
@@ -87,8 +89,8 @@ class RewardScorer:
                 values = future.result()
             except Exception as error:
                 raise RewardError(
-                    f"Reward `{name}` raised {type(error).__name__}: {error} (batch of {len(pending.prompts)} images for "
-                    f"{most_common_prompts(pending.prompts)})."
+                    f"Reward `{name}` raised {type(error).__name__}: {error} (batch of {len(pending.prompts)} images "
+                    f"for {most_common_prompts(pending.prompts)})."
                 ) from error
             rows.append(reward_tensor(values, name, pending.prompts))
         return torch.stack(rows)
@@ -99,18 +101,40 @@ class RewardScorer:
             executor.shutdown(wait=True, cancel_futures=True)
         self._threads.clear()
         if self._loop is not None:
+            asyncio.run_coroutine_threadsafe(_cancel_other_tasks(), self._loop).result()
             self._loop.call_soon_threadsafe(self._loop.stop)
+            self._loop_thread.join()
+            self._loop.close()
             self._loop = None
 
     def _start(self, func: Callable, name: str, kwargs: dict[str, Any]) -> Future:
-        if inspect.iscoroutinefunction(func) or inspect.iscoroutinefunction(type(func).__call__):
-            if self._loop is None:
-                self._loop = asyncio.new_event_loop()
-                threading.Thread(target=self._loop.run_forever, name="async-rewards", daemon=True).start()
-            return asyncio.run_coroutine_threadsafe(func(**kwargs), self._loop)
+        if _is_async(func):
+            return asyncio.run_coroutine_threadsafe(func(**kwargs), self._running_loop())
         if name not in self._threads:
             self._threads[name] = ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"reward-{name}")
         return self._threads[name].submit(func, **kwargs)
+
+    def _running_loop(self) -> asyncio.AbstractEventLoop:
+        if self._loop is None:
+            self._loop = asyncio.new_event_loop()
+            self._loop_thread = threading.Thread(target=self._loop.run_forever, name="async-rewards", daemon=True)
+            self._loop_thread.start()
+        return self._loop
+
+
+def _is_async(func: Any) -> bool:
+    """Whether calling a reward gives a coroutine: an async function or an object with an async `__call__`."""
+    while isinstance(func, functools.partial):
+        func = func.func
+    return inspect.iscoroutinefunction(func) or inspect.iscoroutinefunction(type(func).__call__)
+
+
+async def _cancel_other_tasks() -> None:
+    """Cancel all tasks of the running loop but this one, and wait until they have ended."""
+    tasks = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def _to_tensor(images: list[Image.Image]) -> Tensor:

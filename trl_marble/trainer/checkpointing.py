@@ -26,8 +26,8 @@ def base_fingerprint(transformer: nn.Module) -> str:
             The model; parameters that require grad are left out.
 
     Returns:
-        `str`: Hex digest of the name, shape, dtype and first 64 values of every frozen parameter: the same for the same
-        base model wherever it is loaded from, different for another one.
+        `str`: Hex digest of the name, shape, dtype and first 64 values of every frozen parameter: the same for the
+        same base model wherever it is loaded from, different for another one.
     """
     digest = hashlib.blake2b(digest_size=16)
     for name, parameter in transformer.named_parameters():
@@ -91,8 +91,8 @@ def load_state(folder: Path, identity: dict[str, Any]) -> dict[str, dict[str, Te
     for name, value in {"format_version": FORMAT_VERSION, **identity}.items():
         if saved.get(name) != value:
             raise ValueError(
-                f"`{folder}` was written with {name} = {saved.get(name)!r}, this run has {value!r}. Resume with what the "
-                "checkpoint was trained with, or start anew without `resume_from_checkpoint`."
+                f"`{folder}` was written with {name} = {saved.get(name)!r}, this run has {value!r}. Resume with what "
+                "the checkpoint was trained with, or start anew without `resume_from_checkpoint`."
             )
     groups: dict[str, dict[str, Tensor]] = {}
     for key, tensor in flat.items():
@@ -123,7 +123,7 @@ def copy_into(parameters: dict[str, Tensor], values: dict[str, Tensor]) -> None:
     for name, parameter in parameters.items():
         if parameter.shape != values[name].shape:
             raise ValueError(
-                f"`{name}` has shape {tuple(values[name].shape)} in the checkpoint and {tuple(parameter.shape)} in this "
-                "run. Use the `peft_config` that the checkpoint was trained with."
+                f"`{name}` has shape {tuple(values[name].shape)} in the checkpoint and {tuple(parameter.shape)} in "
+                "this run. Use the `peft_config` that the checkpoint was trained with."
             )
         parameter.copy_(values[name])

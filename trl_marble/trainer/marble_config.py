@@ -4,7 +4,9 @@
 import dataclasses
 import difflib
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Any, Self
 
 from transformers import TrainingArguments
@@ -44,8 +46,8 @@ class MarbleConfig(TrainingArguments):
         max_sequence_length (`int`, *optional*):
             Maximum number of prompt tokens, for pipelines whose text encoder takes it. Defaults to the pipeline's own.
         rollout_batch_size (`int`, *optional*):
-            Number of images that one call of the pipeline samples on each device. Defaults to
-            `per_device_train_batch_size`. Does not change the images.
+            Number of images that one call of the pipeline samples on each device. Defaults to `num_generations`.
+            Images depend on it only by rounding.
         num_generations_eval (`int`, *optional*, defaults to `4`):
             Number of images sampled for each prompt of `eval_dataset`. Seeds are the same at every evaluation.
 
@@ -65,8 +67,8 @@ class MarbleConfig(TrainingArguments):
 
         reward_weights (`list[float]`, *optional*):
             Weight of each reward, in the order of `reward_funcs`, in the weighted sum that `"sum_then_normalize"` and
-            `"normalize_then_sum"` train on. MARBLE needs no weights: with `"marble"` and `"equal"` they only define the
-            weighted sum that the `balance/weighted_sum/*` metrics compare with. Defaults to `1.0` each.
+            `"normalize_then_sum"` train on. MARBLE needs no weights: with `"marble"` and `"equal"` they only define
+            the weighted sum that the `balance/weighted_sum/*` metrics compare with. Defaults to `1.0` each.
         scale_rewards (`str`, *optional*, defaults to `"batch"`):
             What centred rewards are divided by: `"batch"` (standard deviation over all valid samples of the generation
             batch on all processes), `"group"` (standard deviation of the prompt's group) or `"none"`.
@@ -111,7 +113,8 @@ class MarbleConfig(TrainingArguments):
             `1`: rate 0.001 up to 0.95 (the paper's); `2`: flat 75, rate 0.0075, max 0.999.
         weight_ema_decay (`float`, *optional*, defaults to `0.9`):
             Upper limit, in `[0, 1)`, of the decay of the averaged weights, min((1 + step) / (10 + step), this), which
-            are the ones that are evaluated, saved and pushed. `0.0` evaluates and saves the trained weights themselves.
+            are the ones that are evaluated, saved and pushed. `0.0` evaluates and saves the trained weights
+            themselves.
 
         > Parameters that control logging
 
@@ -126,7 +129,10 @@ class MarbleConfig(TrainingArguments):
         `ValueError`: For settings that cannot work, alone or together.
     """
 
-    # Parameters whose default values are overridden from TrainingArguments
+    # Parameters whose types or default values are overridden from TrainingArguments
+    output_dir: str = field(
+        default="trainer_output", metadata={"help": "Where the adapter, its card, checkpoints and pictures go."}
+    )
     learning_rate: float = field(default=3e-4, metadata={"help": "The initial learning rate for AdamW."})
     lr_scheduler_type: str = field(default="constant", metadata={"help": "The learning rate schedule."})
     weight_decay: float = field(default=1e-4, metadata={"help": "Weight decay of AdamW."})
@@ -138,7 +144,7 @@ class MarbleConfig(TrainingArguments):
     )
     logging_steps: float = field(default=1, metadata={"help": "Log every X optimizer steps."})
     save_steps: float = field(default=50, metadata={"help": "Save a checkpoint every X optimizer steps."})
-    remove_unused_columns: bool | None = field(
+    remove_unused_columns: bool = field(
         default=False, metadata={"help": "Must stay `False`: rewards receive every column of the dataset."}
     )
 
@@ -153,7 +159,7 @@ class MarbleConfig(TrainingArguments):
         default=None, metadata={"help": "Maximum number of prompt tokens. Defaults to the pipeline's own."}
     )
     rollout_batch_size: int | None = field(
-        default=None, metadata={"help": "Images sampled at once on each device. Defaults to the train batch size."}
+        default=None, metadata={"help": "Images sampled at once on each device. Defaults to `num_generations`."}
     )
     num_generations_eval: int = field(default=4, metadata={"help": "Number of images for each evaluation prompt."})
 
@@ -238,13 +244,16 @@ class MarbleConfig(TrainingArguments):
             "num_generations_eval": (1, "evaluation needs an image a prompt"),
             "balance_every": (1, "1 solves at every optimizer step"),
             "num_images_to_log": (1, "set `log_images=False` to log none"),
+            "per_device_train_batch_size": (1, "a forward pass needs an image"),
+            "per_device_eval_batch_size": (1, "a rollout needs an image"),
+            "gradient_accumulation_steps": (1, "1 takes an optimizer step after each micro-batch"),
+            "rollout_batch_size": (1, "leave it out to use `num_generations`"),
+            "steps_per_generation": (1, "leave it out to use `gradient_accumulation_steps`"),
+            "resolution": (1, "leave it out to use the pipeline's own size"),
+            "max_sequence_length": (1, "leave it out to use the pipeline's own"),
         }
-        if self.rollout_batch_size is not None:
-            at_least["rollout_batch_size"] = (1, "leave it out to use `per_device_train_batch_size`")
-        if self.steps_per_generation is not None:
-            at_least["steps_per_generation"] = (1, "leave it out to use `gradient_accumulation_steps`")
         for name, (minimum, why) in at_least.items():
-            if getattr(self, name) < minimum:
+            if getattr(self, name) is not None and getattr(self, name) < minimum:
                 raise ValueError(f"`{name}` is {getattr(self, name)}; it must be at least {minimum}: {why}.")
         for name in ("nft_beta", "advantage_clip"):
             if not 0 < getattr(self, name) < math.inf:
@@ -256,10 +265,15 @@ class MarbleConfig(TrainingArguments):
                 raise ValueError(f"`{name}` is {getattr(self, name)}; a decay must be in [0, 1).")
         if not 0 < self.timestep_fraction <= 1:
             raise ValueError(f"`timestep_fraction` is {self.timestep_fraction}; it must be in (0, 1].")
-        if self.reward_weights is not None and not all(math.isfinite(w) for w in self.reward_weights):
-            raise ValueError(f"`reward_weights` is {self.reward_weights}; every weight must be finite.")
+        if self.reward_weights is not None and not _are_finite_numbers(self.reward_weights):
+            raise ValueError(
+                f"`reward_weights` is {self.reward_weights!r}; pass a list with one finite number for each reward."
+            )
 
     def _check_batches(self) -> None:
+        if self.rollout_batch_size is None:
+            # Not the training batch size: how that is split must not touch the images, not even by a rounding.
+            self.rollout_batch_size = self.num_generations
         if self.steps_per_generation is None:
             self.steps_per_generation = self.gradient_accumulation_steps
         if self.steps_per_generation % self.gradient_accumulation_steps != 0:
@@ -272,8 +286,8 @@ class MarbleConfig(TrainingArguments):
             raise ValueError(
                 f"The generation batch holds {self.generation_batch_size} images (`per_device_train_batch_size` "
                 f"{self.per_device_train_batch_size} x {self.world_size} processes x `steps_per_generation` "
-                f"{self.steps_per_generation}), which is not a multiple of `num_generations` ({self.num_generations}). "
-                "Change one of them so that every prompt has its whole group."
+                f"{self.steps_per_generation}), which is not a multiple of `num_generations` "
+                f"({self.num_generations}). Change one of them so that every prompt has its whole group."
             )
 
     def _check_inherited(self) -> None:
@@ -283,8 +297,8 @@ class MarbleConfig(TrainingArguments):
             )
         if self.load_best_model_at_end:
             raise ValueError(
-                "`load_best_model_at_end=True` is not supported. Keep checkpoints (`save_total_limit`) and load the one "
-                "you want with `load_lora_weights`."
+                "`load_best_model_at_end=True` is not supported. Keep checkpoints (`save_total_limit`) and load the "
+                "one you want with `load_lora_weights`."
             )
         if self.remove_unused_columns:
             raise ValueError("`remove_unused_columns` must be `False`: rewards receive every column of the dataset.")
@@ -308,3 +322,7 @@ class MarbleConfig(TrainingArguments):
     def prompts_per_generation(self) -> int:
         """Number of prompts in one generation batch on all processes."""
         return self.generation_batch_size // self.num_generations
+
+
+def _are_finite_numbers(values: Any) -> bool:
+    return isinstance(values, Sequence) and all(isinstance(v, Real) and math.isfinite(v) for v in values)

@@ -136,12 +136,17 @@ def push_checkpoint(trainer: "MarbleNFTTrainer", checkpoint: Path) -> None:
     folder = Path(args.output_dir)
     for file in checkpoint.glob("pytorch_lora_weights*.safetensors"):
         shutil.copy(file, folder / file.name)
-    trainer.create_model_card()
+    trainer.create_model_card(model_name=trainer.hub_model_id.split("/")[-1])
+    trainer.callback_handler.on_push_begin(args, trainer.state, trainer.control)
     api = HfApi(token=args.hub_token)
     message = f"Training in progress, step {trainer.state.global_step}"
-    upload = {"repo_id": trainer.hub_model_id, "revision": args.hub_revision, "run_as_future": True}
+    upload: dict[str, Any] = {
+        "repo_id": trainer.hub_model_id,
+        "revision": args.hub_revision,
+        "run_as_future": True,
+    }
     ignore = ["_*", f"{PREFIX_CHECKPOINT_DIR}-*"]
-    jobs = [api.upload_folder(folder_path=folder, commit_message=message, ignore_patterns=ignore, **upload)]
+    jobs: Any = [api.upload_folder(folder_path=folder, commit_message=message, ignore_patterns=ignore, **upload)]
     if args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
         place = "last-checkpoint" if args.hub_strategy == HubStrategy.CHECKPOINT else checkpoint.name
         message += ", checkpoint"

@@ -1,5 +1,5 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
-"""Seeds that depend on what is drawn, not on when, so that a run does not depend on batch split, world size or resume."""
+"""Seeds that depend on what is drawn, not on when: neither batch split nor world size nor resuming changes a run."""
 
 from enum import IntEnum
 
