@@ -136,11 +136,12 @@ def test_file_says_alpha_and_targets_and_nothing_of_the_machine(trained, tmp_pat
 
 
 def test_equal_adapters_are_equal_files(trained, tmp_path):
-    first = save_adapter(trained, tmp_path / "a").read_bytes()
     copy = tiny.tiny_sd3()
     add_trained_adapter(copy)
     copy.transformer.peft_config["default"].target_modules = set(reversed(TARGETS))
-    assert save_adapter(copy, tmp_path / "b").read_bytes() == first
+    # Several times, since an order that is left to chance comes out right now and then.
+    files = [save_adapter(pipeline, tmp_path / str(i)) for i in range(4) for pipeline in (trained, copy)]
+    assert len({file.read_bytes() for file in files}) == 1
 
 
 def test_state_that_does_not_fit_is_refused(trained, tmp_path):

@@ -46,8 +46,8 @@ def summarize_balance(history: Sequence[Mapping[str, Any]]) -> BalanceSummary | 
     """
     Sum up the balancing diagnostics of a run from its log.
 
-    A row of the log holds means over the steps since the row before. So the worst cosine is that of the run where every
-    step is logged (`logging_steps=1`), and the worst of those means otherwise.
+    A row of the log holds means over the steps since the row before. So the worst cosine is that of the run where
+    every step is logged (`logging_steps=1`), and the worst of those means otherwise.
 
     Args:
         history (`Sequence[Mapping[str, Any]]`):

@@ -1,6 +1,7 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
 """Reading a pipeline's LoRA adapter, and writing it the way `load_lora_weights` reads it back."""
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -86,7 +87,22 @@ def save_adapter(
         transformer_lora_adapter_metadata=_published_config(config),
         safe_serialization=True,
     )
+    _sort_header(folder / LORA_WEIGHT_NAME_SAFE)
     return folder / LORA_WEIGHT_NAME_SAFE
+
+
+def _sort_header(file: Path) -> None:
+    """
+    Put the header of a safetensors file in order, so that equal adapters are equal files.
+
+    safetensors writes the entries of its metadata in a random order. A file is 8 bytes of header length
+    (little-endian), the header in JSON, padded with spaces to a multiple of 8 bytes, and the tensors.
+    """
+    content = file.read_bytes()
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.dumps(json.loads(content[8:end]), sort_keys=True, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    file.write_bytes(len(header).to_bytes(8, "little") + header + content[end:])
 
 
 def _lora_config(pipeline: DiffusionPipeline, adapter_name: str) -> LoraConfig:
@@ -106,7 +122,7 @@ def _published_config(config: LoraConfig) -> dict[str, Any]:
     The part of a peft configuration that a loader needs, ready for JSON.
 
     Values that peft would fill in anyway are left out: a full dump names fields that an older or newer peft does not
-    know, and such a file does not load there. Sets become sorted lists, so that equal adapters are equal files.
+    know, and such a file does not load there. Sets, whose order is random, become sorted lists.
     """
     values, defaults = config.to_dict(), LoraConfig().to_dict()
     published = {
