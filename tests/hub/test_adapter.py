@@ -1,8 +1,8 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
 """A saved adapter is right when a fresh base pipeline that loads it makes the same images."""
 
+import inspect
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -74,26 +74,23 @@ def test_pushed_adapter_makes_the_same_images_in_another_process(trained, tmp_pa
     save_adapter(trained, tmp_path / "adapter")
     script = """
 import sys
-import numpy as np
 from huggingface_hub import HfApi
 import tiny
 
-here, folder, out = sys.argv[1:]
-sys.path.insert(0, here)
-import test_adapter
-
+folder, out = sys.argv[1:]
 HfApi().create_repo("me/adapter")
 HfApi().upload_folder(folder_path=folder, repo_id="me/adapter")
 results = []
 for source in (folder, "me/adapter"):
-    pipeline = test_adapter.quiet(tiny.tiny_sd3())
+    pipeline = quiet(tiny.tiny_sd3())
     pipeline.load_lora_weights(source)
-    results.append(test_adapter.images(pipeline))
+    results.append(images(pipeline))
 np.save(out, np.stack(results))
 """
-    arguments = [Path(__file__).parent, tmp_path / "adapter", tmp_path / "images.npy"]
+    functions = "".join(map(inspect.getsource, (images, quiet)))
+    script = "import numpy as np, torch\n" + functions + script
     with local_hub() as hub:
-        hub.run(script, *map(str, arguments), home=tmp_path / "home")
+        hub.run(script, str(tmp_path / "adapter"), str(tmp_path / "images.npy"), home=tmp_path / "home")
         assert list(hub.files["me/adapter"]) == [FILE]
     from_folder, from_hub = np.load(tmp_path / "images.npy")
     expected = images(trained)
