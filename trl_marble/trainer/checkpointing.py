@@ -3,6 +3,7 @@
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,16 +39,16 @@ def base_fingerprint(transformer: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def save_state(folder: Path, tensors: dict[str, dict[str, Tensor]], identity: dict[str, Any]) -> None:
+def save_state(folder: Path, tensors: Mapping[str, Mapping[str, Tensor]], identity: Mapping[str, Any]) -> None:
     """
     Write a run's own state to a checkpoint.
 
     Args:
         folder (`Path`):
             The checkpoint folder; created if missing.
-        tensors (`dict[str, dict[str, Tensor]]`):
+        tensors (`Mapping[str, Mapping[str, Tensor]]`):
             Named groups of named tensors.
-        identity (`dict[str, Any]`):
+        identity (`Mapping[str, Any]`):
             JSON-serializable facts that a run resumed from here must share.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -60,14 +61,14 @@ def save_state(folder: Path, tensors: dict[str, dict[str, Tensor]], identity: di
     (folder / IDENTITY_FILE).write_text(json.dumps({"format_version": FORMAT_VERSION, **identity}, indent=2) + "\n")
 
 
-def load_state(folder: Path, identity: dict[str, Any]) -> dict[str, dict[str, Tensor]]:
+def load_state(folder: Path, identity: Mapping[str, Any]) -> dict[str, dict[str, Tensor]]:
     """
     Read what [`save_state`] wrote.
 
     Args:
         folder (`Path`):
             The checkpoint folder.
-        identity (`dict[str, Any]`):
+        identity (`Mapping[str, Any]`):
             The facts of the run that resumes.
 
     Returns:
@@ -84,9 +85,9 @@ def load_state(folder: Path, identity: dict[str, Any]) -> dict[str, dict[str, Te
                 "`checkpoint-<step>` folder."
             )
     try:
-        saved = json.loads((folder / IDENTITY_FILE).read_text())
+        saved = dict(json.loads((folder / IDENTITY_FILE).read_text()))
         flat = load_file(folder / STATE_FILE)
-    except (json.JSONDecodeError, SafetensorError) as error:
+    except (ValueError, TypeError, SafetensorError) as error:
         raise ValueError(f"`{folder}` is damaged ({error}); resume from an earlier checkpoint.") from error
     for name, value in {"format_version": FORMAT_VERSION, **identity}.items():
         if saved.get(name) != value:
@@ -102,14 +103,14 @@ def load_state(folder: Path, identity: dict[str, Any]) -> dict[str, dict[str, Te
 
 
 @torch.no_grad()
-def copy_into(parameters: dict[str, Tensor], values: dict[str, Tensor]) -> None:
+def copy_into(parameters: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
     """
     Copy saved values into live parameters.
 
     Args:
-        parameters (`dict[str, Tensor]`):
+        parameters (`Mapping[str, Tensor]`):
             The live parameters by name.
-        values (`dict[str, Tensor]`):
+        values (`Mapping[str, Tensor]`):
             The saved values by the same names.
 
     Raises:

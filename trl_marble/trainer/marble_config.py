@@ -19,7 +19,7 @@ BALANCE_ON = ("loss", "advantage")
 SCALE_REWARDS = ("batch", "group", "none")
 
 
-@dataclass
+@dataclass(repr=False)  # the inherited one hides tokens
 class MarbleConfig(TrainingArguments):
     r"""
     Configuration class for the [`MarbleNFTTrainer`].

@@ -25,7 +25,8 @@ def derive_seed(seed: int, draw: Draw, *place: int) -> int:
         draw ([`Draw`]):
             What is drawn.
         *place (`int`):
-            Where in the run, for example the number of the generation batch and of the sample in it.
+            Where in the run, for example the number of the generation batch and of the sample in it. One kind of draw
+            always has places of one length.
 
     Returns:
         `int`: The seed; different places give unrelated seeds.

@@ -1,0 +1,275 @@
+# Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
+"""When, where and with what rewards are called."""
+
+import asyncio
+import functools
+import gc
+import math
+import threading
+from concurrent.futures import CancelledError
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from trl_marble.rewards import RewardError, RewardScorer
+
+
+# A test that would wait for ever fails after this many seconds instead.
+PATIENCE = 20
+
+IMAGES = [Image.new("RGB", (2, 3), (255, 51, 0)), Image.new("RGB", (2, 3), (0, 0, 255))]
+PROMPTS = ["a cat", "a dog"]
+
+
+@pytest.fixture
+def scorer():
+    """A factory of scorers that are closed after the test."""
+    made = []
+
+    def make(*reward_funcs) -> RewardScorer:
+        made.append(RewardScorer(list(reward_funcs)))
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.close()
+
+
+def score(scorer: RewardScorer, **columns: list) -> torch.Tensor:
+    return scorer.collect(scorer.submit(IMAGES, PROMPTS, columns, trainer_state=None))
+
+
+def test_rewards_get_keywords_only_and_come_back_in_order(scorer) -> None:
+    received = {}
+
+    def seen(**kwargs):
+        received.update(kwargs)
+        return [1, None]
+
+    async def later(images, target, **kwargs):
+        await asyncio.sleep(0)
+        return target
+
+    state = object()
+    both = scorer(seen, later)
+    pending = both.submit(IMAGES, PROMPTS, {"target": [3, 4]}, trainer_state=state)
+    scores = both.collect(pending)
+    assert set(received) == {"images", "prompts", "target", "trainer_state"}
+    assert received["images"] == IMAGES and received["prompts"] == PROMPTS and received["target"] == [3, 4]
+    assert received["trainer_state"] is state
+    assert scores.shape == (2, 2)
+    assert scores[0, 0] == 1 and math.isnan(scores[0, 1]) and scores[1].tolist() == [3, 4]
+
+
+def test_a_reward_cannot_change_what_the_next_one_gets(scorer) -> None:
+    def greedy(images, prompts, target, **kwargs):
+        answer = list(target)
+        for values in (images, prompts, target):
+            values.clear()
+        return answer
+
+    def modest(images, prompts, target, **kwargs):
+        return [len(images) + len(prompts) + len(target)] * 2
+
+    assert score(scorer(greedy, modest), target=[1, 2]).tolist() == [[1, 2], [6, 6]]
+    assert len(IMAGES) == 2 and len(PROMPTS) == 2
+
+
+def test_tensor_rewards_get_one_batch_in_the_unit_interval(scorer) -> None:
+    class Pixels:
+        image_type = "pt"
+
+        def __call__(self, images, **kwargs):
+            assert images.shape == (2, 3, 3, 2) and images.dtype == torch.float32
+            return images[:, 1].amax(dim=(1, 2))
+
+    def pil(images, **kwargs):
+        assert all(isinstance(image, Image.Image) for image in images)
+        return [float(np.asarray(image)[..., 2].max()) for image in images]
+
+    torch.testing.assert_close(score(scorer(Pixels(), pil)), torch.tensor([[0.2, 0.0], [0.0, 255.0]]))
+
+
+def test_grey_and_transparent_images_reach_tensor_rewards_as_rgb(scorer) -> None:
+    def channels(images, **kwargs):
+        return [images.shape[1]] * len(images)
+
+    channels.image_type = "pt"
+    made = scorer(channels)
+    pending = made.submit([Image.new("L", (4, 4)), Image.new("RGBA", (4, 4))], PROMPTS, {}, None)
+    assert made.collect(pending).tolist() == [[3, 3]]
+
+
+def test_sync_rewards_run_beside_the_caller(scorer) -> None:
+    """`submit` comes back while the reward still waits for what the caller does next."""
+    caller_went_on = threading.Event()
+    threads = []
+
+    def waits(images, **kwargs):
+        threads.append(threading.current_thread())
+        assert caller_went_on.wait(PATIENCE)
+        return [0] * len(images)
+
+    made = scorer(waits)
+    pending = made.submit(IMAGES, PROMPTS, {}, None)
+    assert not pending.futures[0].done()
+    caller_went_on.set()
+    assert made.collect(pending).tolist() == [[0, 0]]
+    assert threads[0] is not threading.current_thread()
+
+
+def test_different_sync_rewards_run_at_the_same_time(scorer) -> None:
+    meeting = threading.Barrier(2)
+
+    def first(images, **kwargs):
+        meeting.wait(PATIENCE)
+        return [1] * len(images)
+
+    def second(images, **kwargs):
+        meeting.wait(PATIENCE)
+        return [2] * len(images)
+
+    assert score(scorer(first, second)).tolist() == [[1, 1], [2, 2]]
+
+
+def test_a_sync_reward_never_runs_twice_at_once_and_keeps_the_order(scorer) -> None:
+    inside = threading.Lock()
+    overlapped = []
+    order = []
+
+    def alone(images, number, **kwargs):
+        if not inside.acquire(blocking=False):
+            overlapped.append(number)
+        threading.Event().wait(0.002)  # room for another call to come in
+        order.append(number[0])
+        inside.release()
+        return number
+
+    made = scorer(alone)
+    pending = [made.submit(IMAGES, PROMPTS, {"number": [i, i]}, None) for i in range(10)]
+    assert [made.collect(each)[0, 0].item() for each in pending] == list(range(10))
+    assert order == list(range(10)) and not overlapped
+
+
+def test_async_rewards_run_together_on_one_loop_beside_the_caller(scorer) -> None:
+    """Each call waits until both rewards have been entered for both batches."""
+    loops, threads, entered = set(), set(), []
+    everyone_in = None
+
+    async def meet():
+        nonlocal everyone_in
+        everyone_in = everyone_in or asyncio.Event()
+        loops.add(asyncio.get_running_loop())
+        threads.add(threading.current_thread())
+        entered.append(None)
+        if len(entered) == 4:
+            everyone_in.set()
+        await asyncio.wait_for(everyone_in.wait(), PATIENCE)
+
+    async def first(images, **kwargs):
+        await meet()
+        return [1] * len(images)
+
+    class Second:
+        async def __call__(self, images, **kwargs):
+            await meet()
+            return [2] * len(images)
+
+    made = scorer(first, functools.partial(Second(), unused=0))
+    pending = [made.submit(IMAGES, PROMPTS, {}, None) for _ in range(2)]
+    assert [made.collect(each).tolist() for each in pending] == [[[1, 1], [2, 2]]] * 2
+    assert len(loops) == 1
+    assert len(threads) == 1 and threading.current_thread() not in threads
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+def test_a_raised_error_names_the_reward_and_the_prompts(scorer, is_async) -> None:
+    def ok(images, **kwargs):
+        return [0] * len(images)
+
+    def broken(images, **kwargs):
+        raise KeyError("no detector")
+
+    async def broken_later(images, **kwargs):
+        raise KeyError("no detector")
+
+    func = broken_later if is_async else broken
+    with pytest.raises(RewardError) as caught:
+        score(scorer(ok, func))
+    for part in (f"`{func.__name__}`", "KeyError", "no detector", "2 images", "'a cat'", "'a dog'"):
+        assert part in str(caught.value)
+    assert isinstance(caught.value.__cause__, KeyError)
+
+
+def test_a_wrong_answer_names_the_reward(scorer) -> None:
+    def short(images, **kwargs):
+        return [0.0]
+
+    with pytest.raises(RewardError, match="`short` returned 1 values for 2 images"):
+        score(scorer(short))
+
+
+def test_close_ends_every_thread_and_scoring_starts_again(scorer) -> None:
+    def sync(images, **kwargs):
+        return [1] * len(images)
+
+    async def later(images, **kwargs):
+        return [2] * len(images)
+
+    before = set(threading.enumerate())
+    made = scorer(sync, later)
+    made.close()  # nothing to do yet
+    for _ in range(2):
+        assert score(made).tolist() == [[1, 1], [2, 2]]
+        assert set(threading.enumerate()) - before
+        made.close()
+        assert set(threading.enumerate()) - before == set()
+
+
+@pytest.mark.filterwarnings("error")  # an unclosed loop or a destroyed task would warn
+def test_close_ends_async_rewards_that_still_run(scorer) -> None:
+    started, cancelled = threading.Event(), threading.Event()
+
+    async def endless(images, **kwargs):
+        started.set()
+        try:
+            await asyncio.sleep(3600)
+        except asyncio.CancelledError:
+            cancelled.set()
+            raise
+
+    made = scorer(endless)
+    pending = made.submit(IMAGES, PROMPTS, {}, None)
+    assert started.wait(PATIENCE)
+    made.close()
+    gc.collect()
+    assert cancelled.is_set() and pending.futures[0].cancelled()
+
+
+def test_close_drops_batches_that_wait_for_their_turn(scorer) -> None:
+    release, calls = threading.Event(), []
+
+    def slow(images, **kwargs):
+        calls.append(None)
+        assert release.wait(PATIENCE)
+        return [0] * len(images)
+
+    made = scorer(slow)
+    pending = [made.submit(IMAGES, PROMPTS, {}, None) for _ in range(3)]
+    closing = threading.Thread(target=made.close)
+    closing.start()
+    with pytest.raises(CancelledError):  # while the first call is still running
+        pending[-1].futures[0].result(PATIENCE)
+    release.set()
+    closing.join(PATIENCE)
+    assert len(calls) <= 1
+
+
+def test_the_number_of_rewards_and_their_names(scorer) -> None:
+    def same(images, **kwargs):
+        return [0] * len(images)
+
+    made = scorer(same, same)
+    assert len(made) == 2 and made.names == ["same", "same_1"]

@@ -1,0 +1,203 @@
+# Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
+"""The settings: the papers' defaults, and a refusal with a mend for what cannot work."""
+
+import copy
+import dataclasses
+import json
+import math
+import pickle
+
+import pytest
+from transformers import HfArgumentParser, TrainingArguments
+
+from trl_marble import MarbleConfig
+
+
+def config(**settings) -> MarbleConfig:
+    return MarbleConfig("runs/test", **({"use_cpu": True} | settings))
+
+
+def test_defaults_are_the_papers() -> None:
+    defaults = config()
+    expected = {
+        "learning_rate": 3e-4,
+        "weight_decay": 1e-4,
+        "max_grad_norm": 1.0,
+        "num_generations": 24,
+        "num_inference_steps": 25,
+        "guidance_scale": 1.0,
+        "nft_beta": 0.1,
+        "advantage_clip": 5.0,
+        "beta": 1e-4,
+        "scale_rewards": "batch",
+        "multi_objective_aggregation": "marble",
+        "balance_on": "loss",
+        "balance_every": 10,
+        "balance_ema": 0.7,
+        "normalize_gradients": True,
+        "old_policy_preset": 1,
+        "num_iterations": 1,
+        "prompts_per_generation": 48,
+        "generation_batch_size": 48 * 24,
+    }
+    assert {name: getattr(defaults, name) for name in expected} == expected
+
+
+def test_one_optimizer_step_a_generation_batch_unless_told() -> None:
+    assert config(gradient_accumulation_steps=6).steps_per_generation == 6
+    several = config(
+        per_device_train_batch_size=4, gradient_accumulation_steps=3, steps_per_generation=6, num_generations=8
+    )
+    assert several.generation_batch_size == 24 and several.prompts_per_generation == 3
+
+
+def test_every_own_setting_is_documented_and_has_help() -> None:
+    inherited = {f.name for f in dataclasses.fields(TrainingArguments)}
+    for setting in dataclasses.fields(MarbleConfig):
+        if setting.name not in inherited:
+            assert f"        {setting.name} (`" in MarbleConfig.__doc__
+            assert setting.metadata["help"]
+
+
+@pytest.mark.parametrize(
+    ("name", "nearest"),
+    [("num_generation", "num_generations"), ("balance_evry", "balance_every"), ("learning_rates", "learning_rate")],
+)
+def test_an_unknown_setting_is_refused_with_the_nearest(name, nearest) -> None:
+    with pytest.raises(TypeError, match=f"`MarbleConfig` has no setting `{name}`; did you mean `{nearest}`?"):
+        config(**{name: 4})
+
+
+def test_an_unknown_setting_that_is_near_to_none_is_refused() -> None:
+    with pytest.raises(TypeError, match="`MarbleConfig` has no setting `xyzzy`; see the docstring"):
+        config(xyzzy=4)
+
+
+@pytest.mark.parametrize(
+    ("settings", "parts"),
+    [
+        ({"multi_objective_aggregation": "marbles"}, ["'marbles'", "'marble', 'equal', 'sum_then_normalize'"]),
+        ({"balance_on": "both"}, ["'both'", "'loss', 'advantage'"]),
+        ({"scale_rewards": True}, ["True", "'batch', 'group', 'none'"]),
+        ({"old_policy_preset": 3}, ["3", "0, 1, 2"]),
+        ({"num_generations": 1}, ["is 1", "at least 2", "compare the images of one prompt"]),
+        ({"num_inference_steps": 0}, ["is 0", "at least 1"]),
+        ({"num_iterations": 0}, ["is 0", "at least 1"]),
+        ({"num_generations_eval": 0}, ["is 0", "at least 1"]),
+        ({"balance_every": 0}, ["is 0", "at least 1", "every optimizer step"]),
+        ({"num_images_to_log": 0}, ["is 0", "log_images=False"]),
+        ({"rollout_batch_size": 0}, ["is 0", "leave it out"]),
+        ({"steps_per_generation": 0}, ["is 0", "leave it out"]),
+        ({"per_device_train_batch_size": 0}, ["is 0", "at least 1"]),
+        ({"per_device_eval_batch_size": 0}, ["is 0", "at least 1"]),
+        ({"gradient_accumulation_steps": 0}, ["is 0", "at least 1"]),
+        ({"resolution": 0}, ["is 0", "leave it out"]),
+        ({"max_sequence_length": -1}, ["is -1", "leave it out"]),
+        ({"nft_beta": 0.0}, ["is 0.0", "greater than 0"]),
+        ({"nft_beta": math.nan}, ["is nan", "finite"]),
+        ({"advantage_clip": -5.0}, ["is -5.0", "greater than 0"]),
+        ({"advantage_clip": math.inf}, ["is inf", "finite"]),
+        ({"beta": -1e-4}, ["is -0.0001", "0 (no pull"]),
+        ({"beta": math.nan}, ["is nan", "0 (no pull"]),
+        ({"balance_ema": 1.0}, ["is 1.0", "[0, 1)"]),
+        ({"weight_ema_decay": -0.1}, ["is -0.1", "[0, 1)"]),
+        ({"timestep_fraction": 0.0}, ["is 0.0", "(0, 1]"]),
+        ({"timestep_fraction": 1.5}, ["is 1.5", "(0, 1]"]),
+        ({"reward_weights": [1.0, math.inf]}, ["[1.0, inf]", "one finite number for each reward"]),
+        ({"reward_weights": 0.5}, ["0.5", "pass a list"]),
+        ({"reward_weights": [1.0, "2"]}, ["[1.0, '2']", "pass a list"]),
+        ({"steps_per_generation": 150}, ["(150)", "multiple of `gradient_accumulation_steps` (144)"]),
+        ({"num_generations": 25}, ["1152 images", "`num_generations` (25)", "8 x 1", "Change one of them"]),
+        ({"fp16": True}, ["`fp16=True`", "`bf16=True`"]),
+        ({"auto_find_batch_size": True}, ["`auto_find_batch_size=True`", "rollout_batch_size"]),
+        ({"remove_unused_columns": True}, ["`remove_unused_columns`", "must be `False`"]),
+        (
+            {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 50},
+            ["`load_best_model_at_end=True`", "load_lora_weights"],
+        ),
+    ],
+    ids=lambda value: "-".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else "",
+)
+def test_settings_that_cannot_work_are_refused_with_value_and_mend(settings, parts) -> None:
+    with pytest.raises(ValueError) as caught:
+        config(**settings)
+    message = str(caught.value)
+    for part in [*(f"`{name}" for name in list(settings)[:1]), *parts]:
+        assert part in message
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"beta": 0.0, "balance_ema": 0.0, "weight_ema_decay": 0.0, "timestep_fraction": 1.0},
+        {"num_generations": 2, "balance_every": 1, "num_inference_steps": 1},
+        {"reward_weights": [0, -1.5]},
+        {"bf16": True},
+    ],
+)
+def test_settings_at_the_edge_are_taken(settings) -> None:
+    made = config(**settings)
+    assert {name: getattr(made, name) for name in settings} == settings
+
+
+def test_the_command_line_sets_every_kind_of_setting() -> None:
+    command = "--output_dir out --use_cpu --num_generations 4 --resolution 64 --nft_beta 0.5 --scale_rewards group"
+    command += " --reward_weights 1 2.5 --normalize_gradients false --log_images false --steps_per_generation 288"
+    (parsed,) = HfArgumentParser(MarbleConfig).parse_args_into_dataclasses(command.split())
+    expected = config(
+        num_generations=4,
+        resolution=64,
+        nft_beta=0.5,
+        scale_rewards="group",
+        reward_weights=[1.0, 2.5],
+        normalize_gradients=False,
+        log_images=False,
+        steps_per_generation=288,
+    ).to_dict()
+    assert parsed.to_dict() == expected | {"output_dir": "out"}
+
+
+def test_the_help_of_the_command_line_renders(capsys) -> None:
+    with pytest.raises(SystemExit) as ended:
+        HfArgumentParser(MarbleConfig).parse_args(["--help"])
+    assert ended.value.code == 0
+    assert "--multi_objective_aggregation" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("write", [str, repr, TrainingArguments.to_json_string, TrainingArguments.to_sanitized_dict])
+def test_no_token_is_ever_written_out(write) -> None:
+    assert "hf_secret" not in str(write(config(hub_token="hf_secret")))
+
+
+def test_json_holds_the_settings() -> None:
+    written = json.loads(config(balance_ema=0.25, reward_weights=[1.0, 2.0]).to_json_string())
+    assert written["balance_ema"] == 0.25 and written["reward_weights"] == [1.0, 2.0]
+
+
+def test_copies_are_equal_and_independent() -> None:
+    original = config(reward_weights=[1.0, 2.0], num_generations=4)
+    for copied in (pickle.loads(pickle.dumps(original)), copy.deepcopy(original)):
+        assert type(copied) is MarbleConfig and copied.to_dict() == original.to_dict()
+        copied.reward_weights.append(3.0)
+    assert original.reward_weights == [1.0, 2.0]
+
+
+def test_replace_changes_one_setting_and_checks_again() -> None:
+    original = config(num_generations=4)
+    replaced = dataclasses.replace(original, seed=7)
+    changed = {name for name, value in original.to_dict().items() if replaced.to_dict()[name] != value}
+    assert changed == {"seed"}
+    with pytest.raises(ValueError, match="`num_generations` is 1"):
+        dataclasses.replace(original, num_generations=1)
+    with pytest.raises(TypeError, match="did you mean `seed`"):
+        dataclasses.replace(original, sed=7)
+
+
+def test_a_subclass_can_add_settings() -> None:
+    @dataclasses.dataclass
+    class Mine(MarbleConfig):
+        num_judges: int = 3
+
+    assert Mine("out", use_cpu=True, num_judges=5).num_judges == 5
+    with pytest.raises(TypeError, match="`Mine` has no setting `num_judge`; did you mean `num_judges`"):
+        Mine("out", num_judge=5)
