@@ -28,12 +28,13 @@ def base_fingerprint(transformer: nn.Module) -> str:
 
     Returns:
         `str`: Hex digest of the name, shape, dtype and first 64 values of every frozen parameter: the same for the
-        same base model wherever it is loaded from, different for another one.
+        same base model wherever it is loaded from and whatever adapter is trained on it, different for another one.
     """
     digest = hashlib.blake2b(digest_size=16)
     for name, parameter in transformer.named_parameters():
         if not parameter.requires_grad:
             sample = parameter.detach().flatten()[:64].float().cpu()
+            name = name.replace(".base_layer.", ".")  # what an adapter is wrapped around
             digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
             digest.update(sample.numpy().tobytes())
     return digest.hexdigest()
@@ -114,7 +115,7 @@ def copy_into(parameters: Mapping[str, Tensor], values: Mapping[str, Tensor]) ->
             The saved values by the same names.
 
     Raises:
-        `ValueError`: If a name is missing on either side or a shape differs.
+        `ValueError`: If a name is missing on either side or a shape differs; nothing was copied.
     """
     if parameters.keys() != values.keys():
         name = min(parameters.keys() ^ values.keys())
@@ -127,4 +128,5 @@ def copy_into(parameters: Mapping[str, Tensor], values: Mapping[str, Tensor]) ->
                 f"`{name}` has shape {tuple(values[name].shape)} in the checkpoint and {tuple(parameter.shape)} in "
                 "this run. Use the `peft_config` that the checkpoint was trained with."
             )
+    for name, parameter in parameters.items():
         parameter.copy_(values[name])

@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from numbers import Real
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from transformers import TrainingArguments
 
@@ -158,13 +158,13 @@ class MarbleConfig(TrainingArguments):
     max_sequence_length: int | None = field(
         default=None, metadata={"help": "Maximum number of prompt tokens. Defaults to the pipeline's own."}
     )
-    rollout_batch_size: int | None = field(
+    rollout_batch_size: int = field(  # type: ignore[assignment]
         default=None, metadata={"help": "Images sampled at once on each device. Defaults to `num_generations`."}
     )
     num_generations_eval: int = field(default=4, metadata={"help": "Number of images for each evaluation prompt."})
 
     # Parameters that control how often samples are used
-    steps_per_generation: int | None = field(
+    steps_per_generation: int = field(  # type: ignore[assignment]
         default=None,
         metadata={"help": "Micro-batches of a generation batch. Defaults to `gradient_accumulation_steps`."},
     )
@@ -177,10 +177,10 @@ class MarbleConfig(TrainingArguments):
     reward_weights: list[float] | None = field(
         default=None, metadata={"help": "Weight of each reward where rewards are added up. Defaults to 1 each."}
     )
-    scale_rewards: str = field(
+    scale_rewards: Literal["batch", "group", "none"] = field(
         default="batch", metadata={"help": "What centred rewards are divided by: 'batch', 'group' or 'none'."}
     )
-    multi_objective_aggregation: str = field(
+    multi_objective_aggregation: Literal["marble", "equal", "sum_then_normalize", "normalize_then_sum"] = field(
         default="marble",
         metadata={
             "help": "How rewards become one update: 'marble', 'equal', 'sum_then_normalize' or 'normalize_then_sum'."
@@ -195,7 +195,9 @@ class MarbleConfig(TrainingArguments):
     # Parameters that control the balancing
     balance_every: int = field(default=10, metadata={"help": "Solve the balancing problem every X optimizer steps."})
     balance_ema: float = field(default=0.7, metadata={"help": "Decay of the moving average of the solutions."})
-    balance_on: str = field(default="loss", metadata={"help": "What is balanced: 'loss' or 'advantage' gradients."})
+    balance_on: Literal["loss", "advantage"] = field(
+        default="loss", metadata={"help": "What is balanced: 'loss' or 'advantage' gradients."}
+    )
     normalize_gradients: bool = field(
         default=True, metadata={"help": "Whether per-reward gradients are scaled to unit length before balancing."}
     )

@@ -1,10 +1,9 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
-"""The trainer. It reads in the order of the data: prompts, rollout, rewards, advantages, gradients, update, adapter."""
+"""The trainer, in the order of the data: prompts, rollout, rewards, advantages, gradients, update, adapter."""
 
 import tempfile
 import warnings
-from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, TrainOutput
 from transformers.utils import logging
 
 from ..balance import (
@@ -44,7 +43,7 @@ from ..balance import (
     weighted_sum_weights,
 )
 from ..data import RepeatPromptSampler, validate_prompts
-from ..evaluation import Evaluation, image_grid, nan_aware_mean
+from ..evaluation import Evaluation
 from ..hub import save_adapter
 from ..pipelines import (
     Conditioning,
@@ -56,13 +55,14 @@ from ..pipelines import (
     load_pipeline,
     lora_config,
 )
-from ..rewards import RewardFunc, RewardScorer
+from ..rewards import PendingScores, RewardFunc, RewardScorer
 from .checkpointing import base_fingerprint, copy_into, load_state, save_state
 from .generation import GenerationBatch
 from .marble_config import MarbleConfig
+from .metrics import MetricBuffer
+from .pictures import first_rows, log_grid
 from .publishing import push_checkpoint, write_card
 from .seeding import Draw, derive_seed
-from .trackers import log_image
 
 
 logger = logging.get_logger(__name__)
@@ -91,8 +91,8 @@ class MarbleNFTTrainer(Trainer):
 
     Args:
         pipeline (`str`, `os.PathLike` or [`~diffusers.DiffusionPipeline`]):
-            The flow-matching pipeline to align: a Hub id, a local folder, or the object. Its parts are frozen and a LoRA
-            adapter is added to its transformer.
+            The flow-matching pipeline to align: a Hub id, a local folder, or the object. Its parts are frozen and a
+            LoRA adapter is added to its transformer.
         reward_funcs (`RewardFunc` or `list[RewardFunc]`):
             The rewards, see [`~trl_marble.rewards.RewardFunc`]. Called with keywords `images`, `prompts`, the other
             columns of the dataset, and `trainer_state`; they return one number an image, or `None` where they do not
@@ -104,7 +104,8 @@ class MarbleNFTTrainer(Trainer):
         eval_dataset ([`~datasets.Dataset`], *optional*):
             Prompts to evaluate on.
         peft_config ([`~peft.LoraConfig`], *optional*):
-            The adapter. Defaults to rank 32, alpha 64 on the projections that are usually trained in the pipeline's family.
+            The adapter. Defaults to rank 32, alpha 64 on the projections that are usually trained in the pipeline's
+            family.
         callbacks (`list` of [`~transformers.TrainerCallback`], *optional*):
             Callbacks to add to the default ones.
         optimizers (`tuple` of optimizer and scheduler, *optional*, defaults to `(None, None)`):
@@ -114,10 +115,17 @@ class MarbleNFTTrainer(Trainer):
             matrix `[K, K]` of the per-reward gradients to coefficients `[K]`, such as a `torchjd` weighting.
 
     Raises:
-        `ValueError`: For a pipeline that is not flow matching, a prompt set without prompts, the wrong number of reward
-            weights, or settings that do not fit together.
+        `ValueError`: For a pipeline that is not flow matching, a prompt set without prompts, the wrong number of
+            reward weights, or settings that do not fit together.
         `OSError`: If the output folder cannot be written.
     """
+
+    args: MarbleConfig
+    model: Policy
+    train_dataset: Dataset
+    eval_dataset: Dataset | None
+    hub_model_id: Any  # transformers sets these two later than where it declares them as `None`
+    push_in_progress: Any
 
     def __init__(
         self,
@@ -147,8 +155,8 @@ class MarbleNFTTrainer(Trainer):
         num_rewards = len(self.scorer)
         if args.reward_weights is not None and len(args.reward_weights) != num_rewards:
             raise ValueError(
-                f"`reward_weights` has {len(args.reward_weights)} values ({args.reward_weights}) for {num_rewards} rewards "
-                f"({', '.join(self.scorer.names)}); pass one weight a reward, in their order."
+                f"`reward_weights` has {len(args.reward_weights)} values ({args.reward_weights}) for {num_rewards} "
+                f"rewards ({', '.join(self.scorer.names)}); pass one weight a reward, in their order."
             )
         self.reward_weights = torch.tensor(args.reward_weights or [1.0] * num_rewards)
         if args.multi_objective_aggregation == "equal" and weighting != "mgda":
@@ -168,17 +176,16 @@ class MarbleNFTTrainer(Trainer):
         super().__init__(
             model=Policy(self.flow),
             args=args,
-            data_collator=_keep_rows,
+            data_collator=_keep_rows,  # type: ignore[arg-type]
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
-            callbacks=callbacks,
+            callbacks=[_FollowPolicy(self), *(callbacks or [])],  # first: the others see the policies as they are now
             optimizers=optimizers,
         )
         self.parameters = list(self.trainable.values())
         self.old_policy = WeightShadow(self.trainable.items())
         self.average = WeightShadow(self.trainable.items())
         self.schedule = BalanceSchedule(num_rewards, args.balance_every, args.balance_ema, args.normalize_gradients)
-        self.add_callback(_FollowPolicy(self))
 
         # The loss of a micro-batch is already its share of the optimizer step's.
         self.model_accepts_loss_kwargs = False
@@ -189,12 +196,12 @@ class MarbleNFTTrainer(Trainer):
         self._cycle_length = args.steps_per_generation * args.num_iterations
         self._fingerprint = base_fingerprint(self.flow.transformer)
         self.evaluations: list[Evaluation] = []
-        self._batch: GenerationBatch | None = None
+        self._batch: GenerationBatch  # from the first micro-batch on
+        self._reward_gradients: Tensor  # while a step solves the balancing problem
         self._micro_step = 0
-        self._reward_gradients: Tensor | None = None
         self._solving = False
-        self._metrics: dict[str, list[float]] = defaultdict(list)
-        self._latest_rollout: tuple[list[str], list[Image.Image], Tensor] | None = None
+        self.metrics = MetricBuffer()
+        self._latest_rollout: tuple[list[str], list[Image.Image]] = ([], [])
         self._silent_rewards: set[str] = set()
 
     # ---- Prompts ----
@@ -224,14 +231,14 @@ class MarbleNFTTrainer(Trainer):
             is_training=True,
         )
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:  # type: ignore[override]
         """
         Train, see [`~transformers.Trainer.train`].
 
         If training stops by an exception, what was trained so far is saved as a checkpoint first, and training can be
         resumed from there.
         """
-        self._batch, self._micro_step = None, 0
+        self._micro_step = 0
         try:
             return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         except BaseException:
@@ -240,7 +247,7 @@ class MarbleNFTTrainer(Trainer):
         finally:
             self.scorer.close()
 
-    def training_step(
+    def training_step(  # type: ignore[override]
         self, model: nn.Module, inputs: list[dict[str, Any]], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
         """
@@ -249,7 +256,7 @@ class MarbleNFTTrainer(Trainer):
 
         Args:
             model (`nn.Module`):
-                The policy as `accelerate` wrapped it. Not called: gradients are reduced once for the whole step, by us.
+                The policy as `accelerate` wrapped it. Not called: gradients are reduced here, once for the whole step.
             inputs (`list[dict[str, Any]]`):
                 Rows of the dataset: this process's part of the generation batch.
             num_items_in_batch:
@@ -287,7 +294,7 @@ class MarbleNFTTrainer(Trainer):
             latents, images, rewards = self._sample_and_score(
                 conditioning, prompt_index, prompts, columns, seeds, self.args.rollout_batch_size
             )
-        self._latest_rollout = (prompts, images, rewards)
+        self._latest_rollout = (prompts, images)
 
         all_rewards = self.accelerator.gather(rewards.T.contiguous().to(self.args.device)).T.cpu()
         self._log_rewards(all_rewards)
@@ -311,7 +318,7 @@ class MarbleNFTTrainer(Trainer):
         signals = torch.stack([(part.nan_to_num() != 0).sum(dim=1) for part in updates])
         scored = torch.stack([(~part.isnan()).any(dim=0).sum() for part in updates])
         device = self.args.device
-        self._record("drift/latent_rms", latents.float().square().mean().sqrt().item())
+        self.metrics.record("drift/latent_rms", latents.float().square().mean().sqrt().item())
         return GenerationBatch(
             prompts=unique_prompts,
             conditioning=conditioning,
@@ -333,12 +340,13 @@ class MarbleNFTTrainer(Trainer):
         prompts: list[str],
         columns: dict[str, list],
         seeds: list[int],
-        batch_size: int | None,
+        batch_size: int,
     ) -> tuple[Tensor, list[Image.Image], Tensor]:
         """Latents, images and rewards `[K, B]`; a batch is scored while the next one is sampled."""
         self.model.eval()
-        batch_size = batch_size or self.args.per_device_train_batch_size
-        latents, images, pending = [], [], []
+        latents: list[Tensor] = []
+        images: list[Image.Image] = []
+        pending: list[PendingScores] = []
         with self._progress("rollout", len(prompts)) as bar:
             for start in range(0, len(prompts), batch_size):
                 part = slice(start, start + batch_size)
@@ -346,11 +354,12 @@ class MarbleNFTTrainer(Trainer):
                     rollout = self.flow.rollout(
                         conditioning.select(prompt_index[part]), seeds[part], self.args.num_inference_steps
                     )
+                sampled = list(rollout.images)
                 latents.append(rollout.latents)
-                images.extend(rollout.images)
+                images.extend(sampled)
                 part_columns = {name: values[part] for name, values in columns.items()}
-                pending.append(self.scorer.submit(rollout.images, prompts[part], part_columns, self.state))
-                bar.update(len(rollout.images))
+                pending.append(self.scorer.submit(sampled, prompts[part], part_columns, self.state))
+                bar.update(len(sampled))
         rewards = []
         with self._progress("rewards", len(prompts)) as bar:
             for scores in pending:
@@ -361,14 +370,14 @@ class MarbleNFTTrainer(Trainer):
     def _log_rewards(self, rewards: Tensor) -> None:
         for name, row in zip(self.scorer.names, rewards, strict=True):
             valid = row[~row.isnan()]
-            self._record(f"rewards/{name}/valid", len(valid) / len(row))
-            self._record(f"rewards/{name}/mean", valid.mean().item() if len(valid) else float("nan"))
-            self._record(f"rewards/{name}/std", valid.std(correction=0).item() if len(valid) else float("nan"))
+            self.metrics.record(f"rewards/{name}/valid", len(valid) / len(row))
+            self.metrics.record(f"rewards/{name}/mean", valid.mean().item() if len(valid) else float("nan"))
+            self.metrics.record(f"rewards/{name}/std", _spread(valid) if len(valid) else float("nan"))
             if len(valid) == 0 and name not in self._silent_rewards:
                 self._silent_rewards.add(name)
                 warnings.warn(
-                    f"Reward `{name}` applied to none of the {len(row)} images of step {self.state.global_step + 1}; it takes "
-                    "no part in it. (This is said once a reward.)",
+                    f"Reward `{name}` applied to none of the {len(row)} images of step {self.state.global_step + 1}; "
+                    "it takes no part in it. (This is said once a reward.)",
                     stacklevel=2,
                 )
 
@@ -378,9 +387,7 @@ class MarbleNFTTrainer(Trainer):
         if self.args.scale_rewards == "none":
             stds = torch.ones(len(rewards))
         else:
-            stds = torch.stack(
-                [row[keep].std(correction=0).nan_to_num() for row, keep in zip(rewards, valid, strict=True)]
-            )
+            stds = torch.tensor([_spread(row[keep]) for row, keep in zip(rewards, valid, strict=True)])
         return weighted_sum_weights(self.reward_weights, stds, valid.sum(dim=1)).to(self.args.device)
 
     # ---- Per-reward gradients and the update ----
@@ -450,7 +457,7 @@ class MarbleNFTTrainer(Trainer):
             shared = shared + self.args.beta * divergence
             # `_gather_metrics` averages over micro-batches, timesteps and processes what here are shares of a sum.
             parts = self.args.gradient_accumulation_steps * self.num_times * self.args.world_size
-            self._record("kl", divergence.detach() * parts)
+            self.metrics.record("kl", divergence.detach() * parts)
 
         if self._solving:
             if shared.requires_grad:
@@ -468,8 +475,8 @@ class MarbleNFTTrainer(Trainer):
     def _velocities(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> tuple[Tensor, Tensor, Tensor | None]:
         """Velocities of the trained policy, the old one, and the base model (`None` with `beta=0`)."""
         with self.compute_loss_context_manager():
-            # Without gradients first: with gradient checkpointing the trained pass runs again during the backward pass,
-            # and must find the model as it was.
+            # Without gradients first: with gradient checkpointing the trained pass runs again during the backward
+            # pass, and must find the model as it was.
             base = None
             self.model.eval()
             with torch.no_grad():
@@ -480,7 +487,7 @@ class MarbleNFTTrainer(Trainer):
                         base = self.model(x_t, t, conditioning)
             self.model.train()
             current = self.model(x_t, t, conditioning)
-        self._record("drift/velocity_rms", current.detach().float().square().mean().sqrt())
+        self.metrics.record("drift/velocity_rms", current.detach().float().square().mean().sqrt())
         return current, old, base
 
     def _mixing_weights(self, update: int) -> Tensor:
@@ -495,7 +502,7 @@ class MarbleNFTTrainer(Trainer):
         direction = self.accelerator.reduce(shared, reduction="sum")
         if self._solving:
             gradients = self.accelerator.reduce(self._reward_gradients, reduction="sum")
-            self._reward_gradients = None
+            del self._reward_gradients
             solution = harmonize(
                 gram_matrix(gradients), self.weighting, self.args.normalize_gradients, self._batch.active[update]
             )
@@ -506,14 +513,14 @@ class MarbleNFTTrainer(Trainer):
         if self.args.balances_gradients:
             alpha = solution.alpha if self._solving else self.schedule.alpha
             for name, value in zip(self.scorer.names, alpha.tolist(), strict=True):
-                self._record(f"balance/alpha/{name}", value)
+                self.metrics.record(f"balance/alpha/{name}", value)
 
     def _log_balance(self, solution: Harmonization) -> None:
         for name, norm in zip(self.scorer.names, solution.norms.tolist(), strict=True):
-            self._record(f"balance/grad_norm/{name}", norm)
+            self.metrics.record(f"balance/grad_norm/{name}", norm)
         for prefix, weights in (("balance", solution.weights), ("balance/weighted_sum", self._batch.weighted_sum)):
             for key, value in balance_diagnostics(solution.gram, weights, solution.active).items():
-                self._record(f"{prefix}/{key}", value)
+                self.metrics.record(f"{prefix}/{key}", value)
 
     def _after_optimizer_step(self) -> None:
         """Let the averaged weights follow every step, and the old policy every generation batch."""
@@ -543,9 +550,9 @@ class MarbleNFTTrainer(Trainer):
                 Put before the metrics' names.
 
         Returns:
-            `dict[str, float]`: For each reward `<prefix>_rewards/<name>/mean`, `/standard_error` and `/valid` (fraction
-            of the images that it applies to), and `<prefix>_drift/velocity_norm`, the norm of the velocity relative to the
-            base model's. The images and rewards themselves are appended to `trainer.evaluations`.
+            `dict[str, float]`: For each reward `<prefix>_rewards/<name>/mean`, `/standard_error` and `/valid`
+            (fraction of the images that it applies to), and `<prefix>_drift/velocity_norm`, the norm of the velocity
+            relative to the base model's. The images and rewards themselves are appended to `trainer.evaluations`.
 
         Raises:
             `ValueError`: If there is no dataset to evaluate on.
@@ -565,9 +572,7 @@ class MarbleNFTTrainer(Trainer):
             metrics |= {f"{prefix}/mean": mean, f"{prefix}/standard_error": error, f"{prefix}/valid": valid}
         super().log(dict(metrics))
         if self.args.log_images and self.is_world_process_zero():
-            path = self._image_folder() / f"{metric_key_prefix}_step_{self.state.global_step:06d}.png"
-            image_grid(list(evaluation.gallery.values()), list(evaluation.gallery), path=path)
-            log_image(self, f"{metric_key_prefix}/images", path)
+            log_grid(self, metric_key_prefix, evaluation.gallery)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
@@ -620,40 +625,10 @@ class MarbleNFTTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log; a training step's log also holds what was recorded since the last one, averaged NaN-aware."""
         if "loss" in logs:
-            logs = {**logs, **self._gather_metrics()}
-            if self.args.log_images and self._latest_rollout is not None and self.is_world_process_zero():
-                self._log_rollout_images()
+            logs = {**logs, **self.metrics.flush(self.accelerator)}
+            if self.args.log_images and self.is_world_process_zero():
+                log_grid(self, "train", first_rows(*self._latest_rollout, self.args.num_images_to_log))
         super().log(logs, start_time)
-
-    def _record(self, name: str, value: float | Tensor) -> None:
-        """Keep a value for the next log. Tensors are not read before, so that the device is not waited for."""
-        self._metrics[name].append(value)
-
-    def _gather_metrics(self) -> dict[str, float]:
-        """Means of what was recorded, over steps and processes. Every process records the same names in the same order."""
-        means = torch.tensor([nan_aware_mean([float(v) for v in values]) for values in self._metrics.values()])
-        means = self.accelerator.gather(means.to(self.args.device)[None]).cpu()
-        names = list(self._metrics)
-        self._metrics.clear()
-        return {name: nan_aware_mean(column.tolist()) for name, column in zip(names, means.T, strict=True)}
-
-    def _image_folder(self) -> Path:
-        folder = Path(self.args.output_dir) / "images"
-        folder.mkdir(parents=True, exist_ok=True)
-        return folder
-
-    def _log_rollout_images(self) -> None:
-        """Save and send a grid of the latest rollout: some prompts, up to as many images of each."""
-        prompts, images, _ = self._latest_rollout
-        self._latest_rollout = None
-        rows: dict[str, list[Image.Image]] = {}
-        for prompt, image in zip(prompts, images, strict=True):
-            if prompt in rows or len(rows) < self.args.num_images_to_log:
-                rows.setdefault(prompt, []).append(image)
-        shown = [row[: self.args.num_images_to_log] for row in rows.values()]
-        path = self._image_folder() / f"train_step_{self.state.global_step:06d}.png"
-        image_grid(shown, list(rows), path=path)
-        log_image(self, "train/images", path)
 
     def _progress(self, what: str, total: int) -> tqdm:
         return tqdm(
@@ -677,7 +652,7 @@ class MarbleNFTTrainer(Trainer):
         folder = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         folder.mkdir(parents=True, exist_ok=True)
         if self.args.should_save:
-            tensors = {
+            tensors: dict[str, Mapping[str, Tensor]] = {
                 "current": self.trainable,
                 "old": self.old_policy.state_dict(),
                 "average": self.average.state_dict(),
@@ -734,7 +709,9 @@ class MarbleNFTTrainer(Trainer):
         else:
             logger.warning(f"Training stopped after step {step}; it is saved in {folder}.")
 
-    def create_model_card(self, model_name: str | None = None, **kwargs: Any) -> None:
+    def create_model_card(  # type: ignore[override]
+        self, model_name: str | None = None, **kwargs: Any
+    ) -> None:
         """
         Write the model card, with its pictures, to the output folder. It is rendered anew from this run.
 
@@ -764,6 +741,11 @@ class _FollowPolicy(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
         self.trainer._after_optimizer_step()
+
+
+def _spread(values: Tensor) -> float:
+    """Standard deviation, 0 where there is no value."""
+    return values.std(correction=0).item() if len(values) else 0.0
 
 
 def _keep_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -68,7 +68,7 @@ def write_card(trainer: "MarbleNFTTrainer", model_name: str | None = None) -> No
         plot_balance(history, folder / balance_plot)
     card = build_model_card(
         repo_name=model_name or folder.absolute().name,
-        pipeline_class=type(trainer.pipeline).__name__,
+        pipeline_class=trainer.flow.family.pipeline_class.__name__,
         rewards=reward_rows(trainer.scorer.names, history),
         base_model=trainer.pipeline.config.get("_name_or_path"),
         dataset_name=trainer.train_dataset.info.dataset_name,

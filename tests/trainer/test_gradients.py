@@ -1,0 +1,176 @@
+# Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
+"""The update's direction, against autograd on the formulas, and its independence of how the batch is split."""
+
+import pytest
+import torch
+from transformers import TrainerCallback
+
+from trl_marble import MarbleNFTTrainer
+
+
+class KeepGradient(TrainerCallback):
+    """Copies the flat gradient of every optimizer step before the optimizer sees it."""
+
+    def __init__(self):
+        self.gradients = []
+        self.trainer = None
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        parts = [parameter.grad.flatten() for parameter in self.trainer.parameters]
+        self.gradients.append(torch.cat(parts).clone())
+
+
+@pytest.fixture
+def gradients_of(make_trainer):
+    """Gradients of every step of a run without clipping."""
+
+    def run(**overrides):
+        keep = KeepGradient()
+        trainer = make_trainer(callbacks=[keep], max_grad_norm=0.0, **overrides)
+        keep.trainer = trainer
+        trainer.train()
+        return keep.gradients
+
+    return run
+
+
+def relative_error(a, b):
+    return ((a - b).norm() / b.norm()).item()
+
+
+@pytest.mark.parametrize(
+    ("aggregation", "balance_on"), [("marble", "loss"), ("marble", "advantage"), ("sum_then_normalize", "loss")]
+)
+def test_gradient_does_not_depend_on_the_batch_split(gradients_of, aggregation, balance_on):
+    settings = {"multi_objective_aggregation": aggregation, "balance_on": balance_on, "balance_every": 2, "beta": 0.1}
+    # Small, so that the second step's rewards do not differ by more than rounding: Adam's first step has the size of
+    # the learning rate wherever a gradient is not exactly zero.
+    settings["learning_rate"] = 1e-6
+    whole = gradients_of(per_device_train_batch_size=8, gradient_accumulation_steps=1, **settings)
+    single = gradients_of(per_device_train_batch_size=1, gradient_accumulation_steps=8, **settings)
+    pairs = gradients_of(per_device_train_batch_size=2, gradient_accumulation_steps=4, **settings)
+    assert len(whole) == 2 and whole[0].norm() > 0
+    # The first step solves, the second mixes; the second also starts from weights that must have stayed together.
+    for step in range(2):
+        assert relative_error(single[step], whole[step]) < 1e-5
+        assert relative_error(pairs[step], whole[step]) < 1e-5
+
+
+def nft_loss(velocity, old_velocity, x_t, x0, t, advantages, b, clip):
+    """One reward's loss as the design writes it, for the samples that it applies to."""
+    t = t.view(-1, 1, 1, 1)
+    r = 0.5 + advantages / (2 * clip)
+    total = 0.0
+    for sign, weight in ((1, r), (-1, 1 - r)):
+        prediction = x_t - t * (old_velocity + sign * b * (velocity - old_velocity))
+        scale = (prediction - x0).abs().mean(dim=(1, 2, 3)).detach().clamp(min=1e-5)
+        total = total + weight * ((prediction - x0) ** 2).mean(dim=(1, 2, 3)) / scale
+    return clip / b * total
+
+
+class Recorder(MarbleNFTTrainer):
+    """Keeps what each forward and backward pass was given."""
+
+    calls: list
+
+    def _backward(self, x_t, x0, t, conditioning, advantages, update):
+        self.calls.append((x_t, x0, t, conditioning, advantages))
+        return super()._backward(x_t, x0, t, conditioning, advantages, update)
+
+
+@pytest.mark.parametrize("balance_on", ["loss", "advantage"])
+def test_direction_is_that_of_autograd_on_the_formulas(monkeypatch, make_trainer, balance_on):
+    """Fixed weights, no normalization: d = sum_k w_k grad L_k (+ anchor once) + beta grad KL, over the whole step."""
+    weights = torch.tensor([0.2, 0.5, 0.3])
+    keep = KeepGradient()
+    # Two steps, so that the second starts from a policy that has left the old one: the anchor is at work.
+    trainer = make_trainer(
+        callbacks=[keep],
+        max_steps=2,
+        gradient_accumulation_steps=2,
+        per_device_train_batch_size=4,
+        max_grad_norm=0.0,
+        balance_on=balance_on,
+        normalize_gradients=False,
+        weighting=lambda gram: weights.to(gram),
+        beta=0.5,
+        old_policy_preset=2,
+    )
+    trainer.__class__ = Recorder
+    trainer.calls = []
+    keep.trainer = trainer
+
+    expected = []
+
+    class Expect(TrainerCallback):
+        """Computes the step's gradient again before the optimizer moves the weights."""
+
+        def on_pre_optimizer_step(self, args, state, control, **kwargs):
+            b, clip, beta = args.nft_beta, args.advantage_clip, args.beta
+            total = torch.zeros(3)
+            divergence, anchor, scored = 0.0, 0.0, 0
+            counts = torch.stack([(~a.isnan()).sum(dim=1) for *_, a in trainer.calls]).sum(dim=0)
+            samples = sum(len(x0) for _, x0, *_ in trainer.calls)
+            losses = [0.0, 0.0, 0.0]
+            for x_t, x0, t, conditioning, advantages in trainer.calls:
+                with torch.no_grad(), trainer.old_policy.swapped_in():
+                    old = trainer.model(x_t, t, conditioning)
+                with torch.no_grad():
+                    trainer.flow.transformer.disable_adapters()
+                    base = trainer.model(x_t, t, conditioning)
+                    trainer.flow.transformer.enable_adapters()
+                velocity = trainer.model(x_t, t, conditioning)
+                divergence = divergence + (velocity - base).square().mean(dim=(1, 2, 3)).sum() / samples
+                no_signal = nft_loss(velocity, old, x_t, x0, t, torch.zeros(len(x0)), b, clip)
+                any_reward = ~advantages.isnan().all(dim=0)
+                anchor = anchor + no_signal[any_reward].sum()
+                scored += int(any_reward.sum())
+                for k in range(3):
+                    valid = ~advantages[k].isnan()
+                    loss = nft_loss(velocity, old, x_t, x0, t, advantages[k].nan_to_num(), b, clip)
+                    if balance_on == "advantage":
+                        loss = loss - no_signal
+                    losses[k] = losses[k] + loss[valid].sum() / counts[k]
+            total = sum(w * loss for w, loss in zip(weights, losses, strict=True)) + beta * divergence
+            if balance_on == "advantage":
+                total = total + anchor / scored
+            gradients = torch.autograd.grad(total, trainer.parameters)
+            expected.append(torch.cat([gradient.flatten() for gradient in gradients]))
+            trainer.calls.clear()
+
+    trainer.add_callback(Expect())
+    trainer.train()
+    assert len(expected) == 2
+    for step in range(2):
+        assert relative_error(keep.gradients[step], expected[step]) < 1e-4
+
+
+def test_mixing_with_known_weights_is_the_full_step(gradients_of):
+    """Amortization is exact: with the same weights, one backward pass gives the direction of K of them."""
+    settings = {"normalize_gradients": False, "weighting": lambda gram: torch.tensor([0.2, 0.5, 0.3]).to(gram)}
+    solved = gradients_of(balance_every=1, **settings)
+    mixed = gradients_of(balance_every=100, **settings)
+    assert relative_error(mixed[1], solved[1]) < 1e-4
+
+
+def test_gradient_checkpointing_changes_nothing(gradients_of):
+    plain = gradients_of(balance_every=2)
+    checkpointed = gradients_of(balance_every=2, gradient_checkpointing=True)
+    for a, b in zip(checkpointed, plain, strict=True):
+        assert relative_error(a, b) < 1e-5
+
+
+def test_rescaling_a_reward_does_not_change_the_update(gradients_of, rewards):
+    brightness, *others = rewards
+
+    def bright_percent(images, **kwargs):
+        return [100 * value + 7 for value in brightness(images)]
+
+    plain = gradients_of(max_steps=1)
+    rescaled = gradients_of(max_steps=1, reward_funcs=[bright_percent, *others])
+    # 1e-4 in the denominator of the advantages is not scaled along.
+    assert relative_error(rescaled[0], plain[0]) < 0.1
+    weighted = {"multi_objective_aggregation": "sum_then_normalize", "max_steps": 1}
+    plain = gradients_of(**weighted)
+    rescaled = gradients_of(reward_funcs=[bright_percent, *others], **weighted)
+    assert relative_error(rescaled[0], plain[0]) > 0.1

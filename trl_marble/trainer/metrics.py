@@ -1,0 +1,37 @@
+# Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
+"""Values recorded during optimizer steps, until they are logged."""
+
+from collections import defaultdict
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from ..evaluation import nan_aware_mean
+
+
+class MetricBuffer:
+    """Keeps values by name and averages them over steps and processes, NaN-aware, when they are logged."""
+
+    def __init__(self) -> None:
+        self._values: dict[str, list[float | Tensor]] = defaultdict(list)
+
+    def record(self, name: str, value: float | Tensor) -> None:
+        """
+        Keep a value.
+
+        Args:
+            name (`str`):
+                The metric. Every process must record the same names in the same order.
+            value (`float` or `Tensor` of shape `[]`):
+                A tensor is not read before it is logged, so that nothing waits for the device.
+        """
+        self._values[name].append(value)
+
+    def flush(self, accelerator: Accelerator) -> dict[str, float]:
+        """The means of everything recorded since the last call, on every process; then start anew."""
+        own = [nan_aware_mean([float(value) for value in values]) for values in self._values.values()]
+        gathered = accelerator.gather(torch.tensor(own, device=accelerator.device)[None]).cpu()
+        names = list(self._values)
+        self._values.clear()
+        return {name: nan_aware_mean(column.tolist()) for name, column in zip(names, gathered.T, strict=True)}
