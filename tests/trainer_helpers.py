@@ -60,7 +60,7 @@ def small_trainer(
 ) -> MarbleNFTTrainer:
     """A trainer on a tiny SD3 pipeline; keywords go to [`small_config`]."""
     return MarbleNFTTrainer(
-        tiny_sd3(t5=False, num_layers=1) if pipeline is None else pipeline,
+        tiny_sd3(num_layers=1) if pipeline is None else pipeline,
         reward_funcs=list(reward_funcs) if isinstance(reward_funcs, tuple) else reward_funcs,
         args=small_config(output_dir, **overrides),
         train_dataset=prompt_set() if train_dataset is None else train_dataset,

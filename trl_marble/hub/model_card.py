@@ -26,7 +26,7 @@ GALLERY_COLUMNS = 4
 
 # Settings that are also arguments of the pipeline's call, in the order in which the example names them. The example
 # repeats what was trained with, since the pipeline's defaults (guidance above all) make other images.
-CALL_SETTINGS = ("num_inference_steps", "guidance_scale", "height", "width")
+CALL_SETTINGS = ("num_inference_steps", "guidance_scale", "height", "width", "max_sequence_length")
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _CACHED_SNAPSHOT = re.compile(r"models--([\w.-]+?)--([\w.-]+)")

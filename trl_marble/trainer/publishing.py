@@ -24,6 +24,7 @@ PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "dataset
 CARD_SETTINGS = (
     "num_inference_steps",
     "guidance_scale",
+    "max_sequence_length",
     "num_generations",
     "timestep_fraction",
     "multi_objective_aggregation",
