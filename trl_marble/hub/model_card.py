@@ -103,8 +103,9 @@ def build_model_card(
         balance (`BalanceSummary`, *optional*):
             The run's balancing diagnostics, see [`~trl_marble.evaluation.summarize_balance`].
         settings (`Mapping[str, Any]`, *optional*):
-            Training settings by name. `num_inference_steps`, `guidance_scale`, `height` and `width`, where present,
-            also go into the usage example. `multi_objective_aggregation` says how the rewards were combined.
+            Training settings by name. `num_inference_steps`, `guidance_scale`, `height`, `width` and
+            `max_sequence_length`, where present, also go into the usage example. `multi_objective_aggregation` says
+            how the rewards were combined.
         gallery (`Sequence[GalleryItem]`, *optional*, defaults to `()`):
             Sample images.
         balance_plot (`str`, *optional*):
