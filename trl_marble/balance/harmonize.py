@@ -93,10 +93,8 @@ def harmonize(
     if active.any():
         active_gram, active_norms = gram[active][:, active], norms[active]
         if normalize_gradients:
-            # Divide twice: the product of two small norms may underflow. Rounding leaves the diagonal beside 1.
-            active_gram = active_gram / active_norms[:, None] / active_norms[None, :]
-            active_gram.fill_diagonal_(1.0)
-        active_alpha = torch.as_tensor(weighting(active_gram)).detach().to(gram)
+            active_gram = active_gram / active_norms.outer(active_norms)
+        active_alpha = torch.as_tensor(weighting(active_gram)).to(gram)
         if active_alpha.shape != active_norms.shape or not active_alpha.isfinite().all():
             raise ValueError(
                 f"The weighting returned {active_alpha.tolist()} for a Gram matrix of {len(active_norms)} gradients: "
