@@ -128,6 +128,7 @@ def test_file_says_alpha_and_targets_and_nothing_of_the_machine(trained, tmp_pat
         metadata = json.loads(opened.metadata()["lora_adapter_metadata"])
     assert metadata["transformer.lora_alpha"] == 12
     assert metadata["transformer.r"] == 4
+    assert metadata["transformer.rank_pattern"] == metadata["transformer.alpha_pattern"] == {}
     assert metadata["transformer.target_modules"] == sorted(TARGETS)
     assert str(tmp_path).encode() not in file.read_bytes()
 

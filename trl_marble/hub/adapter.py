@@ -13,7 +13,9 @@ from peft.utils import get_peft_model_state_dict
 from torch import Tensor
 
 
-# Fields of a peft configuration that say how the adapter was made or on whose disk, not what it computes.
+# Fields of a peft configuration that loaders look up without asking whether they are there (diffusers 0.35 does).
+_ALWAYS_PUBLISHED = ("r", "lora_alpha", "rank_pattern", "alpha_pattern")
+# Fields that say how the adapter was made or on whose disk, not what it computes.
 _NOT_PUBLISHED = frozenset({"auto_mapping", "base_model_name_or_path", "inference_mode", "init_lora_weights"})
 
 
@@ -130,7 +132,7 @@ def _published_config(config: LoraConfig) -> dict[str, Any]:
         for key, value in values.items()
         if key not in _NOT_PUBLISHED and value != defaults[key]
     }
-    return published | {"r": config.r, "lora_alpha": config.lora_alpha}
+    return {key: values[key] for key in _ALWAYS_PUBLISHED} | published
 
 
 def _check_same_layout(state: dict[str, Tensor], own: dict[str, Tensor], adapter_name: str) -> None:
