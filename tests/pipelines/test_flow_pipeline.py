@@ -1,5 +1,6 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
 import copy
+import inspect
 import warnings
 
 import pytest
@@ -12,6 +13,7 @@ from diffusers import (
     FlowMatchHeunDiscreteScheduler,
     SD3Transformer2DModel,
     StableDiffusion3Img2ImgPipeline,
+    StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     UNet2DConditionModel,
     UniPCMultistepScheduler,
@@ -170,6 +172,21 @@ def test_velocity_never_uses_classifier_free_guidance():
     )
     assert torch.equal(guided.velocity(x_t, t, conditioning), plain.velocity(x_t, t, plain.encode(PROMPTS)))
     assert batch_sizes == [3]
+
+
+def test_velocity_leaves_the_negative_prompt_out_of_the_call_and_serves_subclasses():
+    calls = []
+
+    class Recording(StableDiffusion3Pipeline):
+        def __call__(self, *args, **kwargs):
+            calls.append(kwargs)
+            return inspect.unwrap(StableDiffusion3Pipeline.__call__)(self, *args, **kwargs)
+
+    flow = FlowPipeline(Recording(**tiny.tiny_sd3().components), guidance_scale=4.0)
+    flow.velocity(initial_noise(flow, SEEDS), torch.tensor([0.1, 0.5, 0.9]), flow.encode(PROMPTS))
+    (kwargs,) = calls
+    assert kwargs["max_sequence_length"] == 256, "the pipeline's own default"
+    assert "prompt_embeds" in kwargs and not any(name.startswith("negative") for name in kwargs)
 
 
 def test_a_guidance_distilled_transformer_is_given_the_guidance_scale():

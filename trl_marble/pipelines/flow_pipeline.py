@@ -172,7 +172,7 @@ class FlowPipeline:
         self.height = height
         self.width = width
         self.guidance_scale = guidance_scale
-        call_arguments = inspect.signature(type(pipeline).__call__).parameters
+        call_arguments = inspect.signature(self.family.pipeline_class.__call__).parameters
         self.max_sequence_length: int = (
             call_arguments["max_sequence_length"].default if max_sequence_length is None else max_sequence_length
         )
