@@ -1,0 +1,276 @@
+# Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
+"""What real runs leave on a Hub, and what it is good for after a download."""
+
+import json
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from local_hub import TOKEN, LocalHub, card_errors, local_hub
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tiny import tiny_sd3
+
+from trl_marble.hub import RewardRow
+from trl_marble.trainer.publishing import framework_versions, reward_rows
+
+
+BASE = "me/tiny-sd3"
+STRATEGIES = ("end", "every_save", "checkpoint", "all_checkpoints")
+
+# One process trains with every strategy; a second one, with an empty cache, uses what it finds on the Hub.
+TRAIN = """
+import json, sys
+from pathlib import Path
+from huggingface_hub import HfApi
+from trainer_helpers import prompt_set, small_trainer
+
+folder, strategies = Path(sys.argv[1]), sys.argv[2:]
+seen = {}
+for strategy in strategies:
+    trainer = small_trainer(
+        folder / f"run-{strategy}",
+        pipeline="me/tiny-sd3",
+        eval_dataset=prompt_set().select(range(3)),
+        eval_on_start=True, eval_strategy="steps", eval_steps=2, num_generations_eval=1,
+        save_strategy="steps", save_steps=1, log_images=strategy == "end", num_images_to_log=2,
+        report_to="tensorboard" if strategy == "end" else "none",
+        push_to_hub=True, hub_strategy=strategy, hub_model_id=f"me/{strategy}", hub_token="hf_local",
+        hub_always_push=True,
+    )
+    trainer.train()
+    seen[strategy] = HfApi().list_repo_files(f"me/{strategy}")
+    if strategy == "end":
+        trainer.push_to_hub()
+        seen["first card"] = (folder / "run-end" / "README.md").read_text()
+        trainer.args.balance_ema = 0.123
+        trainer.push_to_hub("Once more")
+print("SEEN " + json.dumps(seen))
+"""
+
+USE = """
+import json, sys
+from pathlib import Path
+import numpy as np, torch
+from diffusers import StableDiffusion3Pipeline
+from huggingface_hub import hf_hub_download, snapshot_download
+from trainer_helpers import small_trainer
+
+folder = Path(sys.argv[1])
+
+def images(adapter):
+    pipeline = StableDiffusion3Pipeline.from_pretrained("me/tiny-sd3")
+    if adapter is not None:
+        pipeline.load_lora_weights(adapter)
+    pipeline.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(0)
+    return pipeline("a cat", num_inference_steps=2, generator=generator, output_type="np").images
+
+base, pushed, local = images(None), images("me/end"), images(str(folder / "run-end"))
+result = {"same": bool(np.array_equal(pushed, local)), "changed": float(np.abs(pushed - base).max())}
+
+card = Path(hf_hub_download("me/end", "README.md")).read_text()
+code = card.split("```python")[1].split("```")[0]
+code = code.replace('image.save("', f'image.save("{folder}/')
+exec(code)
+result["size"] = list(image.size)
+
+place = snapshot_download("me/all_checkpoints", allow_patterns="checkpoint-1/*")
+resumed = small_trainer(folder / "resumed", pipeline="me/tiny-sd3")
+resumed.train(resume_from_checkpoint=str(Path(place) / "checkpoint-1"))
+resumed.save_model()
+name = "pytorch_lora_weights.safetensors"
+original = Path(hf_hub_download("me/all_checkpoints", name)).read_bytes()
+result["resumed"] = (folder / "resumed" / name).read_bytes() == original
+print("RESULT " + json.dumps(result))
+"""
+
+
+@dataclass
+class Published:
+    """The Hub after all runs, the folder they ran in, and what the training process saw."""
+
+    hub: LocalHub
+    folder: Path
+    seen: dict[str, Any]
+
+    def files(self, strategy: str) -> dict[str, bytes]:
+        return self.hub.files[f"me/{strategy}"]
+
+    def card(self, strategy: str) -> str:
+        return self.hub.text(f"me/{strategy}", "README.md")
+
+    def metadata(self, strategy: str) -> dict[str, Any]:
+        return yaml.safe_load(self.card(strategy).split("---\n")[1])
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory) -> Iterator[Published]:
+    folder = tmp_path_factory.mktemp("publishing")
+    tiny_sd3(num_layers=1).save_pretrained(folder / "base")
+    with local_hub() as hub:
+        base = [path for path in (folder / "base").rglob("*") if path.is_file()]
+        hub.files[BASE] = {str(path.relative_to(folder / "base")): path.read_bytes() for path in base}
+        hub.commits[BASE] = ["The base pipeline"]
+        output = hub.run(TRAIN, str(folder), *STRATEGIES, home=folder / "home").stdout
+        seen = json.loads(output.split("SEEN ")[1].splitlines()[0])
+        yield Published(hub, folder, seen)
+
+
+def top_level(files: dict[str, bytes]) -> set[str]:
+    return {path for path in files if not path.startswith(("images/", "runs/")) and "tfevents" not in path}
+
+
+ALWAYS = {"README.md", "pytorch_lora_weights.safetensors", "balance.png", ".gitattributes"}
+CHECKPOINT = {
+    "marble_state.json",
+    "marble_state.safetensors",
+    "optimizer.pt",
+    "pytorch_lora_weights.safetensors",
+    "rng_state.pth",
+    "scheduler.pt",
+    "trainer_state.json",
+}
+
+
+def test_end_pushes_only_when_asked(published) -> None:
+    assert set(published.seen["end"]) <= {".gitattributes"}
+    assert top_level(published.files("end")) <= ALWAYS
+    assert published.hub.commits["me/end"][-2:] == ["End of training", "Once more"]
+
+
+@pytest.mark.parametrize(
+    ("strategy", "folders"),
+    [
+        ("every_save", []),
+        ("checkpoint", ["last-checkpoint"]),
+        ("all_checkpoints", ["checkpoint-1", "checkpoint-2"]),
+    ],
+)
+def test_each_strategy_leaves_the_right_files(published, strategy, folders) -> None:
+    expected = {f"{folder}/{name}" for folder in folders for name in CHECKPOINT}
+    found = top_level(published.files(strategy))
+    assert found - ALWAYS == expected
+    assert ALWAYS - found <= {".gitattributes"}
+    assert any("step 1" in title for title in published.hub.commits[f"me/{strategy}"])
+    assert any("step 2" in title for title in published.hub.commits[f"me/{strategy}"])
+
+
+def test_what_was_pushed_is_what_was_saved(published) -> None:
+    for strategy in ("every_save", "checkpoint", "all_checkpoints"):
+        last = published.folder / f"run-{strategy}" / "checkpoint-2"
+        name = "pytorch_lora_weights.safetensors"
+        assert published.files(strategy)[name] == (last / name).read_bytes()
+    for strategy, place in (("checkpoint", "last-checkpoint"), ("all_checkpoints", "checkpoint-2")):
+        for name in CHECKPOINT:
+            local = published.folder / f"run-{strategy}" / "checkpoint-2" / name
+            assert published.files(strategy)[f"{place}/{name}"] == local.read_bytes()
+
+
+def test_no_settings_are_pickled_and_no_token_or_path_is_published(published) -> None:
+    for strategy in STRATEGIES:
+        for path, content in published.files(strategy).items():
+            assert not path.endswith("training_args.bin")
+            assert TOKEN.encode() not in content, path
+        assert str(published.folder) not in published.card(strategy)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_every_card_is_valid_and_whole(published, strategy) -> None:
+    card, metadata = published.card(strategy), published.metadata(strategy)
+    assert card_errors(card) == []
+    assert metadata["base_model"] == BASE
+    assert {"lora", "text-to-image"} & set(metadata["tags"]) and metadata["library_name"] == "diffusers"
+    title = strategy.replace("_", r"\_")
+    assert f"\n# {title}\n" in card  # the repository's name
+    assert f'from_pretrained("{BASE}")' in card and f'load_lora_weights("me/{strategy}")' in card
+    assert "2605.06507" in card and "2509.16117" in card and "@article" in card
+    assert "not measured" not in card
+    for setting in ("num_generations", "nft_beta", "learning_rate", "lora_rank"):
+        assert f"| `{setting}` | `" in card
+
+
+def test_the_card_has_the_rewards_before_and_after(published) -> None:
+    history = json.loads((published.folder / "run-end" / "checkpoint-2" / "trainer_state.json").read_text())
+    evaluations = [row for row in history["log_history"] if "eval_rewards/bright/mean" in row]
+    assert [row["step"] for row in evaluations] == [0, 2]
+    for name in ("bright", "blue"):
+        before, after = (row[f"eval_rewards/{name}/mean"] for row in evaluations)
+        (line,) = re.findall(rf"^\| {name} \| .*±.*$", published.card("end"), re.MULTILINE)
+        cells = [cell.strip() for cell in line.split("|")[2:5]]
+        shown = [float(cell.split(" ± ")[0]) for cell in cells]
+        assert shown == pytest.approx([before, after, after - before], abs=1e-4)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_every_picture_of_the_card_is_in_the_repository(published, strategy) -> None:
+    shown = re.findall(r"!\[[^\]]*\]\(([^)]+)\)", published.card(strategy))
+    shown += [item["output"]["url"] for item in published.metadata(strategy)["widget"]]
+    assert "balance.png" in shown and sum(path.startswith("images/sample_") for path in shown) >= 2
+    for path in shown:
+        assert published.files(strategy)[path].startswith(b"\x89PNG"), path
+
+
+def test_pushing_again_renders_the_card_anew(published) -> None:
+    assert "| `balance_ema` | `0.7` |" in published.seen["first card"]
+    assert "| `balance_ema` | `0.123` |" in published.card("end")
+
+
+def test_images_reach_the_tracker(published) -> None:
+    (events,) = (published.folder / "run-end").rglob("events.out.tfevents*")
+    log = EventAccumulator(str(events), size_guidance={"images": 0})
+    log.Reload()
+    assert {tag: len(log.Images(tag)) for tag in log.Tags()["images"]} == {"train/images": 2, "eval/images": 2}
+
+
+def test_a_download_makes_the_same_images_and_resumes_the_run(published) -> None:
+    output = published.hub.run(USE, str(published.folder), home=published.folder / "empty home").stdout
+    result = json.loads(output.split("RESULT ")[1].splitlines()[0])
+    assert result["same"] and result["changed"] > 0
+    assert result["size"] == [16, 16] and (published.folder / "image.png").is_file()  # the card's own example
+    assert result["resumed"]
+
+
+# ---- Before and after, from a log ----
+
+
+def row(step: int, **means: float) -> dict[str, Any]:
+    errors = {f"eval_rewards/{name}/standard_error": 0.1 for name in means}
+    return {f"eval_rewards/{name}/mean": mean for name, mean in means.items()} | errors | {"step": step}
+
+
+def test_before_and_after_are_the_first_and_the_last_evaluation() -> None:
+    history = [row(0, a=1.0, b=2.0), {"loss": 1.0, "step": 1}, row(1, a=7.0, b=8.0), row(2, a=3.0, b=4.0)]
+    assert reward_rows(["b", "a"], history) == [
+        RewardRow("b", before=2.0, after=4.0, before_se=0.1, after_se=0.1),
+        RewardRow("a", before=1.0, after=3.0, before_se=0.1, after_se=0.1),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("history", "before", "after"),
+    [
+        ([], None, None),
+        ([row(0, a=1.0)], 1.0, None),
+        ([row(4, a=3.0)], None, 3.0),  # not before training
+        ([row(0, b=1.0), row(4, b=3.0)], None, None),
+    ],
+)
+def test_what_was_not_evaluated_is_not_measured(history, before, after) -> None:
+    (found,) = reward_rows(["a"], history)
+    assert (found.before, found.after) == (before, after)
+
+
+def test_a_reward_that_applied_to_nothing_stays_nan() -> None:
+    (found,) = reward_rows(["a"], [row(0, a=math.nan), row(1, a=math.nan)])
+    assert math.isnan(found.before) and math.isnan(found.after)
+
+
+def test_versions_name_the_packages() -> None:
+    versions = framework_versions()
+    assert {"trl_marble", "torch", "diffusers", "transformers", "peft"} <= versions.keys()
+    assert all(re.match(r"\d+\.\d+", version) for version in versions.values())
