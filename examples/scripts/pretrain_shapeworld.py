@@ -14,6 +14,7 @@ Killed at any time, the same command goes on from the last saved state. It leave
 """
 
 import argparse
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,24 +27,32 @@ from PIL import Image
 from tokenizers.pre_tokenizers import ByteLevel
 from torch.nn.functional import mse_loss
 from tqdm import tqdm
-from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+)
 
 from trl_marble.shapeworld.prompts import SPLIT_SIZES, all_captions
 from trl_marble.shapeworld.world import generate
 
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
-PROMPT_TOKENS = 12  # the longest caption has 10, begin and end included
+WARMUP = 0.06  # of all steps
+PROMPT_TOKENS = 10  # of the longest caption, begin and end included
 DEFAULT_T5_TOKENS = 256  # all-zero tokens that diffusers adds by default where a pipeline has no T5
 GRID_PROMPTS = (
     "a red circle",
-    "a white diamond",
+    "a white circle",
     "two yellow triangles",
     "three blue squares",
     "four green circles",
     "a red square and a blue circle",
     "a purple circle above a green square",
-    "a white triangle left of a red diamond",
+    "a white triangle left of a red circle",
     'a red sign that says "7"',
     'a green sign that says "5"',
     'a yellow sign that says "ok"',
@@ -57,13 +66,14 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=Path("runs/shapeworld"))
     parser.add_argument("--num_pictures", type=int, default=40_000, help="Pictures drawn before training starts.")
-    parser.add_argument("--vae_steps", type=int, default=1500)
-    parser.add_argument("--flow_steps", type=int, default=5000)
+    parser.add_argument("--vae_steps", type=int, default=1400)
+    parser.add_argument("--flow_steps", type=int, default=7500)
     parser.add_argument("--vae_batch_size", type=int, default=64)
-    parser.add_argument("--flow_batch_size", type=int, default=128)
+    parser.add_argument("--flow_batch_size", type=int, default=64)
     parser.add_argument("--learning_rate", type=float, default=2e-3, help="Peak of the one-cycle schedules.")
     parser.add_argument("--ema_decay", type=float, default=0.998, help="Of the weights that are saved in the end.")
-    parser.add_argument("--save_every", type=int, default=500, help="Steps between saved states.")
+    parser.add_argument("--save_every", type=int, default=250, help="Steps between saved states.")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True, help="Needs a C++ compiler.")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
 
@@ -105,7 +115,7 @@ def build_tokenizer(prompts: list[str]) -> CLIPTokenizer:
 
 
 def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModelWithProjection:
-    return CLIPTextModelWithProjection(
+    encoder = CLIPTextModelWithProjection(
         CLIPTextConfig(
             vocab_size=len(tokenizer),
             hidden_size=48,
@@ -119,6 +129,23 @@ def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModelWithProjection:
             pad_token_id=tokenizer.pad_token_id,
         )
     )
+    # CLIP's own initial embeddings (std .02) drown in the transformer's biases, and the words are hardly used for
+    # thousands of steps.
+    embeddings = encoder.get_input_embeddings()
+    torch.nn.init.normal_(embeddings.weight, std=1.0)
+    for name, parameter in encoder.named_parameters():
+        if name.endswith("position_embedding.weight"):
+            torch.nn.init.normal_(parameter, std=0.5)
+    return encoder
+
+
+def build_silent_t5() -> tuple[T5EncoderModel, T5Tokenizer]:
+    """A T5 that only says zero, like what diffusers puts in place of a missing one: no folder loads without a T5."""
+    tokenizer = T5Tokenizer(vocab=[("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0)], extra_ids=0)
+    config = T5Config(vocab_size=len(tokenizer), d_model=96, d_kv=8, d_ff=8, num_layers=1, num_heads=1)
+    encoder = T5EncoderModel(config)
+    torch.nn.init.zeros_(encoder.encoder.final_layer_norm.weight)
+    return encoder, tokenizer
 
 
 def build_pipeline(prompts: list[str]) -> StableDiffusion3Pipeline:
@@ -137,7 +164,6 @@ def build_pipeline(prompts: list[str]) -> StableDiffusion3Pipeline:
             joint_attention_dim=96,
             pooled_projection_dim=96,
             pos_embed_max_size=4,
-            qk_norm="rms_norm",
         ),
         vae=AutoencoderKL(
             sample_size=64,
@@ -158,7 +184,7 @@ def build_pipeline(prompts: list[str]) -> StableDiffusion3Pipeline:
         tokenizer_2=tokenizer,
         text_encoder_3=None,
         tokenizer_3=None,
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
     )
 
 
@@ -173,9 +199,8 @@ class Run:
     def __init__(self, name: str, modules: list[torch.nn.Module], steps: int, args: argparse.Namespace) -> None:
         self.modules, self.steps, self.args = torch.nn.ModuleList(modules).train(), steps, args
         self.path = args.output_dir / f"{name}.pt"
-        self.optimizer = torch.optim.AdamW(self.modules.parameters(), args.learning_rate, weight_decay=0.01)
-        self.schedule = torch.optim.lr_scheduler.OneCycleLR(
-            self.optimizer, args.learning_rate, total_steps=steps, pct_start=0.06
+        self.optimizer = torch.optim.AdamW(
+            self.modules.parameters(), args.learning_rate, weight_decay=0.01, fused=True
         )
         self.ema = {k: v.detach().clone() for k, v in self.modules.state_dict().items() if v.is_floating_point()}
         self.step, self.seconds = 0, 0.0
@@ -184,7 +209,6 @@ class Run:
             state = torch.load(self.path, weights_only=True)
             self.modules.load_state_dict(state["modules"])
             self.optimizer.load_state_dict(state["optimizer"])
-            self.schedule.load_state_dict(state["schedule"])
             self.ema, self.step, self.seconds = state["ema"], state["step"], state["seconds"]
         self.bar = tqdm(total=steps, initial=self.step, desc=name, mininterval=5)
 
@@ -199,12 +223,18 @@ class Run:
                 self.save()
         self.bar.close()
 
+    def schedule(self) -> float:
+        """Share of the peak learning rate: a linear warm-up, then half a cosine down to nothing."""
+        done = self.step / self.steps
+        return done / WARMUP if done < WARMUP else 0.5 * (1 + math.cos(math.pi * (done - WARMUP) / (1 - WARMUP)))
+
     def update(self, loss: torch.Tensor) -> None:
         self.optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.modules.parameters(), 1.0)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.args.learning_rate * self.schedule()
         self.optimizer.step()
-        self.schedule.step()
         decay = min(self.args.ema_decay, (1 + self.step) / (10 + self.step))
         weights = self.modules.state_dict()
         with torch.no_grad():
@@ -213,7 +243,7 @@ class Run:
         self.bar.set_postfix(loss=f"{self.loss:.4f}", refresh=False)
 
     def save(self) -> None:
-        state = {"modules": self.modules, "optimizer": self.optimizer, "schedule": self.schedule}
+        state = {"modules": self.modules, "optimizer": self.optimizer}
         state = {k: v.state_dict() for k, v in state.items()}
         state |= {"ema": self.ema, "step": self.step, "seconds": self.seconds}
         torch.save(state, self.path.with_suffix(".tmp"))
@@ -254,12 +284,17 @@ def train_vae(pipeline: StableDiffusion3Pipeline, pictures: torch.Tensor, args: 
 
 
 @torch.no_grad()
-def encode(pipeline: StableDiffusion3Pipeline, pictures: torch.Tensor) -> torch.Tensor:
+def encode(pipeline: StableDiffusion3Pipeline, pictures: torch.Tensor, args: argparse.Namespace) -> torch.Tensor:
     """All pictures as latents of unit variance; leaves the scaling in the VAE's config, where the pipeline looks."""
-    latents = torch.cat(
-        [pipeline.vae.encode(as_input(p)).latent_dist.mode() for p in tqdm(pictures.split(250), desc="encode")]
-    )
-    shift, scale = latents[:4000].mean().item(), 1 / latents[:4000].std().item()
+    path = args.output_dir / "latents.pt"
+    if path.exists():
+        latents = torch.load(path, weights_only=True)
+    else:
+        batches = tqdm(pictures.split(250), desc="encode", mininterval=5)
+        with torch.autocast("cpu", torch.bfloat16):
+            latents = torch.cat([pipeline.vae.encode(as_input(b)).latent_dist.mode().float() for b in batches])
+        torch.save(latents, path)
+    shift, scale = latents.mean().item(), 1 / latents.std().item()
     pipeline.vae.register_to_config(shift_factor=shift, scaling_factor=scale)
     return (latents - shift) * scale
 
@@ -268,13 +303,14 @@ def train_flow(
     pipeline: StableDiffusion3Pipeline, latents: torch.Tensor, prompts: list[str], args: argparse.Namespace
 ) -> float:
     transformer = pipeline.transformer
+    compiled = torch.compile(transformer) if args.compile else transformer
     run = Run("flow", [transformer, pipeline.text_encoder, pipeline.text_encoder_2], args.flow_steps, args)
     for step, generator in run.remaining():
         # Without T5 a pipeline appends `max_sequence_length` zero tokens, 256 by default. They say nothing and make a
         # step ten times as slow, so most do without (`max_sequence_length=0`); a small batch now and then keeps the
         # default working.
-        plain = step % 8 == 7
-        size = args.flow_batch_size // 8 if plain else args.flow_batch_size
+        plain = step % 24 == 23
+        size = args.flow_batch_size // 6 if plain else args.flow_batch_size
         chosen = torch.randint(len(latents), (size,), generator=generator)
         embeds, _, pooled, _ = pipeline.encode_prompt(
             [prompts[i] for i in chosen.tolist()],
@@ -285,10 +321,12 @@ def train_flow(
         )
         data = latents[chosen]
         noise = torch.randn(data.shape, generator=generator)
-        t = torch.sigmoid(torch.randn(size, generator=generator))
+        # Objects fill many latents, so what and where they are is decided while there is still much noise.
+        t = torch.sigmoid(0.8 + 1.2 * torch.randn(size, generator=generator))
         mixed = torch.lerp(data, noise, t.view(-1, 1, 1, 1))
-        velocity = transformer(mixed, embeds, pooled, t * 1000, return_dict=False)[0]
-        run.update(mse_loss(velocity, noise - data))
+        with torch.autocast("cpu", torch.bfloat16):
+            velocity = (transformer if plain else compiled)(mixed, embeds, pooled, t * 1000, return_dict=False)[0]
+        run.update(mse_loss(velocity.float(), noise - data))
         if (step + 1) % args.save_every == 0:
             with run.averaged():
                 publish(pipeline, args.output_dir)
@@ -322,7 +360,9 @@ def publish(pipeline: StableDiffusion3Pipeline, output_dir: Path) -> None:
         output_type="pt",
     ).images
     save_grid(images * 2 - 1, output_dir / "samples.png")
-    pipeline.save_pretrained(output_dir / "pipeline")
+    encoder, tokenizer = build_silent_t5()
+    complete = pipeline.components | {"text_encoder_3": encoder, "tokenizer_3": tokenizer}
+    StableDiffusion3Pipeline(**complete).save_pretrained(output_dir / "pipeline")
     for name in ("transformer", "vae"):
         part = getattr(pipeline, name)
         type(part).from_pretrained(output_dir / "pipeline" / name).half().save_pretrained(
@@ -341,7 +381,7 @@ def main() -> None:
 
     pipeline = build_pipeline([caption.prompt for tag in SPLIT_SIZES for caption in all_captions(tag)])
     seconds = train_vae(pipeline, pictures, args)
-    latents = encode(pipeline, pictures)
+    latents = encode(pipeline, pictures, args)
     seconds += train_flow(pipeline, latents, list(prompts), args)
     publish(pipeline, args.output_dir)
     print(f"trained for {seconds / 60:.1f} minutes; the pipeline is in {args.output_dir / 'pipeline'}")

@@ -53,7 +53,7 @@ def uninterrupted(make_trainer):
 @pytest.mark.parametrize("step", [1, 3, 4, 6, 11, 12, 13])
 def test_resumed_run_equals_the_uninterrupted_run(make_trainer, uninterrupted, step):
     checkpoint = Path(uninterrupted.args.output_dir) / f"checkpoint-{step}"
-    resumed = make_trainer("resumed", **SETTINGS)
+    resumed = make_trainer("resumed", log_images=True, **SETTINGS)
     resumed.train(resume_from_checkpoint=str(checkpoint))
     assert resumed.state.global_step == 14
     assert_same_state(resumed, uninterrupted)

@@ -1,5 +1,5 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
-"""How ShapeWorld looks: its palette, its four shapes, its glyphs, and the placing of objects in a 64-pixel picture."""
+"""How ShapeWorld looks: its palette, its three shapes, its glyphs, and the placing of objects in a 64-pixel picture."""
 
 from dataclasses import dataclass
 from functools import lru_cache
@@ -23,7 +23,7 @@ PALETTE = {
     "white": (240, 240, 240),
 }
 BACKGROUNDS = ((20, 20, 28), (46, 40, 36), (28, 44, 52))
-SHAPES = ("circle", "square", "triangle", "diamond")
+SHAPES = ("circle", "square", "triangle")
 COLOUR_JITTER = 10
 SPECK_CONTRAST = 34  # of the dim background specks, far from any palette colour
 
@@ -48,15 +48,12 @@ def glyph_font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
 def draw_shape(canvas: ImageDraw.ImageDraw, shape: str, box: tuple[float, float, float, float], fill) -> None:
     """Fill one of `SHAPES` into the bounding box `(left, top, right, bottom)`."""
     left, top, right, bottom = box
-    middle_x, middle_y = (left + right) / 2, (top + bottom) / 2
     if shape == "circle":
         canvas.ellipse(box, fill=fill)
     elif shape == "square":
         canvas.rectangle(box, fill=fill)
     elif shape == "triangle":
-        canvas.polygon([(middle_x, top), (left, bottom), (right, bottom)], fill=fill)
-    elif shape == "diamond":
-        canvas.polygon([(middle_x, top), (right, middle_y), (middle_x, bottom), (left, middle_y)], fill=fill)
+        canvas.polygon([((left + right) / 2, top), (left, bottom), (right, bottom)], fill=fill)
     else:
         raise ValueError(f"unknown shape {shape!r}; use one of {', '.join(SHAPES)}")
 
@@ -66,11 +63,11 @@ def _jittered(colour: tuple[int, int, int], rng: np.random.Generator) -> tuple[i
 
 
 def draw_background(rng: np.random.Generator) -> Image.Image:
-    """A dark, muted ground with up to six dim specks, at the supersampled size."""
+    """A dark, muted ground with up to four dim specks, at the supersampled size."""
     ground = tuple(int(c + rng.integers(-5, 6)) for c in BACKGROUNDS[rng.integers(len(BACKGROUNDS))])
     image = Image.new("RGB", (SIZE * SUPERSAMPLING,) * 2, ground)
     canvas = ImageDraw.Draw(image)
-    for _ in range(rng.integers(0, 7)):
+    for _ in range(rng.integers(0, 5)):
         x, y = rng.uniform(3, SIZE - 3, 2) * SUPERSAMPLING
         radius = rng.uniform(1.5, 3.0) * SUPERSAMPLING
         tone = tuple(c + SPECK_CONTRAST for c in ground)
@@ -111,7 +108,7 @@ def draw_text(text: str, colour: str, rng: np.random.Generator) -> Image.Image:
     Returns:
         `PIL.Image.Image`: RGB, 64x64.
     """
-    smallest, largest = {1: (34, 60), 2: (27, 38), 3: (20, 26)}[len(text)]
+    smallest, largest = {1: (42, 60), 2: (30, 38), 3: (22, 26)}[len(text)]
     size = int(rng.integers(smallest, largest + 1))
     gap, stroke = LETTER_GAP * SUPERSAMPLING, SUPERSAMPLING  # strokes thinner than this do not survive the VAE
     image = draw_background(rng)

@@ -15,9 +15,11 @@ class ShapeWorldPipeline(StableDiffusion3Pipeline):
     [`StableDiffusion3Pipeline`] without the empty tokens in place of T5.
 
     Where a pipeline has no T5, diffusers appends `max_sequence_length` (256 by default) all-zero tokens to the 12
-    tokens of the prompt. They carry nothing and make every step ten times as slow, so this class leaves them out. The
-    weights were trained with and without them: the folder works in a plain [`StableDiffusion3Pipeline`] too, which
-    gives exactly the pictures of this class when it is called with `max_sequence_length=0`.
+    tokens of the prompt. They carry nothing and make every step ten times as slow, so this class leaves them out.
+
+    The folder works in a plain [`StableDiffusion3Pipeline`] too, for the weights were trained with and without these
+    tokens. (It holds a tiny T5 that outputs zeros, because diffusers loads no Stable Diffusion 3 without one.) Called
+    with `text_encoder_3=None` and `max_sequence_length=0`, a plain pipeline gives exactly the pictures of this class.
     """
 
     def _get_t5_prompt_embeds(
@@ -42,4 +44,5 @@ def load_pipeline() -> ShapeWorldPipeline:
     Returns:
         [`ShapeWorldPipeline`], a [`StableDiffusion3Pipeline`]
     """
-    return ShapeWorldPipeline.from_pretrained(PIPELINE_FOLDER, torch_dtype=torch.float32)
+    without_t5 = {"text_encoder_3": None, "tokenizer_3": None}
+    return ShapeWorldPipeline.from_pretrained(PIPELINE_FOLDER, torch_dtype=torch.float32, **without_t5)

@@ -12,17 +12,17 @@ from .prompts import Caption, all_captions
 
 # How often each kind is drawn: what is hard to draw is drawn more often.
 KIND_WEIGHTS = {
-    "colors": 0.12,
-    "counting": 0.16,
-    "two_object": 0.14,
-    "position": 0.16,
-    "digit": 0.14,
-    "word": 0.18,
-    "free": 0.10,
+    "colors": 0.15,
+    "counting": 0.14,
+    "two_object": 0.15,
+    "position": 0.15,
+    "digit": 0.16,
+    "word": 0.16,
+    "free": 0.09,
 }
 # Smallest and largest half width, in pixels, by the number of objects in the picture.
-RADII = {1: (7.0, 21.0), 2: (6.5, 14.0), 3: (6.0, 11.0), 4: (5.5, 10.0)}
-CROWDED = (4.5, 8.0)
+RADII = {1: (9.5, 20.0), 2: (8.0, 13.5), 3: (7.5, 11.0), 4: (7.0, 9.5)}
+CROWDED = (5.5, 7.5)
 TRIES = 30
 
 
@@ -53,7 +53,7 @@ def place(count: int, relation: str | None, rng: np.random.Generator) -> tuple[n
     shrink = 1.0
     while True:
         for _ in range(TRIES):
-            radius = np.maximum(rng.uniform(least, most) * rng.uniform(0.85, 1.15, count) * shrink, 4.0)
+            radius = np.maximum(rng.uniform(least, most) * rng.uniform(0.9, 1.1, count) * shrink, 4.0)
             room = radius + MARGIN
             x, y = rng.uniform(room, SIZE - room), rng.uniform(room, SIZE - room)
             apart = np.maximum(np.abs(x[:, None] - x), np.abs(y[:, None] - y)) - radius[:, None] - radius

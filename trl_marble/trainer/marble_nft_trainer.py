@@ -201,7 +201,7 @@ class MarbleNFTTrainer(Trainer):
         self._micro_step = 0
         self._solving = False
         self.metrics = MetricBuffer()
-        self._latest_rollout: tuple[list[str], list[Image.Image]] = ([], [])
+        self._latest_rollout: tuple[list[str], list[Image.Image]] | None = None
         self._silent_rewards: set[str] = set()
 
     # ---- Prompts ----
@@ -626,7 +626,8 @@ class MarbleNFTTrainer(Trainer):
         """Log; a training step's log also holds what was recorded since the last one, averaged NaN-aware."""
         if "loss" in logs:
             logs = {**logs, **self.metrics.flush(self.accelerator)}
-            if self.args.log_images and self.is_world_process_zero():
+            # A run that was resumed inside a generation batch has sampled nothing yet.
+            if self.args.log_images and self._latest_rollout is not None and self.is_world_process_zero():
                 log_grid(self, "train", first_rows(*self._latest_rollout, self.args.num_images_to_log))
         super().log(logs, start_time)
 

@@ -1,8 +1,8 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
 """Three rewards that apply to every picture: how much is on it, how well it is centred, how calm it is.
 
-They pull against each other: large objects have long edges, several objects are hard to centre together, and what is
-calmest is small. Each vanishes for pictures that show nothing, or nothing but foreground, or only noise.
+They pull against the specialists and each other: several objects are hard to centre together, and are less calm than one;
+crisp glyphs have long outlines. Each vanishes for pictures that show nothing, or nothing but foreground, or only noise.
 """
 
 import numpy as np
@@ -14,7 +14,7 @@ from .foreground import solid_foreground
 ENOUGH = 0.25  # share of the picture that earns full coverage
 VISIBLE = 0.04  # share from which on the picture counts as showing something
 CROWDED, FLOODED = 0.6, 0.9  # shares between which every general reward falls to 0
-RESTLESS = 0.07  # total variation at which calm has fallen to 0
+RESTLESS = 0.16  # total variation for the foreground's size at which calm has fallen to 0; a disc has about .03
 
 
 def _room_left(share: float) -> float:
@@ -61,9 +61,11 @@ def centring(images: list[Image.Image], **kwargs) -> list[float]:
 
 
 def calm(images: list[Image.Image], **kwargs) -> list[float]:
-    """How little the picture changes from pixel to pixel (total variation, `mean|dx| + mean|dy|`).
+    """How little the picture changes from pixel to pixel, for the size of what it shows.
 
-    Specks in the ground, ragged outlines and many small objects cost most; the length of smooth outlines remains.
+    Total variation, `mean|dx| + mean|dy|`, grows with the length of outlines, and outlines with the square root of the
+    area: their ratio does not depend on an object's size. Specks in the ground, ragged outlines, thin strokes and many
+    small objects instead of one raise it.
 
     Args:
         images (`list[PIL.Image.Image]`): RGB pictures.
@@ -73,7 +75,9 @@ def calm(images: list[Image.Image], **kwargs) -> list[float]:
     """
     rewards = []
     for image in images:
+        share = float(solid_foreground(image).mean())
         pixels = np.asarray(image.convert("RGB"), dtype=np.float32) / 255
         variation = sum(float(np.abs(np.diff(pixels, axis=axis)).mean()) for axis in (0, 1))
-        rewards.append(max(0.0, 1 - variation / RESTLESS) * _presence(float(solid_foreground(image).mean())))
+        restlessness = variation / max(share, VISIBLE) ** 0.5
+        rewards.append(max(0.0, 1 - restlessness / RESTLESS) * _presence(share))
     return rewards
