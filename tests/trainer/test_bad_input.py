@@ -319,10 +319,11 @@ def test_a_run_that_failed_is_resumed_as_if_nothing_had_happened(tmp_path, whole
     assert_equal_adapters(tmp_path, whole_run)
 
 
-def test_a_failure_in_the_middle_of_a_step_keeps_the_step_before(tmp_path, whole_run) -> None:
+@pytest.mark.parametrize("failing_step", [2, 3])
+def test_a_failure_in_the_middle_of_a_step_keeps_the_step_before(tmp_path, whole_run, failing_step) -> None:
     class Stops(TrainerCallback):
         def on_pre_optimizer_step(self, args, state, control, **kwargs):
-            if state.global_step == 2:
+            if state.global_step == failing_step:
                 raise OSError("no space left")
 
     interrupted = small_trainer(tmp_path, [blue, bright], **TWO_STEPS_A_BATCH)
@@ -330,7 +331,7 @@ def test_a_failure_in_the_middle_of_a_step_keeps_the_step_before(tmp_path, whole
     with pytest.raises(OSError, match="no space left"):
         interrupted.train()
     resumed = small_trainer(tmp_path, [blue, bright], **TWO_STEPS_A_BATCH)
-    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{failing_step}"))
     resumed.save_model()
     assert_equal_adapters(tmp_path, whole_run)
 
