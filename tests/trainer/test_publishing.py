@@ -14,6 +14,7 @@ import yaml
 from local_hub import TOKEN, LocalHub, card_errors, local_hub
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny import tiny_sd3
+from trainer_helpers import bright, small_trainer
 
 from trl_marble.hub import RewardRow
 from trl_marble.trainer.publishing import framework_versions, reward_rows
@@ -233,6 +234,41 @@ def test_a_download_makes_the_same_images_and_resumes_the_run(published) -> None
     assert result["same"] and result["changed"] > 0
     assert result["size"] == [16, 16] and (published.folder / "image.png").is_file()  # the card's own example
     assert result["resumed"]
+
+
+# ---- Cards of unusual runs ----
+
+
+def silent(images, **kwargs):
+    return [None] * len(images)
+
+
+@pytest.mark.filterwarnings("ignore:Reward `silent` applied to none")
+def test_a_reward_that_never_applied_weighs_nothing_in_the_card(tmp_path) -> None:
+    trainer = small_trainer(tmp_path, [bright, silent])
+    trainer.train()
+    trainer.create_model_card()
+    card = (tmp_path / "README.md").read_text()
+    assert "| bright | 1.000 |" in card and "| silent | 0.000 |" in card
+    assert (tmp_path / "balance.png").is_file() and "(balance.png)" in card
+
+
+@pytest.mark.filterwarnings("ignore:Reward `silent` applied to none")
+@pytest.mark.parametrize("rewards", [[silent], [bright]])
+@pytest.mark.parametrize("aggregation", ["marble", "sum_then_normalize"])
+def test_a_run_with_nothing_to_balance_has_a_card(tmp_path, rewards, aggregation) -> None:
+    trainer = small_trainer(tmp_path, rewards, multi_objective_aggregation=aggregation)
+    trainer.train()
+    trainer.create_model_card()
+    card = (tmp_path / "README.md").read_text()
+    assert card_errors(card) == []
+    assert ("balance.png" in card) == (tmp_path / "balance.png").is_file()
+
+
+def test_a_card_can_be_written_before_training(tmp_path) -> None:
+    small_trainer(tmp_path).create_model_card("My adapter")
+    card = (tmp_path / "README.md").read_text()
+    assert card_errors(card) == [] and "# My adapter\n" in card and "| bright | not measured | not measured |" in card
 
 
 # ---- Before and after, from a log ----

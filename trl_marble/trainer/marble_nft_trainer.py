@@ -511,7 +511,8 @@ class MarbleNFTTrainer(Trainer):
             self._log_balance(solution)
         assign_gradients(direction, self.parameters)
         if self.args.balances_gradients:
-            alpha = solution.alpha if self._solving else self.schedule.alpha
+            # NaN stands for a reward that has not taken part yet: it weighs nothing.
+            alpha = (solution.alpha if self._solving else self.schedule.alpha).nan_to_num()
             for name, value in zip(self.scorer.names, alpha.tolist(), strict=True):
                 self.metrics.record(f"balance/alpha/{name}", value)
 

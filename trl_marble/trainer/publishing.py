@@ -64,7 +64,7 @@ def write_card(trainer: "MarbleNFTTrainer", model_name: str | None = None) -> No
     history = trainer.state.log_history
     balance = summarize_balance(history)
     balance_plot = None
-    if balance is not None:
+    if balance is not None and balance.cos_min is not None:  # some step had a reward to balance
         balance_plot = "balance.png"
         plot_balance(history, folder / balance_plot)
     card = build_model_card(
