@@ -12,9 +12,12 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 import pytest  # noqa: E402
 import tiny  # noqa: E402
 import torch  # noqa: E402
+from hypothesis import settings  # noqa: E402
 
 
 torch.set_num_threads(1)
+settings.register_profile("shared machine", deadline=None)  # an example's time says how busy the machine is
+settings.load_profile("shared machine")
 
 
 @pytest.fixture

@@ -1,5 +1,5 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
-"""How ShapeWorld looks: its palette, its three shapes, its glyphs, and the placing of objects in a 64-pixel picture."""
+"""How ShapeWorld looks: its palette, its three shapes, its glyphs, and how they are drawn on 64 pixels."""
 
 from dataclasses import dataclass
 from functools import lru_cache

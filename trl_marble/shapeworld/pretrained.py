@@ -7,7 +7,7 @@ import torch
 from diffusers import StableDiffusion3Pipeline
 
 
-PIPELINE_FOLDER = Path(__file__).parent / "pipeline"
+PIPELINE_FOLDER = Path(__file__).parent / "shapeworld-sd3"
 
 
 class ShapeWorldPipeline(StableDiffusion3Pipeline):

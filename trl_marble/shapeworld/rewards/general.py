@@ -1,8 +1,8 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
 """Three rewards that apply to every picture: how much is on it, how well it is centred, how calm it is.
 
-They pull against the specialists and each other: several objects are hard to centre together, and are less calm than one;
-crisp glyphs have long outlines. Each vanishes for pictures that show nothing, or nothing but foreground, or only noise.
+They pull against the specialists and each other: several objects are hard to centre together, and less calm than one;
+crisp glyphs have long outlines. Each vanishes for pictures of nothing, of nothing but foreground, or of noise only.
 """
 
 import numpy as np
@@ -11,7 +11,7 @@ from PIL import Image
 from .foreground import solid_foreground
 
 
-ENOUGH = 0.25  # share of the picture that earns full coverage
+ENOUGH = 0.18  # share of the picture that earns full coverage
 VISIBLE = 0.04  # share from which on the picture counts as showing something
 CROWDED, FLOODED = 0.6, 0.9  # shares between which every general reward falls to 0
 RESTLESS = 0.16  # total variation for the foreground's size at which calm has fallen to 0; a disc has about .03
@@ -26,7 +26,7 @@ def _presence(share: float) -> float:
 
 
 def coverage(images: list[Image.Image], **kwargs) -> list[float]:
-    """Share of the picture that is solid foreground: 1 from 25% on, falling from 60% to nothing at 90%.
+    """Share of the picture that is solid foreground: 1 from 18% on, falling from 60% to nothing at 90%.
 
     Args:
         images (`list[PIL.Image.Image]`): RGB pictures.
