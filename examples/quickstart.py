@@ -15,7 +15,7 @@ from trl_marble.shapeworld import load_pipeline, load_prompts, reward_funcs
 parser = ArgumentParser(description=__doc__)
 parser.add_argument("--output_dir", default="runs/demo")
 parser.add_argument("--seed", type=int, default=42)
-parser.add_argument("--max_steps", type=int, default=40)
+parser.add_argument("--max_steps", type=int, default=28)
 cli = parser.parse_args()
 
 trainer = MarbleNFTTrainer(
@@ -23,20 +23,20 @@ trainer = MarbleNFTTrainer(
     reward_funcs=reward_funcs(),
     args=MarbleConfig(
         **vars(cli),
-        learning_rate=1e-3,
-        num_generations=16,  # images of each of 12 prompts a step
-        per_device_train_batch_size=192,
+        learning_rate=8e-4,
+        num_generations=16,  # images of each of 24 prompts a step
+        per_device_train_batch_size=384,
         gradient_accumulation_steps=1,
-        rollout_batch_size=96,
+        rollout_batch_size=128,
         num_inference_steps=8,
-        timestep_fraction=0.5,
+        timestep_fraction=0.25,
         balance_every=1,
         beta=0.0,
         eval_strategy="steps",
         eval_steps=cli.max_steps,
         eval_on_start=True,
-        per_device_eval_batch_size=96,
-        num_generations_eval=8,
+        per_device_eval_batch_size=128,
+        num_generations_eval=16,
         num_images_to_log=8,
     ),
     train_dataset=load_prompts("train"),

@@ -102,3 +102,31 @@ def test_a_failing_reward_loses_nothing(make_trainer, uninterrupted, rewards):
     mended = make_trainer("broken", **settings)
     mended.train(resume_from_checkpoint=True)
     assert_same_state(mended, uninterrupted)
+
+
+def test_a_failure_saves_although_an_older_run_left_a_checkpoint_of_that_step(make_trainer, rewards):
+    settings = SETTINGS | {"max_steps": 4}
+    older = make_trainer("shared", **settings)
+    older.train()
+
+    def breaks(images, trainer_state, **kwargs):
+        if trainer_state.global_step == 4:
+            raise ConnectionError("scorer went away")
+        return rewards[0](images)
+
+    breaks.__name__ = "brightness"
+    own = SETTINGS | {"save_strategy": "no", "seed": 7}
+    broken = make_trainer("shared", reward_funcs=[breaks, *rewards[1:]], **own)
+    with pytest.raises(RewardError):
+        broken.train()
+    resumed = make_trainer("shared", **own | {"max_steps": 4})
+    resumed.train(resume_from_checkpoint=str(Path(broken.args.output_dir) / "checkpoint-4"))
+    for name, parameter in resumed.trainable.items():
+        assert torch.equal(parameter, broken.trainable[name]), name
+
+
+def test_a_checkpoint_without_the_optimizer_is_refused(make_trainer):
+    trainer = make_trainer(**SETTINGS | {"max_steps": 1, "save_only_model": True})
+    trainer.train()
+    with pytest.raises(FileNotFoundError, match="save_only_model"):
+        make_trainer("resumed", **SETTINGS).train(resume_from_checkpoint=trainer.args.output_dir + "/checkpoint-1")

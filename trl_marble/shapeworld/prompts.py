@@ -17,16 +17,16 @@ RELATIONS = ("above", "below", "left of", "right of")
 DIGITS = tuple("0123456789")
 WORDS = ("no", "go", "up", "hi", "ok", "on", "yes", "cat", "sun", "fox")
 
-# Prompts per tag in the test and in the train split: 16 a source in test; in train 64 for each specialist, whose
-# rewards are the hard ones to learn, and 32 free ones.
+# Prompts per tag in the test and in the train split: 16 a source in test; in train most for the specialists,
+# whose rewards are the hard ones to learn: 64 compositional, 40 glyph and 16 free ones.
 SPLIT_SIZES = {
     "colors": (4, 14),
     "counting": (4, 17),
     "two_object": (4, 16),
     "position": (4, 17),
-    "digit": (8, 32),
-    "word": (8, 32),
-    "free": (16, 32),
+    "digit": (8, 20),
+    "word": (8, 20),
+    "free": (16, 16),
 }
 
 
@@ -142,7 +142,7 @@ def load_prompts(split: str) -> Dataset:
     learning.
 
     Args:
-        split (`str`): `"train"` (160 prompts: 64 compositional, 64 glyph, 32 free) or `"test"` (48, 16 of each).
+        split (`str`): `"train"` (120 prompts: 64 compositional, 40 glyph, 16 free) or `"test"` (48, 16 of each).
 
     Returns:
         `datasets.Dataset`: with the columns

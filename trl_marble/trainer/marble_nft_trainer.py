@@ -203,6 +203,8 @@ class MarbleNFTTrainer(Trainer):
         self.metrics = MetricBuffer()
         self._latest_rollout: tuple[list[str], list[Image.Image]] | None = None
         self._silent_rewards: set[str] = set()
+        self._solution: Harmonization | None = None  # of this optimizer step, until the step is whole
+        self._saved_step = 0
 
     # ---- Prompts ----
 
@@ -238,7 +240,8 @@ class MarbleNFTTrainer(Trainer):
         If training stops by an exception, what was trained so far is saved as a checkpoint first, and training can be
         resumed from there.
         """
-        self._micro_step = 0
+        self._micro_step, self._saved_step, self._solution = 0, 0, None
+        self.metrics = MetricBuffer()
         try:
             return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         except BaseException:
@@ -506,7 +509,7 @@ class MarbleNFTTrainer(Trainer):
             solution = harmonize(
                 gram_matrix(gradients), self.weighting, self.args.normalize_gradients, self._batch.active[update]
             )
-            self.schedule.update(solution)
+            self._solution = solution
             direction = direction + solution.weights.to(gradients) @ gradients
             self._log_balance(solution)
         assign_gradients(direction, self.parameters)
@@ -526,6 +529,9 @@ class MarbleNFTTrainer(Trainer):
     def _after_optimizer_step(self) -> None:
         """Let the averaged weights follow every step, and the old policy every generation batch."""
         step = self.state.global_step
+        if self._solution is not None:  # only now, so that a step that fails in its middle leaves no trace
+            self.schedule.update(self._solution)
+            self._solution = None
         self.average.lerp_(min(weight_ema_decay(step), self.args.weight_ema_decay))
         if self._micro_step % self._cycle_length == 0:
             flat, rate, maximum = OLD_POLICY_PRESETS[self.args.old_policy_preset]
@@ -664,15 +670,22 @@ class MarbleNFTTrainer(Trainer):
         if self._micro_step % self._cycle_length != 0:
             self._batch.save(folder / self._batch_file())
         super()._save_checkpoint(model, trial)
+        self._saved_step = self.state.global_step
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         folder = Path(resume_from_checkpoint)
         groups = load_state(folder, self._identity())
+        for file in ("optimizer.pt", "scheduler.pt"):
+            if not (folder / file).is_file():
+                raise FileNotFoundError(
+                    f"`{folder}` has no `{file}`: nothing can be resumed from a checkpoint that was saved with "
+                    "`save_only_model=True`. Load its adapter with `load_lora_weights` instead."
+                )
         copy_into(self.trainable, groups["current"])
         self.old_policy.load_state_dict(groups["old"])
         self.average.load_state_dict(groups["average"])
         self.schedule.load_state_dict(groups["balance"])
-        step = TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME)).global_step
+        step = self._saved_step = TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME)).global_step
         self._micro_step = step * self.args.gradient_accumulation_steps
         if self._micro_step % self._cycle_length != 0:
             self._batch = GenerationBatch.load(folder / self._batch_file(), self.flow.encode, self.args.device)
@@ -701,7 +714,7 @@ class MarbleNFTTrainer(Trainer):
         """Save a checkpoint of the last whole optimizer step, if there is one that was not saved."""
         step = self.state.global_step
         folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
-        if step == 0 or (folder / TRAINER_STATE_NAME).is_file():
+        if step in (0, self._saved_step):
             return
         self._micro_step = step * self.args.gradient_accumulation_steps
         try:
