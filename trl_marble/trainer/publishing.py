@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from diffusers import DiffusionPipeline
 from huggingface_hub import HfApi
 from PIL import Image
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
@@ -71,7 +72,7 @@ def write_card(trainer: "MarbleNFTTrainer", model_name: str | None = None) -> No
         repo_name=model_name or folder.absolute().name,
         pipeline_class=trainer.flow.family.pipeline_class.__name__,
         rewards=reward_rows(trainer.scorer.names, history),
-        base_model=trainer.pipeline.config.get("_name_or_path"),
+        base_model=_source(trainer.pipeline),
         dataset_name=trainer.train_dataset.info.dataset_name,
         balance=balance,
         settings=_card_settings(trainer),
@@ -156,6 +157,12 @@ def push_checkpoint(trainer: "MarbleNFTTrainer", checkpoint: Path) -> None:
         trainer.push_in_progress = PushInProgress(jobs)
     else:
         trainer.push_in_progress.jobs.extend(jobs)
+
+
+def _source(pipeline: DiffusionPipeline) -> str | None:
+    """Where a pipeline was loaded from: a Hub id or a folder (which diffusers keeps as given, `Path` or string)."""
+    source = pipeline.config.get("_name_or_path")
+    return None if source is None else str(source)
 
 
 def _card_settings(trainer: "MarbleNFTTrainer") -> dict[str, Any]:
