@@ -15,7 +15,7 @@ from trl_marble.shapeworld import load_pipeline, load_prompts, reward_funcs
 parser = ArgumentParser(description=__doc__)
 parser.add_argument("--output_dir", default="runs/demo")
 parser.add_argument("--seed", type=int, default=42)
-parser.add_argument("--max_steps", type=int, default=36)
+parser.add_argument("--max_steps", type=int, default=24)
 cli = parser.parse_args()
 
 trainer = MarbleNFTTrainer(
