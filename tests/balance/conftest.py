@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from trl_marble.balance import NFTLosses, nft_losses
+from trl_marble.balance import NFTLosses, Objective, SampleCoefficients, SeparateBackward, nft_losses
 
 
 class TinyVelocityNet(nn.Module):
@@ -63,3 +63,17 @@ def make_problem() -> Callable[..., Problem]:
         return Problem(net, list(net.parameters()), losses, advantages, counts, 5.0, nft_beta)
 
     return make
+
+
+@pytest.fixture
+def separate_gradients() -> Callable[..., Tensor]:
+    """Per-reward gradients `(K, P)`, one backward pass each."""
+
+    def gradients(
+        losses: NFTLosses, coefficients: SampleCoefficients, parameters: list[Tensor], retain_graph: bool = False
+    ) -> Tensor:
+        rows = SeparateBackward(len(coefficients.positive), parameters)
+        rows.backward([Objective(*pair) for pair in zip(losses, coefficients, strict=True)], retain_graph)
+        return rows.gradients
+
+    return gradients

@@ -17,7 +17,6 @@ from trl_marble.balance import (
     group_advantages,
     harmonize,
     mgda_weights,
-    per_reward_gradients,
     reward_stds,
     weighted_sum_weights,
 )
@@ -78,7 +77,7 @@ def test_gradients_that_cancel_and_gradients_that_are_zero():
     assert nobody["conflict"] == 0.0 and all(math.isnan(nobody[key]) for key in ("cos_min", "cos_mean", "cos_var"))
 
 
-def test_the_weighted_sum_is_this_mix_of_per_reward_gradients(make_problem):
+def test_the_weighted_sum_is_this_mix_of_per_reward_gradients(make_problem, separate_gradients):
     """The gradient of H for sum_then_normalize is parallel to sum_k u_k grad H_k, and to that of no other weights."""
     problem = make_problem(3, batch=8)
     generator = torch.Generator().manual_seed(5)
@@ -94,7 +93,7 @@ def test_the_weighted_sum_is_this_mix_of_per_reward_gradients(make_problem):
         advantages = advantages.double()
         valid = (~advantages.isnan()).sum(dim=1)
         coefficients = advantage_coefficients(advantages, valid, clip, b)
-        return per_reward_gradients(problem.losses(range(8)), coefficients, problem.parameters)
+        return separate_gradients(problem.losses(range(8)), coefficients, problem.parameters)
 
     total = aggregate_advantages(rewards, groups, reward_weights, "sum_then_normalize", advantage_clip=clip)
     taken = gradients(total)[0]

@@ -1,17 +1,17 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
 import pytest
 import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from trl_marble.balance import (
-    NFTLosses,
-    SampleCoefficients,
+    Objective,
+    SeparateBackward,
+    WeightedBackward,
     advantage_coefficients,
-    assign_gradients,
     flatten_gradients,
-    gram_matrix,
     mix_coefficients,
     nft_coefficients,
-    per_reward_gradients,
     weighted_loss,
 )
 
@@ -22,10 +22,10 @@ def coefficients_of(problem, samples=range(6), make=nft_coefficients):
 
 @pytest.mark.parametrize("make", [nft_coefficients, advantage_coefficients])
 @pytest.mark.parametrize("num_rewards", [1, 3, 5])
-def test_each_row_is_the_gradient_of_its_loss(make_problem, num_rewards, make):
+def test_each_row_is_the_gradient_of_its_loss(make_problem, num_rewards, make, separate_gradients):
     problem = make_problem(num_rewards)
     coefficients = coefficients_of(problem, make=make)
-    gradients = per_reward_gradients(problem.losses(range(6)), coefficients, problem.parameters)
+    gradients = separate_gradients(problem.losses(range(6)), coefficients, problem.parameters)
     for k in range(num_rewards):
         problem.net.zero_grad()
         losses = problem.losses(range(6))
@@ -35,7 +35,7 @@ def test_each_row_is_the_gradient_of_its_loss(make_problem, num_rewards, make):
 
 
 @pytest.mark.parametrize("make", [nft_coefficients, advantage_coefficients])
-def test_identity_2_two_cotangents_serve_every_reward(make_problem, make):
+def test_identity_2_two_cotangents_serve_every_reward(make_problem, make, separate_gradients):
     """g_k = sum_i positive[k,i] J_i^T a_i + negative[k,i] J_i^T b_i, with a and b the same for every k."""
     problem = make_problem(4)
     coefficients = coefficients_of(problem, make=make)
@@ -45,23 +45,21 @@ def test_identity_2_two_cotangents_serve_every_reward(make_problem, make):
             grads = torch.autograd.grad(loss.sum(), problem.parameters, retain_graph=True, allow_unused=True)
             shared[row, i] = flatten_gradients(grads, problem.parameters)
     expected = coefficients.positive @ shared[0] + coefficients.negative @ shared[1]
-    actual = per_reward_gradients(problem.losses(range(6)), coefficients, problem.parameters)
+    actual = separate_gradients(problem.losses(range(6)), coefficients, problem.parameters)
     torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("split", [[[0], [1], [2], [3], [4], [5]], [[0, 1, 2], [3, 4, 5]], [[0, 1, 2, 3, 4], [5]]])
-def test_how_the_step_is_split_does_not_matter(make_problem, split):
+def test_how_the_step_is_split_does_not_matter(make_problem, split, separate_gradients):
     problem = make_problem(3)
-    whole = per_reward_gradients(problem.losses(range(6)), coefficients_of(problem), problem.parameters)
-    parts = sum(
-        per_reward_gradients(problem.losses(s), coefficients_of(problem, s), problem.parameters) for s in split
-    )
+    whole = separate_gradients(problem.losses(range(6)), coefficients_of(problem), problem.parameters)
+    parts = sum(separate_gradients(problem.losses(s), coefficients_of(problem, s), problem.parameters) for s in split)
     torch.testing.assert_close(parts, whole, rtol=1e-11, atol=1e-12)
 
 
-def test_unused_parameters_have_gradient_zero_and_grad_stays_untouched(make_problem):
+def test_unused_parameters_have_gradient_zero_and_grad_stays_untouched(make_problem, separate_gradients):
     problem = make_problem(2)
-    gradients = per_reward_gradients(problem.losses(range(6)), coefficients_of(problem), problem.parameters)
+    gradients = separate_gradients(problem.losses(range(6)), coefficients_of(problem), problem.parameters)
     start = sum(
         p.numel() for p in problem.parameters[: [p is problem.net.unused for p in problem.parameters].index(True)]
     )
@@ -70,91 +68,188 @@ def test_unused_parameters_have_gradient_zero_and_grad_stays_untouched(make_prob
     assert all(p.grad is None for p in problem.parameters)
 
 
-def test_rewards_without_a_sample_cost_no_backward_pass(make_problem):
+def test_rewards_without_a_sample_cost_no_backward_pass(make_problem, separate_gradients):
     problem = make_problem(4)
     problem.advantages[[0, 2, 3]] = torch.nan
     problem.counts[3] = 0
     losses = problem.losses(range(6))
     passes = []
     losses.positive.register_hook(lambda grad: passes.append(1))
-    gradients = per_reward_gradients(losses, coefficients_of(problem), problem.parameters)
+    gradients = separate_gradients(losses, coefficients_of(problem), problem.parameters)
     assert len(passes) == 1
     assert (gradients != 0).any(dim=1).tolist() == [False, True, False, False]
 
 
-def test_nothing_to_do():
-    parameter = torch.ones(3, requires_grad=True)
-    losses = NFTLosses(parameter[:2] * 2, parameter[:2] * 3)
-    zero = SampleCoefficients(torch.zeros(2, 2), torch.zeros(2, 2))
-    assert torch.equal(per_reward_gradients(losses, zero, [parameter]), torch.zeros(2, 3))
-
-
-def test_the_graph_is_freed_unless_asked_otherwise(make_problem):
+def test_the_graph_is_freed_unless_asked_otherwise(make_problem, separate_gradients):
     problem = make_problem(2)
     losses = problem.losses(range(6))
     mixed = mix_coefficients(coefficients_of(problem), torch.ones(2))
-    per_reward_gradients(losses, coefficients_of(problem), problem.parameters, retain_graph=True)
-    per_reward_gradients(losses, coefficients_of(problem), problem.parameters)
+    separate_gradients(losses, coefficients_of(problem), problem.parameters, retain_graph=True)
+    separate_gradients(losses, coefficients_of(problem), problem.parameters)
     with pytest.raises(RuntimeError, match="second time"):
         weighted_loss(losses, mixed).backward()
 
 
-def test_half_precision_parameters_give_float32_rows():
-    parameter = torch.ones(3, dtype=torch.bfloat16, requires_grad=True)
-    losses = NFTLosses(parameter[:2].float() * 2, parameter[:2].float() * 3)
-    ones = SampleCoefficients(torch.ones(1, 2), torch.ones(1, 2))
-    gradients = per_reward_gradients(losses, ones, [parameter])
-    assert gradients.dtype == torch.float32
-    assert gradients.tolist() == [[5.0, 5.0, 0.0]]
+# ---- The weighted backward pass, against one backward pass a row ----
 
 
-def test_a_direction_goes_back_to_where_it_came_from(make_problem):
-    problem = make_problem(2)
-    weights = torch.tensor([0.3, 0.7], dtype=torch.float64)
-    gradients = per_reward_gradients(problem.losses(range(6)), coefficients_of(problem), problem.parameters)
-    direction = weights @ gradients
-    problem.net.enter.weight.grad = torch.full_like(problem.net.enter.weight, 1e9)  # is replaced, not added to
-    assign_gradients(direction, problem.parameters)
-    assigned = [p.grad.clone() for p in problem.parameters]
-    problem.net.zero_grad()
-    weighted_loss(problem.losses(range(6)), mix_coefficients(coefficients_of(problem), weights)).backward()
-    for parameter, grad in zip(problem.parameters, assigned, strict=True):
-        expected = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-        torch.testing.assert_close(grad, expected, rtol=1e-10, atol=1e-12)
+class TokenNet(nn.Module):
+    """Linear layers over tokens, in blocks with residual connections, as in a transformer."""
+
+    def __init__(self, dropout: float = 0.0, checkpointed: bool = False):
+        super().__init__()
+        self.enter = nn.Linear(6, 8, bias=False)
+        self.blocks = nn.ModuleList(nn.Linear(8, 8, bias=False) for _ in range(2))
+        self.leave = nn.Linear(8, 4)  # a frozen bias is no obstacle
+        self.leave.bias.requires_grad_(False)
+        self.dropout, self.checkpointed = nn.Dropout(dropout), checkpointed
+
+    def block(self, x, layer):
+        return x + self.dropout(torch.tanh(layer(x)))
+
+    def forward(self, x):
+        x = self.enter(x)
+        for layer in self.blocks:
+            if self.checkpointed:
+                x = checkpoint(self.block, x, layer, use_reentrant=False)
+            else:
+                x = self.block(x, layer)
+        return self.leave(x)
 
 
-def test_assigned_gradients_are_copies_in_the_parameters_dtype():
-    parameters = [torch.zeros(2, 2, dtype=torch.bfloat16, requires_grad=True), torch.zeros(1, requires_grad=True)]
-    direction = torch.arange(5.0)
-    assign_gradients(direction, parameters)
-    assert parameters[0].grad.dtype == torch.bfloat16
-    assert parameters[0].grad.tolist() == [[0, 1], [2, 3]] and parameters[1].grad.tolist() == [4]
-    torch.nn.utils.clip_grad_norm_(parameters, 0.1)
-    assert torch.equal(direction, torch.arange(5.0))
+def weighted_problem(num_rows, dtype=torch.float64, **kwargs):
+    """A net, and two losses of each of 5 samples with coefficients, some of them masked."""
+    torch.manual_seed(0)
+    net = TokenNet(**kwargs).to(dtype)
+    x = torch.randn(5, 3, 6, dtype=dtype)
+    coefficients = torch.randn(2, num_rows, 5, dtype=dtype)
+    coefficients[:, torch.rand(num_rows, 5) < 0.3] = 0
+    coefficients[:, :, 4] = 0  # a sample that no row asks for
+
+    def objectives(device_type="cpu"):
+        output = net(x).to(dtype)
+        losses = output.square().flatten(1).mean(dim=1), (output.sin() * x[..., :4]).flatten(1).sum(dim=1)
+        return [Objective(loss, part) for loss, part in zip(losses, coefficients, strict=True)]
+
+    linears = [net.enter, *net.blocks, net.leave]
+    return net, linears, objectives
 
 
-def test_gram_matrix_keeps_small_differences():
-    # Over 2 ** 21 numbers, more than one chunk: float32 sums would lose the difference of the two rows.
-    first = torch.full((1 << 21,), 1 / 3)
-    second = -first.clone()
-    second[0] = 0
-    gram = gram_matrix(torch.stack([first, second]))
-    third = first[0].double().item()
-    assert gram.dtype == torch.float64
-    assert gram.sum().item() == pytest.approx(third**2, rel=1e-6)  # |first + second|^2
+def relative_error(a, b):
+    return ((a - b).norm() / b.norm()).item()
 
 
-def test_bad_input_is_refused():
-    parameters = [torch.zeros(2, 2), torch.zeros(3)]
-    with pytest.raises(ValueError, match=r"direction has shape \(6,\), the parameters have 7"):
-        assign_gradients(torch.zeros(6), parameters)
-    with pytest.raises(ValueError, match="Got 1 gradients for 2 parameters"):
-        flatten_gradients([None], parameters)
-    with pytest.raises(ValueError, match=r"Gradient 1 has shape \(2,\)"):
-        flatten_gradients([None, torch.zeros(2)], parameters)
-    with pytest.raises(ValueError, match=r"shape \(rewards, samples\)"):
-        per_reward_gradients(
-            NFTLosses(torch.ones(2), torch.ones(2)), SampleCoefficients(torch.ones(2), torch.ones(2)), parameters
-        )
-    with pytest.raises(ValueError, match="rewards, parameters"):
-        gram_matrix(torch.ones(3))
+@pytest.mark.parametrize("num_rows", [1, 2, 5, 20])
+@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float64, 1e-14)])
+def test_weighted_backward_is_separate_backward(num_rows, checkpointed, dtype, tolerance):
+    net, linears, objectives = weighted_problem(num_rows, dtype, checkpointed=checkpointed)
+    separate = SeparateBackward(num_rows, [linear.weight for linear in linears])
+    separate.backward(objectives())
+    weighted = WeightedBackward(num_rows, linears)
+    with weighted.recording(5):
+        weighted.backward(objectives())
+    assert weighted.gradients.dtype == dtype and separate.gradients.abs().sum(dim=1).min() > 0
+    assert relative_error(weighted.gradients, separate.gradients) < tolerance
+    assert all(p.grad is None for p in net.parameters())
+
+
+def test_rows_add_up_over_micro_batches():
+    _, linears, objectives = weighted_problem(3)
+    once, thrice = (WeightedBackward(3, linears) for _ in range(2))
+    with once.recording(5):
+        once.backward(objectives())
+    for _ in range(3):
+        with thrice.recording(5):
+            thrice.backward(objectives())
+    torch.testing.assert_close(thrice.gradients, 3 * once.gradients)
+
+
+def test_one_backward_pass_an_objective_whatever_the_number_of_rows():
+    for num_rows in (1, 20):
+        _, linears, objectives = weighted_problem(num_rows)
+        rows = WeightedBackward(num_rows, linears)
+        passes = []
+        with rows.recording(5):
+            both = objectives()
+            both[0].losses.register_hook(lambda grad, passes=passes: passes.append("first"))
+            both[1].losses.register_hook(lambda grad, passes=passes: passes.append("second"))
+            rows.backward(both)
+        assert passes == ["first", "second"]
+
+
+def test_dropout_is_that_of_the_forward_pass():
+    net, linears, objectives = weighted_problem(3, dropout=0.5)
+    separate, weighted = SeparateBackward(3, [li.weight for li in linears]), WeightedBackward(3, linears)
+    torch.manual_seed(7)
+    separate.backward(objectives())
+    torch.manual_seed(7)
+    with weighted.recording(5):
+        weighted.backward(objectives())
+    assert relative_error(weighted.gradients, separate.gradients) < 1e-14
+    torch.manual_seed(8)
+    with weighted.recording(5):
+        weighted.backward(objectives())
+    assert relative_error(weighted.gradients / 2, separate.gradients) > 1e-3
+
+
+def test_autocast_multiplies_in_its_dtype():
+    _, linears, objectives = weighted_problem(3, torch.float32)
+    weights = [linear.weight for linear in linears]
+    exact, separate, weighted = (
+        SeparateBackward(3, weights),
+        SeparateBackward(3, weights),
+        WeightedBackward(3, linears),
+    )
+    exact.backward(objectives())
+    with weighted.recording(5):
+        with torch.autocast("cpu", torch.bfloat16):
+            forward = objectives()
+        weighted.backward(forward)
+    with torch.autocast("cpu", torch.bfloat16):
+        forward = objectives()
+    separate.backward(forward)
+    assert weighted.gradients.dtype == torch.float32
+    error = relative_error(weighted.gradients, exact.gradients)
+    assert 1e-4 < error < 1.5 * relative_error(separate.gradients, exact.gradients)
+
+
+def test_nothing_stays_patched_also_after_an_exception():
+    net, linears, objectives = weighted_problem(2)
+    before = [(type(linear), dict(vars(linear))) for linear in linears]
+    output = net(torch.ones(2, 3, 6, dtype=torch.float64))
+    rows = WeightedBackward(2, linears)
+    with rows.recording(5):
+        rows.backward(objectives())
+    with pytest.raises(KeyError, match="stop"), rows.recording(5):
+        assert type(linears[0]) is not nn.Linear
+        raise KeyError("stop")
+    assert [(type(linear), dict(vars(linear))) for linear in linears] == before
+    assert torch.equal(net(torch.ones(2, 3, 6, dtype=torch.float64)), output)
+    with rows.recording(5):  # and it can be entered again
+        rows.backward(objectives())
+
+
+def test_what_cannot_be_weighted_is_refused():
+    linear = nn.Linear(2, 2, bias=False)
+    with pytest.raises(TypeError, match="Conv2d is not an nn.Linear: use SeparateBackward"):
+        WeightedBackward(1, [nn.Conv2d(2, 2, 1)])
+    with pytest.raises(ValueError, match="trainable bias"):
+        WeightedBackward(1, [nn.Linear(2, 2)])
+    with pytest.raises(ValueError, match="twice"):
+        WeightedBackward(1, [linear, linear])
+    with pytest.raises(ValueError, match="num_rows must be at least 1, got 0"):
+        WeightedBackward(0, [linear])
+    rows = WeightedBackward(1, [linear])
+    with pytest.raises(ValueError, match=r"input of shape \(6, 2\) for 3 samples"), rows.recording(3):
+        linear(torch.ones(6, 2))
+    one = Objective(torch.ones(3), torch.ones(1, 3))
+    with pytest.raises(RuntimeError, match="outside recording"):
+        rows.backward([one])
+    with pytest.raises(ValueError, match="3 losses, but recording.* 4 samples"), rows.recording(4):
+        rows.backward([one])
+    with pytest.raises(ValueError, match=r"here \(1, 3\), got \(2, 3\)"), rows.recording(3):
+        rows.backward([Objective(torch.ones(3), torch.ones(2, 3))])
+    with pytest.raises(RuntimeError, match="entered twice"), rows.recording(3), rows.recording(3):
+        pass
+    assert type(linear) is nn.Linear

@@ -73,9 +73,14 @@ class Recorder(MarbleNFTTrainer):
 
     calls: list
 
-    def _backward(self, x_t, x0, t, conditioning, advantages, update):
-        self.calls.append((x_t, x0, t, conditioning, advantages))
-        return super()._backward(x_t, x0, t, conditioning, advantages, update)
+    def _accumulate(self, slot, cycle, iteration):
+        size = self.args.per_device_train_batch_size
+        self.advantages = self._batch.advantages[:, slot * size : (slot + 1) * size]
+        return super()._accumulate(slot, cycle, iteration)
+
+    def _backward(self, x_t, x0, t, conditioning, shares, place):
+        self.calls.append((x_t, x0, t, conditioning, self.advantages))
+        return super()._backward(x_t, x0, t, conditioning, shares, place)
 
 
 @pytest.mark.parametrize("balance_on", ["loss", "advantage"])

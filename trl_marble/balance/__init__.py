@@ -10,6 +10,7 @@ from .advantages import aggregate_advantages, group_advantages, reward_stds
 from .amortization import BalanceSchedule
 from .diagnostics import balance_diagnostics, direction_cosines, weighted_sum_weights
 from .ema import OLD_POLICY_PRESETS, old_policy_decay, weight_ema_decay
+from .flat_gradients import assign_gradients, flatten_gradients, gram_matrix
 from .harmonize import Harmonization, harmonize
 from .losses import (
     NFTLosses,
@@ -21,7 +22,7 @@ from .losses import (
     nft_losses,
     weighted_loss,
 )
-from .per_reward_gradients import assign_gradients, flatten_gradients, gram_matrix, per_reward_gradients
+from .per_reward_gradients import GradientRows, Objective, SeparateBackward, WeightedBackward
 from .weightings import WEIGHTINGS, equal_weights, get_weighting, mgda_weights
 
 
@@ -29,9 +30,13 @@ __all__ = [
     "OLD_POLICY_PRESETS",
     "WEIGHTINGS",
     "BalanceSchedule",
+    "GradientRows",
     "Harmonization",
     "NFTLosses",
+    "Objective",
     "SampleCoefficients",
+    "SeparateBackward",
+    "WeightedBackward",
     "advantage_coefficients",
     "aggregate_advantages",
     "anchor_coefficients",
@@ -49,7 +54,6 @@ __all__ = [
     "nft_coefficients",
     "nft_losses",
     "old_policy_decay",
-    "per_reward_gradients",
     "reward_stds",
     "weight_ema_decay",
     "weighted_loss",

@@ -74,9 +74,20 @@ class BalanceSchedule:
         Returns:
             `bool`.
         """
-        if step % self.balance_every == 0:
-            return True
-        return active is not None and bool((self._checked(active) & self._alpha.isnan()).any())
+        return step % self.balance_every == 0 or (active is not None and not self.knows(active))
+
+    def knows(self, active: Tensor) -> bool:
+        """
+        Whether every reward that takes part has been in a solve, so that [`~BalanceSchedule.weights`] can weigh it.
+
+        Args:
+            active (`torch.BoolTensor` of shape `(K,)`):
+                The rewards with a signal in this step, see [`~BalanceSchedule.is_due`].
+
+        Returns:
+            `bool`.
+        """
+        return not bool((self._checked(active) & self._alpha.isnan()).any())
 
     def update(self, harmonization: Harmonization) -> None:
         """

@@ -1,136 +1,246 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
-"""Per-reward gradients of one micro-batch, flattened, and the way back from a direction to `.grad`."""
+"""
+Gradients of many losses that share one forward pass.
 
-from collections.abc import Sequence
+Every per-reward loss is a combination of the same few per-sample losses, and so is what is not balanced at all, such
+as a penalty. Each combination is a *row* of coefficients, and each row has a gradient. [`SeparateBackward`] takes one
+backward pass a row. [`WeightedBackward`] takes one backward pass a per-sample loss, however many rows there are.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.functional import linear as linear_product
 
-from .losses import NFTLosses, SampleCoefficients, weighted_loss
-
-
-# Columns of a gradient matrix that are held in float64 at a time: 8 MB per reward.
-_GRAM_CHUNK = 1 << 20
+from .flat_gradients import flatten_gradients
 
 
-def per_reward_gradients(
-    losses: NFTLosses, coefficients: SampleCoefficients, parameters: Sequence[Tensor], retain_graph: bool = False
-) -> Tensor:
+class Objective(NamedTuple):
     """
-    Gradients of every per-reward loss ([MARBLE](https://huggingface.co/papers/2605.06507)), one backward pass each
-    over the one forward pass behind `losses`. A reward whose coefficients are all 0 in this micro-batch costs none.
-
-    Gradients of micro-batches are *summed* over an optimizer step. `.grad` is neither read nor written. Reentrant
-    gradient checkpointing does not work with `torch.autograd.grad`; the non-reentrant one does.
+    A loss of every sample, and how much of it goes into each row: row `r` is `sum_i coefficients[r, i] * losses[i]`.
 
     Args:
-        losses ([`NFTLosses`]):
-            The two losses of every sample, of shape `(B,)`.
-        coefficients ([`SampleCoefficients`] of shape `(K, B)`):
-            Per-reward coefficients.
-        parameters (sequence of `torch.Tensor`):
-            Trainable parameters, `P` numbers in all. Those that the losses do not depend on have gradient 0.
-        retain_graph (`bool`, *optional*, defaults to `False`):
-            Keep the graph for a further backward pass over the same forward. By default it is freed with the last
-            backward pass.
-
-    Returns:
-        `torch.Tensor` of shape `(K, P)`, float32 (float64 if the parameters are), in the order of `parameters`.
-
-    Raises:
-        `ValueError`: if the shapes of coefficients and losses do not agree.
+        losses (`torch.Tensor` of shape `(B,)`):
+            A loss of every sample, attached to the graph. It must depend on its own sample only.
+        coefficients (`torch.Tensor` of shape `(R, B)`):
+            Its coefficients.
     """
-    if coefficients.positive.ndim != 2:
-        raise ValueError(
-            f"coefficients must be of shape (rewards, samples), got {tuple(coefficients.positive.shape)}."
-        )
-    contributes = ((coefficients.positive != 0) | (coefficients.negative != 0)).any(dim=1)
-    pending = contributes.nonzero().flatten().tolist()
-    gradients = flatten_gradients([None] * len(parameters), parameters).repeat(len(contributes), 1)
-    for k in pending:
-        loss = weighted_loss(losses, SampleCoefficients(coefficients.positive[k], coefficients.negative[k]))
-        keep = retain_graph or k != pending[-1]
-        grads = torch.autograd.grad(loss, list(parameters), retain_graph=keep, allow_unused=True)
-        gradients[k] = flatten_gradients(grads, parameters)
-    return gradients
+
+    losses: Tensor
+    coefficients: Tensor
 
 
-def flatten_gradients(grads: Sequence[Tensor | None], parameters: Sequence[Tensor]) -> Tensor:
+class GradientRows(ABC):
     """
-    Concatenates gradients into one vector.
+    Accumulates the gradients of `R` rows over the micro-batches of an optimizer step.
+
+    ```python
+    for micro_batch in step:
+        with rows.recording(batch_size=8):
+            losses = forward(micro_batch)
+            rows.backward([Objective(losses, coefficients)])
+    rows.gradients
+    ```
 
     Args:
-        grads (sequence of `torch.Tensor` or `None`):
-            One gradient per parameter; `None`, for an unused parameter, counts as 0.
+        num_rows (`int`):
+            `R`, at least 1.
         parameters (sequence of `torch.Tensor`):
-            The parameters that the gradients belong to, `P` numbers in all.
+            Trainable parameters, `P` numbers in all.
 
-    Returns:
-        `torch.Tensor` of shape `(P,)`, float32 (float64 if the parameters are).
+    Attributes:
+        gradients (`torch.Tensor` of shape `(R, P)`):
+            The sum so far, float32 (float64 if the parameters are), in the order of `parameters`.
+    """
+
+    def __init__(self, num_rows: int, parameters: Sequence[Tensor]):
+        if num_rows < 1:
+            raise ValueError(f"num_rows must be at least 1, got {num_rows}.")
+        self.parameters = list(parameters)
+        self.gradients = flatten_gradients([None] * len(self.parameters), self.parameters).repeat(num_rows, 1)
+
+    @contextmanager
+    def recording(self, batch_size: int) -> Iterator[None]:
+        """
+        The forward pass, and all calls of [`~GradientRows.backward`] for it, belong inside this context.
+
+        Args:
+            batch_size (`int`):
+                `B`, the samples of the micro-batch.
+        """
+        yield
+
+    @abstractmethod
+    def backward(self, objectives: Sequence[Objective], retain_graph: bool = False) -> None:
+        """
+        Adds the gradients of every row's `sum` over the objectives. `.grad` is neither read nor written.
+
+        Args:
+            objectives (sequence of [`Objective`]):
+                At least one.
+            retain_graph (`bool`, *optional*, defaults to `False`):
+                Keep the graph for a further backward pass over the same forward.
+
+        Raises:
+            `ValueError`: if the shapes of coefficients and losses do not agree.
+        """
+
+    def _check(self, objectives: Sequence[Objective]) -> None:
+        for losses, coefficients in objectives:
+            expected = (len(self.gradients), *losses.shape)
+            if losses.ndim != 1 or coefficients.shape != expected:
+                raise ValueError(
+                    f"coefficients must be of shape (rows, samples), here ({len(self.gradients)}, {len(losses)}), "
+                    f"got {tuple(coefficients.shape)}."
+                )
+
+
+class SeparateBackward(GradientRows):
+    """
+    One backward pass a row ([MARBLE](https://huggingface.co/papers/2605.06507) does this), for any parameters. A row
+    whose coefficients are all 0 in a micro-batch costs none.
+
+    Reentrant gradient checkpointing does not work with `torch.autograd.grad`, which this uses; the non-reentrant one
+    does. See [`GradientRows`] for the arguments.
+    """
+
+    def backward(self, objectives: Sequence[Objective], retain_graph: bool = False) -> None:
+        self._check(objectives)
+        contributes = torch.stack([(o.coefficients != 0).any(dim=1) for o in objectives]).any(dim=0)
+        pending = contributes.nonzero().flatten().tolist()
+        for row in pending:
+            loss = torch.stack([(o.coefficients[row] * o.losses).sum() for o in objectives]).sum()
+            keep = retain_graph or row != pending[-1]
+            grads = torch.autograd.grad(loss, self.parameters, retain_graph=keep, allow_unused=True)
+            self.gradients[row] += flatten_gradients(grads, self.parameters)
+
+
+class WeightedBackward(GradientRows):
+    """
+    One backward pass an objective, whatever the number of rows, for weights of linear layers.
+
+    The gradient of row `r` is `sum_i coefficients[r, i] * (gradient of losses[i])`, and what a linear layer needs for
+    the gradients of *all* samples passes by during a single backward pass: its input `x` and its output's gradient
+    `d`. So inside [`~GradientRows.recording`] the layers multiply through a function of their own, whose backward
+    forms `d_i^T x_i` sample by sample and mixes the samples in one product with the coefficients.
+
+    The mixed gradients leave through autograd like any other: every weight gets a *phantom*, a tensor of shape
+    `(R, *weight.shape)` without memory that the product formally depends on. Hence gradient checkpointing,
+    accumulation over timesteps and micro-batches, dropout and `torch.compile` need no care.
+
+    Args:
+        num_rows (`int`):
+            `R`, at least 1.
+        linears (sequence of `nn.Linear`):
+            Layers of type `nn.Linear` exactly, without trainable bias. In the forward pass the first dimension of
+            their inputs must be that of the samples, in order.
 
     Raises:
-        `ValueError`: if there is not one gradient, of the right shape, per parameter.
+        `TypeError`: if a layer is not an `nn.Linear`.
+        `ValueError`: if a layer has a trainable bias or comes twice. In the forward pass: if the first dimension of a
+            layer's input is not the batch size.
     """
-    if len(grads) != len(parameters) or len(parameters) == 0:
-        raise ValueError(f"Got {len(grads)} gradients for {len(parameters)} parameters: give one each, at least one.")
-    pieces = []
-    for index, (grad, parameter) in enumerate(zip(grads, parameters, strict=True)):
-        if grad is not None and grad.shape != parameter.shape:
+
+    def __init__(self, num_rows: int, linears: Sequence[nn.Linear]):
+        for module in linears:
+            if type(module) is not nn.Linear:
+                raise TypeError(f"{type(module).__name__} is not an nn.Linear: use SeparateBackward.")
+            if module.bias is not None and module.bias.requires_grad:
+                raise ValueError("A linear layer has a trainable bias, which has no per-row gradient here.")
+        if len(set(linears)) != len(linears):
+            raise ValueError("A linear layer is listed twice.")
+        super().__init__(num_rows, [module.weight for module in linears])
+        self._linears = list(linears)
+        self._coefficients: Tensor | None = None
+        self._phantoms = []
+        sizes = [weight.numel() for weight in self.parameters]
+        for weight, block in zip(self.parameters, self.gradients.split(sizes, dim=1), strict=True):
+            phantom = self.gradients.new_zeros(()).expand(num_rows, *weight.shape).requires_grad_()
+            phantom.register_post_accumulate_grad_hook(partial(_move_gradient, block.view(phantom.shape)))
+            self._phantoms.append(phantom)
+
+    @contextmanager
+    def recording(self, batch_size: int) -> Iterator[None]:
+        if self._coefficients is not None:
+            raise RuntimeError("recording() was entered twice; leave it first.")
+        self._coefficients = self.gradients.new_zeros(len(self.gradients), batch_size)
+        try:
+            for module, phantom in zip(self._linears, self._phantoms, strict=True):
+                module.__class__ = _RowLinear
+                module.phantom, module.coefficients = phantom, self._coefficients  # type: ignore[assignment]
+            yield
+        finally:
+            for module in self._linears:
+                module.__class__ = nn.Linear
+                module.__dict__.pop("phantom", None)
+                module.__dict__.pop("coefficients", None)
+            self._coefficients = None
+
+    def backward(self, objectives: Sequence[Objective], retain_graph: bool = False) -> None:
+        self._check(objectives)
+        if self._coefficients is None:
+            raise RuntimeError("backward() was called outside recording(); the forward pass belongs inside it too.")
+        if len(objectives[0].losses) != self._coefficients.shape[1]:
             raise ValueError(
-                f"Gradient {index} has shape {tuple(grad.shape)}, its parameter {tuple(parameter.shape)}."
+                f"There are {len(objectives[0].losses)} losses, but recording() was entered for "
+                f"{self._coefficients.shape[1]} samples."
             )
-        piece = torch.zeros_like(parameter) if grad is None else grad
-        pieces.append(piece.detach().flatten().to(torch.promote_types(parameter.dtype, torch.float32)))
-    return torch.cat(pieces)
+        for i, (losses, coefficients) in enumerate(objectives):
+            # Each pass over the graph reads other coefficients from the tensor that the layers have saved. Autograd
+            # would refuse a saved tensor that has changed, if it were told.
+            self._coefficients.data.copy_(coefficients)
+            losses.sum().backward(retain_graph=retain_graph or i + 1 < len(objectives))
 
 
-def assign_gradients(direction: Tensor, parameters: Sequence[Tensor]) -> None:
-    """
-    Sets the parameters' `.grad` to the pieces of a flat vector. What `.grad` held before is replaced: a direction is
-    made once per optimizer step, from gradients that are accumulated already.
-
-    Args:
-        direction (`torch.Tensor` of shape `(P,)`):
-            The flat gradient, in the order of `parameters`.
-        parameters (sequence of `torch.Tensor`):
-            Parameters, `P` numbers in all. Each `.grad` gets its parameter's dtype and device and its own memory, so
-            that clipping in place leaves `direction` as it is.
-
-    Raises:
-        `ValueError`: if the sizes do not agree.
-    """
-    sizes = [parameter.numel() for parameter in parameters]
-    if direction.shape != (sum(sizes),):
-        raise ValueError(
-            f"direction has shape {tuple(direction.shape)}, the parameters have {sum(sizes)} numbers: pass the "
-            "parameters that the gradients were taken for."
-        )
-    for parameter, piece in zip(parameters, direction.detach().split(sizes), strict=True):
-        parameter.grad = piece.reshape(parameter.shape).to(parameter.device, parameter.dtype, copy=True)
+def _move_gradient(destination: Tensor, phantom: Tensor) -> None:
+    """Add a phantom's gradient where it belongs as soon as it is there, so that it takes no memory for long."""
+    assert phantom.grad is not None
+    destination += phantom.grad
+    phantom.grad = None
 
 
-def gram_matrix(gradients: Tensor) -> Tensor:
-    """
-    Inner products of the gradients, `G[k, l] = <g_k, g_l>`.
+class _RowLinear(nn.Linear):
+    """What an `nn.Linear` is while its row gradients are recorded."""
 
-    They are summed in float64, chunk by chunk: when gradients oppose each other the shortest direction is a small
-    difference of large numbers, and float32 (above all TF32) matrix products would decide its sign by rounding.
+    phantom: Tensor
+    coefficients: Tensor
 
-    Args:
-        gradients (`torch.Tensor` of shape `(K, P)`):
-            Flattened gradients.
+    def forward(self, input: Tensor) -> Tensor:
+        if input.shape[0] != self.coefficients.shape[1]:
+            raise ValueError(
+                f"A linear layer ({self.in_features} -> {self.out_features}) got an input of shape "
+                f"{tuple(input.shape)} for {self.coefficients.shape[1]} samples: its first dimension must be that of "
+                "the samples. Leave the layer out of the adapter (`target_modules`), or use SeparateBackward."
+            )
+        weight = self.weight
+        device = input.device.type
+        if torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+            input, weight = input.to(dtype), weight.to(dtype)
+        output = _RowProduct.apply(input, weight, self.phantom, self.coefficients)
+        return output if self.bias is None else output + self.bias.to(output.dtype)
 
-    Returns:
-        `torch.Tensor` of shape `(K, K)`, float64 on the device of `gradients` (float32 on MPS, which has no float64).
 
-    Raises:
-        `ValueError`: if `gradients` is not a matrix.
-    """
-    if gradients.ndim != 2:
-        raise ValueError(f"gradients must be of shape (rewards, parameters), got {tuple(gradients.shape)}.")
-    dtype = torch.float32 if gradients.device.type == "mps" else torch.float64
-    gram = torch.zeros(len(gradients), len(gradients), dtype=dtype, device=gradients.device)
-    for chunk in gradients.detach().split(_GRAM_CHUNK, dim=1):
-        chunk = chunk.to(dtype)
-        gram += chunk @ chunk.T
-    return gram
+class _RowProduct(torch.autograd.Function):
+    """`input @ weight.T`, with the gradient of the phantom in place of the weight's."""
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, weight: Tensor, phantom: Tensor, coefficients: Tensor) -> Tensor:
+        ctx.save_for_backward(input, weight, coefficients)
+        return linear_product(input, weight)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        input, weight, coefficients = ctx.saved_tensors
+        (grad,) = grads
+        batch = len(input)
+        outward, inward = grad.reshape(batch, -1, grad.shape[-1]), input.reshape(batch, -1, input.shape[-1])
+        of_samples = torch.bmm(outward.mT, inward)  # (B, out, in)
+        rows = coefficients @ of_samples.flatten(1).to(coefficients.dtype)
+        grad_input = grad @ weight if ctx.needs_input_grad[0] else None
+        return grad_input, None, rows.view(-1, *weight.shape), None

@@ -3,8 +3,8 @@
 
 from .families import FAMILIES, Family, find_family
 from .flow_pipeline import Conditioning, FlowPipeline, Rollout, check_flow_matching
-from .loading import add_trainable_adapter, load_pipeline, lora_config
-from .policy import Policy, WeightShadow, adapters_disabled
+from .loading import add_trainable_adapter, load_pipeline, lora_config, plain_lora_linears
+from .policy import Policy, WeightShadow, adapters_disabled, compile_blocks
 
 
 __all__ = [
@@ -18,7 +18,9 @@ __all__ = [
     "adapters_disabled",
     "add_trainable_adapter",
     "check_flow_matching",
+    "compile_blocks",
     "find_family",
     "load_pipeline",
     "lora_config",
+    "plain_lora_linears",
 ]

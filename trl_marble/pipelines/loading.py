@@ -3,11 +3,13 @@
 
 import copy
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from peft import LoraConfig
+from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 from .families import Family, find_family
@@ -131,3 +133,29 @@ def add_trainable_adapter(
         # peft creates them in the base's dtype; small updates to bf16 weights would be rounded away.
         parameter.data = parameter.data.to(torch.float32)
     return trainable
+
+
+def plain_lora_linears(transformer: torch.nn.Module, names: Iterable[str]) -> list[torch.nn.Linear] | None:
+    """
+    The linear layers that hold the trainable weights, if the adapter is nothing but plain LoRA on linear layers.
+
+    Args:
+        transformer (`torch.nn.Module`):
+            The transformer with its adapter.
+        names (`Iterable[str]`):
+            The trainable parameters' names in the transformer, see [`add_trainable_adapter`].
+
+    Returns:
+        `list[torch.nn.Linear]`: the layer of each parameter, in order; `None` if a parameter is anything else, such as
+        a magnitude of DoRA, a bias, or a convolution.
+    """
+    plain: dict[str, torch.nn.Linear] = {}
+    for path, layer in transformer.named_modules():
+        # A variant, such as DoRA, uses the weights in other ways too than multiplying by them.
+        if isinstance(layer, LoraLinear) and not layer.lora_variant:
+            for part in ("lora_A", "lora_B"):
+                for adapter, module in getattr(layer, part).items():
+                    if type(module) is torch.nn.Linear:
+                        plain[f"{path}.{part}.{adapter}.weight"] = module
+    names = list(names)
+    return [plain[name] for name in names] if all(name in plain for name in names) else None

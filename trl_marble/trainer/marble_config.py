@@ -16,6 +16,7 @@ from ..balance import OLD_POLICY_PRESETS
 
 AGGREGATIONS = ("marble", "equal", "sum_then_normalize", "normalize_then_sum")
 BALANCE_ON = ("loss", "advantage")
+AMORTIZATION = ("exact", "reference")
 SCALE_REWARDS = ("batch", "group", "none")
 
 
@@ -95,12 +96,23 @@ class MarbleConfig(TrainingArguments):
             The balancing problem is solved from per-reward gradients every this many optimizer steps. In between, the
             smoothed solution is used at the cost of one backward pass. With `1` every step is solved exactly, and
             `balance_ema` only smooths what is used for rewards without a valid sample.
+        balance_fraction (`float`, *optional*, defaults to `1.0`):
+            In `(0, 1]`: the fraction of an optimizer step's forward passes (timesteps of micro-batches, of all
+            processes) in which per-reward gradients are taken when the balancing problem is solved. With `1.0` the
+            solution is exact and used at once. Below, it is an estimate from a random part of the step and goes into
+            the moving average, which is what every step uses: at `balance_every=1` the balance stays fresh at
+            little more than the cost of a single reward.
         balance_ema (`float`, *optional*, defaults to `0.7`):
             Decay, in `[0, 1)`, of the moving average of the solutions that is used between solves.
         balance_on (`str`, *optional*, defaults to `"loss"`):
             Which gradients are balanced: those of each reward's whole loss (`"loss"`, the paper's), or only those of
             its advantage-weighted part (`"advantage"`); the pull toward the old policy that all rewards share is then
             applied once.
+        amortization (`str`, *optional*, defaults to `"exact"`):
+            What a step between solves does with the smoothed coefficients. `"exact"` divides them by the gradients'
+            last known norms, as a solve does, so that with fresh coefficients it *is* the step of a solve.
+            `"reference"` is for comparison only: it mixes the advantages themselves, without norms and without the
+            number of samples that each reward applies to, as the code published with MARBLE does.
         normalize_gradients (`bool`, *optional*, defaults to `True`):
             Whether per-reward gradients are scaled to unit length before the balancing problem is solved, which makes
             the update independent of each reward's scale.
@@ -194,9 +206,15 @@ class MarbleConfig(TrainingArguments):
 
     # Parameters that control the balancing
     balance_every: int = field(default=10, metadata={"help": "Solve the balancing problem every X optimizer steps."})
+    balance_fraction: float = field(
+        default=1.0, metadata={"help": "Fraction of the forward passes of a step that a solution is taken from."}
+    )
     balance_ema: float = field(default=0.7, metadata={"help": "Decay of the moving average of the solutions."})
     balance_on: Literal["loss", "advantage"] = field(
         default="loss", metadata={"help": "What is balanced: 'loss' or 'advantage' gradients."}
+    )
+    amortization: Literal["exact", "reference"] = field(
+        default="exact", metadata={"help": "Steps between solves: 'exact', or 'reference' for comparison only."}
     )
     normalize_gradients: bool = field(
         default=True, metadata={"help": "Whether per-reward gradients are scaled to unit length before balancing."}
@@ -231,6 +249,7 @@ class MarbleConfig(TrainingArguments):
         for name, choices in (
             ("multi_objective_aggregation", AGGREGATIONS),
             ("balance_on", BALANCE_ON),
+            ("amortization", AMORTIZATION),
             ("scale_rewards", SCALE_REWARDS),
             ("old_policy_preset", tuple(OLD_POLICY_PRESETS)),
         ):
@@ -265,8 +284,14 @@ class MarbleConfig(TrainingArguments):
         for name in ("balance_ema", "weight_ema_decay"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"`{name}` is {getattr(self, name)}; a decay must be in [0, 1).")
-        if not 0 < self.timestep_fraction <= 1:
-            raise ValueError(f"`timestep_fraction` is {self.timestep_fraction}; it must be in (0, 1].")
+        for name in ("timestep_fraction", "balance_fraction"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ValueError(f"`{name}` is {getattr(self, name)}; it must be in (0, 1].")
+        if self.amortization == "reference" and self.balance_fraction < 1:
+            raise ValueError(
+                f"`amortization='reference'` reproduces code that solves whole steps; `balance_fraction` is "
+                f"{self.balance_fraction}. Leave one of the two out."
+            )
         if self.reward_weights is not None and not _are_finite_numbers(self.reward_weights):
             raise ValueError(
                 f"`reward_weights` is {self.reward_weights!r}; pass a list with one finite number for each reward."

@@ -23,23 +23,11 @@ from transformers.utils import logging
 from ..balance import (
     OLD_POLICY_PRESETS,
     BalanceSchedule,
-    Harmonization,
-    advantage_coefficients,
     aggregate_advantages,
-    anchor_coefficients,
-    assign_gradients,
-    balance_diagnostics,
-    flatten_gradients,
     get_weighting,
-    gram_matrix,
-    harmonize,
-    mix_coefficients,
-    nft_coefficients,
     nft_losses,
     old_policy_decay,
-    per_reward_gradients,
     weight_ema_decay,
-    weighted_loss,
     weighted_sum_weights,
 )
 from ..data import RepeatPromptSampler, validate_prompts
@@ -52,8 +40,10 @@ from ..pipelines import (
     WeightShadow,
     adapters_disabled,
     add_trainable_adapter,
+    compile_blocks,
     load_pipeline,
     lora_config,
+    plain_lora_linears,
 )
 from ..rewards import PendingScores, RewardFunc, RewardScorer
 from .checkpointing import base_fingerprint, copy_into, load_state, save_state
@@ -63,6 +53,7 @@ from .metrics import MetricBuffer
 from .pictures import first_rows, log_grid
 from .publishing import push_checkpoint, write_card
 from .seeding import Draw, derive_seed
+from .step_gradient import LossShares, StepGradient
 
 
 logger = logging.get_logger(__name__)
@@ -173,6 +164,8 @@ class MarbleNFTTrainer(Trainer):
         )
         self.trainable = dict(add_trainable_adapter(self.pipeline, peft_config or lora_config(self.pipeline)))
         self.pipeline.to(args.device)
+        if args.torch_compile:
+            compile_blocks(self.flow.transformer, args.torch_compile_backend or "inductor", args.torch_compile_mode)
         super().__init__(
             model=Policy(self.flow),
             args=args,
@@ -186,6 +179,24 @@ class MarbleNFTTrainer(Trainer):
         self.old_policy = WeightShadow(self.trainable.items())
         self.average = WeightShadow(self.trainable.items())
         self.schedule = BalanceSchedule(num_rewards, args.balance_every, args.balance_ema, args.normalize_gradients)
+        self.metrics = MetricBuffer()
+        linears = plain_lora_linears(self.flow.transformer, self.trainable)
+        if linears is None and args.balances_gradients:
+            logger.warning(
+                "The adapter is not plain LoRA on linear layers, so each step that solves the balancing problem takes "
+                "one backward pass a reward. Plain LoRA (no DoRA, no convolutions) takes two in all."
+            )
+        self.step_gradient = StepGradient(
+            args,
+            self.accelerator,
+            self.parameters,
+            linears,
+            self.schedule,
+            self.weighting,
+            self.scorer.names,
+            self.metrics,
+        )
+        self._has_dropout = any(isinstance(m, nn.Dropout) and m.p > 0 for m in self.flow.transformer.modules())
 
         # The loss of a micro-batch is already its share of the optimizer step's.
         self.model_accepts_loss_kwargs = False
@@ -197,13 +208,9 @@ class MarbleNFTTrainer(Trainer):
         self._fingerprint = base_fingerprint(self.flow.transformer)
         self.evaluations: list[Evaluation] = []
         self._batch: GenerationBatch  # from the first micro-batch on
-        self._reward_gradients: Tensor  # while a step solves the balancing problem
         self._micro_step = 0
-        self._solving = False
-        self.metrics = MetricBuffer()
         self._latest_rollout: tuple[list[str], list[Image.Image]] | None = None
         self._silent_rewards: set[str] = set()
-        self._solution: Harmonization | None = None  # of this optimizer step, until the step is whole
         self._saved_step = 0
 
     # ---- Prompts ----
@@ -240,8 +247,8 @@ class MarbleNFTTrainer(Trainer):
         If training stops by an exception, what was trained so far is saved as a checkpoint first, and training can be
         resumed from there.
         """
-        self._micro_step, self._saved_step, self._solution = 0, 0, None
-        self.metrics = MetricBuffer()
+        self._micro_step, self._saved_step = 0, 0
+        self.metrics.clear()
         try:
             return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         except BaseException:
@@ -275,9 +282,9 @@ class MarbleNFTTrainer(Trainer):
         update = slot // self.args.gradient_accumulation_steps
         if slot % self.args.gradient_accumulation_steps == 0:
             self._begin_update(update)
-        loss = self._accumulate(slot, update, cycle, iteration)
+        loss = self._accumulate(slot, cycle, iteration)
         if self.accelerator.sync_gradients:
-            self._finish_update(update)
+            self.step_gradient.finish()
         self._micro_step += 1
         return loss
 
@@ -396,142 +403,81 @@ class MarbleNFTTrainer(Trainer):
     # ---- Per-reward gradients and the update ----
 
     def _begin_update(self, update: int) -> None:
-        """Decide whether this optimizer step solves the balancing problem."""
-        self._solving = self.args.balances_gradients and self.schedule.is_due(
-            self.state.global_step, self._batch.active[update]
-        )
-        if self._solving:
-            size = sum(parameter.numel() for parameter in self.parameters)
-            self._reward_gradients = torch.zeros(len(self.scorer), size, device=self.args.device)
+        """Start an optimizer step."""
+        # With dropout a forward pass for training is not one of the old policy, whatever the weights.
+        self._on_policy = not self._has_dropout and self.old_policy.equals_live()
+        self.step_gradient.begin(self.state.global_step, self._batch, update, self.num_times, self._on_policy)
 
-    def _accumulate(self, slot: int, update: int, cycle: int, iteration: int) -> Tensor:
+    def _accumulate(self, slot: int, cycle: int, iteration: int) -> Tensor:
         """Add the gradients of one micro-batch, over its timesteps."""
         batch = self._batch
         size = self.args.per_device_train_batch_size
         part = slice(slot * size, (slot + 1) * size)
         x0 = batch.latents[part].float()
         conditioning = batch.conditioning.select(batch.prompt_index[part])
-        advantages = batch.advantages[:, part]
+        shares = self.step_gradient.shares(batch.advantages[:, part])
         generators = [
             torch.Generator().manual_seed(derive_seed(self.args.seed, Draw.TRAINING_NOISE, cycle, iteration, i))
             for i in batch.sample_ids[part].tolist()
         ]
         # Which timesteps, [B, T]: without replacement, drawn sample by sample so that the batch split does not matter.
         drawn = torch.stack([torch.randperm(len(self.times), generator=g)[: self.num_times] for g in generators])
+        first_place = slot % self.args.gradient_accumulation_steps * self.num_times
         loss = torch.zeros((), device=self.args.device)
         with self._progress("update", self.num_times) as bar:
-            for places in drawn.T:
-                t = self.times[places].to(x0)
+            for place, columns in enumerate(drawn.T, start=first_place):
+                t = self.times[columns].to(x0)
                 noise = torch.stack([torch.randn(x0.shape[1:], generator=g) for g in generators]).to(x0)
                 t_ = t.view(-1, *[1] * (x0.ndim - 1))
                 x_t = (1 - t_) * x0 + t_ * noise
-                loss += self._backward(x_t, x0, t, conditioning, advantages, update)
+                loss += self._backward(x_t, x0, t, conditioning, shares, place)
                 bar.update()
-        return loss
+        # `Trainer` averages over processes what here is each process's share of a sum.
+        return loss * self.args.world_size
 
     def _backward(
-        self, x_t: Tensor, x0: Tensor, t: Tensor, conditioning: Conditioning, advantages: Tensor, update: int
+        self, x_t: Tensor, x0: Tensor, t: Tensor, conditioning: Conditioning, shares: LossShares, place: int
     ) -> Tensor:
+        """Forward and backward passes for one noisy version of a micro-batch. Returns its share of the loss."""
+        old_velocity, base_velocity = self._frozen_velocities(x_t, t, conditioning)
+        with self.step_gradient.recording(place, len(x_t)):
+            with self.compute_loss_context_manager():
+                velocity = self.model(x_t, t, conditioning)
+            self.metrics.record("drift/velocity_rms", velocity.detach().float().square().mean().sqrt())
+            if old_velocity is None:
+                old_velocity = velocity.detach()
+            losses = nft_losses(velocity, old_velocity, x_t, x0, t, self.args.nft_beta)
+            divergence = None
+            if base_velocity is not None:
+                divergence = (velocity.float() - base_velocity.float()).square().flatten(1).mean(dim=1)
+            return self.step_gradient.backward(losses, divergence, shares)
+
+    @torch.no_grad()
+    def _frozen_velocities(
+        self, x_t: Tensor, t: Tensor, conditioning: Conditioning
+    ) -> tuple[Tensor | None, Tensor | None]:
         """
-        Forward and backward passes for one noisy version of a micro-batch.
+        Velocities of the old policy (`None` if it is the trained one) and of the base model (`None` with `beta=0`).
 
-        Gradients of the rewards go to `self._reward_gradients` when the step solves the balancing problem. What is not
-        balanced, or is mixed with known weights, goes to `.grad`. Returns this part's share of the step's loss.
+        They come before the trained policy's: with gradient checkpointing that one runs again during the backward
+        pass, and must find the model as it was.
         """
-        velocity, old_velocity, base_velocity = self._velocities(x_t, t, conditioning)
-        losses = nft_losses(velocity, old_velocity, x_t, x0, t, self.args.nft_beta)
-        counts = self._batch.counts[update] * self.num_times
-        settings = (counts, self.args.advantage_clip, self.args.nft_beta)
-        whole = nft_coefficients(advantages, *settings)
-        balance_advantage = self.args.balances_gradients and self.args.balance_on == "advantage"
-        balanced = advantage_coefficients(advantages, *settings) if balance_advantage else whole
-
-        shared = torch.zeros((), device=x_t.device)
-        if balance_advantage:
-            scored = ~advantages.isnan().all(dim=0)
-            anchor_count = self._batch.scored[update] * self.num_times
-            anchor = anchor_coefficients(scored, anchor_count, self.args.advantage_clip, self.args.nft_beta)
-            shared = shared + weighted_loss(losses, anchor)
-        divergence = torch.zeros((), device=x_t.device)
-        if base_velocity is not None:
-            total = self.args.generation_batch_size // len(self._batch.counts) * self.num_times
-            squared = (velocity.float() - base_velocity.float()).square().flatten(1).mean(dim=1)
-            divergence = squared.sum() / total
-            shared = shared + self.args.beta * divergence
-            # `_gather_metrics` averages over micro-batches, timesteps and processes what here are shares of a sum.
-            parts = self.args.gradient_accumulation_steps * self.num_times * self.args.world_size
-            self.metrics.record("kl", divergence.detach() * parts)
-
-        if self._solving:
-            if shared.requires_grad:
-                shared.backward(retain_graph=True)
-            self._reward_gradients += per_reward_gradients(losses, balanced, self.parameters)
-        else:
-            weights = self._mixing_weights(update)
-            (weighted_loss(losses, mix_coefficients(balanced, weights)) + shared).backward()
-        with torch.no_grad():
-            reward_losses = whole.positive @ losses.positive + whole.negative @ losses.negative
-            loss = reward_losses.sum() / (counts > 0).sum().clamp(min=1) + self.args.beta * divergence
-            # `Trainer` averages over processes what here is each process's share of a sum.
-            return loss * self.args.world_size
-
-    def _velocities(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Velocities of the trained policy, the old one, and the base model (`None` with `beta=0`)."""
+        old = base = None
+        self.model.eval()
         with self.compute_loss_context_manager():
-            # Without gradients first: with gradient checkpointing the trained pass runs again during the backward
-            # pass, and must find the model as it was.
-            base = None
-            self.model.eval()
-            with torch.no_grad():
+            if not self._on_policy:
                 with self.old_policy.swapped_in():
                     old = self.model(x_t, t, conditioning)
-                if self.args.beta > 0:
-                    with adapters_disabled(self.flow.transformer):
-                        base = self.model(x_t, t, conditioning)
-            self.model.train()
-            current = self.model(x_t, t, conditioning)
-        self.metrics.record("drift/velocity_rms", current.detach().float().square().mean().sqrt())
-        return current, old, base
-
-    def _mixing_weights(self, update: int) -> Tensor:
-        """Weights of the losses when one backward pass does."""
-        if not self.args.balances_gradients:
-            return torch.ones(1, device=self.args.device)
-        return self.schedule.weights(self._batch.active[update]).to(self.args.device, torch.float32)
-
-    def _finish_update(self, update: int) -> None:
-        """Reduce gradients over processes once, and leave the update's direction in `.grad`."""
-        shared = flatten_gradients([p.grad for p in self.parameters], self.parameters)
-        direction = self.accelerator.reduce(shared, reduction="sum")
-        if self._solving:
-            gradients = self.accelerator.reduce(self._reward_gradients, reduction="sum")
-            del self._reward_gradients
-            solution = harmonize(
-                gram_matrix(gradients), self.weighting, self.args.normalize_gradients, self._batch.active[update]
-            )
-            self._solution = solution
-            direction = direction + solution.weights.to(gradients) @ gradients
-            self._log_balance(solution)
-        assign_gradients(direction, self.parameters)
-        if self.args.balances_gradients:
-            # NaN stands for a reward that has not taken part yet: it weighs nothing.
-            alpha = (solution.alpha if self._solving else self.schedule.alpha).nan_to_num()
-            for name, value in zip(self.scorer.names, alpha.tolist(), strict=True):
-                self.metrics.record(f"balance/alpha/{name}", value)
-
-    def _log_balance(self, solution: Harmonization) -> None:
-        for name, norm in zip(self.scorer.names, solution.norms.tolist(), strict=True):
-            self.metrics.record(f"balance/grad_norm/{name}", norm)
-        for prefix, weights in (("balance", solution.weights), ("balance/weighted_sum", self._batch.weighted_sum)):
-            for key, value in balance_diagnostics(solution.gram, weights, solution.active).items():
-                self.metrics.record(f"{prefix}/{key}", value)
+            if self.args.beta > 0:
+                with adapters_disabled(self.flow.transformer):
+                    base = self.model(x_t, t, conditioning)
+        self.model.train()
+        return old, base
 
     def _after_optimizer_step(self) -> None:
         """Let the averaged weights follow every step, and the old policy every generation batch."""
         step = self.state.global_step
-        if self._solution is not None:  # only now, so that a step that fails in its middle leaves no trace
-            self.schedule.update(self._solution)
-            self._solution = None
+        self.step_gradient.commit()
         self.average.lerp_(min(weight_ema_decay(step), self.args.weight_ema_decay))
         if self._micro_step % self._cycle_length == 0:
             flat, rate, maximum = OLD_POLICY_PRESETS[self.args.old_policy_preset]

@@ -28,6 +28,10 @@ class MetricBuffer:
         """
         self._values[name].append(value)
 
+    def clear(self) -> None:
+        """Forget everything recorded since the last call of [`flush`]."""
+        self._values.clear()
+
     def flush(self, accelerator: Accelerator) -> dict[str, float]:
         """The means of everything recorded since the last call, on every process; then start anew."""
         own = [nan_aware_mean([float(value) for value in values]) for values in self._values.values()]

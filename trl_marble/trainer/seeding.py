@@ -13,6 +13,7 @@ class Draw(IntEnum):
     TRAINING_NOISE = 1
     ORDER = 2
     EVALUATION = 3
+    MEASURED = 4
 
 
 def derive_seed(seed: int, draw: Draw, *place: int) -> int:
