@@ -1,0 +1,298 @@
+# Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
+
+# /// script
+# dependencies = ["trl_marble", "torch", "diffusers", "transformers", "rich"]
+# ///
+"""What balancing costs: time and peak memory of a whole optimizer step, against a weighted sum of the rewards.
+
+```bash
+python examples/benchmarks/step_cost.py --rewards 5 20 --model small
+```
+
+Every mode trains the same pipeline (random weights) on the same batches, in turns, so that whatever else the machine
+does falls on all of them alike. `single` is one reward. `weighted_sum` adds the rewards up and is the baseline of all
+ratios. `naive` balances every step with one backward pass a reward, as the paper does. `exact` balances every step.
+`streaming` balances every step on a quarter of its forward passes. `every_10` solves at every tenth step and mixes in
+between; its cost is put together from one step of each kind that were both measured.
+
+`update` is gradients and optimizer. `loop` is sampling, scoring by rewards that cost nothing, and update; sampling is
+the same in all modes, so it is timed once a repeat. Memory is the peak of live tensors during the update, weights
+included. Forward and backward passes are counted where they reach the transformer, in one update.
+"""
+
+import argparse
+import gc
+import json
+import platform
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from statistics import median
+
+import torch
+from datasets import Dataset
+from random_models import SIZES, random_pipeline
+from rich.console import Console
+from rich.table import Table
+from torch.profiler import ProfilerActivity, profile
+
+from trl_marble import MarbleConfig, MarbleNFTTrainer
+
+
+MODES = ("single", "weighted_sum", "naive", "exact", "streaming", "every_10")
+STREAMED = 0.25  # fraction of the forward passes that `streaming` measures
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rewards", type=int, nargs="+", default=[5], metavar="K")
+    parser.add_argument("--model", choices=SIZES, default="small")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
+    parser.add_argument("--balance_on", choices=("loss", "advantage"), default="advantage")
+    parser.add_argument("--beta", type=float, default=0.0, help="Penalty on the distance to the base model.")
+    parser.add_argument("--prompts", type=int, default=2, help="Prompts in a step.")
+    parser.add_argument("--num_generations", type=int, default=8, help="Images of each prompt.")
+    parser.add_argument("--batch_size", type=int, default=8, help="Images in a forward pass.")
+    parser.add_argument("--num_inference_steps", type=int, default=8)
+    parser.add_argument("--timestep_fraction", type=float, default=0.25)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=None, help="Default: on a GPU only.")
+    parser.add_argument("--gradient_checkpointing", action="store_true")
+    parser.add_argument("--torch_compile", action="store_true")
+    parser.add_argument("--json", type=Path, help="Write the table here too.")
+    return parser.parse_args()
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# One optimizer step in each mode
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def make_rewards(count: int) -> list[Callable[..., list[float | None]]]:
+    """Rewards that cost nothing; every other one applies to every other prompt only."""
+
+    def make(k: int) -> Callable[..., list[float | None]]:
+        def reward(images: list, number: list[int], **kwargs) -> list[float | None]:
+            values = torch.rand(len(images), generator=torch.Generator().manual_seed(k)).tolist()
+            return [None if k % 2 and n % 2 else v for n, v in zip(number, values, strict=True)]
+
+        reward.__name__ = f"reward_{k}"
+        return reward
+
+    return [make(k) for k in range(count)]
+
+
+class Bench:
+    """A trainer that takes its steps one by one, each in the mode that is asked for."""
+
+    def __init__(self, args: argparse.Namespace, num_rewards: int, folder: str) -> None:
+        self.device = torch.device(args.device)
+        bf16 = self.device.type == "cuda" if args.bf16 is None else args.bf16
+        size = args.prompts * args.num_generations
+        config = MarbleConfig(
+            folder,
+            per_device_train_batch_size=args.batch_size,
+            gradient_accumulation_steps=size // args.batch_size,
+            num_generations=args.num_generations,
+            rollout_batch_size=args.batch_size,
+            num_inference_steps=args.num_inference_steps,
+            timestep_fraction=args.timestep_fraction,
+            balance_on=args.balance_on,
+            beta=args.beta,
+            bf16=bf16,
+            gradient_checkpointing=args.gradient_checkpointing,
+            torch_compile=args.torch_compile,
+            use_cpu=self.device.type == "cpu",
+            disable_tqdm=True,
+            report_to="none",
+            save_strategy="no",
+            log_images=False,
+        )
+        prompts = Dataset.from_dict(
+            {"prompt": [f"prompt {n}" for n in range(args.prompts)], "number": range(args.prompts)}
+        )
+        pipeline = random_pipeline(args.model, torch.bfloat16 if bf16 else torch.float32)
+        self.trainer = MarbleNFTTrainer(pipeline, make_rewards(num_rewards), config, prompts)
+        self.trainer.create_optimizer()
+        self.linears = self.trainer.step_gradient.linears
+        self.rows = [prompts[n // args.num_generations] for n in range(size)]
+        self.cycle = 0
+        # The policy has left the old one, as it has at almost every step.
+        for parameter in self.trainer.parameters:
+            torch.nn.init.normal_(parameter, std=0.02)
+
+    def sample(self) -> None:
+        """The rollout of one generation batch."""
+        self.trainer._batch = self.trainer._generate(self.rows, self.cycle)
+        self.cycle += 1
+
+    def update(self, solves: bool) -> None:
+        """Gradients and optimizer, on the latest generation batch."""
+        trainer = self.trainer
+        trainer.state.global_step = 0 if solves else 1
+        trainer._begin_update(0)
+        for slot in range(trainer.args.gradient_accumulation_steps):
+            trainer._accumulate(slot, 0, 0)
+        trainer.step_gradient.finish()
+        torch.nn.utils.clip_grad_norm_(trainer.parameters, 1.0)
+        trainer.optimizer.step()
+        trainer.optimizer.zero_grad()
+        trainer.step_gradient.commit()
+
+    def switch(self, mode: str) -> None:
+        """Make the trainer one of another mode, and let it take a step so that it knows the balance."""
+        trainer = self.trainer
+        sums = mode in ("single", "weighted_sum")
+        trainer.args.multi_objective_aggregation = "sum_then_normalize" if sums else "marble"
+        trainer.args.balance_fraction = STREAMED if mode == "streaming" else 1.0
+        trainer.schedule.balance_every = 10 if mode == "every_10" else 1
+        trainer.step_gradient.linears = None if mode == "naive" else self.linears
+
+    def synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def timed(self, function: Callable[[], None]) -> float:
+        gc.collect()
+        self.synchronize()
+        start = time.perf_counter()
+        function()
+        self.synchronize()
+        return time.perf_counter() - start
+
+    @contextmanager
+    def counted(self) -> Iterator[dict[str, int]]:
+        """Counts the transformer's forward passes, and the backward passes that arrive at its output."""
+        counts = {"forwards": 0, "backwards": 0}
+
+        def count_backward(_: torch.Tensor) -> None:
+            counts["backwards"] += 1
+
+        def count_forward(module, inputs, output) -> None:
+            counts["forwards"] += 1
+            if output[0].requires_grad:
+                output[0].register_hook(count_backward)
+
+        handle = self.trainer.flow.transformer.register_forward_hook(count_forward)
+        try:
+            yield counts
+        finally:
+            handle.remove()
+
+    def peak_memory(self, function: Callable[[], None]) -> int:
+        """Peak of live tensors, in bytes, while the function runs."""
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+            function()
+            return torch.cuda.max_memory_allocated(self.device)
+        tensors = [*self.trainer.pipeline.transformer.parameters(), *self.trainer.pipeline.vae.parameters()]
+        for shadow in (self.trainer.old_policy, self.trainer.average):
+            tensors.extend(shadow.state_dict().values())
+        for state in self.trainer.optimizer.state.values():
+            tensors.extend(value for value in state.values() if torch.is_tensor(value))
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+            function()
+        events = recorded.profiler.kineto_results.events()
+        changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+        live = peak = 0
+        for _, change in changes:
+            live += change
+            peak = max(peak, live)
+        return peak + sum(tensor.nbytes for tensor in tensors)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# All modes in turns
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def measure(args: argparse.Namespace, num_rewards: int, console: Console) -> dict[str, dict[str, object]]:
+    """Everything about one number of rewards, by mode."""
+    seconds: dict[str, list[float]] = {mode: [] for mode in args.modes}
+    rollouts: list[float] = []
+    memory: dict[str, int] = {}
+    counts: dict[str, dict[str, float]] = {}
+    with tempfile.TemporaryDirectory() as folder, console.status(f"K = {num_rewards}") as status:
+        several = Bench(args, num_rewards, folder)
+        alone = Bench(args, 1, folder) if "single" in args.modes else several
+        for repeat in range(-1, args.repeats):  # the first one warms up, and counts
+            for mode in args.modes:
+                status.update(f"K = {num_rewards}, repeat {max(repeat, 0)}: {mode}")
+                bench = alone if mode == "single" else several
+                bench.switch(mode)
+                update = partial(bench.update, solves=mode != "every_10")
+                # Sampled afresh, because the aggregation of the rewards is part of the batch.
+                rollout = bench.timed(bench.sample)
+                if repeat == -1:
+                    bench.update(solves=True)  # the balance is known from here on
+                    with bench.counted() as counts[mode]:
+                        update()
+                    memory[mode] = bench.peak_memory(update)
+                    continue
+                rollouts.append(rollout)
+                seconds[mode].append(bench.timed(update))
+
+    if "every_10" in args.modes and "exact" in args.modes:
+        seconds["every_10"] = [
+            0.9 * mixes + 0.1 * solves for mixes, solves in zip(seconds["every_10"], seconds["exact"], strict=True)
+        ]
+        memory["every_10"] = max(memory["every_10"], memory["exact"])
+        counts["every_10"] = {k: 0.9 * n + 0.1 * counts["exact"][k] for k, n in counts["every_10"].items()}
+    rollout = median(rollouts)
+    results: dict[str, dict[str, object]] = {}
+    for mode in args.modes:
+        base = seconds["weighted_sum"]
+        update = [own / sums for own, sums in zip(seconds[mode], base, strict=True)]
+        loop = [(rollout + own) / (rollout + sums) for own, sums in zip(seconds[mode], base, strict=True)]
+        results[mode] = {
+            "update_ratio": median(update),
+            "update_range": [min(update), max(update)],
+            "loop_ratio": median(loop),
+            "loop_range": [min(loop), max(loop)],
+            "memory_ratio": memory[mode] / memory["weighted_sum"],
+            "memory_bytes": memory[mode],
+            **counts[mode],
+        }
+    size = sum(parameter.numel() for parameter in several.trainer.parameters) * 4
+    console.print(
+        f"One gradient buffer has {size / 2**20:.1f} MiB; sampling takes {rollout / median(base):.2f} updates."
+    )
+    return results
+
+
+def describe_machine(device: str) -> str:
+    name = torch.cuda.get_device_name(device) if device.startswith("cuda") else platform.processor() or "CPU"
+    return f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+
+
+def main() -> None:
+    args = parse_args()
+    if "weighted_sum" not in args.modes:
+        raise SystemExit("--modes needs weighted_sum: all ratios are to it")
+    console = Console(width=100)
+    console.print(f"{args.model}, {describe_machine(args.device)}, balance_on={args.balance_on}, beta={args.beta}")
+    report = {}
+    for num_rewards in args.rewards:
+        report[str(num_rewards)] = results = measure(args, num_rewards, console)
+        table = Table(title=f"{num_rewards} rewards: ratio to weighted_sum, median (min to max of {args.repeats})")
+        for column in ("mode", "update", "loop", "memory", "MiB", "forwards", "backwards"):
+            table.add_column(column, justify="left" if column == "mode" else "right", no_wrap=True)
+        for mode, row in results.items():
+            spans = [
+                f"{row[f'{part}_ratio']:.2f} ({row[f'{part}_range'][0]:.2f}-{row[f'{part}_range'][1]:.2f})"
+                for part in ("update", "loop")
+            ]
+            sizes = [f"{row['memory_ratio']:.3f}", f"{row['memory_bytes'] / 2**20:.0f}"]
+            table.add_row(mode, *spans, *sizes, f"{row['forwards']:g}", f"{row['backwards']:g}")
+        console.print(table)
+    if args.json:
+        args.json.write_text(json.dumps(report, indent=2))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,210 @@
+# Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
+"""The kinds of optimizer steps: what they cost in passes over the model, and that their directions agree."""
+
+import pytest
+import torch
+from peft import LoraConfig
+from transformers import TrainerCallback
+
+from trl_marble.balance import SeparateBackward
+
+
+FIXED = {"normalize_gradients": False, "weighting": lambda gram: torch.tensor([0.2, 0.5, 0.3]).to(gram)}
+# With this preset the old policy is the trained one in the first step and lags behind from the second on.
+STEPS = {"max_steps": 2, "max_grad_norm": 0.0, "learning_rate": 1e-5, "old_policy_preset": 1}
+
+
+class Watch(TrainerCallback):
+    """Keeps every step's flat gradient, and counts passes over the transformer during updates."""
+
+    def __init__(self):
+        self.gradients, self.forwards, self.backwards = [], [], []
+
+    def attach(self, trainer):
+        self.trainer = trainer
+        transformer = trainer.flow.transformer
+        transformer.register_forward_hook(self._forward)
+        trainer.add_callback(self)
+        return self
+
+    def _forward(self, module, inputs, output):
+        if self.trainer.model.training or not torch.is_inference_mode_enabled():
+            self._count["forwards"] += 1
+            if output[0].requires_grad:
+                output[0].register_hook(self._backward)
+
+    def _backward(self, grad):
+        self._count["backwards"] += 1
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._count = {"forwards": 0, "backwards": 0}
+        generate = self.trainer._generate
+
+        def generate_uncounted(*positional):
+            batch = generate(*positional)
+            self._count = {"forwards": 0, "backwards": 0}
+            return batch
+
+        self.trainer._generate = generate_uncounted
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        self.gradients.append(torch.cat([p.grad.flatten() for p in self.trainer.parameters]))
+        self.forwards.append(self._count["forwards"])
+        self.backwards.append(self._count["backwards"])
+
+
+@pytest.fixture
+def watched(make_trainer):
+    def run(prepare=None, **overrides):
+        trainer = make_trainer(**(STEPS | overrides))
+        if prepare is not None:
+            prepare(trainer)
+        watch = Watch().attach(trainer)
+        trainer.train()
+        return watch
+
+    return run
+
+
+def relative_error(a, b):
+    return ((a - b).norm() / b.norm()).item()
+
+
+def micro_steps(watch):
+    return watch.trainer.args.gradient_accumulation_steps * watch.trainer.num_times
+
+
+@pytest.mark.parametrize(
+    ("balance_on", "beta", "passes"),
+    [("advantage", 0.1, 2), ("advantage", 0.0, 2), ("loss", 0.0, 2), ("loss", 0.1, 3)],
+)
+def test_backward_passes_of_a_solving_step_do_not_depend_on_the_rewards(watched, rewards, balance_on, beta, passes):
+    for reward_funcs in (rewards[:1], rewards):
+        watch = watched(reward_funcs=reward_funcs, balance_on=balance_on, beta=beta, balance_every=1)
+        assert watch.backwards[1] == passes * micro_steps(watch)
+
+
+def test_other_steps_take_one_backward_pass(watched):
+    mixing = watched(balance_every=2, beta=0.1)
+    assert mixing.backwards == [3 * micro_steps(mixing), micro_steps(mixing)]
+    summing = watched(multi_objective_aggregation="sum_then_normalize")
+    assert summing.backwards == [micro_steps(summing)] * 2
+
+
+def test_the_old_policy_is_not_run_where_it_is_the_trained_one(watched):
+    def mean_old_forwards(**overrides):
+        watch = watched(beta=0.0, **overrides)
+        return [forwards / micro_steps(watch) for forwards in watch.forwards]
+
+    assert mean_old_forwards(old_policy_preset=0) == [1, 1]  # follows at once
+    assert mean_old_forwards(old_policy_preset=1, max_steps=3) == [1, 2, 2]  # lags from the first step on
+    dropout = LoraConfig(r=4, target_modules=["attn.to_q"], lora_dropout=0.5)
+    assert mean_old_forwards(old_policy_preset=0, peft_config=dropout) == [2, 2]
+
+
+def test_skipping_the_old_policy_changes_nothing(watched):
+    skipped = watched(old_policy_preset=0, balance_on="advantage")
+    run = watched(old_policy_preset=0, balance_on="advantage", prepare=lambda t: setattr(t, "_has_dropout", True))
+    assert run.forwards[0] > skipped.forwards[0]
+    for a, b in zip(run.gradients, skipped.gradients, strict=True):
+        assert relative_error(a, b) < 1e-6
+
+
+def use_separate_passes(trainer):
+    trainer.step_gradient.linears = None
+
+
+@pytest.mark.parametrize("balance_on", ["loss", "advantage"])
+@pytest.mark.parametrize(
+    "peft", [{}, {"use_rslora": True}, {"lora_dropout": 0.3}], ids=["lora", "rslora", "lora_dropout"]
+)
+def test_weighted_passes_give_the_direction_of_separate_ones(watched, balance_on, peft):
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=["attn.to_q", "attn.add_v_proj", "attn.to_out.0"], **peft)
+    settings = {"balance_on": balance_on, "balance_every": 1, "beta": 0.1, "peft_config": config}
+    weighted = watched(**settings)
+    separate = watched(use_separate_passes, **settings)
+    assert separate.backwards[1] > weighted.backwards[1]
+    for a, b in zip(weighted.gradients, separate.gradients, strict=True):
+        assert relative_error(a, b) < 2e-5
+
+
+def test_dora_takes_separate_passes_and_says_so(watched, caplog):
+    config = LoraConfig(r=4, target_modules=["attn.to_q"], use_dora=True)
+    watch = watched(peft_config=config, balance_every=1, beta=0.0)
+    assert watch.trainer.step_gradient.linears is None
+    assert watch.backwards[1] == 3 * micro_steps(watch)
+    assert watch.gradients[1].abs().sum() > 0
+
+
+@pytest.mark.parametrize("balance_on", ["loss", "advantage"])
+def test_a_streaming_step_with_known_weights_is_the_solving_step(watched, balance_on):
+    settings = FIXED | {"balance_on": balance_on, "balance_every": 1, "beta": 0.1, "gradient_accumulation_steps": 2}
+    settings |= {"per_device_train_batch_size": 4}
+    solving = watched(**settings)
+    streaming = watched(balance_fraction=0.5, **settings)
+    steps = micro_steps(streaming)
+    assert streaming.backwards[0] == solving.backwards[0]  # nothing is known yet: the whole step is measured
+    per_solve = solving.backwards[1] // steps
+    assert streaming.backwards[1] == steps // 2 * per_solve + steps // 2
+    assert relative_error(streaming.gradients[1], solving.gradients[1]) < 1e-4
+
+
+def test_streaming_keeps_the_balance_fresh(watched):
+    watch = watched(balance_fraction=0.25, balance_every=1, balance_ema=0.0, max_steps=3)
+    logs = [entry for entry in watch.trainer.state.log_history if "balance/cos_min" in entry]
+    assert len(logs) == 3  # every step has measured
+    used = [[v for k, v in entry.items() if k.startswith("balance/alpha/")] for entry in logs]
+    assert used[1] == pytest.approx(used[0], abs=1e-6)  # the second step uses what the first one found
+    assert used[2] != pytest.approx(used[1], abs=1e-3)  # the third what the second one measured
+
+
+def test_the_measured_part_of_a_streaming_step_is_spread_over_processes(watched):
+    trainer = watched(balance_fraction=0.5, balance_every=1).trainer
+    gradient = trainer.step_gradient
+    trainer.accelerator.state._shared_state["num_processes"] = 1  # what follows only reads `args`
+    args = type("Args", (), {"gradient_accumulation_steps": 4, "balance_fraction": 0.3, "seed": 1, "world_size": 3})
+    gradient._num_times, gradient._solves = 5, False
+    places = []
+    for rank in range(3):
+        args.process_index = rank
+        gradient.args = args
+        places.append(gradient._draw_measured(step=7))
+    assert sum(map(len, places)) == 18  # 30% of 60
+    assert all(0 <= place < 20 for part in places for place in part)
+    assert len(set(places)) == 3
+
+
+def test_reference_amortization_is_the_exact_one_for_a_single_reward_only(watched, rewards):
+    settings = {"balance_every": 100, "beta": 0.0}
+    for chosen, same in ((rewards[:1], True), (rewards, False)):
+        exact = watched(reward_funcs=chosen, **settings)
+        reference = watched(reward_funcs=chosen, amortization="reference", **settings)
+        assert relative_error(reference.gradients[0], exact.gradients[0]) < 1e-6  # a solve
+        assert (relative_error(reference.gradients[1], exact.gradients[1]) < 1e-5) is same
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_compiled_blocks_give_the_same_directions(watched, checkpointing):
+    settings = {"balance_every": 2, "beta": 0.1, "gradient_checkpointing": checkpointing}
+    plain = watched(**settings)
+    compiled = watched(torch_compile=True, torch_compile_backend="aot_eager", **settings)
+    assert all(block._compiled_call_impl is not None for block in compiled.trainer.flow.transformer.transformer_blocks)
+    for a, b in zip(compiled.gradients, plain.gradients, strict=True):
+        assert relative_error(a, b) < 1e-4
+
+
+def test_separate_backward_is_what_trains_without_linears(watched):
+    seen = []
+
+    def prepare(trainer):
+        use_separate_passes(trainer)
+        begin = trainer.step_gradient.begin
+
+        def begin_and_look(*args):
+            begin(*args)
+            seen.append(type(trainer.step_gradient._rows))
+
+        trainer.step_gradient.begin = begin_and_look
+
+    watched(prepare, balance_every=2)
+    assert seen == [SeparateBackward, type(None)]
