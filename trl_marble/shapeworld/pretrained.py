@@ -45,4 +45,4 @@ def load_pipeline() -> ShapeWorldPipeline:
         [`ShapeWorldPipeline`], a [`StableDiffusion3Pipeline`]
     """
     without_t5 = {"text_encoder_3": None, "tokenizer_3": None}
-    return ShapeWorldPipeline.from_pretrained(PIPELINE_FOLDER, torch_dtype=torch.float32, **without_t5)
+    return ShapeWorldPipeline.from_pretrained(PIPELINE_FOLDER, dtype=torch.float32, **without_t5)

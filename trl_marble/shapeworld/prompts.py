@@ -17,15 +17,15 @@ RELATIONS = ("above", "below", "left of", "right of")
 DIGITS = tuple("0123456789")
 WORDS = ("no", "go", "up", "hi", "ok", "on", "yes", "cat", "sun", "fox")
 
-# Prompts per tag in the test and in the train split: 16 a source in test; in train most for the specialists,
-# whose rewards are the hard ones to learn: 64 compositional, 40 glyph and 16 free ones.
+# Prompts per tag in the test and in the train split: 16 a source in test; in train most are for the specialists, whose
+# rewards are the hard ones to learn. There are as many glyph prompts as there are, so that every text is among them.
 SPLIT_SIZES = {
     "colors": (4, 14),
-    "counting": (4, 17),
-    "two_object": (4, 16),
-    "position": (4, 17),
-    "digit": (8, 20),
-    "word": (8, 20),
+    "counting": (4, 40),
+    "two_object": (4, 40),
+    "position": (4, 40),
+    "digit": (8, 52),
+    "word": (8, 52),
     "free": (16, 16),
 }
 
@@ -142,7 +142,7 @@ def load_prompts(split: str) -> Dataset:
     learning.
 
     Args:
-        split (`str`): `"train"` (120 prompts: 64 compositional, 40 glyph, 16 free) or `"test"` (48, 16 of each).
+        split (`str`): `"train"` (254 prompts: 134 compositional, 104 glyph, 16 free) or `"test"` (48, 16 of each).
 
     Returns:
         `datasets.Dataset`: with the columns

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 
-SCRIPT = Path(__file__).parent.parent / "examples" / "quickstart.py"
+SCRIPT = Path(__file__).parents[2] / "examples" / "quickstart.py"
 
 
 def run(folder, *arguments):
