@@ -1,0 +1,41 @@
+# Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
+"""Run by `test_two_processes.py` under torchrun: trains with the settings given and leaves every step's gradient."""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from transformers import TrainerCallback
+
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from trainer_helpers import blue, bright, small_trainer  # noqa: E402
+
+
+def red_only(images, prompts, **kwargs):
+    """Applies to two of the six prompts, so that one process may have no valid sample."""
+    values = bright(images)
+    return [value if "red" in prompt else None for value, prompt in zip(values, prompts, strict=True)]
+
+
+class Keep(TrainerCallback):
+    def __init__(self):
+        self.gradients = []
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        self.gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad]))
+
+
+if __name__ == "__main__":
+    folder, settings = Path(sys.argv[1]), json.loads(sys.argv[2])
+    torch.set_num_threads(1)
+    trainer = small_trainer(folder, (bright, blue, red_only), **settings)
+    keep = Keep()
+    trainer.add_callback(keep)
+    trainer.train()
+    gradients = {str(i): gradient for i, gradient in enumerate(keep.gradients)}
+    alphas = {"alpha": trainer.schedule.alpha.nan_to_num(), "old": next(iter(trainer.old_policy.state_dict().values()))}
+    save_file(gradients | alphas, folder / f"rank{trainer.args.process_index}.safetensors")
