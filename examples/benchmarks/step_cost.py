@@ -16,8 +16,8 @@ ratios. `naive` balances every step with one backward pass a reward, as the pape
 between; its cost is put together from one step of each kind that were both measured.
 
 `update` is gradients and optimizer. `loop` is sampling, scoring by rewards that cost nothing, and update; sampling is
-the same in all modes, so it is timed once a repeat. Memory is the peak of live tensors during the update, weights
-included. Forward and backward passes are counted where they reach the transformer, in one update.
+the same in all modes, so its median over all of them counts in each. Memory is the peak of live tensors during the
+update, weights included. Forward and backward passes are counted where they reach the transformer, in one update.
 """
 
 import argparse
@@ -43,6 +43,7 @@ from trl_marble import MarbleConfig, MarbleNFTTrainer
 
 
 MODES = ("single", "weighted_sum", "naive", "exact", "streaming", "every_10")
+COMPILED = ("weighted_sum_compiled", "exact_compiled")
 STREAMED = 0.25  # fraction of the forward passes that `streaming` measures
 
 
@@ -62,7 +63,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=None, help="Default: on a GPU only.")
     parser.add_argument("--gradient_checkpointing", action="store_true")
-    parser.add_argument("--torch_compile", action="store_true")
+    parser.add_argument("--torch_compile", action="store_true", help="Measure two modes with compiled blocks too.")
     parser.add_argument("--json", type=Path, help="Write the table here too.")
     return parser.parse_args()
 
@@ -89,7 +90,7 @@ def make_rewards(count: int) -> list[Callable[..., list[float | None]]]:
 class Bench:
     """A trainer that takes its steps one by one, each in the mode that is asked for."""
 
-    def __init__(self, args: argparse.Namespace, num_rewards: int, folder: str) -> None:
+    def __init__(self, args: argparse.Namespace, num_rewards: int, folder: str, compiled: bool = False) -> None:
         self.device = torch.device(args.device)
         bf16 = self.device.type == "cuda" if args.bf16 is None else args.bf16
         size = args.prompts * args.num_generations
@@ -105,7 +106,7 @@ class Bench:
             beta=args.beta,
             bf16=bf16,
             gradient_checkpointing=args.gradient_checkpointing,
-            torch_compile=args.torch_compile,
+            torch_compile=compiled,
             use_cpu=self.device.type == "cpu",
             disable_tqdm=True,
             report_to="none",
@@ -214,17 +215,21 @@ class Bench:
 def measure(args: argparse.Namespace, num_rewards: int, console: Console) -> dict[str, dict[str, object]]:
     """Everything about one number of rewards, by mode."""
     seconds: dict[str, list[float]] = {mode: [] for mode in args.modes}
-    rollouts: list[float] = []
+    rollouts: dict[str, list[float]] = {mode: [] for mode in args.modes}
     memory: dict[str, int] = {}
     counts: dict[str, dict[str, float]] = {}
     with tempfile.TemporaryDirectory() as folder, console.status(f"K = {num_rewards}") as status:
         several = Bench(args, num_rewards, folder)
-        alone = Bench(args, 1, folder) if "single" in args.modes else several
+        benches = dict.fromkeys(args.modes, several)
+        if "single" in args.modes:
+            benches["single"] = Bench(args, 1, folder)
+        if args.torch_compile:
+            benches |= dict.fromkeys(COMPILED, Bench(args, num_rewards, folder, compiled=True))
         for repeat in range(-1, args.repeats):  # the first one warms up, and counts
             for mode in args.modes:
                 status.update(f"K = {num_rewards}, repeat {max(repeat, 0)}: {mode}")
-                bench = alone if mode == "single" else several
-                bench.switch(mode)
+                bench = benches[mode]
+                bench.switch(mode.removesuffix("_compiled"))
                 update = partial(bench.update, solves=mode != "every_10")
                 # Sampled afresh, because the aggregation of the rewards is part of the batch.
                 rollout = bench.timed(bench.sample)
@@ -234,21 +239,23 @@ def measure(args: argparse.Namespace, num_rewards: int, console: Console) -> dic
                         update()
                     memory[mode] = bench.peak_memory(update)
                     continue
-                rollouts.append(rollout)
+                rollouts[mode].append(rollout)
                 seconds[mode].append(bench.timed(update))
 
-    if "every_10" in args.modes and "exact" in args.modes:
+    if "every_10" in args.modes:
         seconds["every_10"] = [
             0.9 * mixes + 0.1 * solves for mixes, solves in zip(seconds["every_10"], seconds["exact"], strict=True)
         ]
         memory["every_10"] = max(memory["every_10"], memory["exact"])
         counts["every_10"] = {k: 0.9 * n + 0.1 * counts["exact"][k] for k, n in counts["every_10"].items()}
-    rollout = median(rollouts)
+    # Sampling is one and the same but for compiled blocks.
+    plain = median(value for mode in args.modes if mode not in COMPILED for value in rollouts[mode])
     results: dict[str, dict[str, object]] = {}
     for mode in args.modes:
         base = seconds["weighted_sum"]
         update = [own / sums for own, sums in zip(seconds[mode], base, strict=True)]
-        loop = [(rollout + own) / (rollout + sums) for own, sums in zip(seconds[mode], base, strict=True)]
+        rollout = median(rollouts[mode]) if mode in COMPILED else plain
+        loop = [(rollout + own) / (plain + sums) for own, sums in zip(seconds[mode], base, strict=True)]
         results[mode] = {
             "update_ratio": median(update),
             "update_range": [min(update), max(update)],
@@ -260,7 +267,7 @@ def measure(args: argparse.Namespace, num_rewards: int, console: Console) -> dic
         }
     size = sum(parameter.numel() for parameter in several.trainer.parameters) * 4
     console.print(
-        f"One gradient buffer has {size / 2**20:.1f} MiB; sampling takes {rollout / median(base):.2f} updates."
+        f"One gradient buffer has {size / 2**20:.1f} MiB; sampling takes {plain / median(base):.2f} updates."
     )
     return results
 
@@ -274,6 +281,10 @@ def main() -> None:
     args = parse_args()
     if "weighted_sum" not in args.modes:
         raise SystemExit("--modes needs weighted_sum: all ratios are to it")
+    if "every_10" in args.modes and "exact" not in args.modes:
+        raise SystemExit("--modes with every_10 needs exact: one step in ten is one")
+    if args.torch_compile:
+        args.modes += COMPILED
     console = Console(width=100)
     console.print(f"{args.model}, {describe_machine(args.device)}, balance_on={args.balance_on}, beta={args.beta}")
     report = {}

@@ -37,5 +37,8 @@ if __name__ == "__main__":
     trainer.add_callback(keep)
     trainer.train()
     gradients = {str(i): gradient for i, gradient in enumerate(keep.gradients)}
-    alphas = {"alpha": trainer.schedule.alpha.nan_to_num(), "old": next(iter(trainer.old_policy.state_dict().values()))}
+    alphas = {
+        "alpha": trainer.schedule.alpha.nan_to_num(),
+        "old": next(iter(trainer.old_policy.state_dict().values())),
+    }
     save_file(gradients | alphas, folder / f"rank{trainer.args.process_index}.safetensors")
