@@ -12,9 +12,8 @@ python examples/scripts/pretrain_shapeworld.py --output_dir runs/shapeworld
 Killed at any time, the same command goes on from the last saved state. It leaves a diffusers folder
 (`runs/shapeworld/pipeline`) and grids of samples beside it.
 
-The weights that the package carries took 64 minutes on a busy two-core CPU (VAE 21, the rest 43), in one run that was
-stopped and lengthened twice, from 6,000 to 10,000 steps, so its learning rate went down and up again. The VAE was
-trained on an earlier version of the pictures, with smaller objects and a fourth shape.
+The weights that the package carries took 76 minutes on two CPU cores (VAE 9, the rest 67, with tests running beside it
+part of the time), in one run with the defaults.
 """
 
 import argparse
