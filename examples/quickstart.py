@@ -23,20 +23,21 @@ trainer = MarbleNFTTrainer(
     reward_funcs=reward_funcs(),
     args=MarbleConfig(
         **vars(cli),
-        learning_rate=8e-4,
-        num_generations=16,  # images of each of 24 prompts a step
-        per_device_train_batch_size=384,
+        learning_rate=1e-3,
+        num_generations=16,  # images of each of 16 prompts a step
+        per_device_train_batch_size=256,
         gradient_accumulation_steps=1,
         rollout_batch_size=128,
         num_inference_steps=8,
-        timestep_fraction=0.25,
+        timestep_fraction=0.75,  # each image is trained on at 6 of the 8 timesteps
         balance_every=1,
+        balance_on="advantage",
         beta=0.0,
         eval_strategy="steps",
         eval_steps=cli.max_steps,
         eval_on_start=True,
         per_device_eval_batch_size=128,
-        num_generations_eval=16,
+        num_generations_eval=24,
         num_images_to_log=8,
     ),
     train_dataset=load_prompts("train"),
@@ -51,7 +52,8 @@ before_after_grid(list(before.gallery), *images, Path(cli.output_dir, "before_af
 trainer.create_model_card()  # README.md, with balance.png
 
 errors = {name: error for name, (_, error) in after.change_since(before).items()}
-Console().print(rewards_table(before.summary(), after.summary(), errors))
-means = {name: {"before": before.summary()[name][0], "after": after.summary()[name][0]} for name in errors}
-report = {"rewards": means, "balance": vars(summarize_balance(trainer.state.log_history)), "seconds": seconds}
+first, last = before.summary(), after.summary()
+Console().print(rewards_table(first, last, errors))
+rewards = {name: {"before": first[name][0], "after": last[name][0], "standard_error": errors[name]} for name in errors}
+report = {"rewards": rewards, "balance": vars(summarize_balance(trainer.state.log_history)), "seconds": seconds}
 Path(cli.output_dir, "report.json").write_text(json.dumps(report, indent=2))
