@@ -23,7 +23,8 @@ trainer = MarbleNFTTrainer(
     reward_funcs=reward_funcs(),
     args=MarbleConfig(
         **vars(cli),
-        learning_rate=1e-3,
+        learning_rate=1.2e-3,
+        lr_scheduler_type="linear",  # down to 0: the last steps average the noise of the first
         num_generations=16,  # images of each of 16 prompts a step
         per_device_train_batch_size=256,
         gradient_accumulation_steps=1,
