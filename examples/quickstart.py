@@ -46,7 +46,6 @@ trainer = MarbleNFTTrainer(
 )
 seconds = trainer.train().metrics["train_runtime"]
 trainer.save_model()
-
 before, after = trainer.evaluations[0], trainer.evaluations[-1]
 images = [[row[:4] for row in evaluation.gallery.values()] for evaluation in (before, after)]
 before_after_grid(list(before.gallery), *images, Path(cli.output_dir, "before_after.png"))
