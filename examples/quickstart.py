@@ -38,7 +38,7 @@ trainer = MarbleNFTTrainer(
         eval_steps=cli.max_steps,
         eval_on_start=True,
         per_device_eval_batch_size=128,
-        num_generations_eval=24,
+        num_generations_eval=48,
         num_images_to_log=8,
     ),
     train_dataset=load_prompts("train"),
