@@ -44,7 +44,7 @@ def test_relations_hold_between_the_places(relation, axis, sign):
 def test_splits_share_no_prompt_and_balance_the_sources():
     train, test = load_prompts("train"), load_prompts("test")
     assert not set(train["prompt"]) & set(test["prompt"])
-    for dataset, per_source in ((train, (64, 40, 16)), (test, (16, 16, 16))):
+    for dataset, per_source in ((train, (134, 104, 16)), (test, (16, 16, 16))):
         assert dataset.column_names == ["prompt", "source", "tag", "include", "text"]
         assert len(set(dataset["prompt"])) == len(dataset)
         assert tuple(map(dataset["source"].count, ("compositional", "glyph", "free"))) == per_source
