@@ -11,7 +11,7 @@ from trl_marble.balance import SeparateBackward
 
 FIXED = {"normalize_gradients": False, "weighting": lambda gram: torch.tensor([0.2, 0.5, 0.3]).to(gram)}
 # With this preset the old policy is the trained one in the first step and lags behind from the second on.
-STEPS = {"max_steps": 2, "max_grad_norm": 0.0, "learning_rate": 1e-5, "old_policy_preset": 1}
+STEPS = {"max_steps": 2, "max_grad_norm": 0.0, "learning_rate": 1e-6, "old_policy_preset": 1}
 
 
 class Watch(TrainerCallback):
@@ -146,7 +146,7 @@ def test_a_streaming_step_with_known_weights_is_the_solving_step(watched, balanc
     assert streaming.backwards[0] == solving.backwards[0]  # nothing is known yet: the whole step is measured
     per_solve = solving.backwards[1] // steps
     assert streaming.backwards[1] == steps // 2 * per_solve + steps // 2
-    assert relative_error(streaming.gradients[1], solving.gradients[1]) < 1e-4
+    assert relative_error(streaming.gradients[1], solving.gradients[1]) < 1e-5
 
 
 def test_streaming_keeps_the_balance_fresh(watched):
