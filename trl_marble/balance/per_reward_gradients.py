@@ -56,6 +56,9 @@ class GradientRows(ABC):
     Attributes:
         gradients (`torch.Tensor` of shape `(R, P)`):
             The sum so far, float32 (float64 if the parameters are), in the order of `parameters`.
+
+    Raises:
+        `ValueError`: if `num_rows` is below 1 or there is no parameter.
     """
 
     def __init__(self, num_rows: int, parameters: Sequence[Tensor]):
@@ -72,6 +75,9 @@ class GradientRows(ABC):
         Args:
             batch_size (`int`):
                 `B`, the samples of the micro-batch.
+
+        Raises:
+            `RuntimeError`: if it was entered before and not left ([`WeightedBackward`] only).
         """
         yield
 
@@ -88,6 +94,7 @@ class GradientRows(ABC):
 
         Raises:
             `ValueError`: if the shapes of coefficients and losses do not agree.
+            `RuntimeError`: outside [`~GradientRows.recording`] ([`WeightedBackward`] only).
         """
 
     def _check(self, objectives: Sequence[Objective]) -> None:
@@ -127,7 +134,9 @@ class WeightedBackward(GradientRows):
     The gradient of row `r` is `sum_i coefficients[r, i] * (gradient of losses[i])`, and what a linear layer needs for
     the gradients of *all* samples passes by during a single backward pass: its input `x` and its output's gradient
     `d`. So inside [`~GradientRows.recording`] the layers multiply through a function of their own, whose backward
-    forms `d_i^T x_i` sample by sample and mixes the samples in one product with the coefficients.
+    forms `d_i^T x_i` sample by sample and mixes the samples in one product with the coefficients. (That a few losses
+    serve all rewards is a property of [DiffusionNFT](https://huggingface.co/papers/2509.16117)'s loss, which is affine
+    in its coefficients.)
 
     The mixed gradients leave through autograd like any other: every weight gets a *phantom*, a tensor of shape
     `(R, *weight.shape)` without memory that the product formally depends on. Hence gradient checkpointing,

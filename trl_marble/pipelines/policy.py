@@ -131,7 +131,12 @@ class WeightShadow:
                 value.lerp_(self._parameters[name], 1.0 - decay)
 
     def equals_live(self) -> bool:
-        """Whether the live parameters have exactly the shadow's values."""
+        """
+        Whether the live parameters have exactly the shadow's values.
+
+        Raises:
+            `RuntimeError`: the shadow is swapped in.
+        """
         self._refuse_while_swapped_in("equals_live")
         return all(torch.equal(value, self._parameters[name]) for name, value in self._values.items())
 

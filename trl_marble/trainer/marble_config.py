@@ -94,7 +94,7 @@ class MarbleConfig(TrainingArguments):
 
         balance_every (`int`, *optional*, defaults to `10`):
             The balancing problem is solved from per-reward gradients every this many optimizer steps. In between, the
-            smoothed solution is used at the cost of one backward pass. With `1` every step is solved exactly, and
+            smoothed solution is used at the cost of one backward pass. With `1` every step is solved, and
             `balance_ema` only smooths what is used for rewards without a valid sample.
         balance_fraction (`float`, *optional*, defaults to `1.0`):
             In `(0, 1]`: the fraction of an optimizer step's forward passes (timesteps of micro-batches, of all

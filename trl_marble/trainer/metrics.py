@@ -37,5 +37,5 @@ class MetricBuffer:
         own = [nan_aware_mean([float(value) for value in values]) for values in self._values.values()]
         gathered = accelerator.gather(torch.tensor(own, device=accelerator.device)[None]).cpu()
         names = list(self._values)
-        self._values.clear()
+        self.clear()
         return {name: nan_aware_mean(column.tolist()) for name, column in zip(names, gathered.T, strict=True)}

@@ -106,6 +106,7 @@ class StepGradient:
         self.parameters, self.linears = parameters, linears
         self.names, self.metrics = names, metrics
         self._rows: GradientRows | None = None  # while a step is measured
+        self._recorder: GradientRows | None = None  # the same, while a micro-step of it is
         self._solution: Harmonization | None = None  # of this step, until the step is whole
 
     # ---- What kind of step this is ----
@@ -184,13 +185,15 @@ class StepGradient:
         anchor = anchor_coefficients(scored, scored_count, *settings) if self._anchors else None
         mixed = None
         if self._weights is not None:
-            mixed = mix_coefficients(balanced, self._weights)
             if args.amortization == "reference" and args.balances_gradients:
+                # One advantage of the smoothed alpha, which need not sum to 1: hence a second clip.
                 alpha = self.schedule.alpha.nan_to_num().to(advantages)
                 blend = (alpha @ advantages.nan_to_num()).clamp(-args.advantage_clip, args.advantage_clip)
-                blend = blend.masked_fill(~scored, torch.nan)[None]
                 make = advantage_coefficients if self._on_advantage else nft_coefficients
-                mixed = mix_coefficients(make(blend, scored_count[None], *settings), torch.ones(1))
+                one = make(blend.masked_fill(~scored, torch.nan)[None], scored_count[None], *settings)
+                mixed = SampleCoefficients(one.positive[0], one.negative[0])
+            else:
+                mixed = mix_coefficients(balanced, self._weights)
         total = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size * self._num_times
         return LossShares(whole, balanced, mixed, anchor, 1 / total, (counts > 0).sum().clamp(min=1))
 
@@ -205,8 +208,8 @@ class StepGradient:
             batch_size (`int`):
                 Its samples.
         """
-        self._measures = place in self._measured
-        with self._rows.recording(batch_size) if self._rows is not None and self._measures else nullcontext():
+        self._recorder = self._rows if place in self._measured else None
+        with nullcontext() if self._recorder is None else self._recorder.recording(batch_size):
             yield
 
     def backward(self, losses: NFTLosses, divergence: Tensor | None, shares: LossShares) -> Tensor:
@@ -230,7 +233,7 @@ class StepGradient:
         if divergence is not None:
             shared.append(self.args.beta * shares.penalty * divergence)
 
-        if self._rows is not None and self._measures:
+        if self._recorder is not None:
             if self._on_advantage:  # its two coefficients are opposite, so one objective holds both losses
                 objectives = [Objective(losses.positive - losses.negative, _with_shared(shares.balanced.positive, 0))]
             else:
@@ -241,7 +244,7 @@ class StepGradient:
             if shared:
                 nothing = torch.zeros_like(shares.balanced.positive)
                 objectives.append(Objective(torch.stack(shared).sum(dim=0), _with_shared(nothing, 1)))
-            self._rows.backward(objectives)
+            self._recorder.backward(objectives)
         else:
             assert shares.mixed is not None  # only a step that solves has no weights, and it measures everything
             total = weighted_loss(losses, shares.mixed)
