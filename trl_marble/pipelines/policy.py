@@ -14,6 +14,9 @@ from torch.utils.checkpoint import checkpoint
 from .flow_pipeline import Conditioning, FlowPipeline
 
 
+MANY_VERSIONS = 64  # of one block's code; more would be a sign that something is compiled again and again
+
+
 class Policy(nn.Module):
     """
     The model that [`~transformers.Trainer`] trains: calling it gives the velocity.
@@ -202,7 +205,7 @@ class WeightShadow:
             raise RuntimeError(f"{method} was called while these weights are swapped in; leave swapped_in() first.")
 
 
-def compile_blocks(transformer: nn.Module, backend: str = "inductor", mode: str | None = None) -> None:
+def compile_blocks(transformer: nn.Module, backend: str, mode: str | None = None) -> None:
     """
     Compile the transformer's blocks one by one, in place: all blocks of a kind are compiled once.
 
@@ -211,7 +214,7 @@ def compile_blocks(transformer: nn.Module, backend: str = "inductor", mode: str 
     Args:
         transformer (`torch.nn.Module`):
             The transformer. Its blocks are the members of the module lists right below it.
-        backend (`str`, *optional*, defaults to `"inductor"`):
+        backend (`str`):
             As `torch.compile` has it.
         mode (`str`, *optional*):
             As `torch.compile` has it.
@@ -222,6 +225,11 @@ def compile_blocks(transformer: nn.Module, backend: str = "inductor", mode: str 
     blocks = [block for child in transformer.children() if isinstance(child, nn.ModuleList) for block in child]
     if not blocks:
         raise ValueError(f"{type(transformer).__name__} has no lists of blocks to compile; set torch_compile=False.")
+    # Every kind of block is compiled for sampling, training, per-reward gradients and the base model, each again for
+    # other batch sizes. Beyond its limit PyTorch would go on without compiling.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MANY_VERSIONS)
+    # Without this the only backward pass of one step may be compiled to overwrite what the first of two still needs.
+    torch._functorch.config.donated_buffer = False
     for block in blocks:
         block.compile(backend=backend, mode=mode)
 

@@ -164,8 +164,8 @@ class MarbleNFTTrainer(Trainer):
         )
         self.trainable = dict(add_trainable_adapter(self.pipeline, peft_config or lora_config(self.pipeline)))
         self.pipeline.to(args.device)
-        if args.torch_compile:
-            compile_blocks(self.flow.transformer, args.torch_compile_backend or "inductor", args.torch_compile_mode)
+        if args.torch_compile_backend is not None:  # `torch_compile` sets it, and is set by it
+            compile_blocks(self.flow.transformer, args.torch_compile_backend, args.torch_compile_mode)
         super().__init__(
             model=Policy(self.flow),
             args=args,
