@@ -9,14 +9,15 @@
 python examples/benchmarks/step_cost.py --rewards 5 20 --model small
 ```
 
-Every mode trains the same pipeline (random weights) on the same batches, in turns, so that whatever else the machine
-does falls on all of them alike. `single` is one reward. `weighted_sum` adds the rewards up and is the baseline of all
-ratios. `naive` balances every step with one backward pass a reward, as the paper does. `exact` balances every step.
-`streaming` balances every step on a quarter of its forward passes. `every_10` solves at every tenth step and mixes in
-between; its cost is put together from one step of each kind that were both measured.
+Every mode trains the same pipeline on the same batches, in turns, so that whatever else the machine does falls on all
+of them alike. The pipelines have random weights and rewards that cost nothing, but for `shapeworld`, which is the one
+of the demo, with its prompts and rewards. `single` is one reward. `weighted_sum` adds the rewards up and is the
+baseline of all ratios. `naive` balances every step with one backward pass a reward, as the paper does. `exact`
+balances every step. `streaming` balances every step on some of its forward passes. `every_10` solves at every tenth
+step and mixes in between; its cost is put together from one step of each kind that were both measured.
 
-`update` is gradients and optimizer. `loop` is sampling, scoring by rewards that cost nothing, and update; sampling is
-the same in all modes, so its median over all of them counts in each. Memory is the peak of live tensors during the
+`update` is gradients and optimizer. `loop` is sampling, scoring and update; sampling and scoring are the same in all
+modes, so their median is counted in each. Memory is the peak of live tensors during the
 update, weights included. Forward and backward passes are counted where they reach the transformer, in one update.
 """
 
@@ -40,17 +41,17 @@ from rich.table import Table
 from torch.profiler import ProfilerActivity, profile
 
 from trl_marble import MarbleConfig, MarbleNFTTrainer
+from trl_marble.shapeworld import load_pipeline, load_prompts, reward_funcs
 
 
 MODES = ("single", "weighted_sum", "naive", "exact", "streaming", "every_10")
 COMPILED = ("weighted_sum_compiled", "exact_compiled")
-STREAMED = 0.25  # fraction of the forward passes that `streaming` measures
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rewards", type=int, nargs="+", default=[5], metavar="K")
-    parser.add_argument("--model", choices=SIZES, default="small")
+    parser.add_argument("--model", choices=(*SIZES, "shapeworld"), default="small")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
     parser.add_argument("--balance_on", choices=("loss", "advantage"), default="advantage")
@@ -60,6 +61,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--batch_size", type=int, default=8, help="Images in a forward pass.")
     parser.add_argument("--num_inference_steps", type=int, default=8)
     parser.add_argument("--timestep_fraction", type=float, default=0.25)
+    parser.add_argument("--balance_fraction", type=float, default=0.125, help="Of the mode `streaming`.")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=None, help="Default: on a GPU only.")
     parser.add_argument("--gradient_checkpointing", action="store_true")
@@ -92,6 +94,7 @@ class Bench:
 
     def __init__(self, args: argparse.Namespace, num_rewards: int, folder: str, compiled: bool = False) -> None:
         self.device = torch.device(args.device)
+        self.balance_fraction = args.balance_fraction
         bf16 = self.device.type == "cuda" if args.bf16 is None else args.bf16
         size = args.prompts * args.num_generations
         config = MarbleConfig(
@@ -113,11 +116,16 @@ class Bench:
             save_strategy="no",
             log_images=False,
         )
-        prompts = Dataset.from_dict(
-            {"prompt": [f"prompt {n}" for n in range(args.prompts)], "number": range(args.prompts)}
-        )
-        pipeline = random_pipeline(args.model, torch.bfloat16 if bf16 else torch.float32)
-        self.trainer = MarbleNFTTrainer(pipeline, make_rewards(num_rewards), config, prompts)
+        dtype = torch.bfloat16 if bf16 else torch.float32
+        if args.model == "shapeworld":
+            every = load_prompts("train")
+            prompts = every.select(range(0, len(every), len(every) // args.prompts)).select(range(args.prompts))
+            pipeline, rewards = load_pipeline().to(dtype), reward_funcs()[:num_rewards]
+        else:
+            numbers = range(args.prompts)
+            prompts = Dataset.from_dict({"prompt": [f"prompt {n}" for n in numbers], "number": numbers})
+            pipeline, rewards = random_pipeline(args.model, dtype), make_rewards(num_rewards)
+        self.trainer = MarbleNFTTrainer(pipeline, rewards, config, prompts)
         self.trainer.create_optimizer()
         self.linears = self.trainer.step_gradient.linears
         self.rows = [prompts[n // args.num_generations] for n in range(size)]
@@ -146,10 +154,11 @@ class Bench:
 
     def switch(self, mode: str) -> None:
         """Make the trainer one of another mode."""
+        mode = mode.removesuffix("_compiled")
         trainer = self.trainer
         sums = mode in ("single", "weighted_sum")
         trainer.args.multi_objective_aggregation = "sum_then_normalize" if sums else "marble"
-        trainer.args.balance_fraction = STREAMED if mode == "streaming" else 1.0
+        trainer.args.balance_fraction = self.balance_fraction if mode == "streaming" else 1.0
         trainer.schedule.balance_every = 10 if mode == "every_10" else 1
         trainer.step_gradient.linears = None if mode == "naive" else self.linears
 
@@ -215,7 +224,7 @@ class Bench:
 def measure(args: argparse.Namespace, num_rewards: int, console: Console) -> dict[str, dict[str, object]]:
     """Everything about one number of rewards, by mode."""
     seconds: dict[str, list[float]] = {mode: [] for mode in args.modes}
-    rollouts: dict[str, list[float]] = {mode: [] for mode in args.modes}
+    rollouts: dict[Bench, list[float]] = {}
     memory: dict[str, int] = {}
     counts: dict[str, dict[str, float]] = {}
     with tempfile.TemporaryDirectory() as folder, console.status(f"K = {num_rewards}") as status:
@@ -225,22 +234,30 @@ def measure(args: argparse.Namespace, num_rewards: int, console: Console) -> dic
             benches["single"] = Bench(args, 1, folder)
         if args.torch_compile:
             benches |= dict.fromkeys(COMPILED, Bench(args, num_rewards, folder, compiled=True))
-        for repeat in range(-1, args.repeats):  # the first one warms up, and counts
-            for mode in args.modes:
-                status.update(f"K = {num_rewards}, repeat {max(repeat, 0)}: {mode}")
+
+        batches = {}  # how the rewards are aggregated is part of the batch, so every mode has its own
+        for mode in args.modes:
+            status.update(f"K = {num_rewards}, warming up: {mode}")
+            bench = benches[mode]
+            bench.switch(mode)
+            bench.sample()
+            bench.update(solves=True)  # the balance is known from here on
+            batches[mode] = bench.trainer._batch
+            update = partial(bench.update, solves=mode != "every_10")
+            with bench.counted() as counts[mode]:
+                update()
+            memory[mode] = bench.peak_memory(update)
+
+        for repeat in range(args.repeats):
+            for bench in dict.fromkeys(benches.values()):
+                rollouts.setdefault(bench, []).append(bench.timed(bench.sample))
+            # Back and forth, so that no mode always comes right after the same other.
+            for mode in args.modes if repeat % 2 else reversed(args.modes):
+                status.update(f"K = {num_rewards}, repeat {repeat}: {mode}")
                 bench = benches[mode]
-                bench.switch(mode.removesuffix("_compiled"))
-                update = partial(bench.update, solves=mode != "every_10")
-                # Sampled afresh, because the aggregation of the rewards is part of the batch.
-                rollout = bench.timed(bench.sample)
-                if repeat == -1:
-                    bench.update(solves=True)  # the balance is known from here on
-                    with bench.counted() as counts[mode]:
-                        update()
-                    memory[mode] = bench.peak_memory(update)
-                    continue
-                rollouts[mode].append(rollout)
-                seconds[mode].append(bench.timed(update))
+                bench.switch(mode)
+                bench.trainer._batch = batches[mode]
+                seconds[mode].append(bench.timed(partial(bench.update, solves=mode != "every_10")))
 
     if "every_10" in args.modes:
         seconds["every_10"] = [
@@ -248,14 +265,15 @@ def measure(args: argparse.Namespace, num_rewards: int, console: Console) -> dic
         ]
         memory["every_10"] = max(memory["every_10"], memory["exact"])
         counts["every_10"] = {k: 0.9 * n + 0.1 * counts["exact"][k] for k, n in counts["every_10"].items()}
-    # Sampling is one and the same but for compiled blocks.
-    plain = median(value for mode in args.modes if mode not in COMPILED for value in rollouts[mode])
+    sampling = {mode: median(rollouts[benches[mode]]) for mode in args.modes}
     results: dict[str, dict[str, object]] = {}
     for mode in args.modes:
         base = seconds["weighted_sum"]
         update = [own / sums for own, sums in zip(seconds[mode], base, strict=True)]
-        rollout = median(rollouts[mode]) if mode in COMPILED else plain
-        loop = [(rollout + own) / (plain + sums) for own, sums in zip(seconds[mode], base, strict=True)]
+        loop = [
+            (sampling[mode] + own) / (sampling["weighted_sum"] + sums)
+            for own, sums in zip(seconds[mode], base, strict=True)
+        ]
         results[mode] = {
             "update_ratio": median(update),
             "update_range": [min(update), max(update)],
@@ -265,10 +283,9 @@ def measure(args: argparse.Namespace, num_rewards: int, console: Console) -> dic
             "memory_bytes": memory[mode],
             **counts[mode],
         }
-    size = sum(parameter.numel() for parameter in several.trainer.parameters) * 4
-    console.print(
-        f"One gradient buffer has {size / 2**20:.1f} MiB; sampling takes {plain / median(base):.2f} updates."
-    )
+    size = sum(parameter.numel() for parameter in several.trainer.parameters) * 4 / 2**20
+    updates = sampling["weighted_sum"] / median(seconds["weighted_sum"])
+    console.print(f"One gradient buffer has {size:.1f} MiB; sampling takes {updates:.2f} updates.")
     return results
 
 
@@ -283,6 +300,8 @@ def main() -> None:
         raise SystemExit("--modes needs weighted_sum: all ratios are to it")
     if "every_10" in args.modes and "exact" not in args.modes:
         raise SystemExit("--modes with every_10 needs exact: one step in ten is one")
+    if args.model == "shapeworld" and max(args.rewards) > 5:
+        raise SystemExit("--model shapeworld has five rewards")
     if args.torch_compile:
         args.modes += COMPILED
     console = Console(width=100)
