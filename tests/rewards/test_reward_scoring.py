@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from trl_marble.rewards import RewardError, RewardScorer
+from trl_marble.rewards import ModelReward, RewardError, RewardScorer, Scores
 
 
 # A test that would wait for ever fails after this many seconds instead.
@@ -28,8 +28,8 @@ def scorer():
     """A factory of scorers that are closed after the test."""
     made = []
 
-    def make(*reward_funcs) -> RewardScorer:
-        made.append(RewardScorer(list(reward_funcs)))
+    def make(*reward_funcs, timeout=None) -> RewardScorer:
+        made.append(RewardScorer(list(reward_funcs), timeout))
         return made[-1]
 
     yield make
@@ -38,7 +38,9 @@ def scorer():
 
 
 def score(scorer: RewardScorer, **columns: list) -> torch.Tensor:
-    return scorer.collect(scorer.submit(IMAGES, PROMPTS, columns, trainer_state=None))
+    scores = scorer.collect(scorer.submit(IMAGES, PROMPTS, columns, trainer_state=None))
+    assert not scores.failed.any() and not scores.errors
+    return scores.rewards
 
 
 def test_rewards_get_keywords_only_and_come_back_in_order(scorer) -> None:
@@ -55,7 +57,7 @@ def test_rewards_get_keywords_only_and_come_back_in_order(scorer) -> None:
     state = object()
     both = scorer(seen, later)
     pending = both.submit(IMAGES, PROMPTS, {"target": [3, 4]}, trainer_state=state)
-    scores = both.collect(pending)
+    scores = both.collect(pending).rewards
     assert set(received) == {"images", "prompts", "target", "trainer_state"}
     assert received["images"] == IMAGES and received["prompts"] == PROMPTS and received["target"] == [3, 4]
     assert received["trainer_state"] is state
@@ -99,7 +101,7 @@ def test_grey_and_transparent_images_reach_tensor_rewards_as_rgb(scorer) -> None
     channels.image_type = "pt"
     made = scorer(channels)
     pending = made.submit([Image.new("L", (4, 4)), Image.new("RGBA", (4, 4))], PROMPTS, {}, None)
-    assert made.collect(pending).tolist() == [[3, 3]]
+    assert made.collect(pending).rewards.tolist() == [[3, 3]]
 
 
 def test_sync_rewards_run_beside_the_caller(scorer) -> None:
@@ -116,7 +118,7 @@ def test_sync_rewards_run_beside_the_caller(scorer) -> None:
     pending = made.submit(IMAGES, PROMPTS, {}, None)
     assert not pending.futures[0].done()
     caller_went_on.set()
-    assert made.collect(pending).tolist() == [[0, 0]]
+    assert made.collect(pending).rewards.tolist() == [[0, 0]]
     assert threads[0] is not threading.current_thread()
 
 
@@ -149,7 +151,7 @@ def test_a_sync_reward_never_runs_twice_at_once_and_keeps_the_order(scorer) -> N
 
     made = scorer(alone)
     pending = [made.submit(IMAGES, PROMPTS, {"number": [i, i]}, None) for i in range(10)]
-    assert [made.collect(each)[0, 0].item() for each in pending] == list(range(10))
+    assert [made.collect(each).rewards[0, 0].item() for each in pending] == list(range(10))
     assert order == list(range(10)) and not overlapped
 
 
@@ -179,16 +181,17 @@ def test_async_rewards_run_together_on_one_loop_beside_the_caller(scorer) -> Non
 
     made = scorer(first, functools.partial(Second(), unused=0))
     pending = [made.submit(IMAGES, PROMPTS, {}, None) for _ in range(2)]
-    assert [made.collect(each).tolist() for each in pending] == [[[1, 1], [2, 2]]] * 2
+    assert [made.collect(each).rewards.tolist() for each in pending] == [[[1, 1], [2, 2]]] * 2
     assert len(loops) == 1
     assert len(threads) == 1 and threading.current_thread() not in threads
 
 
-@pytest.mark.parametrize("is_async", [False, True])
-def test_a_raised_error_names_the_reward_and_the_prompts(scorer, is_async) -> None:
-    def ok(images, **kwargs):
-        return [0] * len(images)
+def ok(images, **kwargs):
+    return [0] * len(images)
 
+
+@pytest.mark.parametrize("is_async", [False, True])
+def test_a_raised_error_is_told_with_the_reward_and_the_prompts(scorer, is_async) -> None:
     def broken(images, **kwargs):
         raise KeyError("no detector")
 
@@ -196,11 +199,76 @@ def test_a_raised_error_names_the_reward_and_the_prompts(scorer, is_async) -> No
         raise KeyError("no detector")
 
     func = broken_later if is_async else broken
-    with pytest.raises(RewardError) as caught:
-        score(scorer(ok, func))
+    made = scorer(ok, func)
+    scores = made.collect(made.submit(IMAGES, PROMPTS, {}, None))
+    assert scores.failed.tolist() == [[False, False], [True, True]]
+    assert scores.rewards[0].tolist() == [0, 0] and scores.rewards[1].isnan().all()
+    (error,) = scores.errors
     for part in (f"`{func.__name__}`", "KeyError", "no detector", "2 images", "'a cat'", "'a dog'"):
-        assert part in str(caught.value)
-    assert isinstance(caught.value.__cause__, KeyError)
+        assert part in str(error)
+    assert isinstance(error, RewardError) and isinstance(error.__cause__, KeyError)
+
+
+def test_an_exception_in_the_place_of_a_number_is_the_failure_of_one_image(scorer) -> None:
+    def picky(images, **kwargs):
+        return [0.5, ValueError("cannot see")]
+
+    made = scorer(picky)
+    scores = made.collect(made.submit(IMAGES, PROMPTS, {}, None))
+    assert scores.failed.tolist() == [[False, True]]
+    assert scores.rewards[0, 0] == 0.5 and scores.rewards[0, 1].isnan()
+    (error,) = scores.errors
+    assert "`picky` raised ValueError: cannot see (one image for 'a dog')" in str(error)
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+def test_a_reward_that_hangs_fails_after_the_timeout_and_is_left_behind(scorer, is_async) -> None:
+    wake, calls = threading.Event(), []
+
+    def hangs(images, **kwargs):
+        calls.append(None)
+        assert wake.wait(PATIENCE)
+        return [0] * len(images)
+
+    async def hangs_too(images, **kwargs):
+        calls.append(None)
+        await asyncio.sleep(3600)
+
+    made = scorer(ok, hangs_too if is_async else hangs, timeout=0.1)
+    pending = [made.submit(IMAGES, PROMPTS, {}, None) for _ in range(3)]
+    scores = Scores.concatenate([made.collect(each) for each in pending])
+    assert scores.failed.tolist() == [[False] * 6, [True] * 6]
+    assert len(scores.errors) == 3 and "TimeoutError: no answer after 0.1 seconds" in str(scores.errors[0])
+    made.close()
+    wake.set()
+    assert len(calls) == (3 if is_async else 1)  # one after the other, and those that waited were dropped
+
+
+def test_a_reward_may_raise_a_timeout_of_its_own(scorer) -> None:
+    def gives_up(images, **kwargs):
+        raise TimeoutError("the server said nothing")
+
+    made = scorer(gives_up, timeout=PATIENCE)
+    scores = made.collect(made.submit(IMAGES, PROMPTS, {}, None))
+    assert "the server said nothing" in str(scores.errors[0])
+
+
+def test_models_follow_the_device_and_leave_it(scorer) -> None:
+    class Constant(ModelReward):
+        def load(self):
+            return torch.nn.Linear(1, 1)
+
+        def score(self, images, prompts, **columns):
+            return [float(self.model.weight.dtype == torch.bfloat16)] * len(images)
+
+    reward = Constant(offload=True)
+    made = scorer(reward, ok)
+    made.to(torch.device("cpu"), torch.bfloat16)
+    assert score(made).tolist() == [[1, 1], [0, 0]]
+    moves = []
+    reward.model.to = moves.append
+    made.release()
+    assert moves == ["cpu"]
 
 
 def test_a_wrong_answer_names_the_reward(scorer) -> None:

@@ -22,7 +22,7 @@ def run(folder, processes, **settings):
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     command = [sys.executable, *launcher, str(WORKER), str(folder), json.dumps(settings)]
     subprocess.run(command, check=True, timeout=300, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    return [load_file(folder / f"rank{rank}.safetensors") for rank in range(processes)]
+    return [load_file(file) for file in sorted(folder.glob("rank*.safetensors"))]
 
 
 def relative_error(a, b):
@@ -54,3 +54,14 @@ def test_a_streaming_step_of_two_processes_leaves_both_with_one_direction(tmp_pa
     for name, value in first.items():
         assert value.equal(second[name]) and value.isfinite().all(), name
     assert first["1"].norm() > 0
+
+
+def test_a_reward_that_fails_on_one_process_stops_both_with_the_same_error(tmp_path):
+    assert run(tmp_path / "raise", 2, fails=True) == []
+    first, second = (file.read_text() for file in sorted((tmp_path / "raise").glob("rank*.txt")))
+    assert first == second and "`sees_nothing_on_rank_1` raised ConnectionError: scorer went away" in first
+
+
+def test_a_reward_that_fails_on_one_process_is_masked_there(tmp_path):
+    first, second = run(tmp_path / "mask", 2, fails=True, reward_failure="mask")
+    assert first["1"].equal(second["1"]) and first["1"].norm() > 0

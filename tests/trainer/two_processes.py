@@ -6,8 +6,11 @@ import sys
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from safetensors.torch import save_file
 from transformers import TrainerCallback
+
+from trl_marble.rewards import RewardError
 
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -21,6 +24,12 @@ def red_only(images, prompts, **kwargs):
     return [value if "red" in prompt else None for value, prompt in zip(values, prompts, strict=True)]
 
 
+def sees_nothing_on_rank_1(images, **kwargs):
+    if PartialState().process_index == 1:
+        raise ConnectionError("scorer went away")
+    return bright(images)
+
+
 class Keep(TrainerCallback):
     def __init__(self):
         self.gradients = []
@@ -32,10 +41,17 @@ class Keep(TrainerCallback):
 if __name__ == "__main__":
     folder, settings = Path(sys.argv[1]), json.loads(sys.argv[2])
     torch.set_num_threads(1)
-    trainer = small_trainer(folder, (bright, blue, red_only), **settings)
+    rewards = [bright, blue, red_only]
+    if settings.pop("fails", False):
+        rewards[0] = sees_nothing_on_rank_1
+    trainer = small_trainer(folder, rewards, **settings)
     keep = Keep()
     trainer.add_callback(keep)
-    trainer.train()
+    try:
+        trainer.train()
+    except RewardError as error:
+        (folder / f"rank{trainer.args.process_index}.txt").write_text(str(error))
+        raise SystemExit(0) from error
     gradients = {str(i): gradient for i, gradient in enumerate(keep.gradients)}
     alphas = {
         "alpha": trainer.schedule.alpha.nan_to_num(),

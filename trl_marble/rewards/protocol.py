@@ -12,16 +12,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .loading import load_reward
+
 
 FLOAT32_MAX = torch.finfo(torch.float32).max
 
-RewardValues = Sequence[float | None]
+RewardValues = Sequence[float | Exception | None]
 RewardFunc = Callable[..., RewardValues | Awaitable[RewardValues]]
 """A sync or async callable that scores images.
 
 It is called with keywords only: `images` (list of PIL images), `prompts` (list of strings), every other column of the
 dataset (list of values) and `trainer_state` ([`~transformers.TrainerState`]). It returns one number for each image,
-higher is better, or `None` (or NaN) where the reward does not apply. Accept `**kwargs` to ignore what is not needed. A
+higher is better, or `None` (or NaN) where the reward does not apply. Where it should apply but failed for one image
+only, it may return the exception in the place of the number; raising means that it failed for all. Accept `**kwargs` to ignore what is not needed. A
 function whose attribute `image_type` is `"pt"` receives `images` as one tensor `[B, 3, H, W]` in [0, 1] instead.
 """
 
@@ -61,22 +64,23 @@ def reward_names(reward_funcs: Sequence[RewardFunc]) -> list[str]:
 
 def validate_reward_funcs(reward_funcs: Any) -> list[RewardFunc]:
     """
-    The rewards as a new list, refused if one of them cannot be called.
+    The rewards as a new list, strings loaded, refused if one of them cannot be called.
 
     Args:
-        reward_funcs (`RewardFunc` or `list[RewardFunc]`):
+        reward_funcs (`str`, `RewardFunc` or a list of them):
             One reward or several.
 
     Raises:
         `TypeError`: If a reward is not callable.
         `ValueError`: If there is none.
     """
-    funcs = [reward_funcs] if callable(reward_funcs) else list(reward_funcs or [])
+    funcs = [reward_funcs] if callable(reward_funcs) or isinstance(reward_funcs, str) else list(reward_funcs or [])
     if not funcs:
         raise ValueError("`reward_funcs` is empty; pass at least one callable that scores images.")
+    funcs = [load_reward(func) if isinstance(func, str) else func for func in funcs]
     for position, func in enumerate(funcs):
         if not callable(func):
-            raise TypeError(f"`reward_funcs[{position}]` is {func!r}; every reward must be a callable.")
+            raise TypeError(f"`reward_funcs[{position}]` is {func!r}; every reward must be a callable or a name.")
     return funcs
 
 
@@ -93,7 +97,7 @@ def reward_tensor(values: Any, name: str, prompts: Sequence[str]) -> Tensor:
             The prompts of the images, for messages and for the number of values.
 
     Returns:
-        `Tensor` of shape `[B]`, float32: NaN where the reward does not apply.
+        `Tensor` of shape `[B]`, float32: NaN where the reward does not apply, and where it gave an exception.
 
     Raises:
         [`RewardError`]: If the number of values is wrong, a value is not a number, or a value is infinite.
@@ -114,7 +118,7 @@ def reward_tensor(values: Any, name: str, prompts: Sequence[str]) -> Tensor:
     for i, (value, prompt) in enumerate(zip(values, prompts, strict=True)):
         if isinstance(value, Tensor) and value.numel() == 1:
             value = value.item()
-        if value is None:
+        if value is None or isinstance(value, Exception):
             value = math.nan
         if not isinstance(value, Real):
             raise RewardError(

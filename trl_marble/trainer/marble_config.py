@@ -18,6 +18,7 @@ AGGREGATIONS = ("marble", "equal", "sum_then_normalize", "normalize_then_sum")
 BALANCE_ON = ("loss", "advantage")
 AMORTIZATION = ("exact", "reference")
 SCALE_REWARDS = ("batch", "group", "none")
+REWARD_FAILURE = ("raise", "mask")
 
 
 @dataclass(repr=False)  # the inherited one hides tokens
@@ -78,6 +79,14 @@ class MarbleConfig(TrainingArguments):
             against none of them (MARBLE). `"equal"`: the same with fixed equal coefficients. `"sum_then_normalize"`:
             weighted sum of the raw rewards, then one advantage (DiffusionNFT). `"normalize_then_sum"`: one advantage a
             reward, then their weighted sum, normalized again (GDPO).
+        reward_failure (`str`, *optional*, defaults to `"raise"`):
+            What happens where a reward raises, takes too long, or answers an exception for an image. `"raise"`: what
+            was trained is saved, and training stops with an error that names the reward, the prompt and the cause.
+            `"mask"`: the images are treated as ones that the reward does not apply to and counted in
+            `rewards/<name>/failed`; training stops only if a reward fails for every image of a generation batch.
+        reward_timeout (`float`, *optional*):
+            Longest time in seconds to wait for a reward's answer about one rollout batch, counted from when all
+            images of the generation batch are sampled. Defaults to waiting for ever.
 
         > Parameters that control the loss
 
@@ -199,6 +208,13 @@ class MarbleConfig(TrainingArguments):
         },
     )
 
+    reward_failure: Literal["raise", "mask"] = field(
+        default="raise", metadata={"help": "What to do where a reward fails: 'raise' or 'mask'."}
+    )
+    reward_timeout: float | None = field(
+        default=None, metadata={"help": "Longest time in seconds to wait for a reward's answer."}
+    )
+
     # Parameters that control the loss
     nft_beta: float = field(default=0.1, metadata={"help": "Mixing coefficient of the implicit policies."})
     advantage_clip: float = field(default=5.0, metadata={"help": "Advantages are clipped to ± this value."})
@@ -251,6 +267,7 @@ class MarbleConfig(TrainingArguments):
             ("balance_on", BALANCE_ON),
             ("amortization", AMORTIZATION),
             ("scale_rewards", SCALE_REWARDS),
+            ("reward_failure", REWARD_FAILURE),
             ("old_policy_preset", tuple(OLD_POLICY_PRESETS)),
         ):
             value = getattr(self, name)
@@ -279,6 +296,11 @@ class MarbleConfig(TrainingArguments):
         for name in ("nft_beta", "advantage_clip"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"`{name}` is {getattr(self, name)}; it must be a finite number greater than 0.")
+        if self.reward_timeout is not None and not 0 < self.reward_timeout < math.inf:
+            raise ValueError(
+                f"`reward_timeout` is {self.reward_timeout}; it must be a number of seconds greater than 0. Leave it "
+                "out to wait for ever."
+            )
         if not 0 <= self.beta < math.inf:
             raise ValueError(f"`beta` is {self.beta}; it must be 0 (no pull toward the base model) or greater.")
         for name in ("balance_ema", "weight_ema_decay"):

@@ -45,13 +45,14 @@ from ..pipelines import (
     lora_config,
     plain_lora_linears,
 )
-from ..rewards import PendingScores, RewardFunc, RewardScorer
+from ..rewards import PendingScores, RewardFunc, RewardScorer, Scores
 from .checkpointing import base_fingerprint, copy_into, load_state, save_state
 from .generation import GenerationBatch
 from .marble_config import MarbleConfig
 from .metrics import MetricBuffer
 from .pictures import first_rows, log_grid
 from .publishing import push_checkpoint, write_card
+from .reward_failures import settle_failures
 from .seeding import Draw, derive_seed
 from .step_gradient import LossShares, StepGradient
 
@@ -84,10 +85,11 @@ class MarbleNFTTrainer(Trainer):
         pipeline (`str`, `os.PathLike` or [`~diffusers.DiffusionPipeline`]):
             The flow-matching pipeline to align: a Hub id, a local folder, or the object. Its parts are frozen and a
             LoRA adapter is added to its transformer.
-        reward_funcs (`RewardFunc` or `list[RewardFunc]`):
+        reward_funcs (`str`, `RewardFunc` or a list of them):
             The rewards, see [`~trl_marble.rewards.RewardFunc`]. Called with keywords `images`, `prompts`, the other
             columns of the dataset, and `trainer_state`; they return one number an image, or `None` where they do not
-            apply.
+            apply. A string is a known name (`"pickscore"`) or a dotted path (`"my_rewards.brightness"`), see
+            [`~trl_marble.rewards.load_reward`].
         args ([`MarbleConfig`], *optional*):
             Configuration. Defaults to `MarbleConfig` with an output folder named after the pipeline.
         train_dataset ([`~datasets.Dataset`]):
@@ -121,7 +123,7 @@ class MarbleNFTTrainer(Trainer):
     def __init__(
         self,
         pipeline: str | DiffusionPipeline,
-        reward_funcs: RewardFunc | list[RewardFunc],
+        reward_funcs: str | RewardFunc | list[str | RewardFunc],
         args: MarbleConfig | None = None,
         train_dataset: Dataset | None = None,
         eval_dataset: Dataset | None = None,
@@ -142,7 +144,8 @@ class MarbleNFTTrainer(Trainer):
             validate_prompts(eval_dataset, "eval_dataset")
         _check_writable(Path(args.output_dir))
 
-        self.scorer = RewardScorer(reward_funcs)
+        self.scorer = RewardScorer(reward_funcs, args.reward_timeout)
+        self.scorer.to(args.device, torch.bfloat16 if args.bf16 else torch.float32)
         num_rewards = len(self.scorer)
         if args.reward_weights is not None and len(args.reward_weights) != num_rewards:
             raise ValueError(
@@ -301,13 +304,13 @@ class MarbleNFTTrainer(Trainer):
 
         with self.old_policy.swapped_in():
             conditioning = self.flow.encode(unique_prompts)
-            latents, images, rewards = self._sample_and_score(
+            latents, images, rewards, failed = self._sample_and_score(
                 conditioning, prompt_index, prompts, columns, seeds, self.args.rollout_batch_size
             )
         self._latest_rollout = (prompts, images)
 
         all_rewards = self.accelerator.gather(rewards.T.contiguous().to(self.args.device)).T.cpu()
-        self._log_rewards(all_rewards)
+        self._log_rewards(all_rewards, failed)
         advantages = aggregate_advantages(
             all_rewards,
             groups=torch.arange(all_rewards.shape[1]) // self.args.num_generations,
@@ -351,8 +354,12 @@ class MarbleNFTTrainer(Trainer):
         columns: dict[str, list],
         seeds: list[int],
         batch_size: int,
-    ) -> tuple[Tensor, list[Image.Image], Tensor]:
-        """Latents, images and rewards `[K, B]`; a batch is scored while the next one is sampled."""
+    ) -> tuple[Tensor, list[Image.Image], Tensor, dict[str, int]]:
+        """
+        Latents, images, rewards `[K, B]` and how many images of all processes each reward failed for.
+
+        A batch is scored while the next one is sampled.
+        """
         self.model.eval()
         latents: list[Tensor] = []
         images: list[Image.Image] = []
@@ -370,16 +377,21 @@ class MarbleNFTTrainer(Trainer):
                 part_columns = {name: values[part] for name, values in columns.items()}
                 pending.append(self.scorer.submit(sampled, prompts[part], part_columns, self.state))
                 bar.update(len(sampled))
-        rewards = []
+        scores: list[Scores] = []
         with self._progress("rewards", len(prompts)) as bar:
-            for scores in pending:
-                rewards.append(self.scorer.collect(scores))
-                bar.update(len(scores.prompts))
-        return torch.cat(latents), images, torch.cat(rewards, dim=1)
+            for waiting in pending:
+                scores.append(self.scorer.collect(waiting))
+                bar.update(len(waiting.prompts))
+        self.scorer.release()
+        scored = Scores.concatenate(scores)
+        failed = settle_failures(scored, self.scorer.names, self.args.reward_failure, self.accelerator)
+        return torch.cat(latents), images, scored.rewards, failed
 
-    def _log_rewards(self, rewards: Tensor) -> None:
+    def _log_rewards(self, rewards: Tensor, failed: dict[str, int]) -> None:
         for name, row in zip(self.scorer.names, rewards, strict=True):
             valid = row[~row.isnan()]
+            if self.args.reward_failure == "mask":
+                self.metrics.record(f"rewards/{name}/failed", failed[name])
             self.metrics.record(f"rewards/{name}/valid", len(valid) / len(row))
             self.metrics.record(f"rewards/{name}/mean", valid.mean().item() if len(valid) else float("nan"))
             self.metrics.record(f"rewards/{name}/std", _spread(valid) if len(valid) else float("nan"))
@@ -515,7 +527,7 @@ class MarbleNFTTrainer(Trainer):
             raise ValueError("There is nothing to evaluate on: pass `eval_dataset` here or to the trainer.")
         validate_prompts(dataset, "eval_dataset")
         with self.average.swapped_in():
-            evaluation, velocity_norm = self._evaluate_policy(dataset)
+            evaluation, velocity_norm, failed = self._evaluate_policy(dataset)
         self.evaluations.append(evaluation)
 
         metrics: dict[str, float] = {f"{metric_key_prefix}_drift/velocity_norm": velocity_norm}
@@ -523,13 +535,15 @@ class MarbleNFTTrainer(Trainer):
             prefix = f"{metric_key_prefix}_rewards/{name}"
             valid = 1 - row.isnan().float().mean().item()
             metrics |= {f"{prefix}/mean": mean, f"{prefix}/standard_error": error, f"{prefix}/valid": valid}
+            if self.args.reward_failure == "mask":
+                metrics[f"{prefix}/failed"] = failed[name]
         super().log(dict(metrics))
         if self.args.log_images and self.is_world_process_zero():
             log_grid(self, metric_key_prefix, evaluation.gallery)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    def _evaluate_policy(self, dataset: Dataset) -> tuple[Evaluation, float]:
+    def _evaluate_policy(self, dataset: Dataset) -> tuple[Evaluation, float, dict[str, int]]:
         repeats = self.args.num_generations_eval
         indices = range(len(dataset) * repeats)[self.args.process_index :: self.args.world_size]
         rows = [dataset[i // repeats] for i in indices]
@@ -541,7 +555,7 @@ class MarbleNFTTrainer(Trainer):
         prompt_index = torch.tensor([places[prompt] for prompt in prompts])
         conditioning = self.flow.encode(unique_prompts)
         batch_size = self.args.per_device_eval_batch_size
-        latents, images, rewards = self._sample_and_score(
+        latents, images, rewards, failed = self._sample_and_score(
             conditioning, prompt_index, prompts, columns, seeds, batch_size
         )
         norm = self._relative_velocity_norm(
@@ -560,7 +574,7 @@ class MarbleNFTTrainer(Trainer):
             if image is not None:
                 gallery.setdefault(dataset[i // repeats]["prompt"], []).append(image)
         all_rewards = torch.tensor([values for _, values, _ in found]).T
-        return Evaluation(self.state.global_step, self.scorer.names, all_rewards, gallery), norm
+        return Evaluation(self.state.global_step, self.scorer.names, all_rewards, gallery), norm, failed
 
     @torch.no_grad()
     def _relative_velocity_norm(self, x0: Tensor, conditioning: Conditioning, seeds: Sequence[int]) -> float:
