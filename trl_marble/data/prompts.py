@@ -37,7 +37,7 @@ def validate_prompts(dataset: Dataset, name: str = "train_dataset") -> None:
         )
     if len(dataset) == 0:
         raise ValueError(f"`{name}` is empty; it needs at least one prompt.")
-    for row, prompt in enumerate(dataset["prompt"]):
+    for row, prompt in enumerate(dataset["prompt"][:]):
         if not isinstance(prompt, str) or not prompt.strip():
             raise ValueError(
                 f"Row {row} of `{name}` has the prompt {prompt!r}; every prompt must be a non-empty string."

@@ -1,0 +1,263 @@
+# Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
+"""Reads prompt sets from the Hub, folders and files."""
+
+import json
+import os
+import re
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from datasets import ClassLabel, Dataset, DatasetDict, Json, LargeList, List, Value, load_dataset, load_from_disk
+from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
+
+from .prompts import validate_prompts
+
+
+SUFFIXES = (".parquet", ".csv", ".jsonl", ".json", ".txt")
+HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+# In csv a number and a text of digits look alike; what rewards read as text must stay "007".
+TEXT_COLUMNS = ("tag", "include", "exclude", "text")
+
+
+def load_prompts(
+    source: str | os.PathLike[str], split: str = "train", column: str = "prompt", name: str | None = None
+) -> Dataset:
+    """
+    Read a prompt set.
+
+    `source` is, in this order:
+
+    - a folder that `save_to_disk` wrote;
+    - a folder with the file `<split>` or `<split>_metadata` in one of the formats below, as flow_grpo and DiffusionNFT
+      (https://huggingface.co/papers/2509.16117) publish their prompts: `ocr/train.txt`,
+      `geneval/train_metadata.jsonl`;
+    - any other folder that `datasets.load_dataset` reads;
+    - a file: parquet, csv, json (a list of objects), jsonl (an object a line) or txt (a prompt a line);
+    - the id of a dataset on the Hub. No code from there is run.
+
+    Nested values, such as GenEval's `include`, become JSON text, so that every set has the same type of column
+    whatever the fields; fields that are `None` are left out. Labels that are stored as numbers become their names. In
+    a txt or jsonl file blank lines are skipped, with a warning that says how many.
+
+    Example:
+
+    ```python
+    from trl_marble.data import load_prompts
+
+    load_prompts("dataset/geneval", split="test")
+    load_prompts("user/captions", column="caption")
+    ```
+
+    Args:
+        source (`str` or `os.PathLike`):
+            The folder, the file or the Hub id.
+        split (`str`, *optional*, defaults to `"train"`):
+            The split to read. A file, and a folder that holds one saved set, has no splits: all of it is read.
+        column (`str`, *optional*, defaults to `"prompt"`):
+            The column that holds the prompts; it is named `prompt` in what is returned.
+        name (`str`, *optional*):
+            The configuration, for datasets that have several.
+
+    Returns:
+        `datasets.Dataset`: The rows in their order, with all their columns.
+
+    Raises:
+        `FileNotFoundError`: If there is no such file, folder or dataset.
+        `ValueError`: If the format is not known or the content does not follow it, the split or the column does not
+            exist, or the prompts cannot be rolled out, see [`validate_prompts`] (rows are counted from 0).
+    """
+    path = Path(source).expanduser()
+    if path.is_dir():
+        dataset = _load_folder(path, split, column, name)
+    elif path.is_file():
+        dataset = _load_file(path, column)
+    elif isinstance(source, str) and HUB_ID.fullmatch(source) and path.suffix.lower() not in SUFFIXES:
+        dataset = _load_from_hub(source, split, name)
+    else:
+        raise FileNotFoundError(f"There is no file or folder {str(source)!r}.")
+    return _as_prompts(dataset, column, str(source))
+
+
+def _load_folder(folder: Path, split: str, column: str, name: str | None) -> Dataset:
+    if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():
+        saved = load_from_disk(str(folder))
+        if isinstance(saved, DatasetDict):
+            if split not in saved:
+                raise ValueError(f"`{folder}` has no split {split!r}; it has {', '.join(saved)}.")
+            return saved[split]
+        return saved
+    found = sorted(
+        file.name
+        for file in folder.iterdir()
+        if file.suffix.lower() in SUFFIXES and file.stem in (split, f"{split}_metadata")
+    )
+    if len(found) > 1:
+        raise ValueError(
+            f"`{folder}` has several files for the split {split!r}: {', '.join(found)}. Pass one of them."
+        )
+    return _load_file(folder / found[0], column) if found else load_dataset(str(folder), name, split=split)
+
+
+def _load_from_hub(source: str, split: str, name: str | None) -> Dataset:
+    try:
+        return load_dataset(source, name, split=split)
+    except (DatasetNotFoundError, ConnectionError) as error:
+        raise FileNotFoundError(
+            f"{source!r} is neither a local file or folder nor a dataset that the Hub gives: {error}"
+        ) from error
+
+
+def _load_file(file: Path, column: str) -> Dataset:
+    suffix = file.suffix.lower()
+    if suffix == ".txt":
+        return Dataset.from_dict({"prompt": [line.strip() for _, line in _lines(file, _read(file))]})
+    if suffix in (".json", ".jsonl"):
+        return _load_json(file, column)
+    if suffix == ".csv":
+        return _load_csv(file, column)
+    if suffix == ".parquet":
+        return _load_with_datasets("parquet", file)
+    raise ValueError(f"`{file}` has the suffix {file.suffix!r}; the formats are {', '.join(SUFFIXES)}.")
+
+
+def _read(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"`{file}` is not UTF-8 text ({error}); save it as UTF-8.") from error
+
+
+def _lines(file: Path, text: str) -> list[tuple[int, str]]:
+    """The lines that are not blank, with their numbers from 1."""
+    lines = text.removesuffix("\n").split("\n")  # not `splitlines`, which also cuts at characters inside a prompt
+    kept = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
+    if kept and len(kept) < len(lines):
+        warnings.warn(f"`{file}` has {len(lines) - len(kept)} blank lines; they are skipped.", stacklevel=2)
+    return kept
+
+
+def _load_json(file: Path, column: str) -> Dataset:
+    """
+    Not through `load_dataset`: it takes texts for dates where all look like one ("2024-01-01"), and for numbers where
+    a column has both. What a picture must show has to stay as it is written.
+    """
+    text = _read(file)
+    if text.lstrip().startswith("["):
+        records = [(f"record {place}", record) for place, record in enumerate(_parse(text, str(file)))]
+    else:
+        records = [
+            (f"line {number}", _parse(line, f"line {number} of `{file}`")) for number, line in _lines(file, text)
+        ]
+    columns: dict[str, list[Any]] = {}
+    for where, record in records:
+        if not isinstance(record, dict):
+            raise ValueError(
+                f"`{file}`, {where}, is {json.dumps(record)[:80]}; a prompt set is one JSON object a line, or a list "
+                "of objects."
+            )
+        columns |= {key: [] for key in record if key not in columns}
+    for key, values in columns.items():
+        for _, record in records:
+            value = record.get(key)
+            values.append(_dump(value) if isinstance(value, list | dict) and key != column else value)
+        kinds = {type(value).__name__ for value in values if value is not None}
+        if len(kinds) > 1 and kinds != {"int", "float"}:
+            raise ValueError(
+                f"The column `{key}` of `{file}` has values of the types {', '.join(sorted(kinds))}; write all of "
+                "them as one type, for example as strings."
+            )
+    return Dataset.from_dict(columns)
+
+
+def _parse(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where} is not JSON: {error}.") from error
+
+
+def _load_csv(file: Path, column: str) -> Dataset:
+    dataset = _load_with_datasets(
+        "csv",
+        file,
+        # "NA", "null" and the like are words that a picture can show; nothing but an empty field is no value.
+        keep_default_na=False,
+        na_values=[""],
+        converters={text_column: _text_or_none for text_column in (column, *TEXT_COLUMNS)},
+    )
+    if any(name.startswith("__index_level_") for name in dataset.column_names):
+        raise ValueError(
+            f"`{file}` has rows with more fields than its header. Put fields that hold a comma in double quotes."
+        )
+    return dataset
+
+
+def _text_or_none(field: str) -> str | None:
+    return field or None
+
+
+def _load_with_datasets(kind: str, file: Path, **options: Any) -> Dataset:
+    try:
+        return load_dataset(kind, data_files=str(file), split="train", **options)
+    except (DatasetGenerationError, ValueError) as error:
+        reason = str(error.__cause__ or error).strip()
+        raise ValueError(f"`{file}` cannot be read as {kind}: {reason}.") from error
+
+
+def _as_prompts(dataset: Dataset, column: str, where: str) -> Dataset:
+    """Rename the column of the prompts, flatten what is nested and refuse what cannot be rolled out."""
+    if len(dataset) == 0:
+        raise ValueError(f"`{where}` is empty; it needs at least one prompt.")
+    if column not in dataset.column_names:
+        raise ValueError(
+            f"`{where}` has no column `{column}`; its columns are {', '.join(dataset.column_names)}. Name the one "
+            "that holds the prompts with `column`."
+        )
+    if column != "prompt":
+        if "prompt" in dataset.column_names:
+            raise ValueError(
+                f"`{where}` has a column `prompt` besides `{column}`. Read it with `datasets.load_dataset`, remove "
+                f"`prompt` and rename `{column}`."
+            )
+        dataset = dataset.rename_column(column, "prompt")
+    for name, feature in dataset.features.items():
+        if name == "prompt":
+            continue  # one that is no text is refused below
+        if isinstance(feature, dict | List | LargeList | Json):
+            dataset = _replace(dataset, name, _to_text(dataset[name][:], name, where))
+        elif isinstance(feature, ClassLabel):
+            labels = [None if label is None else feature.int2str(label) for label in dataset[name][:]]
+            dataset = _replace(dataset, name, labels)
+    validate_prompts(dataset, where)
+    return dataset
+
+
+def _replace(dataset: Dataset, name: str, values: list[str | None]) -> Dataset:
+    order = dataset.column_names
+    replaced = dataset.remove_columns(name).add_column(name, values, feature=Value("string"))
+    return replaced.select_columns(order)
+
+
+def _to_text(values: Iterable[Any], name: str, where: str) -> list[str | None]:
+    try:
+        return [value if value is None or isinstance(value, str) else _dump(value) for value in values]
+    except TypeError as error:
+        raise ValueError(
+            f"The column `{name}` of `{where}` cannot be written as JSON ({error}). Read the set with "
+            "`datasets.load_dataset` and remove or change the column."
+        ) from error
+
+
+def _dump(value: Any) -> str:
+    return json.dumps(_without_none(value))
+
+
+def _without_none(value: Any) -> Any:
+    """A nested value without fields that are `None`, which stand for fields that a row of a table cannot leave out."""
+    if isinstance(value, dict):
+        return {key: _without_none(entry) for key, entry in value.items() if entry is not None}
+    if isinstance(value, list):
+        return [_without_none(entry) for entry in value]
+    return value
