@@ -1,0 +1,553 @@
+# Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
+"""The judge, asking a real HTTP server that behaves as each test tells it to."""
+
+import asyncio
+import base64
+import io
+import json
+import logging
+import socket
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+import torch
+from PIL import Image
+
+from trl_marble.rewards import RewardError, RewardScorer
+from trl_marble.rewards.vlm_judge import VLMJudge, parse_score
+
+
+KEY = "sk-very-secret-0123456789"
+
+
+class Endpoint:
+    """
+    An OpenAI-compatible endpoint on a free port. `behave(handler, request, number)` answers request `number` (from 0)
+    by returning the text of a completion, or by anything else that it does to the handler, and then returns `None`.
+    """
+
+    def __init__(self, behave):
+        self.behave = behave
+        self.requests, self.headers, self.paths = [], [], []
+        self.under_way = self.most_under_way = 0
+        self.lock = threading.Lock()
+        self.stop = threading.Event()  # ends every hanging answer
+        endpoint = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self):
+                request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                with endpoint.lock:
+                    number = len(endpoint.requests)
+                    endpoint.requests.append(request)
+                    endpoint.headers.append(self.headers)
+                    endpoint.paths.append(self.path)
+                    endpoint.under_way += 1
+                    endpoint.most_under_way = max(endpoint.most_under_way, endpoint.under_way)
+                try:
+                    text = endpoint.behave(self, request, number)
+                    if text is not None:
+                        send(self, 200, completion(text))
+                finally:
+                    with endpoint.lock:
+                        endpoint.under_way -= 1
+
+            def log_message(self, *args):
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server.handle_error = lambda *_: None  # clients go away here on purpose
+        self.url = f"http://127.0.0.1:{self.server.server_port}/v1"
+
+
+@contextmanager
+def endpoint(behave):
+    served = Endpoint(behave)
+    thread = threading.Thread(target=served.server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
+    thread.start()
+    try:
+        yield served
+    finally:
+        served.stop.set()
+        served.server.shutdown()
+        served.server.server_close()
+        thread.join()
+
+
+def completion(text, **choice):
+    return {"choices": [{"message": {"role": "assistant", "content": text}, "finish_reason": "stop", **choice}]}
+
+
+def send(handler, status, content, **headers):
+    body = content if isinstance(content, bytes) else json.dumps(content).encode()
+    handler.send_response(status)
+    for name, value in headers.items():
+        handler.send_header(name.replace("_", "-"), value)
+    handler.send_header("Content-Length", str(len(body)))
+    handler.end_headers()
+    handler.wfile.write(body)
+
+
+def die(handler):
+    """Close the connection without an answer."""
+    handler.connection.shutdown(socket.SHUT_RDWR)
+
+
+def hang(server, seconds=10):
+    server.stop.wait(seconds)
+
+
+def seen_image(request):
+    """The image of a request, decoded."""
+    (message,) = request["messages"]
+    url = message["content"][0]["image_url"]["url"]
+    prefix = "data:image/png;base64,"
+    assert url.startswith(prefix)
+    return Image.open(io.BytesIO(base64.b64decode(url.removeprefix(prefix), validate=True)))
+
+
+def seen_text(request):
+    return request["messages"][0]["content"][1]["text"]
+
+
+def level(request):
+    """The red channel of the first pixel, by which the tests tell images apart."""
+    return seen_image(request).getpixel((0, 0))[0]
+
+
+def pictures(*levels):
+    return [Image.new("RGB", (3, 2), (red, 0, 0)) for red in levels]
+
+
+def judge(server, **kwargs):
+    return VLMJudge("a-model", server.url, **({"api_key": KEY, "max_retries": 0, "timeout": 5.0} | kwargs))
+
+
+def ask(reward, *levels, prompts=None):
+    images = pictures(*levels)
+    return asyncio.run(reward(images=images, prompts=prompts or ["p"] * len(images), trainer_state=None, number=[1]))
+
+
+def closed_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+# ---- What is asked, and what its answer becomes ----
+
+
+def test_a_request_has_the_image_the_prompt_and_the_options():
+    with endpoint(lambda handler, request, number: "Final Score: 4") as server:
+        assert ask(judge(server), 7, prompts=['a "red" cat']) == [0.75]
+    (request,), (headers,) = server.requests, server.headers
+    assert server.paths == ["/v1/chat/completions"]
+    assert headers["Authorization"] == f"Bearer {KEY}"
+    assert headers["Content-Type"] == "application/json"
+    assert {name: request[name] for name in request if name != "messages"} == {
+        "model": "a-model",
+        "temperature": 0,
+        "max_tokens": 512,
+    }
+    assert [message["role"] for message in request["messages"]] == ["user"]
+    assert [part["type"] for part in request["messages"][0]["content"]] == ["image_url", "text"]
+    image = seen_image(request)
+    assert (image.format, image.mode, image.tobytes()) == ("PNG", "RGB", pictures(7)[0].tobytes())
+    text = seen_text(request)
+    for interface in ("1. Alignment with the Caption:", "2. Overall Image Quality:", "a score from 1 to 5 after"):
+        assert interface in text
+    assert text.endswith("'Final Score:'.\nYour task is provided as follows:\nText Caption: [a \"red\" cat]")
+
+
+def test_values_keep_the_order_of_the_images():
+    def slower_for_earlier(handler, request, number):
+        time.sleep(0.02 * (5 - level(request)))
+        return f"Final Score: {level(request)}"
+
+    with endpoint(slower_for_earlier) as server:
+        assert ask(judge(server), 1, 5, 2, 4, 3) == [0.0, 1.0, 0.25, 0.75, 0.5]
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    ["", "ein Fuchs 🦊 und 漢字 و", "{prompt} {0} {x", 'a "sign\\"\n]', "Final Score: 5", "\ud800 alone"],
+)
+def test_any_prompt_arrives_as_it_is(prompt):
+    with endpoint(lambda handler, request, number: "Final Score: 1") as server:
+        template = 'As JSON {"score": 1}: <{prompt}>'
+        assert ask(judge(server, prompt_template=template), 1, prompts=[prompt]) == [0.0]
+    assert seen_text(server.requests[0]) == f'As JSON {{"score": 1}}: <{prompt}>'
+
+
+def test_transparency_is_seen_on_white_and_one_pixel_is_enough():
+    images = [
+        Image.new("RGBA", (1, 1), (0, 0, 0, 0)),
+        Image.new("RGBA", (1, 1), (9, 8, 7, 255)),
+        Image.new("1", (1, 1)),
+    ]
+    with endpoint(lambda handler, request, number: "Final Score: 5") as server:
+        assert asyncio.run(judge(server, max_concurrency=1)(images=images, prompts=["a"] * 3)) == [1.0] * 3
+    assert [seen_image(request).getpixel((0, 0)) for request in server.requests] == [
+        (255, 255, 255),
+        (9, 8, 7),
+        (0, 0, 0),
+    ]
+
+
+def test_another_label_range_and_other_options():
+    with endpoint(lambda handler, request, number: "Alignment Score (1-10): 10\nStyle Score (1-10): 4") as server:
+        reward = judge(
+            server,
+            score_label="Style Score",
+            score_range=(1, 10),
+            request_options={"max_tokens": None, "chat_template_kwargs": {"enable_thinking": False}},
+        )
+        assert ask(reward, 1) == [pytest.approx(1 / 3)]
+    request = server.requests[0]
+    assert "max_tokens" not in request and request["temperature"] == 0
+    assert request["chat_template_kwargs"] == {"enable_thinking": False}
+
+
+# ---- How many at a time, and on which loop ----
+
+
+def test_concurrency_is_bounded_over_overlapping_calls():
+    def wait(handler, request, number):
+        time.sleep(0.05)
+        return "Final Score: 3"
+
+    async def two_calls(reward):
+        one, two = [reward(images=pictures(*range(9)), prompts=["p"] * 9) for _ in range(2)]
+        return await asyncio.gather(one, two)
+
+    with endpoint(wait) as server:
+        assert asyncio.run(two_calls(judge(server, max_concurrency=3))) == [[0.5] * 9] * 2
+    assert len(server.requests) == 18
+    assert server.most_under_way == 3  # and not fewer: they do overlap
+
+
+def test_a_judge_outlives_event_loops_and_serves_two_at_once():
+    def wait(handler, request, number):
+        time.sleep(0.02)
+        return "Final Score: 3"
+
+    with endpoint(wait) as server:
+        reward = judge(server, max_concurrency=2)
+        for _ in range(2):
+            assert ask(reward, 1, 2, 3, 4, 5) == [0.5] * 5
+        with ThreadPoolExecutor() as threads:
+            assert list(threads.map(lambda _: ask(reward, 1, 2, 3, 4, 5), range(2))) == [[0.5] * 5] * 2
+
+
+def test_in_the_trainers_scorer_one_failure_is_one_image():
+    with endpoint(lambda handler, request, number: "no idea" if level(request) == 2 else "Final Score: 5") as server:
+        scorer = RewardScorer([judge(server)])
+        for _ in range(2):  # after `close` there is another event loop
+            scores = scorer.collect(scorer.submit(pictures(1, 2, 3), ["a", "b", "c"], {"number": [1, 2, 3]}, None))
+            assert scorer.names == ["VLMJudge"]
+            assert scores.rewards.isnan().tolist() == scores.failed.tolist() == [[False, True, False]]
+            assert torch.equal(scores.rewards[~scores.failed], torch.ones(2))
+            assert "'b'" in str(scores.errors[0]) and "no idea" in str(scores.errors[0])
+            scorer.close()
+
+
+def test_a_scorer_can_be_closed_while_the_judge_hangs():
+    with endpoint(lambda handler, request, number: hang(server)) as server:
+        scorer = RewardScorer([judge(server)])
+        scorer.submit(pictures(1, 2), ["a", "b"], {}, None)
+        while not server.requests:
+            time.sleep(0.01)
+        start = time.monotonic()
+        scorer.close()
+        assert time.monotonic() - start < 2
+
+
+# ---- What goes wrong and passes ----
+
+
+def test_too_many_requests_then_an_answer_after_the_time_that_was_asked_for():
+    def busy_first(handler, request, number):
+        if number == 0:
+            return send(handler, 429, {"error": "slow down"}, Retry_After="1")
+        return "Final Score: 2"
+
+    with endpoint(busy_first) as server:
+        start = time.monotonic()
+        assert ask(judge(server, max_retries=1), 1) == [0.25]
+        assert time.monotonic() - start >= 1
+    assert len(server.requests) == 2
+
+
+def test_a_server_error_then_a_dead_connection_then_an_answer():
+    def recover(handler, request, number):
+        if number == 0:
+            return send(handler, 503, b"loading")
+        if number == 1:
+            return die(handler)
+        return "Final Score: 2"
+
+    with endpoint(recover) as server:
+        assert ask(judge(server, max_retries=2), 1) == [0.25]
+    assert len(server.requests) == 3
+
+
+# ---- What goes wrong for one image ----
+
+
+def failure_of(server_answer, **kwargs):
+    """What a judge gives for the second of three images, which goes wrong; the others have a value."""
+
+    def behave(handler, request, number):
+        return server_answer(handler) if level(request) == 2 else "Final Score: 5"
+
+    with endpoint(behave) as server:
+        first, failure, last = ask(judge(server, **kwargs), 1, 2, 3)
+    assert (first, last) == (1.0, 1.0)
+    assert isinstance(failure, RewardError)
+    assert KEY not in str(failure)
+    return str(failure), len(server.requests)
+
+
+def test_an_answer_without_a_score_is_quoted():
+    message, requests = failure_of(lambda handler: "I cannot rate this " + "x" * 1000, max_retries=3)
+    assert "expected 'Final Score: ' and a number from 1 to 5" in message
+    assert "'I cannot rate this xxx" in message and len(message) < 400
+    assert requests == 3  # an answer is an answer: it is not asked again
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        (b"<html>404", "'<html>404'"),
+        (b"", "no chat completion: ''"),
+        (b"\xff\xfe\x00", "no chat completion"),
+        (b"[" * 100_000, "no chat completion"),
+        ({"choices": []}, "no chat completion"),
+        ({"choices": [{"message": {"content": ["Final Score: 5"]}}]}, "no chat completion"),
+        ([1, 2], "no chat completion"),
+        (completion(None), "has no score"),
+        (completion("Final Score: 7"), "7 is not from 1 to 5"),
+        (completion("Final Score: 4", finish_reason="length"), "cut off before its score (raise `max_tokens`)"),
+    ],
+    ids=str,
+)
+def test_what_is_no_judgement_is_a_failure_of_that_image(body, said):
+    assert said in failure_of(lambda handler: send(handler, 200, body))[0]
+
+
+def test_a_request_that_is_refused_is_a_failure_of_that_image():
+    message, requests = failure_of(lambda handler: send(handler, 400, {"error": "context length"}), max_retries=3)
+    assert "refused a request with status 400" in message and "context length" in message
+    assert requests == 3
+
+
+@pytest.mark.parametrize("drip", [False, True], ids=["silent", "byte by byte"])
+def test_an_answer_that_does_not_come_is_a_failure_of_that_image(drip):
+    def slow(handler):
+        handler.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n")
+        for _ in range(40):
+            if drip:
+                handler.wfile.write(b" ")
+            time.sleep(0.05)
+
+    start = time.monotonic()
+    message, requests = failure_of(slow, timeout=0.5, max_retries=3)
+    assert "did not answer within 0.5 seconds" in message
+    assert requests == 3  # not asked again: the model may still be at work
+    assert time.monotonic() - start < 4
+
+
+def test_a_connection_that_always_dies_is_a_failure_of_that_image():
+    message, requests = failure_of(die, max_retries=1)
+    assert "did not answer (attempts: 2; the last: RemoteProtocolError" in message
+    assert requests == 4
+
+
+def test_a_server_error_that_stays_is_a_failure_of_that_image():
+    message, _ = failure_of(lambda handler: send(handler, 500, f"worker died of {KEY}".encode()))
+    assert "attempts: 1; the last: status 500: 'worker died of [secret]'" in message
+
+
+# ---- What goes wrong for all ----
+
+
+def test_a_dead_server_raises():
+    reward = VLMJudge("m", f"http://127.0.0.1:{closed_port()}/v1", api_key=KEY, max_retries=1)
+    with pytest.raises(RewardError, match=r"did not answer \(attempts: 2; the last: ConnectError"):
+        ask(reward, 1, 2, 3)
+
+
+def test_a_server_that_hangs_raises_before_every_image_has_waited():
+    with endpoint(lambda handler, request, number: hang(server)) as server:
+        start = time.monotonic()
+        with pytest.raises(RewardError, match=r"did not answer within 0\.3 seconds"):
+            ask(judge(server, timeout=0.3, max_concurrency=2), *range(100))
+        assert time.monotonic() - start < 3
+    assert len(server.requests) <= 10
+
+
+def test_a_server_that_dies_in_the_middle_raises():
+    with endpoint(lambda handler, request, number: "Final Score: 5" if number < 5 else die(handler)) as server:
+        with pytest.raises(RewardError, match="did not answer"):
+            ask(judge(server, max_concurrency=2), *range(100))
+    assert len(server.requests) < 20
+
+
+def test_failures_that_answers_come_between_do_not_add_up():
+    with endpoint(lambda handler, request, number: die(handler) if level(request) % 2 else "Final Score: 5") as server:
+        values = ask(judge(server, max_concurrency=1), *range(20))
+    assert [isinstance(value, RewardError) for value in values] == [False, True] * 10
+
+
+@pytest.mark.parametrize(
+    ("status", "mend"), [(401, "Check `api_key`"), (404, "Check `base_url` and the model"), (302, "302")]
+)
+def test_a_refusal_of_everything_raises_and_hides_the_key(status, mend, caplog):
+    caplog.set_level(logging.DEBUG)
+    with endpoint(lambda handler, request, number: send(handler, status, {"error": f"wrong key {KEY}"})) as server:
+        with pytest.raises(RewardError, match=mend) as raised:
+            ask(judge(server, max_retries=3, max_concurrency=1), 1, 2, 3)
+    assert f"answered status {status}" in str(raised.value) and "wrong key [secret]" in str(raised.value)
+    assert len(server.requests) == 1
+    for text in (caplog.text, repr(raised.value), repr(raised.value.__cause__)):
+        assert KEY not in text
+
+
+def test_what_is_not_http_raises():
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def greet():
+            connection, _ = listener.accept()
+            with connection:
+                connection.sendall(b"220 mail.example.org ESMTP\r\n")
+                connection.recv(2**20)
+
+        thread = threading.Thread(target=greet)
+        thread.start()
+        reward = VLMJudge("m", f"http://127.0.0.1:{listener.getsockname()[1]}", max_retries=0, timeout=5)
+        with pytest.raises(RewardError, match="RemoteProtocolError"):
+            ask(reward, 1)
+        thread.join()
+
+
+# ---- The key ----
+
+
+def test_the_key_comes_from_the_environment_unless_it_is_given(monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-environment")
+    with endpoint(lambda handler, request, number: "Final Score: 5") as server:
+        for given in (None, "sk-given", ""):
+            ask(judge(server, api_key=given), 1)
+    assert [headers["Authorization"] for headers in server.headers] == [
+        "Bearer sk-environment",
+        "Bearer sk-given",
+        None,
+    ]
+
+
+@pytest.mark.parametrize("key", [KEY + "\n", " " + KEY, KEY + "é"])
+def test_a_key_that_no_header_can_carry_is_refused_unquoted(key, monkeypatch):
+    with pytest.raises(ValueError, match="`api_key` has characters") as raised:
+        VLMJudge("m", "http://127.0.0.1", api_key=key)
+    assert KEY not in str(raised.value)
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    with pytest.raises(ValueError, match="`OPENAI_API_KEY` has characters") as raised:
+        VLMJudge("m", "http://127.0.0.1")
+    assert KEY not in str(raised.value)
+
+
+# ---- Arguments and scores ----
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"base_url": "127.0.0.1:8000/v1"}, "expected 'http://host:port'"),
+        ({"base_url": "ftp://host"}, "expected 'http://host:port'"),
+        ({"base_url": "http://host:port"}, "is not a URL"),
+        ({"base_url": f"http://me:{KEY}@host/v1"}, "no user, password or query"),
+        ({"base_url": f"http://host/v1?key={KEY}"}, "no user, password or query"),
+        ({"prompt_template": "rate this"}, "`prompt_template` has no {prompt}"),
+        ({"score_label": " "}, "`score_label` is empty"),
+        ({"score_range": (5, 1)}, r"`score_range` is \(5, 1\)"),
+        ({"max_concurrency": 0}, "`max_concurrency` must be at least 1, got 0"),
+        ({"timeout": 0}, "`timeout` is 0"),
+        ({"timeout": float("nan")}, "`timeout` is nan"),
+        ({"max_retries": -1}, "`max_retries` must be at least 0, got -1"),
+        ({"request_options": {"stream": True}}, r"`request_options` sets \['stream'\]"),
+    ],
+    ids=str,
+)
+def test_arguments_that_make_no_sense_are_refused(kwargs, message):
+    with pytest.raises(ValueError, match=message) as raised:
+        VLMJudge(**({"model": "m", "base_url": "http://127.0.0.1:8000/v1"} | kwargs))
+    assert KEY not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("answer", "score"),
+    [
+        ("Final Score: 4", 4),
+        ("Final Score: 3.8125", 3.8125),
+        ("cat (object): 1\nred (attribute): 0\nFinal Score: 2.5\n", 2.5),
+        ("**Final Score:** 4", 4),
+        ("**Final Score**: **4.5**", 4.5),
+        ("final score:\n\n5", 5),
+        ("FINAL SCORE = 1", 1),
+        ("Final Score：3", 3),
+        ("Final Score: [2]", 2),
+        ("Final Score: 4/5", 4),
+        ("Final Score: 4 out of 5.", 4),
+        ("Final Score (1-5): 3", 3),
+        ("The final score is 3. The cat is blue.", 3),
+        ('{"final_score": 4, "why": "5 cats"}', 4),
+        ("I must write 'Final Score: 1' at the end.\nFinal Score: 5", 5),
+        ("Final Score: 4\nThe Final Score weighs 2 criteria.", 4),
+        ("Final Score: 4. 3 objects are missing.", 4),
+        ("Final Score: 5, 2 cats as asked", 5),
+    ],
+)
+def test_scores_are_found(answer, score):
+    assert parse_score(answer, "Final Score", (1.0, 5.0)) == score
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "",
+        "4",
+        "Final Score:",
+        "Final Score: N/A",
+        "Final Score: four",
+        "Final Score: 3-4",
+        "Final Score: 3 to 4",
+        "Final Score: 4,5",
+        "Final Score: 4.5.6",
+        "Final Score: 80%",
+        "Final Score: 0",
+        "Final Score: -3",
+        "Final Score: 45",
+        "Final Score: 5.01",
+        "Final Score: 4/10",
+        "Semifinal Score: 4",
+        "Final Scores 4",
+        "Final Score" + " " * 200_000 + "4",
+        "Final Score: " + "9" * 100_000,
+    ],
+    ids=lambda answer: answer[:30],
+)
+def test_what_is_no_score_on_the_scale_is_refused(answer):
+    start = time.monotonic()
+    with pytest.raises(ValueError, match="score"):
+        parse_score(answer, "Final Score", (1.0, 5.0))
+    assert time.monotonic() - start < 1
+
+
+def test_a_score_at_the_very_end_of_a_cut_off_answer_does_not_count():
+    assert parse_score("Final Score: 4.5\nBecause the", "Final Score", (1.0, 5.0), cut_off=True) == 4.5
+    with pytest.raises(ValueError, match="raise `max_tokens`"):
+        parse_score("Final Score: 4", "Final Score", (1.0, 5.0), cut_off=True)

@@ -1,0 +1,310 @@
+# Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
+"""A vision-language model behind an HTTP endpoint as a judge of images."""
+
+import asyncio
+import base64
+import json
+import os
+import re
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import httpx2
+from PIL import Image
+
+from .model_reward import to_rgb
+from .protocol import RewardError
+from .remote import bearer, check_patience, check_secret, check_url, encode_png, redact, retry_delay, start_of
+
+
+# The names of the two criteria, the scale, 'Final Score:' and the last line are what UnifiedReward was trained to read
+# and to answer (pointwise scoring of image generation).
+UNIFIED_REWARD_TEMPLATE = """\
+You see an image that was generated from a text caption. Evaluate this image on two key criteria:
+1. Alignment with the Caption: does the image show what the caption asks for? Look at the objects, their attributes \
+and how they relate to each other.
+2. Overall Image Quality: does the image look good? Look at clarity, fine detail, accurate colors and aesthetic appeal.
+Weigh both criteria and assign a score from 1 to 5 after 'Final Score:'.
+Your task is provided as follows:
+Text Caption: [{prompt}]"""
+
+LONGEST_WAIT = 60.0  # seconds that a server's Retry-After is followed
+
+
+class NoAnswerError(RewardError):
+    """A request that the judge did not answer, whatever was asked."""
+
+
+class UnscoredError(RewardError):
+    """An answer of the judge that is no score for the image."""
+
+
+class VLMJudge:
+    """
+    A vision-language model that judges how well an image shows its prompt and how good it looks.
+
+    The model is behind an OpenAI-compatible endpoint: vLLM, SGLang or a service. Template, label and range are those
+    of UnifiedReward (https://huggingface.co/papers/2503.05236), scored pointwise; others fit every model that can
+    follow them. The wording of the template is our own. To compare with numbers published for a model, pass the
+    template of its authors.
+
+    The value is `(score - low) / (high - low)`, so 1 to 5 becomes 0 to 1. Papers tell the score itself, `1 + 4 *
+    value`, or a fifth of it; neither changes the advantages, which are normalized.
+
+    What has a transparent part is seen on white. Calls may overlap and may come from different event loops.
+
+    Args:
+        model (`str`):
+            Name of the model on the endpoint, such as `"CodeGoat24/UnifiedReward-qwen-7b"`.
+        base_url (`str`):
+            The endpoint, up to and with `/v1`: `"http://127.0.0.1:8000/v1"`.
+        api_key (`str`, *optional*):
+            Key of the endpoint. Defaults to the environment variable `OPENAI_API_KEY`; an empty string sends none.
+        prompt_template (`str`, *optional*, defaults to `UNIFIED_REWARD_TEMPLATE`):
+            What is asked about each image. `{prompt}` stands for its prompt; other braces are left alone.
+        score_label (`str`, *optional*, defaults to `"Final Score"`):
+            The words in front of the score in the model's answer, in any case. Where they come several times with a
+            number behind them, the last one counts. UnifiedReward 2.0 writes three: `"Alignment Score"`, `"Coherence
+            Score"` and `"Style Score"`, each of which makes a reward of its own.
+        score_range (`tuple[float, float]`, *optional*, defaults to `(1.0, 5.0)`):
+            Lowest and highest score. A score outside is a failure; it is not clipped.
+        request_options (`dict`, *optional*):
+            More of the request, over `{"temperature": 0, "max_tokens": 512}`, such as `{"chat_template_kwargs":
+            {"enable_thinking": False}}`. `None` as a value leaves an option out.
+        max_concurrency (`int`, *optional*, defaults to `16`):
+            Largest number of requests under way at the same time, over all calls of the process.
+        timeout (`float`, *optional*, defaults to `60.0`):
+            Longest time in seconds for one answer. There is no second try after it.
+        max_retries (`int`, *optional*, defaults to `5`):
+            How often a request is sent again after its connection failed or the endpoint answered 429 (too many
+            requests) or 5xx. The time in between doubles each time, with jitter, and is at least what the endpoint
+            asks for.
+
+    Attributes:
+        applies_to (`str`): In words, the images that the reward applies to.
+        value_range (`str`): In words, the scale of the reward.
+
+    Raises:
+        `ValueError`: If an argument makes no sense. No message quotes the key.
+    """
+
+    applies_to = "every image"
+    value_range = "0 to 1, the score's range made linear: 1 to 5 by default"
+
+    def __init__(
+        self,
+        model: str,
+        base_url: str,
+        api_key: str | None = None,
+        prompt_template: str = UNIFIED_REWARD_TEMPLATE,
+        score_label: str = "Final Score",
+        score_range: tuple[float, float] = (1.0, 5.0),
+        request_options: dict[str, Any] | None = None,
+        max_concurrency: int = 16,
+        timeout: float = 60.0,
+        max_retries: int = 5,
+    ) -> None:
+        if "{prompt}" not in prompt_template:
+            raise ValueError(f"`prompt_template` has no {{prompt}}, which stands for the prompt: {prompt_template!r}.")
+        if not score_label.strip():
+            raise ValueError("`score_label` is empty; give the words in front of the score, such as 'Final Score'.")
+        if not score_range[0] < score_range[1]:
+            raise ValueError(f"`score_range` is {score_range}; the lowest score comes first.")
+        if max_concurrency < 1:
+            raise ValueError(f"`max_concurrency` must be at least 1, got {max_concurrency}.")
+        taken = {"model", "messages", "n", "stream"} & set(request_options or {})
+        if taken:
+            raise ValueError(f"`request_options` sets {sorted(taken)}, which the judge sets itself.")
+        check_patience(timeout, max_retries)
+        self.model = model
+        self.base_url = check_url(base_url, "base_url")
+        self.prompt_template = prompt_template
+        self.score_label = score_label
+        self.score_range = score_range
+        self.request_options = {"temperature": 0, "max_tokens": 512} | (request_options or {})
+        self.max_concurrency = max_concurrency
+        self.timeout = timeout
+        self.max_retries = max_retries
+        if api_key is None:
+            self._api_key = check_secret(os.environ.get("OPENAI_API_KEY"), "OPENAI_API_KEY")
+        else:
+            self._api_key = check_secret(api_key, "api_key")
+        # A semaphore belongs to the event loop that it is used in, and the trainer may replace its loop.
+        self._slots: WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Semaphore] = WeakKeyDictionary()
+
+    async def __call__(
+        self, images: list[Image.Image], prompts: list[str], trainer_state: Any = None, **columns: list
+    ) -> list[float | Exception | None]:
+        """
+        Judge images.
+
+        Args:
+            images (`list[PIL.Image.Image]`):
+                Images of any mode and size.
+            prompts (`list[str]`):
+                Their prompts.
+            trainer_state ([`~transformers.TrainerState`], *optional*):
+                Not used.
+            columns (`list`):
+                Not used.
+
+        Returns:
+            `list[float | Exception | None]`: For each image a value in [0, 1], or a [`RewardError`] if the judge did
+            not answer for it or did not answer a score.
+
+        Raises:
+            [`RewardError`]: If the endpoint refuses the key or the model, or is dead: no answer for 8 images in a row
+                (`max_concurrency` if that is more), or for every image of a smaller batch.
+        """
+        slots = self._slots.setdefault(asyncio.get_running_loop(), asyncio.Semaphore(self.max_concurrency))
+        unanswered = 0  # images in a row
+        too_many = min(len(images), max(8, self.max_concurrency))
+
+        async def value_of(image: Image.Image, prompt: str) -> float | Exception:
+            nonlocal unanswered
+            async with slots:
+                try:
+                    value: float | Exception = await self._judge(client, image, prompt)
+                except NoAnswerError as error:
+                    unanswered += 1
+                    # Not to wait for every image of a large batch in turn.
+                    if unanswered >= too_many:
+                        raise
+                    return error
+                except UnscoredError as error:
+                    value = error
+                unanswered = 0
+                return value
+
+        # A client for each call: connections belong to an event loop, too.
+        limits = httpx2.Limits(max_connections=self.max_concurrency)
+        async with httpx2.AsyncClient(timeout=None, limits=limits) as client:
+            failures: list[Exception] = []
+            try:
+                async with asyncio.TaskGroup() as group:
+                    tasks = [
+                        group.create_task(value_of(image, prompt))
+                        for image, prompt in zip(images, prompts, strict=True)
+                    ]
+            except* Exception as raised:
+                failures.extend(raised.exceptions)
+            if failures:
+                raise failures[0]
+            return [task.result() for task in tasks]
+
+    async def _judge(self, client: httpx2.AsyncClient, image: Image.Image, prompt: str) -> float:
+        """The value of one image, asked for until there is an answer."""
+        body = await asyncio.to_thread(self._request, image, prompt)  # compression would stop the event loop
+        headers = {"Content-Type": "application/json"} | bearer(self._api_key)
+        for attempt in range(1, self.max_retries + 2):
+            delay = retry_delay(attempt)
+            try:
+                async with asyncio.timeout(self.timeout):
+                    response = await client.post(f"{self.base_url}/chat/completions", content=body, headers=headers)
+            except TimeoutError as error:
+                raise NoAnswerError(
+                    f"The judge at {self.base_url} did not answer within {self.timeout:g} seconds. It hangs, or it is "
+                    "slow: then give it more time with `timeout` or less work with `max_concurrency`."
+                ) from error
+            except httpx2.RequestError as error:
+                problem = f"{type(error).__name__}: {error}"
+            else:
+                if response.status_code != 429 and response.status_code < 500:
+                    return self._value(response)
+                problem = f"status {response.status_code}: {self._quote(response.text)}"
+                delay = max(delay, _asked_delay(response))
+            if attempt <= self.max_retries:
+                await asyncio.sleep(delay)
+        raise NoAnswerError(
+            f"The judge at {self.base_url} did not answer (attempts: {attempt}; the last: "
+            f"{redact(problem, self._api_key)})."
+        )
+
+    def _request(self, image: Image.Image, prompt: str) -> bytes:
+        picture = base64.b64encode(encode_png(to_rgb(image))).decode("ascii")
+        content = [
+            {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{picture}"}},
+            {"type": "text", "text": self.prompt_template.replace("{prompt}", prompt)},
+        ]
+        options = {name: value for name, value in self.request_options.items() if value is not None}
+        request = {"model": self.model, "messages": [{"role": "user", "content": content}]} | options
+        return json.dumps(request).encode("ascii")
+
+    def _value(self, response: httpx2.Response) -> float:
+        """The value that an answer gives."""
+        told = self._quote(response.text)
+        if response.status_code in (400, 413, 422):  # about this image or prompt: too large, too long, ...
+            raise UnscoredError(f"The judge refused a request with status {response.status_code}: {told}.")
+        if response.status_code != 200:
+            mend = {
+                401: " Check `api_key`.",
+                403: " Check `api_key`.",
+                404: f" Check `base_url` and the model {self.model!r}.",
+            }.get(response.status_code, "")
+            raise RewardError(f"The judge at {self.base_url} answered status {response.status_code}: {told}.{mend}")
+        try:
+            choice = response.json()["choices"][0]
+            answer = choice["message"]["content"] or ""  # null where a model thought and said nothing
+            cut_off = choice.get("finish_reason") == "length"
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+            answer = None
+        if not isinstance(answer, str):
+            raise UnscoredError(f"What the judge at {self.base_url} answered is no chat completion: {told}.")
+        try:
+            score = parse_score(answer, self.score_label, self.score_range, cut_off)
+        except ValueError as error:
+            raise UnscoredError(f"{error} The judge answered {self._quote(answer)}.") from None
+        low, high = self.score_range
+        return (score - low) / (high - low)
+
+    def _quote(self, text: str) -> str:
+        return start_of(redact(text, self._api_key))
+
+
+def parse_score(answer: str, label: str, score_range: tuple[float, float], cut_off: bool = False) -> float:
+    """
+    The score in an answer: the last number behind the label.
+
+    `"Final Score: 4.5"`, `"**Final Score:** 4/5"`, `"Final Score (1-5): [4]"` and `'"final_score": 4'` are understood.
+
+    Args:
+        answer (`str`):
+            What the model wrote.
+        label (`str`):
+            The words in front of the score, in any case.
+        score_range (`tuple[float, float]`):
+            Lowest and highest score.
+        cut_off (`bool`, *optional*, defaults to `False`):
+            Whether the answer ends where the model was stopped: then a number at its very end may lack digits and
+            does not count.
+
+    Raises:
+        `ValueError`: If there is no score, it is on another scale ("4/10"), or it is outside of the range.
+    """
+    low, high = score_range
+    words = r"[\s_-]+".join(re.escape(word) for word in label.split())
+    between = r"""[\s*_`"'“”\[({<>:：=|#$]{0,20}"""
+    number = r"[-+]?\d++(?:\.\d++)?+"
+    matches = re.finditer(
+        rf"(?<!\w){words}{between}(?:\([^()\n]{{0,20}}\))?{between}(?:is\b{between})?"
+        rf"(?P<score>{number})(?![\d%]|[.,]\d|[-–~]\d|\s+(?:to|or)\s+\d)"  # nor a range, nor a list
+        rf"(?:\s*(?:/|out\s+of)\s*(?P<of>{number}))?",
+        answer,
+        re.IGNORECASE,
+    )
+    scores = [match for match in matches if not (cut_off and match.end() == len(answer))]
+    if not scores:
+        lacks = "was cut off before its score (raise `max_tokens`)" if cut_off else "has no score"
+        raise ValueError(f"The answer {lacks}: expected '{label}: ' and a number from {low:g} to {high:g}.")
+    score, of = float(scores[-1]["score"]), scores[-1]["of"]
+    if of is not None and float(of) != high:
+        raise ValueError(f"The score {score:g} is one out of {of}, not out of {high:g}.")
+    if not low <= score <= high:
+        raise ValueError(f"The score {score:g} is not from {low:g} to {high:g}.")
+    return score
+
+
+def _asked_delay(response: httpx2.Response) -> float:
+    """Seconds that the endpoint asks to wait; 0 if it does not say, or says it as a date."""
+    asked = response.headers.get("Retry-After", "")
+    return min(float(asked), LONGEST_WAIT) if re.fullmatch(r"\d+(\.\d+)?", asked) else 0.0
