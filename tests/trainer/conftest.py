@@ -4,6 +4,7 @@
 import numpy as np
 import pytest
 from datasets import Dataset
+from PIL import Image
 
 from trl_marble import MarbleConfig, MarbleNFTTrainer
 
@@ -65,3 +66,17 @@ def make_trainer(tmp_path, tiny_sd3, prompts, rewards):
         return MarbleNFTTrainer(args=args, **(defaults | own))
 
     return make
+
+
+@pytest.fixture
+def pictures():
+    """Images of many modes and sizes, one pixel and transparent ones among them."""
+    rng = np.random.default_rng(0)
+    noise = Image.fromarray(rng.integers(0, 256, (6, 6, 3), dtype=np.uint8))
+    return [
+        noise.resize((48, 40)),
+        Image.new("RGB", (1, 1), "red"),
+        Image.new("RGBA", (20, 30), (0, 200, 0, 90)),
+        noise.resize((64, 64)).convert("L"),
+        noise.resize((9, 50)),
+    ]

@@ -1,0 +1,115 @@
+# Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
+"""What rewards built on CLIP share: features of unit length, text and image preparation, files of weights."""
+
+import html
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import hf_hub_download
+from PIL import Image
+from torch import Tensor
+from torch.nn.functional import normalize
+
+
+def image_features(clip: Any, pixels: Tensor) -> Tensor:
+    """
+    Projected features of images.
+
+    Args:
+        clip ([`~transformers.CLIPModel`]):
+            The model.
+        pixels (`Tensor` of shape `[B, 3, H, W]`):
+            Normalized images of the model's size, on any device.
+
+    Returns:
+        `Tensor` of shape `[B, D]`, float32: vectors of length 1 on the model's device.
+    """
+    pooled = clip.vision_model(pixel_values=pixels.to(clip.device, clip.dtype)).pooler_output
+    return normalize(clip.visual_projection(pooled).float(), dim=-1)
+
+
+def text_features(clip: Any, tokenizer: Any, texts: list[str]) -> Tensor:
+    """
+    Projected features of texts. A text longer than the model can read keeps its beginning, and its end token.
+
+    Args:
+        clip ([`~transformers.CLIPModel`]):
+            The model.
+        tokenizer ([`~transformers.CLIPTokenizer`]):
+            Its tokenizer.
+        texts (`list[str]`):
+            The texts.
+
+    Returns:
+        `Tensor` of shape `[B, D]`, float32: vectors of length 1 on the model's device.
+    """
+    different = list(dict.fromkeys(texts))  # a group of images shares its prompt: read it once
+    tokens = tokenizer(
+        different,
+        padding="max_length",  # and not the longest of the batch, so that a value does not depend on its neighbours
+        truncation=True,
+        max_length=clip.config.text_config.max_position_embeddings,
+        return_tensors="pt",
+    )
+    # Without a mask: each token sees only those before it, and the features are those of the first end token.
+    pooled = clip.text_model(input_ids=tokens.input_ids.to(clip.device)).pooler_output
+    features = normalize(clip.text_projection(pooled).float(), dim=-1)
+    return features[[different.index(text) for text in texts]]
+
+
+def text_cleaner() -> Callable[[str], str]:
+    """
+    The cleaning of texts in the tokenizer of OpenAI's CLIP and of open_clip, which that of transformers leaves out.
+
+    It repairs wrongly decoded text, straightens quotes (`’` becomes `'`), resolves HTML entities and lowers the case.
+
+    Raises:
+        `ImportError`: If `ftfy` is not installed.
+    """
+    try:
+        import ftfy  # here, because only some rewards need it
+    except ImportError as error:
+        raise ImportError(
+            "This reward cleans prompts with `ftfy`, as its original does, and it is not installed. Install it with "
+            '`pip install "trl_marble[clip]"`.'
+        ) from error
+
+    def clean(text: str) -> str:
+        # Twice, as the originals do: "&amp;quot;" is found in captions from the web.
+        return html.unescape(html.unescape(ftfy.fix_text(text))).strip().lower()
+
+    return clean
+
+
+def crop_square(image: Image.Image, size: int) -> Image.Image:
+    """
+    The middle of an image as OpenAI's CLIP sees it.
+
+    The image processor of transformers resizes alike, but rounds the margins down, which is a pixel off for some
+    shapes (832 x 1216 is one). What is cropped here goes through it unchanged.
+
+    Args:
+        image (`PIL.Image.Image`):
+            An RGB image of any size.
+        size (`int`):
+            Width and height of the result; the shorter side of `image` is resized to it.
+    """
+    shorter = min(image.size)
+    width, height = (int(size * side / shorter) for side in image.size)
+    left, top = round((width - size) / 2), round((height - size) / 2)
+    return image.resize((width, height), Image.Resampling.BICUBIC).crop((left, top, left + size, top + size))
+
+
+def weights_file(model: str, filename: str) -> str:
+    """
+    Path of a file of weights.
+
+    Args:
+        model (`str`):
+            A local folder or the id of a model on the Hub.
+        filename (`str`):
+            Name of the file in it.
+    """
+    folder = Path(model)
+    return str(folder / filename) if folder.is_dir() else hf_hub_download(model, filename)

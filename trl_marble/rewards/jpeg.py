@@ -1,0 +1,50 @@
+# Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
+"""How small, or how large, an image is as a JPEG file: rewards that need no model."""
+
+from io import BytesIO
+from typing import Any
+
+from PIL import Image
+
+from .model_reward import to_rgb
+
+
+def jpeg_incompressibility(images: list[Image.Image], **kwargs: Any) -> list[float]:
+    """
+    The size of the image as a JPEG file, as in DDPO (https://huggingface.co/papers/2305.13301).
+
+    Applies to every image. It grows with the number of pixels: at one size of images only is it comparable.
+
+    Args:
+        images (`list[PIL.Image.Image]`):
+            Images of any mode and size. What is transparent is seen on white.
+
+    Returns:
+        `list[float]`: kilobytes (1000 bytes) at quality 95, one value an image; positive, without an upper bound.
+    """
+    return [_kilobytes(image) for image in images]
+
+
+def jpeg_compressibility(images: list[Image.Image], **kwargs: Any) -> list[float]:
+    """
+    Minus the size of the image as a JPEG file, as in DDPO (https://huggingface.co/papers/2305.13301).
+
+    Flow-GRPO and DiffusionNFT divide this number, and not its opposite, by 500; here both are DDPO's.
+
+    Applies to every image. It falls with the number of pixels: at one size of images only is it comparable.
+
+    Args:
+        images (`list[PIL.Image.Image]`):
+            Images of any mode and size. What is transparent is seen on white.
+
+    Returns:
+        `list[float]`: minus the kilobytes (1000 bytes) at quality 95, one value an image; negative, without a lower
+        bound.
+    """
+    return [-_kilobytes(image) for image in images]
+
+
+def _kilobytes(image: Image.Image) -> float:
+    buffer = BytesIO()
+    to_rgb(image).save(buffer, format="JPEG", quality=95)
+    return buffer.tell() / 1000
