@@ -1,0 +1,77 @@
+# Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
+"""The recipe's script from its command line, on a tiny pipeline and tiny scorers."""
+
+import functools
+import importlib.util
+from pathlib import Path
+
+import pytest
+from tiny_scorers import five_rewards
+from trl import TrlParser
+
+from trl_marble import MarbleConfig
+
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+@pytest.fixture
+def script():
+    spec = importlib.util.spec_from_file_location("recipe", EXAMPLES / "scripts" / "sd3_five_rewards.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def parse(script, *arguments):
+    return TrlParser((script.ScriptArguments, MarbleConfig)).parse_args_and_config(list(arguments))
+
+
+def test_the_command_in_the_docstring_is_the_papers_step(script, tmp_path):
+    command = script.__doc__.split("sd3_five_rewards.py", 1)[1].split("```")[0].replace("\\", "").split()
+    command[command.index("--output_dir") + 1] = str(tmp_path)
+    _, args = parse(script, *command, "--use_cpu")
+    assert args.generation_batch_size * 8 == 48 * 24  # on eight devices
+    assert (args.balance_every, args.balance_on, args.resolution, args.bf16) == (10, "loss", 512, True)
+
+
+def test_the_configuration_for_one_small_gpu(script, tmp_path):
+    config = str(EXAMPLES / "configs" / "sd3_five_rewards_24gb.yaml")
+    script_args, args = parse(script, "--config", config, "--output_dir", str(tmp_path), "--use_cpu")
+    assert script_args.offload_rewards and args.bf16 and args.gradient_checkpointing
+    assert args.prompts_per_generation == 12 and args.num_generations == 24
+
+
+@pytest.mark.filterwarnings("ignore:The prompt .* has .* tokens:UserWarning")
+def test_the_script_trains_and_leaves_an_adapter_with_a_card(script, tmp_path, monkeypatch, tiny_sd3):
+    five_rewards(tmp_path)  # leaves the folders that the scorers load
+    clip, detector = str(tmp_path / "clip"), str(tmp_path / "detector")
+    for name, arguments in {
+        "PickScore": {"model": clip, "processor": clip},
+        "HPSv2": {"model": clip, "tokenizer": clip},
+        "CLIPScore": {"model": clip},
+        "GenEval": {"detector": detector, "clip": clip},
+    }.items():
+        monkeypatch.setattr(script, name, functools.partial(getattr(script, name), **arguments))
+    tiny_sd3(num_layers=1).save_pretrained(tmp_path / "sd3")
+    (tmp_path / "prompts.txt").write_text("a cat\na street at night\n")
+    arguments = {
+        "model": tmp_path / "sd3",
+        "general_prompts": tmp_path / "prompts.txt",
+        "prompt_column": "prompt",
+        "num_generated_prompts": 4,
+        "output_dir": tmp_path / "run",
+        "per_device_train_batch_size": 6,
+        "gradient_accumulation_steps": 1,
+        "num_generations": 2,
+        "num_inference_steps": 2,
+        "max_steps": 1,
+        "max_sequence_length": 16,
+        "report_to": "none",
+    }
+    command = [text for name, value in arguments.items() for text in (f"--{name}", str(value))]
+    script.main(*parse(script, *command, "--offload_rewards", "--use_cpu", "--gradient_checkpointing"))
+    card = (tmp_path / "run" / "README.md").read_text()
+    for name in ("PickScore", "HPSv2", "CLIPScore", "OCRAccuracy", "GenEval"):
+        assert name in card
+    assert (tmp_path / "run" / "pytorch_lora_weights.safetensors").is_file()
