@@ -16,11 +16,7 @@ from transformers import (
     SwinConfig,
 )
 
-from trl_marble.rewards.clip_score import CLIPScore
-from trl_marble.rewards.geneval import GenEval
-from trl_marble.rewards.hps import HPSv2
-from trl_marble.rewards.ocr import OCRAccuracy
-from trl_marble.rewards.pickscore import PickScore
+from trl_marble.rewards import CLIPScore, GenEval, HPSv2, OCRAccuracy, PickScore
 
 
 def five_rewards(folder: Path, **settings) -> list:

@@ -37,11 +37,7 @@ from trl import TrlParser
 from trl_marble import MarbleConfig, MarbleNFTTrainer
 from trl_marble.data import compositional_prompts, load_prompts, mix_prompts, ocr_prompts
 from trl_marble.pipelines import load_pipeline
-from trl_marble.rewards.clip_score import CLIPScore
-from trl_marble.rewards.geneval import GenEval
-from trl_marble.rewards.hps import HPSv2
-from trl_marble.rewards.ocr import OCRAccuracy
-from trl_marble.rewards.pickscore import PickScore
+from trl_marble.rewards import CLIPScore, GenEval, HPSv2, OCRAccuracy, PickScore
 
 
 @dataclass

@@ -1,20 +1,41 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
 """Rewards: what they are, how they are called, and those that come with the package."""
 
+from .aesthetic import AestheticScore
+from .clip_score import CLIPScore
+from .geneval import GenEval
+from .hps import HPSv2
+from .image_reward import ImageReward
+from .jpeg import jpeg_compressibility, jpeg_incompressibility
 from .loading import KNOWN_REWARDS, load_reward
 from .model_reward import ModelReward
+from .ocr import OCRAccuracy
+from .pickscore import PickScore
 from .protocol import RewardError, RewardFunc, reward_names, reward_tensor
+from .remote import RemoteReward
 from .scoring import PendingScores, RewardScorer, Scores
+from .vlm_judge import VLMJudge
 
 
 __all__ = [
     "KNOWN_REWARDS",
+    "AestheticScore",
+    "CLIPScore",
+    "GenEval",
+    "HPSv2",
+    "ImageReward",
     "ModelReward",
+    "OCRAccuracy",
     "PendingScores",
+    "PickScore",
+    "RemoteReward",
     "RewardError",
     "RewardFunc",
     "RewardScorer",
     "Scores",
+    "VLMJudge",
+    "jpeg_compressibility",
+    "jpeg_incompressibility",
     "load_reward",
     "reward_names",
     "reward_tensor",
