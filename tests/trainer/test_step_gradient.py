@@ -1,6 +1,9 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
 """The kinds of optimizer steps: what they cost in passes over the model, and that their directions agree."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from peft import LoraConfig
@@ -213,3 +216,25 @@ def test_separate_backward_is_what_trains_without_linears(watched):
 
     watched(prepare, balance_every=2)
     assert seen == [SeparateBackward, type(None)]
+
+
+def test_the_buffers_of_a_step_do_not_outlive_it(watched):
+    """They are as large as the adapter times the number of rewards, and sampling needs the memory."""
+    buffers = []
+
+    def prepare(trainer):
+        begin = trainer.step_gradient.begin
+
+        def begin_and_note(*args):
+            begin(*args)
+            buffers.append(weakref.ref(trainer.step_gradient._rows))
+
+        trainer.step_gradient.begin = begin_and_note
+
+    gc.disable()  # they must go by themselves
+    try:
+        watch = watched(prepare, balance_every=1)
+        assert len(buffers) == 2 and [buffer() for buffer in buffers] == [None, None]
+    finally:
+        gc.enable()
+    assert watch.backwards[1] > 0

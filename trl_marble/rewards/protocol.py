@@ -24,8 +24,8 @@ RewardFunc = Callable[..., RewardValues | Awaitable[RewardValues]]
 It is called with keywords only: `images` (list of PIL images), `prompts` (list of strings), every other column of the
 dataset (list of values) and `trainer_state` ([`~transformers.TrainerState`]). It returns one number for each image,
 higher is better, or `None` (or NaN) where the reward does not apply. Where it should apply but failed for one image
-only, it may return the exception in the place of the number; raising means that it failed for all. Accept `**kwargs` to
-ignore what is not needed. A function whose attribute `image_type` is `"pt"` receives `images` as one tensor
+only, it may return the exception in the place of the number; raising means that it failed for all. Accept `**kwargs`
+to ignore what is not needed. A function whose attribute `image_type` is `"pt"` receives `images` as one tensor
 `[B, 3, H, W]` in [0, 1] instead.
 """
 

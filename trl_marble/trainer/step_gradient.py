@@ -209,8 +209,11 @@ class StepGradient:
                 Its samples.
         """
         self._recorder = self._rows if place in self._measured else None
-        with nullcontext() if self._recorder is None else self._recorder.recording(batch_size):
-            yield
+        try:
+            with nullcontext() if self._recorder is None else self._recorder.recording(batch_size):
+                yield
+        finally:
+            self._recorder = None
 
     def backward(self, losses: NFTLosses, divergence: Tensor | None, shares: LossShares) -> Tensor:
         """
