@@ -87,7 +87,7 @@ def test_backward_passes_of_a_solving_step_do_not_depend_on_the_rewards(watched,
 
 
 def test_other_steps_take_one_backward_pass(watched):
-    mixing = watched(balance_every=2, beta=0.1)
+    mixing = watched(balance_every=2, balance_on="loss", beta=0.1)
     assert mixing.backwards == [3 * micro_steps(mixing), micro_steps(mixing)]
     summing = watched(multi_objective_aggregation="sum_then_normalize")
     assert summing.backwards == [micro_steps(summing)] * 2
@@ -132,7 +132,7 @@ def test_weighted_passes_give_the_direction_of_separate_ones(watched, balance_on
 
 def test_dora_takes_separate_passes_and_says_so(watched, caplog):
     config = LoraConfig(r=4, target_modules=["attn.to_q"], use_dora=True)
-    watch = watched(peft_config=config, balance_every=1, beta=0.0)
+    watch = watched(peft_config=config, balance_on="loss", beta=0.0)
     assert watch.trainer.step_gradient.linears is None
     assert "not plain LoRA on linear layers" in caplog.text
     assert watch.backwards[1] == 3 * micro_steps(watch)
