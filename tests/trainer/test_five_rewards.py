@@ -8,7 +8,8 @@ import pytest
 from datasets import Dataset
 from tiny_scorers import five_rewards
 
-from trl_marble.data import compositional_prompts, mix_prompts, ocr_prompts
+from trl_marble.data import compositional_prompts, generators, mix_prompts, ocr_prompts
+from trl_marble.rewards import geneval_scoring
 
 
 NAMES = ["PickScore", "HPSv2", "CLIPScore", "OCRAccuracy", "GenEval"]
@@ -74,3 +75,8 @@ def test_prompts_of_the_generators_are_what_the_scorers_read(tmp_path, pictures)
     values = rewards[4](images=[pictures[0]] * 60, prompts=asked["prompt"][:], **columns)
     assert all(value is not None and value <= 1 for value in values)
     assert all(json.loads(entry) for entry in columns["include"])
+
+
+def test_the_generators_name_the_classes_and_colors_of_the_scorer():
+    assert set(generators.CLASSES) == set(geneval_scoring.CLASSES)
+    assert set(generators.COLORS) == set(geneval_scoring.COLORS)
