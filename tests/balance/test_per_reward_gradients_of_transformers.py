@@ -2,13 +2,12 @@
 """The weighted backward pass on the attention layers of real diffusers transformers, against one pass a row."""
 
 import pytest
+import tiny
 import torch
 from diffusers import (
-    FluxTransformer2DModel,
     Lumina2Transformer2DModel,
     QwenImageTransformer2DModel,
     SanaTransformer2DModel,
-    SD3Transformer2DModel,
     WanTransformer3DModel,
     ZImageTransformer2DModel,
 )
@@ -23,38 +22,14 @@ times = torch.tensor([0.2, 0.5, 0.9])
 
 
 def sd3():
-    model = SD3Transformer2DModel(
-        sample_size=8,
-        patch_size=2,
-        in_channels=4,
-        out_channels=4,
-        num_layers=2,
-        attention_head_dim=8,
-        num_attention_heads=2,
-        caption_projection_dim=16,
-        joint_attention_dim=16,
-        pooled_projection_dim=16,
-        pos_embed_max_size=8,
-        dual_attention_layers=(0,),
-    )
-    x, text, pooled = torch.randn(BATCH, 4, 8, 8), torch.randn(BATCH, TOKENS, 16), torch.randn(BATCH, 16)
+    model = tiny.tiny_sd3(dual_attention_layers=(0,)).transformer
+    x, text, pooled = torch.randn(BATCH, 4, 8, 8), torch.randn(BATCH, TOKENS, 64), torch.randn(BATCH, 64)
     return model, lambda: model(x, text, pooled, times)[0]
 
 
 def flux():
-    model = FluxTransformer2DModel(
-        patch_size=1,
-        in_channels=16,
-        num_layers=1,
-        num_single_layers=1,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        joint_attention_dim=16,
-        pooled_projection_dim=16,
-        axes_dims_rope=(4, 4, 8),
-        guidance_embeds=True,
-    )
-    x, text, pooled = torch.randn(BATCH, 16, 16), torch.randn(BATCH, TOKENS, 16), torch.randn(BATCH, 16)
+    model = tiny.tiny_flux().transformer
+    x, text, pooled = torch.randn(BATCH, 16, 16), torch.randn(BATCH, TOKENS, 32), torch.randn(BATCH, 32)
     places = torch.cartesian_prod(torch.zeros(1), torch.arange(4.0), torch.arange(4.0))
     return model, lambda: model(x, text, pooled, times, places, torch.zeros(TOKENS, 3), times)[0]
 
