@@ -189,7 +189,9 @@ def test_reference_amortization_is_the_exact_one_for_a_single_reward_only(watche
     ("backend", "checkpointing", "beta"),
     [("inductor", False, 0.0), ("aot_eager", True, 0.1)],  # without `beta` the first step has one backward pass
 )
-def test_compiled_blocks_give_the_same_directions(watched, backend, checkpointing, beta):
+def test_compiled_blocks_give_the_same_directions(watched, monkeypatch, backend, checkpointing, beta):
+    # `torch_compile` sets this for the whole process; what is set here is taken back after the test.
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "no")
     torch.compiler.reset()  # blocks that were compiled before would be taken, whatever the backend
     settings = {"balance_every": 2, "balance_on": "advantage", "max_steps": 3, "learning_rate": 1e-3}
     settings |= {"beta": beta, "gradient_checkpointing": checkpointing}
