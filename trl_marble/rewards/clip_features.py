@@ -6,10 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import hf_hub_download
 from PIL import Image
 from torch import Tensor
 from torch.nn.functional import normalize
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 
 def image_features(clip: Any, pixels: Tensor) -> Tensor:
@@ -99,6 +101,17 @@ def crop_square(image: Image.Image, size: int) -> Image.Image:
     width, height = (int(size * side / shorter) for side in image.size)
     left, top = round((width - size) / 2), round((height - size) / 2)
     return image.resize((width, height), Image.Resampling.BICUBIC).crop((left, top, left + size, top + size))
+
+
+def normalize_pixels(pixels: Tensor) -> Tensor:
+    """
+    An image with the mean and the spread that OpenAI's CLIP was trained on, and models that followed it.
+
+    Args:
+        pixels (`Tensor` of shape `[3, H, W]`):
+            RGB, float32, in [0, 1].
+    """
+    return (pixels - torch.tensor(OPENAI_CLIP_MEAN).view(3, 1, 1)) / torch.tensor(OPENAI_CLIP_STD).view(3, 1, 1)
 
 
 def weights_file(model: str, filename: str) -> str:

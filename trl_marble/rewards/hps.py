@@ -10,9 +10,8 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate, pad
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
-from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
-from .clip_features import image_features, text_cleaner, text_features, weights_file
+from .clip_features import image_features, normalize_pixels, text_cleaner, text_features, weights_file
 from .model_reward import ModelReward
 
 
@@ -133,7 +132,7 @@ def letterbox(image: Image.Image, size: int) -> Tensor:
         pixels = interpolate(pixels[None], (height, width), mode="bicubic", align_corners=False, antialias=True)[0]
     left, top = (size - width) // 2, (size - height) // 2
     pixels = pad(pixels, (left, size - width - left, top, size - height - top))
-    return (pixels - torch.tensor(OPENAI_CLIP_MEAN).view(3, 1, 1)) / torch.tensor(OPENAI_CLIP_STD).view(3, 1, 1)
+    return normalize_pixels(pixels)
 
 
 def clip_from_open_clip(state: dict[str, Tensor], eos_token_id: int) -> CLIPModel:

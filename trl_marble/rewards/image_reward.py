@@ -12,9 +12,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 from transformers import BertTokenizer, BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
-from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
-from .clip_features import crop_square, weights_file
+from .clip_features import crop_square, normalize_pixels, weights_file
 from .model_reward import ModelReward
 
 
@@ -165,8 +164,7 @@ def network_from_checkpoint(checkpoint: dict[str, Tensor], text_sizes: dict) -> 
 
 
 def _pixels(image: Image.Image, size: int) -> Tensor:
-    pixels = torch.from_numpy(np.array(crop_square(image, size))).permute(2, 0, 1) / 255
-    return (pixels - torch.tensor(OPENAI_CLIP_MEAN).view(3, 1, 1)) / torch.tensor(OPENAI_CLIP_STD).view(3, 1, 1)
+    return normalize_pixels(torch.from_numpy(np.array(crop_square(image, size))).permute(2, 0, 1) / 255)
 
 
 def _renamed(name: str) -> str:
