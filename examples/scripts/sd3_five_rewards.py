@@ -1,7 +1,7 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
 
 # /// script
-# dependencies = ["trl_marble[clip,ocr,trl]"]
+# dependencies = ["trl_marble[clip,ocr]"]
 # ///
 """
 Align Stable Diffusion 3.5 Medium with five rewards at once, as MARBLE does (huggingface.co/papers/2605.06507):
