@@ -1,0 +1,103 @@
+# Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
+"""The script for Flux from its command line, on a tiny pipeline, with a real reward server and a judge's endpoint."""
+
+import importlib.util
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors import safe_open
+from trl import TrlParser
+
+from trl_marble import MarbleConfig
+from trl_marble.rewards.server import RewardServer
+
+
+SCRIPT = Path(__file__).parents[2] / "examples" / "scripts" / "flux_remote_rewards.py"
+
+
+@pytest.fixture
+def script():
+    spec = importlib.util.spec_from_file_location("flux_script", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def judge():
+    """An OpenAI-compatible endpoint that finds every picture worth 4 of 5."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            self.rfile.read(int(self.headers["Content-Length"]))
+            answer = json.dumps({"choices": [{"message": {"content": "Final Score: 4"}}]}).encode()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(answer)))
+            self.end_headers()
+            self.wfile.write(answer)
+
+        def log_message(self, *args):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}/v1"
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+class PickScore:
+    """A reward with the name that the script asks the server for."""
+
+    def __call__(self, images, **kwargs):
+        return [float(np.asarray(image).mean()) for image in images]
+
+
+class ImageReward(PickScore):
+    pass
+
+
+def parse(script, *arguments):
+    return TrlParser((script.ScriptArguments, MarbleConfig)).parse_args_and_config(list(arguments))
+
+
+def test_the_command_in_the_docstring_is_one_that_the_script_takes(script, tmp_path):
+    command = script.__doc__.split("flux_remote_rewards.py", 1)[1].split("```")[0].replace("\\", "").split()
+    command[command.index("--output_dir") + 1] = str(tmp_path)
+    _, args = parse(script, *command, "--use_cpu")
+    assert args.generation_batch_size * 8 == 48 * 24 and args.guidance_scale == 3.5
+
+
+@pytest.mark.filterwarnings("ignore:The prompt .* has .* tokens:UserWarning")
+def test_the_script_trains_with_rewards_from_servers(script, tmp_path, judge, tiny_flux):
+    tiny_flux().save_pretrained(tmp_path / "flux")
+    (tmp_path / "prompts.txt").write_text("a cat\na street at night\n")
+    with RewardServer([PickScore(), ImageReward()], port=0) as server:
+        arguments = {
+            "model": tmp_path / "flux",
+            "prompts": tmp_path / "prompts.txt",
+            "reward_server": server.url,
+            "judge": judge,
+            "lora_rank": 2,
+            "output_dir": tmp_path / "run",
+            "per_device_train_batch_size": 4,
+            "gradient_accumulation_steps": 1,
+            "num_generations": 2,
+            "num_inference_steps": 2,
+            "max_steps": 1,
+            "max_sequence_length": 16,
+            "report_to": "none",
+        }
+        command = [text for name, value in arguments.items() for text in (f"--{name}", str(value))]
+        script.main(*parse(script, *command, "--use_cpu"))
+    card = (tmp_path / "run" / "README.md").read_text()
+    for name in ("PickScore", "ImageReward", "VLMJudge", "OCRAccuracy"):
+        assert name in card
+    with safe_open(tmp_path / "run" / "pytorch_lora_weights.safetensors", framework="pt") as file:
+        assert all(file.get_tensor(key).shape[0] == 2 for key in file.keys() if "lora_A" in key)
