@@ -1,20 +1,41 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
-"""What a run shows of itself: tables, plots and grids of its images."""
+"""Evaluating pipelines and adapters, and what a run shows of itself: tables, plots, contact sheets."""
 
+from .comparison import EvaluationComparison, compare_evaluations
+from .diversity import group_diversity, thumbnails
 from .evaluation import Evaluation, nan_aware_mean
+from .evaluation_config import EvaluationConfig
+from .evaluator import evaluate_pipeline
+from .measures import PromptDiversity, RewardMean, WinRate
 from .plots import before_after_grid, image_grid, plot_balance, plot_rewards
+from .results import EvaluationResults
+from .statistics import WinCount, clustered_mean, composite_scores, count_wins
 from .summary import BalanceSummary, format_value, rewards_table, summarize_balance
 
 
 __all__ = [
     "BalanceSummary",
     "Evaluation",
+    "EvaluationComparison",
+    "EvaluationConfig",
+    "EvaluationResults",
+    "PromptDiversity",
+    "RewardMean",
+    "WinCount",
+    "WinRate",
     "before_after_grid",
+    "clustered_mean",
+    "compare_evaluations",
+    "composite_scores",
+    "count_wins",
+    "evaluate_pipeline",
     "format_value",
+    "group_diversity",
     "image_grid",
     "nan_aware_mean",
     "plot_balance",
     "plot_rewards",
     "rewards_table",
     "summarize_balance",
+    "thumbnails",
 ]

@@ -17,6 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
@@ -32,6 +33,8 @@ TAKEN, NOT_TAKEN, CONFLICT = "#0072B2", "#D55E00", "#FBE3DC"
 DPI = 150
 # Mean width of a character of the default font, in font sizes.
 CHARACTER_WIDTH = 0.56
+# Size of the text under an image in sizes of the other text, and height of a line of it in cells.
+CAPTION_SCALE, CAPTION_LINE = 0.78, 0.13
 
 
 def image_grid(
@@ -40,6 +43,7 @@ def image_grid(
     path: str | os.PathLike,
     *,
     column_labels: Sequence[str] | None = None,
+    captions: Sequence[Sequence[str]] | None = None,
     cell: int = 160,
     title: str | None = None,
 ) -> Path:
@@ -55,6 +59,8 @@ def image_grid(
             The file to write, its format after its suffix; folders are made.
         column_labels (`Sequence[str]`, *optional*):
             One label a column, such as the rewards or seeds.
+        captions (`Sequence[Sequence[str]]`, *optional*):
+            What is written under each image, such as its rewards; one or more lines, as long as the cell is wide.
         cell (`int`, *optional*, defaults to `160`):
             Width and height of a cell in pixels.
         title (`str`, *optional*):
@@ -64,15 +70,25 @@ def image_grid(
         `Path`: the file.
 
     Raises:
-        `ValueError`: where there is no image, or the labels are not as many as the rows or columns.
+        `ValueError`: where there is no image, or the labels are not as many as the rows or columns, or the captions
+            not as many as the images.
     """
     _check_grid("rows", rows, "row_labels", row_labels)
+    if captions is not None and [len(row) for row in captions] != [len(row) for row in rows]:
+        raise ValueError(
+            f"`captions` has rows of {[len(row) for row in captions]}, `rows` of {[len(row) for row in rows]} images. "
+            "Pass one caption for each image."
+        )
     columns = max(map(len, rows))
     if column_labels is not None and len(column_labels) != columns:
         raise ValueError(f"`column_labels` has {len(column_labels)} labels for {columns} columns. Pass one for each.")
-    layout = _GridLayout(cell, [columns], len(rows), title is not None, column_labels is not None)
+    caption_lines = max((text.count("\n") + 1 for row in captions or () for text in row), default=0)
+    layout = _GridLayout(cell, [columns], len(rows), title is not None, column_labels is not None, caption_lines)
     for row, images in enumerate(rows):
         layout.draw_row(row, row_labels[row], [images])
+    for row, texts in enumerate(captions or ()):
+        for column, text in enumerate(texts):
+            layout.write_caption(row, column, text)
     if title is not None:
         layout.write_title(title)
     for column, label in enumerate(column_labels or ()):
@@ -254,6 +270,70 @@ def plot_rewards(history: Sequence[Mapping[str, Any]], path: str | os.PathLike) 
     return _save(figure, path)
 
 
+def plot_histograms(
+    values: Mapping[str, Sequence[float]],
+    path: str | os.PathLike,
+    *,
+    sources: Sequence[str] | None = None,
+    title: str | None = None,
+) -> Path:
+    """
+    Write how the values of each reward are spread, one panel a reward, stacked by the sources of the prompts.
+
+    Args:
+        values (`Mapping[str, Sequence[float]]`):
+            Reward name -> one value an image, NaN where the reward does not apply.
+        path (`str` or `os.PathLike`):
+            The file to write, its format after its suffix; folders are made.
+        sources (`Sequence[str]`, *optional*):
+            The source of each image's prompt. Defaults to one histogram of all images.
+        title (`str`, *optional*):
+            A line above all.
+
+    Returns:
+        `Path`: the file.
+
+    Raises:
+        `ValueError`: where there is no reward, or the sources are not as many as the values.
+    """
+    if not values:
+        raise ValueError("`values` has no reward. Pass at least one.")
+    for name, row in values.items():
+        if sources is not None and len(sources) != len(row):
+            raise ValueError(f"`sources` has {len(sources)} entries, `values[{name!r}]` has {len(row)}.")
+    known = sorted(set(sources or ()))
+    columns = min(3, len(values))
+    lines = math.ceil(len(values) / columns)
+    figure = _figure(3.3 * columns, 0.5 + 2.0 * lines)
+    panels = figure.subplots(lines, columns, squeeze=False).flatten()
+    for index, (axes, (name, row)) in enumerate(zip(panels, values.items(), strict=False)):
+        finite = np.isfinite(row)
+        array = np.asarray(row, dtype=float)
+        groups = [array[finite & (np.asarray(sources) == source)] for source in known] or [array[finite]]
+        # Colours are the rewards' where there is one source, else the sources'.
+        colors = [_color(place) for place in range(len(groups))] if known else [_color(index)]
+        edges = np.histogram_bin_edges(array[finite], bins=20) if finite.any() else np.array([0.0, 1.0])
+        below = np.zeros(len(edges) - 1)
+        for group, color in zip(groups, colors, strict=True):
+            counts, _ = np.histogram(group, bins=edges)
+            axes.stairs(below + counts, edges, baseline=below, fill=True, color=color, alpha=0.88)
+            below = below + counts
+        _style(axes, f"{name}  ({finite.sum()} images)", None)
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=5))  # of the reward's own unit, not whole steps
+        axes.yaxis.set_major_locator(MaxNLocator(nbins=4, integer=True))
+        axes.set_ylim(0, max(1.0, 1.05 * below.max()))
+    for axes in panels[len(values) :]:
+        axes.set_visible(False)
+    if known:
+        handles = [Patch(color=_color(place), alpha=0.88) for place in range(len(known))]
+        figure.legend(
+            handles, known, title="source", loc="outside right upper", frameon=False, fontsize=9, alignment="left"
+        )
+    if title is not None:
+        figure.suptitle(title, x=0.02, ha="left", fontsize=10.5, color=FAINT, parse_math=False)
+    return _save(figure, path)
+
+
 class _GridLayout:
     """
     A page of image cells, addressed by block, row and column, with room for labels; everything scales with the cell.
@@ -262,13 +342,23 @@ class _GridLayout:
     matplotlib writes the text over it.
     """
 
-    def __init__(self, cell: int, blocks: list[int], rows: int, has_title: bool, has_headers: bool) -> None:
+    def __init__(
+        self,
+        cell: int,
+        blocks: list[int],
+        rows: int,
+        has_title: bool,
+        has_headers: bool,
+        caption_lines: int = 0,
+    ) -> None:
         self.cell, self.blocks = cell, blocks
         self.gap, self.margin, self.block_gap = round(0.06 * cell), round(0.16 * cell), round(0.3 * cell)
         self.label_width = round(1.55 * cell)
         self.font = 0.105 * cell  # in pixels
         self.title_height = round(0.3 * cell) if has_title else 0
         self.header_height = round(0.34 * cell) if has_headers else 0
+        # A little air below the last line parts it from the next row.
+        self.caption_height = round((CAPTION_LINE * caption_lines + 0.06) * cell) if caption_lines else 0
         last = len(blocks) - 1
         self.width = self.left(last, blocks[last]) - self.gap + self.margin
         self.height = self.top(rows) - self.gap + self.margin
@@ -284,7 +374,8 @@ class _GridLayout:
 
     def top(self, row: int) -> int:
         """The upper edge of a row in pixels."""
-        return self.margin + self.title_height + self.header_height + row * (self.cell + self.gap)
+        height = self.cell + self.caption_height + self.gap
+        return self.margin + self.title_height + self.header_height + row * height
 
     def draw_row(self, row: int, label: str, blocks: Sequence[Sequence[Image.Image]]) -> None:
         width = int((self.label_width - 2 * self.gap) / (CHARACTER_WIDTH * self.font))
@@ -299,6 +390,12 @@ class _GridLayout:
                 y = self.top(row) + (self.cell - size[1]) // 2
                 self.page.paste(image.convert("RGB").resize(size, Image.Resampling.LANCZOS), (x, y))
                 self.frames.append((x, y, *size))
+
+    def write_caption(self, row: int, column: int, text: str) -> None:
+        width = int(self.cell / (CHARACTER_WIDTH * CAPTION_SCALE * self.font))
+        lines = [line if len(line) <= width else line[: width - 1] + "…" for line in text.split("\n")]
+        style = {"va": "top", "color": FAINT, "scale": CAPTION_SCALE, "linespacing": 1.25}
+        self.texts.append((self.left(0, column), self.top(row) + 1.04 * self.cell, "\n".join(lines), style))
 
     def write_title(self, text: str) -> None:
         y = self.margin + 0.1 * self.cell

@@ -1,0 +1,94 @@
+# Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
+"""The settings of [`evaluate_pipeline`]."""
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass
+class EvaluationConfig:
+    """
+    Configuration class for [`evaluate_pipeline`].
+
+    Args:
+        output_dir (`str`):
+            Where scores, images and the contact sheet go. An evaluation that was interrupted continues there.
+        adapter (`str`, *optional*):
+            LoRA adapter to evaluate: a Hub id, a folder with `pytorch_lora_weights.safetensors`, or a `.safetensors`
+            file. Defaults to the pipeline as it is.
+        num_generations (`int`, *optional*, defaults to `4`):
+            Number of images sampled for each prompt.
+        seed (`int`, *optional*, defaults to `0`):
+            Seed of the evaluation, not negative. The same seed gives image number g of prompt number p the same
+            initial noise, whatever is evaluated.
+        num_inference_steps (`int`, *optional*, defaults to `25`):
+            Number of solver steps. The solver is the pipeline's own scheduler.
+        guidance_scale (`float`, *optional*, defaults to `1.0`):
+            Guidance scale as the pipeline understands it; `1.0` samples Stable Diffusion 3 without classifier-free
+            guidance, as in training.
+        resolution (`int`, *optional*):
+            Height and width of the images in pixels. Defaults to the pipeline's own size.
+        max_sequence_length (`int`, *optional*):
+            Maximum number of prompt tokens, for pipelines whose text encoder takes it. Defaults to the pipeline's own.
+        batch_size (`int`, *optional*, defaults to `8`):
+            Number of images that one call of the pipeline samples on each device, and that are scored and saved
+            together. Images depend on it only by rounding.
+        bf16 (`bool`, *optional*, defaults to `False`):
+            Whether to sample in bfloat16. A pipeline given by name is loaded in it, one given as an object runs under
+            autocast. Rewards that are models score in it, unless they chose their own dtype.
+        reward_failure (`str`, *optional*, defaults to `"raise"`):
+            What happens where a reward raises, takes too long, or answers an exception for an image. `"raise"`: the
+            evaluation stops with an error that names the reward, the prompt and the cause; what was scored is kept.
+            `"mask"`: the images count as ones that the reward does not apply to, and how many they are is reported; it
+            stops only if a reward fails for every image that it applies to.
+        reward_timeout (`float`, *optional*):
+            Longest time in seconds to wait for a reward's answer about one batch. Defaults to waiting for ever.
+
+    Raises:
+        `ValueError`: for a setting that cannot work.
+    """
+
+    output_dir: str = field(metadata={"help": "Where scores, images and the contact sheet go."})
+    adapter: str | None = field(
+        default=None, metadata={"help": "LoRA to evaluate: Hub id, folder or .safetensors file; none: the base."}
+    )
+    num_generations: int = field(default=4, metadata={"help": "Number of images sampled for each prompt."})
+    seed: int = field(default=0, metadata={"help": "Seed of the images."})
+    num_inference_steps: int = field(default=25, metadata={"help": "Number of solver steps."})
+    guidance_scale: float = field(default=1.0, metadata={"help": "Guidance scale as the pipeline understands it."})
+    resolution: int | None = field(default=None, metadata={"help": "Height and width of the images in pixels."})
+    max_sequence_length: int | None = field(default=None, metadata={"help": "Maximum number of prompt tokens."})
+    batch_size: int = field(default=8, metadata={"help": "Number of images sampled and scored together."})
+    bf16: bool = field(default=False, metadata={"help": "Whether to sample in bfloat16."})
+    reward_failure: Literal["raise", "mask"] = field(
+        default="raise", metadata={"help": "Where a reward fails: 'raise', or 'mask' the images and count them."}
+    )
+    reward_timeout: float | None = field(
+        default=None, metadata={"help": "Longest time in seconds to wait for a reward's answer about one batch."}
+    )
+
+    def __post_init__(self) -> None:
+        if not str(self.output_dir).strip():
+            raise ValueError(f"`output_dir` is {self.output_dir!r}; pass the folder that the results go to.")
+        at_least = {
+            "num_generations": (1, "evaluation needs an image a prompt"),
+            "seed": (0, "seeds are not negative"),
+            "num_inference_steps": (1, "sampling needs a step"),
+            "resolution": (1, "leave it out to use the pipeline's own size"),
+            "max_sequence_length": (1, "leave it out to use the pipeline's own"),
+            "batch_size": (1, "a call of the pipeline needs an image"),
+        }
+        for name, (minimum, why) in at_least.items():
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < minimum):
+                raise ValueError(f"`{name}` is {value!r}; it must be an integer of at least {minimum}: {why}.")
+        if not 0 <= self.guidance_scale < math.inf:
+            raise ValueError(f"`guidance_scale` is {self.guidance_scale}; it must be a finite number, 0 or greater.")
+        if self.reward_failure not in ("raise", "mask"):
+            raise ValueError(f"`reward_failure` is {self.reward_failure!r}; it must be one of 'raise', 'mask'.")
+        if self.reward_timeout is not None and not 0 < self.reward_timeout < math.inf:
+            raise ValueError(
+                f"`reward_timeout` is {self.reward_timeout}; it must be a number of seconds greater than 0. Leave it "
+                "out to wait for ever."
+            )

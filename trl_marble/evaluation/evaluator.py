@@ -1,0 +1,383 @@
+# Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
+"""Sampling and scoring a whole prompt set: batch by batch, on any number of processes, and to be continued."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from datasets import Dataset
+from diffusers import DiffusionPipeline
+from PIL import Image
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import TrainerState
+from transformers.utils import logging
+
+from ..data import validate_prompts
+from ..pipelines import FlowPipeline, load_pipeline
+from ..rewards import PendingScores, RewardError, RewardFunc, RewardScorer
+from .adapters import file_digest, find_adapter, loaded_adapter
+from .contact_sheet import write_contact_sheet
+from .evaluation_config import EvaluationConfig
+from .measures import PromptDiversity
+from .records import BatchRecords, ImageRecord
+from .results import (
+    CONTACT_SHEET_FILE,
+    GROUP_COLUMNS,
+    NUMBER_COLUMNS,
+    SUMMARY_FILE,
+    TEXT_COLUMNS,
+    EvaluationResults,
+    group_numbers,
+)
+
+
+logger = logging.get_logger(__name__)
+
+
+def evaluate_pipeline(
+    pipeline: str | Path | DiffusionPipeline,
+    reward_funcs: str | RewardFunc | list[str | RewardFunc],
+    prompts: Dataset,
+    args: EvaluationConfig,
+) -> EvaluationResults:
+    """
+    Score a pipeline, with or without an adapter, on a prompt set with several rewards.
+
+    Images and scores are written batch by batch. Called again with the same settings after an interruption, it does
+    what is missing and gives the very same scores. Under `accelerate launch` or `torchrun` each process takes its
+    share of the batches; the number of processes changes nothing about the result. All of them must see `output_dir`.
+
+    Example:
+
+    ```python
+    from trl_marble.evaluation import EvaluationConfig, compare_evaluations, evaluate_pipeline
+    from trl_marble.shapeworld import load_pipeline, load_prompts, reward_funcs
+
+    steps = {"num_inference_steps": 8}
+    task = (load_pipeline(), reward_funcs(), load_prompts("test"))
+    base = evaluate_pipeline(*task, EvaluationConfig("runs/base", **steps))
+    ours = evaluate_pipeline(*task, EvaluationConfig("runs/ours", adapter="runs/demo", **steps))
+    compare_evaluations({"base": base, "ours": ours}, "runs/base-vs-ours").print_table()
+    ```
+
+    Args:
+        pipeline (`str`, `Path` or [`~diffusers.DiffusionPipeline`]):
+            The flow-matching pipeline: a Hub id, a local folder, or the object. An object is used on the device and in
+            the dtype that it has, and is left as it was.
+        reward_funcs (`str`, `RewardFunc` or a list of them):
+            The rewards, as [`MarbleNFTTrainer`] takes them. `trainer_state` is that of no step.
+        prompts ([`~datasets.Dataset`]):
+            Prompts, in a column `prompt`. All other columns are passed to the rewards; `source` and `tag` also group
+            the averages.
+        args ([`EvaluationConfig`]):
+            Configuration.
+
+    Returns:
+        [`EvaluationResults`]: also in `args.output_dir`: `scores.csv`, `evaluation.json`, `images/`,
+        `contact_sheet.html`, and in `records/` what continuing needs.
+
+    Raises:
+        `ValueError`: for a pipeline that is not flow matching, a prompt set without prompts, rewards whose names are
+            those of columns of the table, or an `output_dir` with an evaluation of other settings.
+        `OSError`: if the pipeline or the adapter cannot be found.
+        [`~trl_marble.rewards.RewardError`]: if a reward failed, see `EvaluationConfig.reward_failure`.
+    """
+    validate_prompts(prompts, "prompts")
+    if not isinstance(args, EvaluationConfig):
+        raise TypeError(f"`args` is a {type(args).__name__}; pass an `EvaluationConfig`.")
+    scorer = RewardScorer(reward_funcs, args.reward_timeout)
+    if taken := set(scorer.names) & {*NUMBER_COLUMNS, *TEXT_COLUMNS}:
+        raise ValueError(
+            f"A reward is named {sorted(taken)[0]!r}, a column of the table of scores. Rename the function."
+        )
+    # Without an accelerator it has to be told, or the processes would not find each other.
+    state = PartialState(cpu=not torch.accelerator.is_available())
+    is_object = isinstance(pipeline, DiffusionPipeline)
+    model = load_pipeline(pipeline, None if is_object or not args.bf16 else torch.bfloat16)
+    if not is_object:
+        model.to(state.device)
+    flow = FlowPipeline(model, args.resolution, args.resolution, args.guidance_scale, args.max_sequence_length)
+    adapter = None if args.adapter is None else find_adapter(args.adapter)
+    settings = _settings(pipeline, model, adapter, scorer.names, prompts, args)
+    folder = Path(args.output_dir)
+    records = BatchRecords(folder)
+    plan = _Plan(prompts, args)
+
+    with _failing_together(state):
+        if state.is_main_process:
+            records.begin(settings)
+    scorer.to(flow.device, torch.bfloat16 if args.bf16 else torch.float32)
+    try:
+        with _failing_together(state), loaded_adapter(model, adapter):
+            _evaluate_share(flow, scorer, plan, records, args, state)
+    finally:
+        scorer.close()
+    with _failing_together(state):
+        if state.is_main_process:
+            _merge(settings, scorer.names, plan, records, args)
+    return EvaluationResults.load(folder)
+
+
+class _Plan:
+    """Which image is sampled from what, and with which others: the same for any number of processes."""
+
+    def __init__(self, prompts: Dataset, args: EvaluationConfig) -> None:
+        self.prompts = prompts
+        self.num_generations = args.num_generations
+        self.seed = args.seed
+        self.num_images = len(prompts) * args.num_generations
+        self.batches = [
+            range(start, min(start + args.batch_size, self.num_images))
+            for start in range(0, self.num_images, args.batch_size)
+        ]
+
+    def place(self, index: int) -> tuple[int, int]:
+        """Row of the prompt set and number among its images."""
+        return divmod(index, self.num_generations)
+
+    def image_seed(self, index: int) -> int:
+        return image_seed(self.seed, *self.place(index))
+
+    def image_name(self, index: int) -> str:
+        return "{:05d}_{:02d}".format(*self.place(index))
+
+
+class _Sampled(NamedTuple):
+    """A batch of images whose scores are on their way."""
+
+    number: int
+    images: list[Image.Image]
+    pending: PendingScores
+
+
+def image_seed(seed: int, prompt_index: int, generation: int) -> int:
+    """
+    The seed of one image of an evaluation.
+
+    Args:
+        seed (`int`):
+            Seed of the evaluation, not negative.
+        prompt_index (`int`):
+            Row of the prompt set.
+        generation (`int`):
+            Number of the image among those of the row.
+
+    Returns:
+        `int`: of 53 bits, which every reader of JSON and CSV keeps exactly. Different places give unrelated seeds, and
+        none of them is one of training.
+    """
+    sequence = np.random.SeedSequence(seed, spawn_key=(prompt_index, generation))
+    return int(sequence.generate_state(1, np.uint64)[0]) >> 11
+
+
+def _evaluate_share(
+    flow: FlowPipeline,
+    scorer: RewardScorer,
+    plan: _Plan,
+    records: BatchRecords,
+    args: EvaluationConfig,
+    state: PartialState,
+) -> None:
+    """Do what is missing of this process's batches. A batch is scored while the next one is sampled."""
+    share = range(state.process_index, len(plan.batches), state.num_processes)
+    missing = [number for number in share if not _is_finished(records, number)]
+    num_missing = sum(len(plan.batches[number]) for number in missing)
+    total = sum(len(plan.batches[number]) for number in share)
+    waiting: _Sampled | None = None
+    with tqdm(
+        total=total,
+        initial=total - num_missing,
+        desc="evaluation",
+        unit="image",
+        leave=False,
+        dynamic_ncols=True,
+        disable=not state.is_local_main_process,
+    ) as bar:
+        for number in missing:
+            sampled = _sample(flow, scorer, plan, number, args)
+            if waiting is not None:
+                _finish(waiting, scorer, plan, records, args)
+                bar.update(len(waiting.images))
+            waiting = sampled
+        if waiting is not None:
+            _finish(waiting, scorer, plan, records, args)
+            bar.update(len(waiting.images))
+    scorer.release()
+
+
+def _is_finished(records: BatchRecords, number: int) -> bool:
+    try:
+        return records.read(number) is not None
+    except ValueError as error:
+        logger.warning(f"{error} Its batch is sampled and scored again.")
+        return False
+
+
+@torch.no_grad()
+def _sample(flow: FlowPipeline, scorer: RewardScorer, plan: _Plan, number: int, args: EvaluationConfig) -> _Sampled:
+    indices = plan.batches[number]
+    rows = [plan.prompts[plan.place(index)[0]] for index in indices]
+    texts = [row["prompt"] for row in rows]
+    columns = {name: [row[name] for row in rows] for name in plan.prompts.column_names if name != "prompt"}
+    seeds = [plan.image_seed(index) for index in indices]
+    unique = list(dict.fromkeys(texts))
+    conditioning = flow.encode(unique).select(torch.tensor([unique.index(text) for text in texts]))
+    device = flow.device
+    with (
+        torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
+        torch.autocast(device.type, torch.bfloat16, enabled=args.bf16),
+    ):
+        torch.manual_seed(seeds[0])  # for solvers that draw noise at every step
+        images = list(flow.rollout(conditioning, seeds, args.num_inference_steps).images)
+    return _Sampled(number, images, scorer.submit(images, texts, columns, TrainerState()))
+
+
+def _finish(
+    sampled: _Sampled, scorer: RewardScorer, plan: _Plan, records: BatchRecords, args: EvaluationConfig
+) -> None:
+    """Wait for a batch's scores and put it on disk."""
+    scores = scorer.collect(sampled.pending)
+    if scores.errors:
+        if args.reward_failure == "raise":
+            raise RewardError(
+                f"{scores.errors[0]} What was scored so far is kept: evaluate again to continue, or set "
+                "`reward_failure='mask'` to leave failed images out."
+            ) from scores.errors[0].__cause__
+        logger.warning(f"Left out as not applicable: {int(scores.failed.sum())} failed rewards. {scores.errors[0]}")
+    written = [
+        records.save_image(index, plan.image_name(index), image, scores.rewards[:, i], scores.failed[:, i])
+        for i, (index, image) in enumerate(zip(plan.batches[sampled.number], sampled.images, strict=True))
+    ]
+    records.write(sampled.number, written)
+
+
+def _merge(
+    settings: dict[str, Any], names: list[str], plan: _Plan, records: BatchRecords, args: EvaluationConfig
+) -> None:
+    """Put all batches into one table, and write it with its summary and its contact sheet."""
+    scored: list[ImageRecord] = []
+    for number in range(len(plan.batches)):
+        batch = records.read(number)
+        if batch is None:
+            raise FileNotFoundError(
+                f"Batch {number} is missing in `{records.folder}`; `output_dir` must be one folder for all processes."
+            )
+        scored += batch
+    failed = np.array([record.failed for record in scored]).sum(axis=0)
+    table = _table(plan, scored, names)
+    for name, number in zip(names, failed.tolist(), strict=True):
+        if number and (args.reward_failure == "raise" or not table[name].notna().any()):
+            raise RewardError(
+                f"Reward `{name}` failed for {number} of {len(table)} images and scored {table[name].notna().sum()}. "
+                "Set `reward_failure='mask'` to leave failed images out, as long as some are left; or mend the reward "
+                "and evaluate in another `output_dir`."
+            )
+    diversity = PromptDiversity().compute(
+        features=torch.stack([record.thumbnail_features() for record in scored]).numpy(),
+        groups=group_numbers(table["prompt"]),
+    )
+    results = EvaluationResults(
+        folder=records.folder,
+        settings=settings,
+        reward_names=names,
+        table=table,
+        failed=dict(zip(names, failed.tolist(), strict=True)),
+        prompt_diversity=diversity["per_group"],
+    )
+    (records.folder / SUMMARY_FILE).unlink(missing_ok=True)
+    write_contact_sheet({results.title: results}, records.folder / CONTACT_SHEET_FILE)
+    results.save()
+
+
+def _table(plan: _Plan, scored: Sequence[ImageRecord], names: Sequence[str]) -> pd.DataFrame:
+    places = [plan.place(record.index) for record in scored]
+    columns: dict[str, Any] = {
+        "index": [record.index for record in scored],
+        "prompt_index": [row for row, _ in places],
+        "generation": [generation for _, generation in places],
+        "seed": [plan.image_seed(record.index) for record in scored],
+    }
+    for column in ("prompt", *GROUP_COLUMNS):
+        if column in plan.prompts.column_names:
+            values = plan.prompts[column][:]
+            texts = [None if values[row] in (None, "") else str(values[row]) for row, _ in places]
+            columns[column] = pd.Series(texts, dtype="object")
+    columns["image"] = pd.Series([record.file for record in scored], dtype="object")
+    for k, name in enumerate(names):
+        columns[name] = np.array([record.rewards[k] for record in scored], dtype=float)  # None becomes NaN
+    return pd.DataFrame(columns)
+
+
+def _settings(
+    pipeline: str | Path | DiffusionPipeline,
+    model: DiffusionPipeline,
+    adapter: Path | None,
+    reward_names: list[str],
+    prompts: Dataset,
+    args: EvaluationConfig,
+) -> dict[str, Any]:
+    """What every score depends on, and what was evaluated."""
+    named = model.config.get("_name_or_path") if isinstance(pipeline, DiffusionPipeline) else str(pipeline)
+    return {
+        "pipeline": str(named or type(model).__name__),
+        "adapter": None if args.adapter is None else str(args.adapter),
+        "pipeline_digest": _pipeline_digest(model),
+        "adapter_digest": None if adapter is None else file_digest(adapter),
+        "rewards": reward_names,
+        "num_prompts": len(prompts),
+        "prompts_digest": _prompts_digest(prompts),
+        "num_generations": args.num_generations,
+        "seed": args.seed,
+        "num_inference_steps": args.num_inference_steps,
+        "guidance_scale": float(args.guidance_scale),
+        "resolution": args.resolution,
+        "max_sequence_length": args.max_sequence_length,
+        "bf16": args.bf16,
+        "batch_size": args.batch_size,
+    }
+
+
+def _pipeline_digest(pipeline: DiffusionPipeline) -> str:
+    """Of the scheduler's settings and the name, shape, dtype and first 64 values of every weight of a pipeline."""
+    # Keys with an underscore say how the settings came about.
+    scheduler = {key: value for key, value in pipeline.scheduler.config.items() if not key.startswith("_")}
+    digest = hashlib.sha256(json.dumps([type(pipeline.scheduler).__name__, scheduler], default=repr).encode())
+    for component, module in sorted(pipeline.components.items()):
+        if isinstance(module, nn.Module):
+            for name, weight in module.named_parameters():
+                digest.update(f"{component}.{name} {tuple(weight.shape)} {weight.dtype}".encode())
+                digest.update(weight.detach().flatten()[:64].float().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _prompts_digest(prompts: Dataset) -> str:
+    """Of all rows and columns of a prompt set."""
+    digest = hashlib.sha256()
+    for row in prompts:
+        digest.update(json.dumps(row, sort_keys=True, default=repr).encode() + b"\n")
+    return digest.hexdigest()
+
+
+@contextmanager
+def _failing_together(state: PartialState):
+    """Where one process fails, all do: nobody waits for one that has gone."""
+    failure: Exception | None = None
+    try:
+        yield
+    except Exception as error:
+        failure = error
+    messages = gather_object([None if failure is None else f"{type(failure).__name__}: {failure}"])
+    if failure is not None:
+        raise failure
+    for process, message in enumerate(messages):
+        if message is not None:
+            raise RuntimeError(f"Process {process} of {state.num_processes} failed with {message}")

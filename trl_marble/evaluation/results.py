@@ -1,0 +1,246 @@
+# Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
+"""What is known of a pipeline after its images were scored."""
+
+import csv
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from .formatting import format_with_error
+from .measures import RewardMean
+from .records import write_atomically
+from .statistics import clustered_mean
+
+
+# Columns of the table that are not rewards; the last two are those of prompt sets that have them.
+NUMBER_COLUMNS = ("index", "prompt_index", "generation", "seed")
+TEXT_COLUMNS = ("prompt", "image", "source", "tag")
+GROUP_COLUMNS = ("source", "tag")
+NO_GROUP = "(none)"
+
+TABLE_FILE = "scores.csv"
+SUMMARY_FILE = "evaluation.json"
+CONTACT_SHEET_FILE = "contact_sheet.html"
+
+
+@dataclass(frozen=True, eq=False)
+class EvaluationResults:
+    """
+    A pipeline's images on a prompt set, and what every reward says of each of them.
+
+    Standard errors are taken over prompts, because the images of one prompt are not independent, see
+    [`~trl_marble.evaluation.clustered_mean`]. A prompt is a text: rows of the prompt set with the same text are one.
+
+    Args:
+        folder (`Path`):
+            Where the images are.
+        settings (`dict`):
+            What was evaluated and how. Two results can be compared where all agree but those that name or identify the
+            pipeline and the adapter, and `batch_size`.
+        reward_names (`list[str]`):
+            The K rewards.
+        table (`pandas.DataFrame`):
+            One row an image: `index`, `prompt_index` (row of the prompt set), `generation` (number among the images of
+            that row), `seed`, `prompt`, `source` and `tag` (if the prompt set has these columns; `None` where it has
+            no value), `image` (path relative to the folder), and a column for each reward (NaN where it does not apply
+            or failed).
+        failed (`dict[str, int]`):
+            Reward name -> number of images that it failed for.
+        prompt_diversity (`list[float]`):
+            Root mean square difference between the images of each prompt, in [0, 1], in the order in which the prompts
+            first come in the table; NaN for a prompt with fewer than two images.
+    """
+
+    folder: Path
+    settings: dict[str, Any]
+    reward_names: list[str]
+    table: pd.DataFrame
+    failed: dict[str, int]
+    prompt_diversity: list[float]
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "EvaluationResults":
+        """
+        Read what [`evaluate_pipeline`] left in a folder.
+
+        Args:
+            folder (`str` or `Path`):
+                The `output_dir` of the evaluation.
+
+        Raises:
+            `FileNotFoundError`: if the folder holds no finished evaluation.
+            `ValueError`: if its files do not fit together.
+        """
+        folder = Path(folder)
+        if not (folder / SUMMARY_FILE).is_file():
+            unfinished = (folder / "records").is_dir()
+            raise FileNotFoundError(
+                f"`{folder}` holds no finished evaluation (no `{SUMMARY_FILE}`). "
+                + ("Continue it with the same settings." if unfinished else "Pass the `output_dir` of one.")
+            )
+        try:
+            content = json.loads((folder / SUMMARY_FILE).read_text(encoding="utf-8"))
+            names = content["reward_names"]
+            settings, failed = content["settings"], content["failed"]
+            diversity = [math.nan if value is None else value for value in content["prompt_diversity"]]
+            table = _read_table(folder / TABLE_FILE, names)
+            images = settings["num_prompts"] * settings["num_generations"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"The evaluation in `{folder}` is damaged: {error}. Evaluate again.") from error
+        if len(table) != images or table["prompt"].nunique() != len(diversity):
+            raise ValueError(
+                f"The evaluation in `{folder}` is damaged: `{TABLE_FILE}` has {len(table)} images of "
+                f"{table['prompt'].nunique()} prompts, `{SUMMARY_FILE}` says {images} of {len(diversity)}. Evaluate "
+                "again."
+            )
+        return cls(folder, settings, names, table, failed, diversity)
+
+    def save(self) -> None:
+        """Write `scores.csv` and `evaluation.json` to the folder. The latter, which makes it complete, comes last."""
+        text = self.table.to_csv(index=False, quoting=csv.QUOTE_NONNUMERIC, lineterminator="\n")
+        write_atomically(self.folder / TABLE_FILE, text.encode("utf-8"))
+        content = {
+            "settings": self.settings,
+            "reward_names": self.reward_names,
+            "rewards": {
+                name: {"mean": mean, "standard_error": error, "num_valid": int(self.table[name].notna().sum())}
+                for name, (mean, error) in self.summary().items()
+            },
+            "diversity": dict(zip(("mean", "standard_error"), self.diversity(), strict=True)),
+            "failed": self.failed,
+            "prompt_diversity": self.prompt_diversity,
+        }
+        write_atomically(self.folder / SUMMARY_FILE, to_json(content))
+
+    @property
+    def groups(self) -> np.ndarray:
+        """The prompt of each image, shape `[N]`, numbered from 0 on in the order in which the prompts first come."""
+        return group_numbers(self.table["prompt"])
+
+    def summary(self) -> dict[str, tuple[float, float]]:
+        """
+        Mean of each reward over the images that it applies to, and its standard error over prompts.
+
+        Returns:
+            `dict[str, tuple[float, float]]`: reward name -> (mean, standard error), in the reward's own unit; NaN
+            where there is nothing to take it from.
+        """
+        groups = self.groups
+        return {name: _mean_and_error(self.table[name].to_numpy(), groups) for name in self.reward_names}
+
+    def averages(self, column: str) -> pd.DataFrame:
+        """
+        The same for the prompts of each source or tag.
+
+        Args:
+            column (`str`):
+                `"source"` or `"tag"`.
+
+        Returns:
+            `pandas.DataFrame`: one row for each value of the column and each reward, in the order in which they first
+            come, with the columns `<column>`, `reward`, `mean`, `standard_error` and `num_images` (those that the
+            reward applies to). Prompts without a value are those of `(none)`.
+
+        Raises:
+            `ValueError`: if the prompt set has no such column.
+        """
+        if column not in GROUP_COLUMNS or column not in self.table:
+            available = [name for name in GROUP_COLUMNS if name in self.table]
+            raise ValueError(
+                f"There are no averages by {column!r}; the prompt set has {available or 'no such column'}."
+            )
+        rows = []
+        for value, part in self.table.groupby(self.table[column].fillna(NO_GROUP), sort=False):
+            groups = group_numbers(part["prompt"])
+            for name in self.reward_names:
+                mean, error = _mean_and_error(part[name].to_numpy(), groups)
+                rows.append((value, name, mean, error, int(part[name].notna().sum())))
+        return pd.DataFrame(rows, columns=[column, "reward", "mean", "standard_error", "num_images"])
+
+    def diversity(self) -> tuple[float, float]:
+        """
+        How much the images of one prompt differ, so that a collapse shows.
+
+        Returns:
+            `tuple[float, float]`: the root mean square difference between two images of one prompt at 16 x 16 pixels,
+            averaged over prompts, in [0, 1], and its standard error. NaN with one image a prompt.
+        """
+        return clustered_mean(np.array(self.prompt_diversity), np.arange(len(self.prompt_diversity)))
+
+    def to_table(self) -> Table:
+        """A table for the terminal: one row a reward, and the diversity."""
+        table = Table(title=f"Rewards of {self.title}", title_justify="left", title_style="bold")
+        table.add_column("Reward")
+        for header in ("Mean", "Images"):
+            table.add_column(header, justify="right")
+        if any(self.failed.values()):
+            table.add_column("Failed", justify="right")
+        for name, value in self.summary().items():
+            cells = [format_with_error(value), str(self.table[name].notna().sum())]
+            table.add_row(Text(name), *cells, *([str(self.failed[name])] if any(self.failed.values()) else []))
+        table.add_section()
+        table.add_row("diversity within a prompt", format_with_error(self.diversity()), str(len(self.table)))
+        return table
+
+    def print_table(self) -> None:
+        """Print [`~EvaluationResults.to_table`]."""
+        Console().print(self.to_table())
+
+    @property
+    def title(self) -> str:
+        """What was evaluated, in words; of a folder by its name alone."""
+        names = [self.settings["adapter"], self.settings["pipeline"]]
+        return " on ".join(Path(name).name if Path(name).is_absolute() else name for name in names if name is not None)
+
+
+def group_numbers(texts: Sequence[str] | pd.Series) -> np.ndarray:
+    """The number of each text among the different ones, in the order in which they first come."""
+    return pd.factorize(pd.Series(texts))[0]
+
+
+def to_json(content: Mapping[str, Any]) -> bytes:
+    """Standard JSON, which has no NaN: `null` in its place."""
+
+    def without_nan(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {key: without_nan(entry) for key, entry in value.items()}
+        if isinstance(value, list | tuple):
+            return [without_nan(entry) for entry in value]
+        return None if isinstance(value, float) and math.isnan(value) else value
+
+    return (json.dumps(without_nan(content), indent=2, allow_nan=False, ensure_ascii=False) + "\n").encode("utf-8")
+
+
+def _mean_and_error(values: np.ndarray, groups: np.ndarray) -> tuple[float, float]:
+    measured = RewardMean().compute(data=values, groups=groups)
+    return measured["mean"], measured["standard_error"]
+
+
+def _read_table(file: Path, reward_names: Sequence[str]) -> pd.DataFrame:
+    # Every text as it is: a prompt may be "NA" or "007".
+    columns = dict.fromkeys(NUMBER_COLUMNS, "int64") | dict.fromkeys(TEXT_COLUMNS, "object")
+    columns |= dict.fromkeys(reward_names, "float64")
+    table = pd.read_csv(
+        file,
+        dtype=columns,
+        keep_default_na=False,
+        na_values={name: [""] for name in reward_names},
+        float_precision="round_trip",
+        encoding="utf-8",
+    )
+    missing = [name for name in (*NUMBER_COLUMNS, "prompt", "image", *reward_names) if name not in table]
+    if missing:
+        raise ValueError(f"`{file.name}` has no column {missing[0]!r}")
+    for column in GROUP_COLUMNS:
+        if column in table:
+            table[column] = table[column].replace({"": None})
+    return table

@@ -1,0 +1,142 @@
+# Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
+"""Means, standard errors and tests of scored images, where the images of one prompt are not independent."""
+
+import math
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import numpy as np
+from scipy.stats import binomtest
+
+
+class WinCount(NamedTuple):
+    """
+    How often the second of two pipelines made the better image of a pair.
+
+    Args:
+        wins (`int`):
+            Pairs in which the second image has the higher reward.
+        ties (`int`):
+            Pairs with equal rewards.
+        losses (`int`):
+            Pairs in which the second image has the lower reward.
+        win_rate (`float`):
+            (wins + ties / 2) / pairs, in [0, 1]; NaN without pairs.
+        prompts_up (`int`):
+            Prompts whose mean difference is positive.
+        prompts_down (`int`):
+            Prompts whose mean difference is negative.
+        p_value (`float`):
+            Of the two-sided sign test over prompts, in (0, 1]; NaN where no prompt changed.
+    """
+
+    wins: int
+    ties: int
+    losses: int
+    win_rate: float
+    prompts_up: int
+    prompts_down: int
+    p_value: float
+
+
+def clustered_mean(values: np.ndarray, groups: np.ndarray) -> tuple[float, float]:
+    r"""
+    The mean over all images, and its standard error over prompts.
+
+    With $n_g$ valid images of prompt g, their mean $\bar x_g$, $N = \sum_g n_g$ and G prompts that have a valid image,
+
+        mean = (1 / N) sum_g n_g x̄_g
+        standard error = sqrt(G / (G - 1) * sum_g (n_g (x̄_g - mean))^2) / N
+
+    which is the cluster-robust standard error of a mean. Where every prompt has the same number of valid images it is
+    the standard deviation of the prompts' means divided by sqrt(G).
+
+    Args:
+        values (`np.ndarray` of shape `[N]`):
+            One value an image; NaN where there is none.
+        groups (`np.ndarray` of shape `[N]`, integers):
+            The prompt of each image.
+
+    Returns:
+        `tuple[float, float]`: mean and standard error, in the unit of the values. Both are NaN without a valid value;
+        the error is NaN with only one prompt that has any.
+    """
+    totals, counts, mean = _group_totals(values, groups)
+    if len(counts) < 2:
+        return mean, math.nan
+    spread = np.square(totals - counts * mean).sum() * len(counts) / (len(counts) - 1)
+    return mean, math.sqrt(spread) / int(counts.sum())
+
+
+def count_wins(before: np.ndarray, after: np.ndarray, groups: np.ndarray) -> WinCount:
+    """
+    Count which image of each pair is the better one, and test whether the prompts went one way.
+
+    The images of one prompt are not independent, so the sign test has one vote a prompt: the sign of its mean
+    difference. Prompts with a mean difference of exactly 0 have none.
+
+    Args:
+        before (`np.ndarray` of shape `[N]`):
+            Rewards of the first pipeline's images; NaN where there is none.
+        after (`np.ndarray` of shape `[N]`):
+            Rewards of the second pipeline's images of the same prompts and seeds.
+        groups (`np.ndarray` of shape `[N]`, integers):
+            The prompt of each pair.
+
+    Returns:
+        [`WinCount`]: over the pairs in which both images have a reward.
+    """
+    difference = after - before
+    wins, losses, ties = (int(count.sum()) for count in (difference > 0, difference < 0, difference == 0))
+    pairs = wins + ties + losses
+    totals, _, _ = _group_totals(difference, groups)
+    up, down = int((totals > 0).sum()), int((totals < 0).sum())
+    return WinCount(
+        wins=wins,
+        ties=ties,
+        losses=losses,
+        win_rate=(wins + ties / 2) / pairs if pairs else math.nan,
+        prompts_up=up,
+        prompts_down=down,
+        p_value=float(binomtest(up, up + down).pvalue) if up + down else math.nan,
+    )
+
+
+def composite_scores(means: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """
+    One number for each of several pipelines, as in MARBLE (https://huggingface.co/papers/2605.06507).
+
+    The means of one reward over all pipelines are turned into z-scores, (mean - mean over the pipelines) / standard
+    deviation over the pipelines (that of the population), 0 where all pipelines are equal. The composite score of a
+    pipeline is the mean of its z-scores. It ranks *these* pipelines and depends on which they are; with two of them
+    every z-score is -1, 0 or 1.
+
+    Args:
+        means (`Mapping[str, Mapping[str, float]]`):
+            Pipeline -> reward name -> mean reward.
+
+    Returns:
+        `dict[str, float]`: pipeline -> composite score, 0 on average. Rewards that have no mean (NaN) in one of the
+        pipelines take no part; NaN where none is left.
+    """
+    table = np.array([list(row.values()) for row in means.values()], dtype=float)
+    table = table[:, np.isfinite(table).all(axis=0)]
+    spread = table.std(axis=0)
+    # Equal means have a spread of exactly 0 or of a rounding.
+    equal = np.ptp(table, axis=0) <= 1e-12 * np.abs(table).max(axis=0, initial=0.0)
+    scores = np.where(equal, 0.0, (table - table.mean(axis=0)) / np.where(equal, 1.0, spread))
+    return {name: float(row.mean()) if len(row) else math.nan for name, row in zip(means, scores, strict=True)}
+
+
+def _group_totals(values: np.ndarray, groups: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
+    """Sum and number of the valid values of each group that has any, and the mean of all."""
+    values, groups = np.asarray(values, dtype=float), np.asarray(groups)
+    if values.shape != groups.shape:
+        raise ValueError(f"There are {len(values)} values for {len(groups)} groups; pass the group of each value.")
+    valid = ~np.isnan(values)
+    if not valid.any():
+        return np.empty(0), np.empty(0), math.nan
+    _, place = np.unique(groups[valid], return_inverse=True)
+    totals = np.bincount(place, weights=values[valid])
+    counts = np.bincount(place)
+    return totals, counts, float(values[valid].mean())
