@@ -9,6 +9,7 @@ runs in a process of its own: [`LocalHub.run`].
 import base64
 import hashlib
 import json
+import math
 import os
 import re
 import subprocess
@@ -39,12 +40,14 @@ class LocalHub:
         url (`str`): the value for `HF_ENDPOINT`.
         files (`dict[str, dict[str, bytes]]`): repository id -> path in the repository -> content, newest commit.
         commits (`dict[str, list[str]]`): repository id -> titles of its commits, oldest first.
+        private (`dict[str, bool]`): repository id -> whether it was created as a private one.
         requests (`list[tuple[str, str]]`): method and path of every request, in the order of arrival.
     """
 
     def __init__(self) -> None:
         self.files: dict[str, dict[str, bytes]] = {}
         self.commits: dict[str, list[str]] = {}
+        self.private: dict[str, bool] = {}
         self.requests: list[tuple[str, str]] = []
         self.lock = threading.Lock()
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), _handler_for(self))
@@ -122,7 +125,8 @@ def local_hub() -> Iterator[LocalHub]:
 
 def card_errors(content: str) -> list[str]:
     """
-    What the Hub would refuse in a model card: its rules for the metadata fields that this package writes.
+    What the Hub would refuse in a model card: its rules for the metadata fields that this package writes, as its
+    answers to bad cards show them.
 
     Args:
         content (`str`): the whole `README.md`.
@@ -131,7 +135,7 @@ def card_errors(content: str) -> list[str]:
     if match is None:
         return ["the card does not start with a metadata block between two lines of ---"]
     try:
-        metadata = yaml.safe_load(match["yaml"])
+        metadata = yaml.load(match["yaml"], _StrictLoader)
     except yaml.YAMLError as error:
         return [f"the metadata is not YAML: {error}"]
     if not isinstance(metadata, dict):
@@ -148,25 +152,68 @@ def card_errors(content: str) -> list[str]:
             errors.append(f'"{key}" must be a string or a list of strings')
         elif key != "tags":
             errors += [
-                f'"{key}" is no repository id: {value}'
+                f'"{key}" with value "{value}" is not valid'
                 for value in values
-                if not re.fullmatch(r"[\w.-]+/[\w.-]+", value)
+                if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", value) or "--" in value or ".." in value
             ]
+    if metadata.get("base_model_relation", "adapter") not in ("adapter", "finetune", "merge", "quantized"):
+        errors.append('"base_model_relation" must be one of [adapter, finetune, merge, quantized]')
     for item in metadata.get("widget", []):
         if not isinstance(item.get("text"), str) or not isinstance(item.get("output", {}).get("url"), str):
             errors.append(f'"widget" items need a text and an output url: {item}')
-    for model in metadata.get("model-index", []):
-        if not isinstance(model.get("name"), str):
-            errors.append('"model-index[].name" is required')
-        for result in model.get("results", []):
-            if "type" not in result.get("task", {}):
-                errors.append('"model-index[].results[].task.type" is required')
-            if not {"type", "name"} <= result.get("dataset", {}).keys():
-                errors.append('"model-index[].results[].dataset.type" and ".name" are required')
-            for metric in result.get("metrics", [{}]):
-                if "type" not in metric or not isinstance(metric.get("value"), int | float | str):
-                    errors.append('"model-index[].results[].metrics[]" need a type and a value')
+    index = metadata.get("model-index", [])
+    if not isinstance(index, list):
+        return [*errors, '"model-index" must be an array']
+    for i, model in enumerate(index):
+        errors += _model_errors(f"model-index[{i}]", model)
     return errors
+
+
+def _model_errors(place: str, model: object) -> list[str]:
+    """What is wrong with an entry of a model index."""
+    if not isinstance(model, dict):
+        return [f'"{place}" must be of type object']
+    errors = _string_errors(place, model, required=("name",))
+    results = model.get("results")
+    if not isinstance(results, list):
+        return [*errors, f'"{place}.results" must be an array']
+    for i, result in enumerate(results):
+        here = f"{place}.results[{i}]"
+        errors += _string_errors(f"{here}.task", result.get("task", {}), ("type",), ("name",))
+        dataset = result.get("dataset", {})
+        errors += _string_errors(f"{here}.dataset", dataset, ("type", "name"), ("config", "split", "revision"))
+        if not re.fullmatch(r"(?:[\w-]+/)?[\w.-]+", str(dataset.get("type", ""))):
+            errors.append(f'"{here}.dataset.type" with value "{dataset.get("type")}" is not valid')
+        if "source" in result:
+            errors += _string_errors(f"{here}.source", result["source"], ("url",), ("name",))
+        if not isinstance(result.get("metrics"), list):
+            errors.append(f'"{here}.metrics" must be an array')
+            continue
+        for k, metric in enumerate(result["metrics"]):
+            errors += _string_errors(f"{here}.metrics[{k}]", metric, ("type",), ("name", "config"))
+            value = metric.get("value")
+            if value is None or (isinstance(value, float) and not math.isfinite(value)):
+                errors.append(f'"{here}.metrics[{k}].value" is required')
+    return errors
+
+
+def _string_errors(
+    place: str, mapping: dict[str, object], required: tuple[str, ...], optional: tuple[str, ...] = ()
+) -> list[str]:
+    """Which of a mapping's fields are missing, empty or no strings."""
+    errors = [f'"{place}.{key}" is required' for key in required if mapping.get(key) in (None, "")]
+    present = [key for key in (*required, *optional) if mapping.get(key) is not None]
+    return errors + [f'"{place}.{key}" must be a string' for key in present if not isinstance(mapping[key], str)]
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """YAML in which a mapping has each key once, as for the Hub; plain PyYAML takes the last one."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[object, object]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        if repeated := [key for key in keys if keys.count(key) > 1]:
+            raise yaml.YAMLError(f"duplicated mapping key {repeated[0]!r}")
+        return super().construct_mapping(node, deep)
 
 
 def _handler_for(hub: LocalHub) -> type[BaseHTTPRequestHandler]:
@@ -228,6 +275,7 @@ def _handler_for(hub: LocalHub) -> type[BaseHTTPRequestHandler]:
             if repo in hub.files:
                 return self.reply(409, answer | {"error": "You already created this model repo"})
             hub.files[repo], hub.commits[repo] = {}, []
+            hub.private[repo] = bool(request.get("private") or request.get("visibility") == "private")
             self.reply(200, answer)
 
         def whoami(self, match: re.Match[str], body: bytes) -> None:

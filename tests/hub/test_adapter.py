@@ -1,52 +1,20 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
 """A saved adapter is right when a fresh base pipeline that loads it makes the same images."""
 
-import inspect
 import json
 
 import numpy as np
 import pytest
 import tiny
 import torch
+from adapter_helpers import FILE, TARGETS, add_trained_adapter, images, quiet
 from local_hub import local_hub
-from peft import LoraConfig
 from safetensors import safe_open
 
 from trl_marble.hub import adapter_state, save_adapter
 
 
 FACTORIES = {"sd3": tiny.tiny_sd3, "flux": tiny.tiny_flux}
-TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj"]
-FILE = "pytorch_lora_weights.safetensors"
-
-
-def images(pipeline) -> np.ndarray:
-    """Two images from fixed seeds, as floats in [0, 1] of shape (2, height, width, 3)."""
-    return pipeline(
-        ["two red circles", "a blue square"],
-        height=16,
-        width=16,
-        num_inference_steps=3,
-        guidance_scale=1.0,
-        max_sequence_length=16,
-        generator=[torch.Generator().manual_seed(seed) for seed in (3, 4)],
-        output_type="np",
-    ).images
-
-
-def quiet(pipeline):
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
-
-
-def add_trained_adapter(pipeline, name: str = "default", seed: int = 0) -> None:
-    """Give the transformer an adapter that does something, with alpha far from r."""
-    config = LoraConfig(r=4, lora_alpha=12, init_lora_weights="gaussian", target_modules=TARGETS)
-    pipeline.transformer.add_adapter(config, adapter_name=name)
-    generator = torch.Generator().manual_seed(seed)
-    for parameter_name, parameter in pipeline.transformer.named_parameters():
-        if f".{name}." in parameter_name:
-            parameter.data = 0.3 * torch.randn(parameter.shape, generator=generator)
 
 
 @pytest.fixture
@@ -72,11 +40,14 @@ def test_fresh_pipeline_makes_the_same_images(family, tmp_path):
 
 def test_pushed_adapter_makes_the_same_images_in_another_process(trained, tmp_path):
     save_adapter(trained, tmp_path / "adapter")
-    script = """
+    head = """
 import sys
+import numpy as np, tiny
+from adapter_helpers import add_trained_adapter, images, quiet
 from huggingface_hub import HfApi
-import tiny
-
+"""
+    make = "p = quiet(tiny.tiny_sd3()); add_trained_adapter(p); np.save(sys.argv[1], images(p))"
+    use = """
 folder, out = sys.argv[1:]
 HfApi().create_repo("me/adapter")
 HfApi().upload_folder(folder_path=folder, repo_id="me/adapter")
@@ -87,14 +58,10 @@ for source in (folder, "me/adapter"):
     results.append(images(pipeline))
 np.save(out, np.stack(results))
 """
-    functions = "".join(map(inspect.getsource, (images, quiet, add_trained_adapter)))
-    head = f"import numpy as np, sys, tiny, torch\nfrom peft import LoraConfig\nTARGETS = {TARGETS}\n{functions}"
-    make = "p = quiet(tiny.tiny_sd3()); add_trained_adapter(p); np.save(sys.argv[1], images(p))"
-    script = head + script
     with local_hub() as hub:
         # A process of its own too: nothing that other tests left behind can make a difference.
         hub.run(head + make, str(tmp_path / "expected.npy"), home=tmp_path / "home")
-        hub.run(script, str(tmp_path / "adapter"), str(tmp_path / "images.npy"), home=tmp_path / "home")
+        hub.run(head + use, str(tmp_path / "adapter"), str(tmp_path / "images.npy"), home=tmp_path / "home")
         assert list(hub.files["me/adapter"]) == [FILE]
     from_folder, from_hub = np.load(tmp_path / "images.npy")
     expected = np.load(tmp_path / "expected.npy")

@@ -1,15 +1,18 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
 import ast
+import dataclasses
+import math
 import re
 
 import pytest
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, metadata_load
+from huggingface_hub.repocard_data import model_index_to_eval_results
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from local_hub import card_errors, local_hub
 
 from trl_marble.evaluation import BalanceSummary
-from trl_marble.hub import GalleryItem, RewardRow, build_model_card
+from trl_marble.hub import CardInputs, GalleryItem, RewardRow, build_model_card
 
 
 BALANCE = BalanceSummary(
@@ -21,7 +24,7 @@ BALANCE = BalanceSummary(
 )
 
 
-def full_card(**changes) -> ModelCard:
+def full_inputs(**changes) -> CardInputs:
     arguments = {
         "repo_name": "sd3.5m-marble",
         "model_id": "me/sd3.5m-marble",
@@ -36,12 +39,33 @@ def full_card(**changes) -> ModelCard:
         "before_after": "before_after.png",
         "framework_versions": {"torch": "2.13.0"},
     }
-    return build_model_card(**(arguments | changes))
+    return CardInputs(**(arguments | changes))
+
+
+def full_card(**changes) -> ModelCard:
+    return build_model_card(full_inputs(**changes))
 
 
 def bare_card(**changes) -> ModelCard:
     arguments = {"repo_name": "bare", "pipeline_class": "FluxPipeline", "rewards": [RewardRow("composition")]}
-    return build_model_card(**(arguments | changes))
+    return build_model_card(CardInputs(**(arguments | changes)))
+
+
+def every_section(**changes) -> ModelCard:
+    """A card with all that there can be."""
+    return full_card(
+        rewards=[
+            RewardRow("composition", 0.7, 0.8, 0.01, 0.02, change=0.1, change_se=0.005),
+            RewardRow("beauty", 5.0, 4.0, 0.1, 0.1, held_out=True),
+        ],
+        diversity=RewardRow("diversity within a prompt", 0.13, 0.12, 0.001, 0.001),
+        sources={
+            "signs": [RewardRow("composition"), RewardRow("beauty", 5.0, 4.5)],
+            "a|b": [RewardRow("beauty", 5.0, 3.5)],
+        },
+        evaluated_on="512 images of 128 prompts",
+        **changes,
+    )
 
 
 def section(card: ModelCard, title: str) -> str:
@@ -64,6 +88,49 @@ def test_rewards_stand_in_a_table_with_their_change():
     )
 
 
+def test_held_out_rewards_and_diversity_stand_in_the_table_and_are_explained():
+    card = every_section()
+    text = section(card, "Rewards before and after")
+    assert "| composition | 0.7000 ± 0.0100 | 0.8000 ± 0.0200 | +0.1000 ± 0.0050 |" in text
+    assert "| beauty (held out) | 5.000 ± 0.1000 | 4.000 ± 0.1000 | -1.000 |" in text
+    assert "| *diversity within a prompt* | 0.1300 ± 0.0010 | 0.1200 ± 0.0010 | -0.0100 |" in text
+    assert "Means over 512 images of 128 prompts, ±" in text
+    assert "- *Held out*" in text and "- *Diversity*" in text
+    # What the adapter was trained for does not name them.
+    assert "against 1 reward at once:\n`composition`. It" in card.content
+    assert [(r.metric_type, r.metric_name) for r in card.data.eval_results] == [
+        ("composition", "composition (before training: 0.7000)"),
+        ("beauty", "beauty (held out, before training: 5.000)"),
+    ]
+    without = section(full_card(), "Rewards before and after")
+    assert "*Held out*" not in without and "*Diversity*" not in without
+
+
+def test_sources_have_a_table_of_their_own():
+    text = section(every_section(), "Rewards before and after")
+    assert "| Reward | signs | a\\|b |\n|:--|--:|--:|\n" in text
+    assert "| composition | – | – |\n| beauty | 5.000 → 4.500 | 5.000 → 3.500 |" in text
+
+
+def test_an_adapter_from_elsewhere_is_not_said_to_be_trained_here():
+    card = every_section(trained_here=False)
+    assert "MarbleNFTTrainer" not in card.content and "2605.06507" not in card.content
+    assert "## Training" not in card.content and "balanced" not in card.content
+    assert not {"trl_marble", "marble"} & set(card.data.tags)
+    assert section(card, "Samples") and section(card, "Rewards before and after")
+    assert "\n\n\n" not in card.content and card_errors(card.content) == []
+
+
+def test_both_examples_are_python_and_the_second_fuses_the_same_adapter():
+    blocks = re.findall(r"```python\n(.*?)```", full_card().content, re.DOTALL)
+    assert len(blocks) == 2
+    call = ast.parse(blocks[1]).body[1].value
+    assert [ast.literal_eval(argument) for argument in call.args] == [
+        "stabilityai/stable-diffusion-3.5-medium",
+        "me/sd3.5m-marble",
+    ]
+
+
 def test_balance_of_the_update_and_of_the_weighted_sum():
     text = section(full_card(), "How the rewards were balanced")
     assert "| composition | 0.200 |\n| reader | 0.800 |" in text
@@ -82,7 +149,7 @@ def test_what_was_not_measured_is_said_to_be():
     assert [result.metric_type for result in partly.data.eval_results] == ["b"]
 
 
-@pytest.mark.parametrize("card", [full_card(), bare_card()], ids=["full", "bare"])
+@pytest.mark.parametrize("card", [full_card(), bare_card(), every_section()], ids=["full", "bare", "every section"])
 def test_the_card_is_whole(card):
     for title in ("How to use it", "Training settings", "Licence and limits", "Citation"):
         assert section(card, title).strip()
@@ -103,6 +170,67 @@ def test_metadata_is_read_back():
         ("reader", 21.0, "me/prompts"),
     ]
     assert data["widget"][4] == {"text": "prompt 4", "output": {"url": "images/4.png"}}
+
+
+def test_results_survive_the_hubs_own_parsing(tmp_path):
+    card = every_section()
+    card.save(tmp_path / "README.md")
+    read = ModelCard.load(tmp_path / "README.md")
+    assert read.data.eval_results == card.data.eval_results and len(read.data.eval_results) == 2
+    metadata = metadata_load(tmp_path / "README.md")
+    assert len(metadata["model-index"]) == 1  # of several, the client keeps the last one's name for all
+    name, results = model_index_to_eval_results(metadata["model-index"])
+    assert (name, results) == ("sd3.5m-marble", card.data.eval_results)
+    assert metadata["base_model_relation"] == "adapter"
+    assert str(read) == str(card)  # nothing is lost or added by reading
+
+
+@pytest.mark.parametrize("value", [1e-9, 123456789.123, -0.5])
+def test_a_result_keeps_its_digits(value):
+    (result,) = bare_card(rewards=[RewardRow("a", None, value)]).data.eval_results
+    assert result.metric_value == pytest.approx(value, rel=1e-5)
+
+
+def test_inputs_come_back_from_their_file(tmp_path):
+    inputs = full_inputs(
+        rewards=[RewardRow("a", math.nan, 0.5, held_out=True)],
+        diversity=RewardRow("diversity", 0.1, 0.2),
+        sources={"signs": [RewardRow("a", 0.1, 0.2)]},
+    )
+    assert inputs.save(tmp_path) == tmp_path / "model_card.json"
+    read = CardInputs.load(tmp_path)
+    assert str(build_model_card(read)) == str(build_model_card(inputs))
+    # NaN, which JSON has not, is what was not measured.
+    assert read == dataclasses.replace(inputs.public(), rewards=[RewardRow("a", None, 0.5, held_out=True)])
+    CardInputs("bare", [RewardRow("a")]).save(tmp_path)
+    assert str(build_model_card(CardInputs.load(tmp_path))) == str(
+        build_model_card(CardInputs("bare", [RewardRow("a")]))
+    )
+
+
+def test_inputs_keep_no_path_and_no_token(tmp_path):
+    token = "hf_" + "aB3" * 10
+    folder = tmp_path / "my_pipeline"
+    folder.mkdir()
+    full_inputs(
+        base_model=str(folder),
+        dataset_name=str(folder),
+        settings={"hub_token": "my own secret", "note": f"{token} in {folder}", "path": folder, "steps": 10},
+        gallery=[GalleryItem("a.png", f"a sign with {token}")],
+    ).save(tmp_path)
+    text = (tmp_path / "model_card.json").read_text()
+    assert token not in text and "my own secret" not in text and str(tmp_path) not in text
+    read = CardInputs.load(tmp_path)
+    assert (read.base_model, read.settings["path"], read.settings["steps"]) == ("my_pipeline", "my_pipeline", 10)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"repo_name": "a", "new_field": 1}'])
+def test_a_damaged_file_of_inputs_is_named(tmp_path, content):
+    (tmp_path / "model_card.json").write_text(content)
+    with pytest.raises(ValueError, match="model_card.json cannot be read"):
+        CardInputs.load(tmp_path)
+    with pytest.raises(FileNotFoundError):
+        CardInputs.load(tmp_path / "none")
 
 
 def test_example_loads_this_adapter_as_it_was_trained():

@@ -22,13 +22,12 @@ from transformers import TrainerState
 from transformers.utils import logging
 
 from ..data import validate_prompts
-from ..pipelines import FlowPipeline, load_pipeline
+from ..pipelines import FlowPipeline, find_adapter, load_pipeline, loaded_adapter
 from ..rewards import PendingScores, RewardError, RewardFunc, RewardScorer
-from .adapters import file_digest, find_adapter, loaded_adapter
 from .contact_sheet import write_contact_sheet
 from .evaluation_config import EvaluationConfig
 from .measures import PromptDiversity
-from .records import BatchRecords, ImageRecord
+from .records import BatchRecords, ImageRecord, file_digest
 from .results import (
     CONTACT_SHEET_FILE,
     GROUP_COLUMNS,

@@ -16,7 +16,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .adapters import file_digest
 from .diversity import thumbnails
 
 
@@ -165,6 +164,12 @@ class BatchRecords:
 
     def _file(self, batch: int) -> Path:
         return self.folder / "records" / f"batch_{batch:05d}.json"
+
+
+def file_digest(file: Path) -> str:
+    """The SHA-256 of a file's content, in hexadecimal."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def write_atomically(file: Path, content: bytes) -> None:

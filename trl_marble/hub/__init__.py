@@ -1,8 +1,30 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
-"""What a run publishes: the adapter, as `load_lora_weights` reads it, and its model card."""
+"""Adapters as files and on the Hub: saving, loading, fusing, comparing, mixing, pushing, and their model card."""
 
+from ..pipelines import load_adapter
 from .adapter import adapter_state, save_adapter
-from .model_card import GalleryItem, RewardRow, build_model_card
+from .arithmetic import AdapterComparison, WeightComparison, compare_adapters, interpolate_adapters
+from .card_inputs import CardInputs, GalleryItem, RewardRow
+from .fusing import fuse_adapter
+from .model_card import build_model_card
+from .push import published_files, push_adapter
+from .results_card import card_from_evaluations
 
 
-__all__ = ["GalleryItem", "RewardRow", "adapter_state", "build_model_card", "save_adapter"]
+__all__ = [
+    "AdapterComparison",
+    "CardInputs",
+    "GalleryItem",
+    "RewardRow",
+    "WeightComparison",
+    "adapter_state",
+    "build_model_card",
+    "card_from_evaluations",
+    "compare_adapters",
+    "fuse_adapter",
+    "interpolate_adapters",
+    "load_adapter",
+    "published_files",
+    "push_adapter",
+    "save_adapter",
+]

@@ -1,7 +1,6 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
 """Reading a pipeline's LoRA adapter, and writing it the way `load_lora_weights` reads it back."""
 
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,8 @@ from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from torch import Tensor
+
+from .files import sort_header
 
 
 # Fields of a peft configuration that loaders look up without asking whether they are there (diffusers 0.35 does).
@@ -89,22 +90,8 @@ def save_adapter(
         transformer_lora_adapter_metadata=_published_config(config),
         safe_serialization=True,
     )
-    _sort_header(folder / LORA_WEIGHT_NAME_SAFE)
+    sort_header(folder / LORA_WEIGHT_NAME_SAFE)
     return folder / LORA_WEIGHT_NAME_SAFE
-
-
-def _sort_header(file: Path) -> None:
-    """
-    Put the header of a safetensors file in order, so that equal adapters are equal files.
-
-    safetensors writes the entries of its metadata in a random order. A file is 8 bytes of header length
-    (little-endian), the header in JSON, padded with spaces to a multiple of 8 bytes, and the tensors.
-    """
-    content = file.read_bytes()
-    end = 8 + int.from_bytes(content[:8], "little")
-    header = json.dumps(json.loads(content[8:end]), sort_keys=True, separators=(",", ":")).encode()
-    header += b" " * (-len(header) % 8)
-    file.write_bytes(len(header).to_bytes(8, "little") + header + content[end:])
 
 
 def _lora_config(pipeline: DiffusionPipeline, adapter_name: str) -> LoraConfig:

@@ -1,6 +1,7 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
 """How a diffusers pipeline is loaded, conditioned, sampled and asked for a velocity."""
 
+from .adapters import adapter_names, find_adapter, load_adapter, loaded_adapter
 from .families import FAMILIES, Family, find_family
 from .flow_pipeline import Conditioning, FlowPipeline, Rollout, check_flow_matching
 from .loading import add_trainable_adapter, load_pipeline, lora_config, plain_lora_linears
@@ -15,12 +16,16 @@ __all__ = [
     "Policy",
     "Rollout",
     "WeightShadow",
+    "adapter_names",
     "adapters_disabled",
     "add_trainable_adapter",
     "check_flow_matching",
     "compile_blocks",
+    "find_adapter",
     "find_family",
+    "load_adapter",
     "load_pipeline",
+    "loaded_adapter",
     "lora_config",
     "plain_lora_linears",
 ]

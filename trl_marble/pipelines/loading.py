@@ -5,6 +5,7 @@ import copy
 import os
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
@@ -16,7 +17,7 @@ from .families import Family, find_family
 
 
 def load_pipeline(
-    pipeline: str | os.PathLike | DiffusionPipeline, dtype: torch.dtype | None = None
+    pipeline: str | os.PathLike | DiffusionPipeline, dtype: torch.dtype | None = None, **components: Any
 ) -> DiffusionPipeline:
     """
     Load a pipeline, from safetensors only and without running any code that comes with it.
@@ -26,6 +27,8 @@ def load_pipeline(
             A model id on the Hub, a local folder, or a pipeline, which is returned as it is.
         dtype (`torch.dtype`, *optional*):
             The dtype of the loaded weights. Defaults to fp32.
+        components (`Any`):
+            Components to use instead of those at that place, such as `text_encoder_3=None` for none.
 
     Returns:
         [`~diffusers.DiffusionPipeline`]: the pipeline.
@@ -54,7 +57,7 @@ def load_pipeline(
             "folder that `pipeline.save_pretrained` wrote."
         )
     try:
-        return DiffusionPipeline.from_pretrained(pipeline, dtype=dtype, use_safetensors=True)
+        return DiffusionPipeline.from_pretrained(pipeline, dtype=dtype, use_safetensors=True, **components)
     except (OSError, ValueError) as error:
         raise OSError(
             f"No pipeline could be loaded from {os.fspath(pipeline)!r}. It must be a local folder or a Hub model id "

@@ -1,0 +1,241 @@
+# Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
+"""What a model card says, kept in a file beside the card so that it can be rendered again, with new results or a new
+name.
+
+Nothing that a card or that file holds may name the machine's folders or hold an access token.
+"""
+
+import dataclasses
+import json
+import math
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+
+from ..evaluation.summary import BalanceSummary
+
+
+INPUTS_FILE = "model_card.json"
+
+ACCESS_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{16,}")
+TOKEN_REMOVED = "[access token removed]"
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_CACHED_SNAPSHOT = re.compile(r"models--([\w.-]+?)--([\w.-]+)")
+_PATH_IN_TEXT = re.compile(r"(?<![\w/:.~\\])(?:~|/[\w.-]+|[A-Za-z]:)(?:[/\\][\w.-]+)+[/\\]?")
+_NAME_OF_A_TOKEN = re.compile(r"(^|_)token$")
+
+
+@dataclass(frozen=True)
+class RewardRow:
+    """
+    One reward before and after training. `None` and NaN mean that it was not measured.
+
+    Args:
+        name (`str`): the reward's name.
+        before (`float`, *optional*): its mean on the evaluation prompts without the adapter, in the reward's own unit.
+        after (`float`, *optional*): the same with the adapter.
+        before_se (`float`, *optional*): standard error of `before`.
+        after_se (`float`, *optional*): standard error of `after`.
+        change (`float`, *optional*): mean difference of images of the same prompts and seeds. Defaults to
+            `after - before`.
+        change_se (`float`, *optional*): standard error of `change`.
+        held_out (`bool`, *optional*, defaults to `False`): whether the adapter was never trained on it.
+    """
+
+    name: str
+    before: float | None = None
+    after: float | None = None
+    before_se: float | None = None
+    after_se: float | None = None
+    change: float | None = None
+    change_se: float | None = None
+    held_out: bool = False
+
+
+@dataclass(frozen=True)
+class GalleryItem:
+    """
+    One sample image of the card.
+
+    Args:
+        path (`str`): the image's path, relative to the card.
+        prompt (`str`): what it was sampled from.
+    """
+
+    path: str
+    prompt: str
+
+
+@dataclass(frozen=True)
+class CardInputs:
+    """
+    Everything that the card of an adapter is rendered from, see [`build_model_card`].
+
+    Args:
+        repo_name (`str`):
+            The adapter's name, the card's title.
+        rewards (`Sequence[RewardRow]`):
+            What the adapter was trained for, and what was held out, with the evaluation's results where there are any.
+        pipeline_class (`str`, *optional*, defaults to `"DiffusionPipeline"`):
+            Name of the diffusers pipeline class that the adapter is for, such as `"StableDiffusion3Pipeline"`.
+        base_model (`str`, *optional*):
+            Hub id or local folder of the base pipeline.
+        dataset_name (`str`, *optional*):
+            Hub id, name or local folder of the training prompts.
+        balance (`BalanceSummary`, *optional*):
+            The run's balancing diagnostics, see [`~trl_marble.evaluation.summarize_balance`].
+        settings (`Mapping[str, Any]`, *optional*):
+            Training settings by name. `num_inference_steps`, `guidance_scale`, `height`, `width` and
+            `max_sequence_length`, where present, also go into the usage example. `multi_objective_aggregation` says
+            how the rewards were combined. Settings whose name ends in `token` are left out.
+        gallery (`Sequence[GalleryItem]`, *optional*):
+            Sample images.
+        balance_plot (`str`, *optional*):
+            Path, relative to the card, of the picture made by [`~trl_marble.evaluation.plot_balance`].
+        before_after (`str`, *optional*):
+            Path, relative to the card, of the picture made by [`~trl_marble.evaluation.before_after_grid`].
+        model_id (`str`, *optional*):
+            The adapter's repository on the Hub, `"user/name"`, where it has one.
+        framework_versions (`Mapping[str, str]`, *optional*):
+            Package name -> version.
+        diversity (`RewardRow`, *optional*):
+            How much the images of one prompt differ, before and after, see
+            [`~trl_marble.evaluation.diversity.group_diversity`].
+        sources (`Mapping[str, Sequence[RewardRow]]`, *optional*):
+            Source of the evaluation prompts -> the rewards on these prompts alone.
+        evaluated_on (`str`, *optional*):
+            What the rewards were measured on, as the end of a sentence: `"512 images of 128 prompts"`.
+        trained_here (`bool`, *optional*, defaults to `True`):
+            Whether `MarbleNFTTrainer` made the adapter. If not, the card says nothing of its training.
+    """
+
+    repo_name: str
+    rewards: Sequence[RewardRow]
+    pipeline_class: str = "DiffusionPipeline"
+    base_model: str | None = None
+    dataset_name: str | None = None
+    balance: BalanceSummary | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    gallery: Sequence[GalleryItem] = ()
+    balance_plot: str | None = None
+    before_after: str | None = None
+    model_id: str | None = None
+    framework_versions: Mapping[str, str] = field(default_factory=dict)
+    diversity: RewardRow | None = None
+    sources: Mapping[str, Sequence[RewardRow]] = field(default_factory=dict)
+    evaluated_on: str | None = None
+    trained_here: bool = True
+
+    def public(self) -> "CardInputs":
+        """
+        The same without what is only of this machine: local folders become their names, settings that hold a token are
+        left out, and settings that JSON has no type for become text.
+        """
+        return dataclasses.replace(
+            self,
+            repo_name=public_name(self.repo_name),
+            base_model=public_name(self.base_model) if self.base_model else None,
+            dataset_name=public_name(self.dataset_name) if self.dataset_name else None,
+            settings={
+                name: _public_setting(value)
+                for name, value in self.settings.items()
+                if not _NAME_OF_A_TOKEN.search(name)
+            },
+        )
+
+    def save(self, folder: str | os.PathLike) -> Path:
+        """
+        Write the public part of the inputs.
+
+        Args:
+            folder (`str` or `os.PathLike`):
+                Where `model_card.json` goes, the card's folder.
+
+        Returns:
+            `Path`: the file.
+        """
+        content = _without_nan(dataclasses.asdict(self.public()))
+        text = json.dumps(content, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
+        file = Path(folder) / INPUTS_FILE
+        file.write_text(ACCESS_TOKEN.sub(TOKEN_REMOVED, text), encoding="utf-8")
+        return file
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike) -> "CardInputs":
+        """
+        Read what [`CardInputs.save`] wrote.
+
+        Args:
+            folder (`str` or `os.PathLike`):
+                The card's folder.
+
+        Raises:
+            `FileNotFoundError`: there is no `model_card.json`.
+            `ValueError`: it is damaged, or of another version of this package.
+        """
+        file = Path(folder) / INPUTS_FILE
+        try:
+            content = json.loads(file.read_text(encoding="utf-8"))
+            if content["balance"] is not None:
+                content["balance"] = BalanceSummary(**content["balance"])
+            if content["diversity"] is not None:
+                content["diversity"] = RewardRow(**content["diversity"])
+            content["rewards"] = [RewardRow(**row) for row in content["rewards"]]
+            content["gallery"] = [GalleryItem(**item) for item in content["gallery"]]
+            content["sources"] = {
+                source: [RewardRow(**row) for row in rows] for source, rows in content["sources"].items()
+            }
+            return cls(**content)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise ValueError(
+                f"{file} cannot be read ({type(error).__name__}: {error}). It is damaged or of another version; "
+                "delete it, or write the card again with `trainer.create_model_card()`."
+            ) from error
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name can be that of a repository with its owner (`"user/name"`)."""
+    return _HUB_ID.fullmatch(name) is not None
+
+
+def public_name(source: str) -> str:
+    """
+    How the card calls a Hub repository or a folder: the repository's id, or the folder's name without the way to it.
+
+    A folder in the Hub's own cache (`.../models--user--name/snapshots/<commit>`) is called by the id it came from.
+    """
+    if cached := _CACHED_SNAPSHOT.search(source):
+        return f"{cached[1]}/{cached[2]}"
+    if is_hub_id(source) and not Path(source).exists():
+        return source
+    name = re.split(r"[/\\]", str(source).rstrip("/\\"))[-1]
+    # "." and "~" have no name of their own until they are looked up.
+    return name if name not in ("", ".", "..", "~") else Path(source).expanduser().resolve().name
+
+
+def is_absolute(path: str) -> bool:
+    """Whether a path is absolute on any system."""
+    return PurePosixPath(path).is_absolute() or PureWindowsPath(path).is_absolute()
+
+
+def _public_setting(value: Any) -> Any:
+    """A number as it is, anything else as text, with the paths in it cut down to their last part."""
+    if value is None or isinstance(value, bool | int | float):
+        return value
+    text = str(value)
+    if isinstance(value, str | PurePosixPath | PureWindowsPath) and is_absolute(text):
+        return public_name(text)
+    return _PATH_IN_TEXT.sub(lambda match: public_name(match[0]), text)
+
+
+def _without_nan(value: Any) -> Any:
+    """JSON has no NaN; `None` says the same here."""
+    if isinstance(value, Mapping):
+        return {key: _without_nan(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(entry) for entry in value]
+    return None if isinstance(value, float) and math.isnan(value) else value

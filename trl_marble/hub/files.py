@@ -1,0 +1,154 @@
+# Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
+"""Reading from an adapter's file what its layers add to the weights, and writing such a file."""
+
+import json
+import math
+import os
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
+from peft.utils.other import get_pattern_key
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..pipelines import find_adapter
+
+
+_LORA_KEY = re.compile(
+    r"(?P<layer>(?:transformer|unet|text_encoder)(?:_\d+)?\.[\w.]+)\.(?P<part>lora_[AB])\.weight", re.ASCII
+)
+
+
+@dataclass(frozen=True)
+class LoraLayer:
+    """
+    What an adapter adds to one layer's weight: `scale * lora_B @ lora_A`.
+
+    Args:
+        lora_A (`Tensor` of shape `[r, in_features]`): the second factor; of a convolution `[r, in, height, width]`.
+        lora_B (`Tensor` of shape `[out_features, r]`): the first factor; of a convolution `[out, r, 1, 1]`.
+        scale (`float`): alpha / r, or alpha / sqrt(r) for rank-stabilized LoRA.
+    """
+
+    lora_A: Tensor
+    lora_B: Tensor
+    scale: float
+
+    @property
+    def rank(self) -> int:
+        """The number of columns of `lora_B`."""
+        return self.lora_A.shape[0]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the layer's own weight."""
+        return (self.lora_B.shape[0], *self.lora_A.shape[1:])
+
+
+def read_layers(adapter: str | os.PathLike) -> dict[str, LoraLayer]:
+    """
+    Read an adapter layer by layer.
+
+    Args:
+        adapter (`str` or `os.PathLike`):
+            Hub id (`"user/name"`), a folder with `pytorch_lora_weights.safetensors`, or a `.safetensors` file.
+
+    Returns:
+        `dict[str, LoraLayer]`: The layers by their names in the pipeline (`"transformer.transformer_blocks.0..."`),
+        sorted. Tensors have the dtype of the file.
+
+    Raises:
+        `OSError`: there is no adapter at that place.
+        `ValueError`: the file is damaged or no safetensors file, or holds anything but plain LoRA in the key format of
+            diffusers and peft.
+    """
+    file = find_adapter(os.fspath(adapter))
+    try:
+        with safe_open(file, "pt") as opened:
+            header = opened.metadata() or {}
+            tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118 (it is no dictionary)
+    except SafetensorError as error:
+        raise ValueError(f"{file} is damaged or no safetensors file ({error}). Download or save it again.") from error
+    parts: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        match = _LORA_KEY.fullmatch(key)
+        if match is None:
+            raise ValueError(
+                f"{file} holds {key!r}, which is not plain LoRA in the key format of diffusers "
+                "('transformer.<layer>.lora_A.weight'). Load it with `pipeline.load_lora_weights` and save it with "
+                "`trl_marble.hub.save_adapter` first. DoRA and biases cannot be computed with."
+            )
+        parts.setdefault(match["layer"], {})[match["part"]] = tensor
+    if not parts:
+        raise ValueError(f"{file} holds no tensors. Pass the file of a trained adapter.")
+    config = json.loads(header.get(LORA_ADAPTER_METADATA_KEY, "{}"))
+    return {layer: _lora_layer(file, layer, parts[layer], config) for layer in sorted(parts)}
+
+
+def write_layers(layers: Mapping[str, LoraLayer], file: Path) -> None:
+    """
+    Write LoRA layers as one file that `load_lora_weights` reads.
+
+    The scale becomes part of `lora_B`, so that alpha is r everywhere, which loaders that read no metadata assume.
+
+    Args:
+        layers (`Mapping[str, LoraLayer]`):
+            As [`read_layers`] returns them.
+        file (`Path`):
+            The file to write. Its folder is made.
+    """
+    tensors: dict[str, Tensor] = {}
+    config: dict[str, Any] = {}
+    components: dict[str, dict[str, int]] = {}
+    for layer, lora in layers.items():
+        tensors[f"{layer}.lora_A.weight"] = lora.lora_A.float().contiguous()
+        tensors[f"{layer}.lora_B.weight"] = (lora.scale * lora.lora_B.float()).contiguous()
+        component, name = layer.split(".", 1)
+        components.setdefault(component, {})[name] = lora.rank
+    for component, ranks in components.items():
+        usual = Counter(ranks.values()).most_common(1)[0][0]
+        # Patterns are regular expressions for the end of a name; `^` makes them the whole name.
+        unusual = {f"^{re.escape(name)}": rank for name, rank in ranks.items() if rank != usual}
+        values = {"r": usual, "lora_alpha": usual, "rank_pattern": unusual, "alpha_pattern": unusual}
+        values["target_modules"] = sorted(ranks)
+        config |= {f"{component}.{key}": value for key, value in values.items()}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    header = {"format": "pt", LORA_ADAPTER_METADATA_KEY: json.dumps(config, indent=2, sort_keys=True)}
+    save_file(tensors, file, metadata=header)
+    sort_header(file)
+
+
+def sort_header(file: Path) -> None:
+    """
+    Put the header of a safetensors file in order, so that equal adapters are equal files.
+
+    safetensors writes the entries of its metadata in a random order. A file is 8 bytes of header length
+    (little-endian), the header in JSON, padded with spaces to a multiple of 8 bytes, and the tensors.
+    """
+    content = file.read_bytes()
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.dumps(json.loads(content[8:end]), sort_keys=True, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    file.write_bytes(len(header).to_bytes(8, "little") + header + content[end:])
+
+
+def _lora_layer(file: Path, layer: str, parts: Mapping[str, Tensor], config: Mapping[str, Any]) -> LoraLayer:
+    """One layer with its scale, which is 1 where the file does not say."""
+    if parts.keys() != {"lora_A", "lora_B"} or parts["lora_A"].shape[0] != parts["lora_B"].shape[1]:
+        shapes = ", ".join(f"{part} {tuple(tensor.shape)}" for part, tensor in sorted(parts.items()))
+        raise ValueError(f"The layer {layer!r} in {file} has {shapes}, which is no pair of LoRA factors.")
+    if not all(tensor.isfinite().all() for tensor in parts.values()):
+        raise ValueError(f"The layer {layer!r} in {file} holds values that are not finite; the adapter is broken.")
+    rank = parts["lora_A"].shape[0]
+    component, name = layer.split(".", 1)
+    alpha = config.get(f"{component}.lora_alpha", rank)
+    pattern = config.get(f"{component}.alpha_pattern", {})
+    alpha = pattern.get(get_pattern_key(list(pattern), name), alpha)
+    scale = alpha / math.sqrt(rank) if config.get(f"{component}.use_rslora") else alpha / rank
+    return LoraLayer(parts["lora_A"], parts["lora_B"], scale)

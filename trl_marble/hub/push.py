@@ -1,0 +1,149 @@
+# Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
+"""What of a folder belongs on the Hub, and pushing it there."""
+
+import dataclasses
+import os
+import re
+from pathlib import Path
+from urllib.parse import unquote, urlparse
+
+import yaml
+from huggingface_hub import CommitOperationAdd, HfApi, ModelCard
+
+from .card_inputs import ACCESS_TOKEN, INPUTS_FILE, CardInputs, is_hub_id
+from .model_card import build_model_card
+
+
+CARD_FILE = "README.md"
+WEIGHTS = "pytorch_lora_weights*.safetensors"
+
+# A Markdown image, with or without a title; and an HTML one.
+_IMAGE = re.compile(r"!\[(?:\\.|[^\]\\])*\]\(\s*<?([^)\s>]+)>?[^)]*\)|<img\b[^>]*\bsrc=[\"']([^\"']+)[\"']")
+
+
+def published_files(folder: str | os.PathLike) -> list[str]:
+    """
+    The files of a folder that belong on the Hub: the adapter, its card, the pictures that the card shows, and what the
+    card was rendered from. Logs, checkpoints and everything else do not.
+
+    Args:
+        folder (`str` or `os.PathLike`):
+            A trainer's output folder, or another one with an adapter and its card.
+
+    Returns:
+        `list[str]`: paths relative to the folder, sorted, with `/` between their parts.
+
+    Raises:
+        `FileNotFoundError`: the folder has no adapter or no card, or the card shows a picture that is not there.
+        `ValueError`: the card's metadata cannot be read, a picture lies outside the folder, or a text holds an access
+            token.
+    """
+    folder = Path(folder)
+    weights = sorted(file.name for file in folder.glob(WEIGHTS))
+    if not weights:
+        raise FileNotFoundError(
+            f"The folder {str(folder)!r} has no adapter (no {WEIGHTS}). Pass the output folder of a run, or the "
+            "folder that `save_adapter` wrote to."
+        )
+    if not (folder / CARD_FILE).is_file():
+        raise FileNotFoundError(
+            f"The folder {str(folder)!r} has no {CARD_FILE}. Write one with `trainer.create_model_card()` or "
+            "`trl_marble.hub.card_from_evaluations(folder, ...)`."
+        )
+    texts = [name for name in (CARD_FILE, INPUTS_FILE) if (folder / name).is_file()]
+    for name in texts:
+        if ACCESS_TOKEN.search((folder / name).read_text(encoding="utf-8")):
+            raise ValueError(f"{folder / name} holds an access token (hf_...). Remove it, and revoke the token.")
+    return sorted({*weights, *texts, *_pictures(folder)})
+
+
+def push_adapter(
+    folder: str | os.PathLike,
+    repo_id: str,
+    *,
+    private: bool = False,
+    token: str | None = None,
+    commit_message: str = "Upload the adapter and its card",
+) -> str:
+    """
+    Push an adapter with its card to the Hub.
+
+    A card that was not changed by hand since it was written is rendered anew, so that it names the repository. Nothing
+    is created on the Hub before the Hub has found the card's metadata valid.
+
+    Args:
+        folder (`str` or `os.PathLike`):
+            The folder with the adapter and the card. What is uploaded are the [`published_files`] of it; the card on
+            the disk is the one that was pushed.
+        repo_id (`str`):
+            Where to: `"user/name"`. The repository is created if there is none.
+        private (`bool`, *optional*, defaults to `False`):
+            Whether a repository that is created here is private.
+        token (`str`, *optional*):
+            An access token with the right to write. Defaults to the one that `hf auth login` saved.
+        commit_message (`str`, *optional*, defaults to `"Upload the adapter and its card"`):
+            Title of the commit.
+
+    Returns:
+        `str`: the URL of the repository.
+
+    Raises:
+        `FileNotFoundError`: see [`published_files`].
+        `ValueError`: `repo_id` is no repository id, the Hub refuses the card's metadata, or see [`published_files`].
+    """
+    folder = Path(folder)
+    if not is_hub_id(repo_id):
+        raise ValueError(f"{repo_id!r} is no repository id. Pass the owner and a name: 'user/name'.")
+    published_files(folder)  # refuses before the card is changed
+    _name_repository(folder, repo_id)
+    try:
+        ModelCard.load(folder / CARD_FILE).validate()
+    except ValueError as error:
+        raise ValueError(f"The Hub refuses the metadata at the head of {folder / CARD_FILE}: {error}") from error
+    paths = published_files(folder)
+    api = HfApi(token=token)
+    url = api.create_repo(repo_id, private=private, exist_ok=True)
+    operations = [CommitOperationAdd(path_in_repo=path, path_or_fileobj=folder / path) for path in paths]
+    api.create_commit(repo_id, operations, commit_message=commit_message)
+    return str(url)
+
+
+def _name_repository(folder: Path, repo_id: str) -> None:
+    """Write the card again under the repository's name, if it is still the one that its inputs give."""
+    if not (folder / INPUTS_FILE).is_file():
+        return
+    inputs = CardInputs.load(folder)
+    if str(build_model_card(inputs)) != _read(folder / CARD_FILE):
+        return
+    named = dataclasses.replace(inputs, repo_name=repo_id.split("/")[1], model_id=repo_id)
+    named.save(folder)
+    build_model_card(named).save(folder / CARD_FILE)
+
+
+def _pictures(folder: Path) -> list[str]:
+    """The pictures in the folder that the card shows."""
+    paths = [unquote(url) for url in _shown_urls(folder / CARD_FILE) if not urlparse(url).scheme]
+    for path in paths:
+        if not (folder / path).resolve().is_relative_to(folder.resolve()):
+            raise ValueError(f"The card shows {path!r}, which lies outside {str(folder)!r}. Copy it into the folder.")
+        if not (folder / path).is_file():
+            raise FileNotFoundError(f"The card shows {path!r}, which is not in {str(folder)!r}. Write the card again.")
+    return [Path(path).as_posix() for path in paths]
+
+
+def _shown_urls(file: Path) -> list[str]:
+    """The pictures in a card's text and in the widget of its metadata."""
+    try:
+        card = ModelCard.load(file)
+        urls = ["".join(groups) for groups in _IMAGE.findall(card.text)]
+        outputs = [item.get("output", {}) for item in card.data.get("widget", [])]
+        return urls + [output["url"] for output in outputs if "url" in output]
+    except (ValueError, TypeError, KeyError, AttributeError, yaml.YAMLError) as error:
+        raise ValueError(
+            f"The metadata at the head of {file} cannot be read ({error}). Correct it, or write the card again."
+        ) from error
+
+
+def _read(file: Path) -> str:
+    with file.open(encoding="utf-8", newline="") as opened:  # line ends as they are
+        return opened.read()

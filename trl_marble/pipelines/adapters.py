@@ -1,0 +1,172 @@
+# Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
+"""Finding a saved LoRA adapter, putting it on a pipeline, and taking it off again."""
+
+import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from torch import Tensor, nn
+
+from .loading import load_pipeline
+
+
+def find_adapter(adapter: str | Path) -> Path:
+    """
+    The file of a LoRA adapter.
+
+    Args:
+        adapter (`str` or `Path`):
+            A Hub id, a folder with `pytorch_lora_weights.safetensors`, or a `.safetensors` file.
+
+    Returns:
+        `Path`: the file, in the Hub's cache for a Hub id.
+
+    Raises:
+        `ValueError`: for a file of another kind than safetensors.
+        `OSError`: where there is no such file, folder or repository.
+    """
+    path = Path(adapter).expanduser()
+    if path.is_dir():
+        file = path / LORA_WEIGHT_NAME_SAFE
+        if not file.is_file():
+            raise FileNotFoundError(f"The folder `{adapter}` holds no adapter (no `{LORA_WEIGHT_NAME_SAFE}`).")
+        return file
+    if path.is_file():
+        if path.suffix != ".safetensors":
+            raise ValueError(f"The adapter `{adapter}` is not a .safetensors file; no other kind is loaded.")
+        return path
+    if path.suffix == ".safetensors":
+        raise FileNotFoundError(f"The adapter `{adapter}` does not exist.")
+    try:
+        return Path(hf_hub_download(str(adapter), LORA_WEIGHT_NAME_SAFE))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
+        raise OSError(
+            f"There is no adapter `{adapter}`: it is neither a folder nor a file here, and no "
+            f"`{LORA_WEIGHT_NAME_SAFE}` could be fetched from a Hub repository of that name. The cause: {error}"
+        ) from error
+
+
+def load_adapter(
+    pipeline: str | os.PathLike | DiffusionPipeline,
+    adapter: str | os.PathLike,
+    *,
+    weight: float = 1.0,
+    adapter_name: str = "default",
+) -> DiffusionPipeline:
+    """
+    Load an adapter onto its base pipeline, from safetensors only.
+
+    Unlike `pipeline.load_lora_weights` it refuses an adapter that does not fit the pipeline, before it changes
+    anything, instead of leaving out what does not fit.
+
+    Args:
+        pipeline (`str`, `os.PathLike` or [`~diffusers.DiffusionPipeline`]):
+            The base pipeline: a Hub id, a local folder (both loaded in fp32), or the object, which is changed in
+            place: it gets the adapter and uses it. Other adapters that it has stay, but are switched off; use
+            several together with `pipeline.set_adapters([...], [...])`.
+        adapter (`str` or `os.PathLike`):
+            Hub id (`"user/name"`), a folder with `pytorch_lora_weights.safetensors`, or a `.safetensors` file.
+        weight (`float`, *optional*, defaults to `1.0`):
+            How much of the adapter's change is applied: 0 is the base pipeline, 1 what was trained.
+        adapter_name (`str`, *optional*, defaults to `"default"`):
+            The adapter's name in the pipeline.
+
+    Returns:
+        [`~diffusers.DiffusionPipeline`]: the pipeline.
+
+    Raises:
+        `OSError`: there is no adapter at that place.
+        `ValueError`: the file is no safetensors file, was made for another model or holds values that are not finite;
+            `weight` is not finite; or the pipeline has an adapter of that name, or cannot have one (`"half"` and other
+            methods of modules, names with dots).
+    """
+    if not math.isfinite(weight):
+        raise ValueError(f"weight={weight} is not finite. Pass a number such as 1.0.")
+    pipeline = load_pipeline(pipeline)
+    if adapter_name in adapter_names(pipeline):
+        raise ValueError(
+            f"The pipeline has an adapter {adapter_name!r} already. Pass another `adapter_name`, or remove it with "
+            f"`pipeline.delete_adapters({adapter_name!r})`."
+        )
+    try:
+        nn.ModuleDict({adapter_name: nn.Identity()})  # where peft will put it
+    except KeyError as error:
+        raise ValueError(
+            f"adapter_name={adapter_name!r} cannot be the name of a module ({error}). Pass another, such as 'default'."
+        ) from error
+    file = str(find_adapter(os.fspath(adapter)))
+    _check_fits(pipeline, pipeline.lora_state_dict(file, use_safetensors=True), str(adapter))
+    pipeline.load_lora_weights(file, adapter_name=adapter_name, use_safetensors=True)
+    pipeline.set_adapters(adapter_name, weight)
+    return pipeline
+
+
+@contextmanager
+def loaded_adapter(pipeline: DiffusionPipeline, file: Path | None) -> Iterator[None]:
+    """
+    Within the context the pipeline has the adapter; after it, also after an error, it is as it was.
+
+    Args:
+        pipeline ([`~diffusers.DiffusionPipeline`]):
+            A pipeline without adapters.
+        file (`Path`, *optional*):
+            The adapter, see [`find_adapter`]. `None` changes nothing.
+
+    Raises:
+        `ValueError`: if the pipeline has adapters already, or the adapter was made for another model.
+    """
+    if file is None:
+        yield
+        return
+    if present := adapter_names(pipeline):
+        raise ValueError(
+            f"The pipeline has adapters already ({', '.join(present)}), so `{file}` would be evaluated on top of "
+            "them. Pass a pipeline without adapters, or evaluate the ones that are there with `adapter=None`."
+        )
+    try:
+        load_adapter(pipeline, file)
+        yield
+    finally:
+        pipeline.unload_lora_weights()
+
+
+def adapter_names(pipeline: DiffusionPipeline) -> list[str]:
+    """Names of the adapters of all components of a pipeline, sorted."""
+    return sorted({name for names in pipeline.get_list_adapters().values() for name in names})
+
+
+def _check_fits(pipeline: DiffusionPipeline, state: dict[str, Tensor], adapter: str) -> None:
+    """Raise a `ValueError` where a LoRA state dict has weights for layers that the pipeline has not, or is broken."""
+    # Where a layer has an adapter already, its own weight lies one level deeper.
+    shapes = {
+        f"{component}.{name}".removesuffix(".weight").removesuffix(".base_layer"): weight.shape
+        for component, model in pipeline.components.items()
+        if component.startswith("transformer") and model is not None
+        for name, weight in model.named_parameters()
+    }
+    misfits = []
+    for key, value in state.items():
+        if not value.isfinite().all():
+            raise ValueError(f"{key!r} in the adapter {adapter!r} is not finite; the adapter is broken.")
+        layer, _, part = key.removesuffix(".weight").rpartition(".")
+        if layer not in shapes:
+            # Text encoders go by other names in files than in memory; diffusers sorts that out.
+            if not layer.startswith("text_encoder"):
+                misfits.append(key)
+            continue
+        shape = shapes[layer]
+        fits = {"lora_A": value.shape[1:] == shape[1:], "lora_B": value.shape[:1] == shape[:1]}
+        if not fits.get(part, True):
+            misfits.append(key)
+    if misfits or not state:
+        first = f" (first: {misfits[0]!r})" if misfits else ""
+        raise ValueError(
+            f"The adapter {adapter!r} was made for another model: {len(misfits)} of its {len(state)} weights do not "
+            f"fit the {type(pipeline).__name__}{first}. Load it onto the base model that its card names."
+        )
