@@ -9,17 +9,18 @@ BIN := .venv/bin
 PYTEST := OMP_NUM_THREADS=1 .venv/bin/pytest
 INSTALLED := .venv/.installed
 
-.PHONY: demo test slow lint clean help
+.PHONY: demo test slow docs lint clean help
 
 help:
 	@echo "make demo   train ShapeWorld against five rewards; results in runs/demo/"
 	@echo "make test   lint rules and the tests"
 	@echo "make slow   the tests that are left out of 'make test' because they take long"
+	@echo "make docs   the documentation as a static site in build/site/"
 	@echo "make lint   ruff (rules and format) and mypy"
 	@echo "make clean  remove the environment, caches and builds; runs/ is kept"
 
 demo: $(INSTALLED)
-	$(BIN)/python examples/quickstart.py
+	$(BIN)/trl-marble demo
 
 test: $(INSTALLED)
 	$(BIN)/ruff check
@@ -27,6 +28,9 @@ test: $(INSTALLED)
 
 slow: $(INSTALLED)
 	$(PYTEST) tests -m slow
+
+docs: $(INSTALLED)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --site-dir build/site
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check

@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from trl_marble import MarbleConfig, MarbleNFTTrainer
+from trl_marble.cli.demo import DEMO_SETTINGS, DEMO_STEPS
 from trl_marble.evaluation import summarize_balance
 from trl_marble.shapeworld import load_pipeline, load_prompts, reward_funcs
 
@@ -35,26 +36,8 @@ SCHEDULES: dict[str, dict[str, object]] = {
 
 def train(folder: Path, seed: int, overrides: dict[str, object]) -> dict[str, object]:
     """Train with the demo's settings but for `overrides`, and report how each reward changed."""
-    settings = {
-        "learning_rate": 1.2e-3,
-        "lr_scheduler_type": "linear",
-        "max_steps": 24,
-        "num_generations": 16,
-        "per_device_train_batch_size": 256,
-        "gradient_accumulation_steps": 1,
-        "rollout_batch_size": 128,
-        "num_inference_steps": 8,
-        "timestep_fraction": 0.75,
-        "beta": 0.0,
-        "eval_strategy": "steps",
-        "eval_steps": 24,
-        "eval_on_start": True,
-        "per_device_eval_batch_size": 128,
-        "num_generations_eval": 48,
-        "save_strategy": "no",
-        "report_to": "none",
-        "log_images": False,
-    }
+    settings = DEMO_SETTINGS | {"max_steps": DEMO_STEPS, "eval_steps": DEMO_STEPS}
+    settings |= {"save_strategy": "no", "report_to": "none", "log_images": False}
     trainer = MarbleNFTTrainer(
         load_pipeline(),
         reward_funcs=reward_funcs(),

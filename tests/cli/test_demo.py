@@ -1,25 +1,24 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
-"""The demo: one step of it always, all of it when slow tests are asked for."""
+"""The demo: a step of it with few images always, all of it when slow tests are asked for."""
 
+import inspect
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 from PIL import Image
 
-
-SCRIPT = Path(__file__).parents[2] / "examples" / "quickstart.py"
+from trl_marble.cli.demo import DEMO_SETTINGS, run_demo
+from trl_marble.cli.main import main
 
 
 def run(folder, *arguments):
-    command = [sys.executable, str(SCRIPT), "--output_dir", str(folder), *arguments]
-    subprocess.run(command, check=True, timeout=1800, capture_output=True, cwd=folder.parent)
+    assert main(["demo", "--output_dir", str(folder), *arguments]) == 0
     return json.loads((folder / "report.json").read_text())
 
 
-def test_the_demo_leaves_what_it_promises(tmp_path):
+def test_the_demo_leaves_what_it_promises(tmp_path, monkeypatch, capsys):
+    for name, value in {"num_generations_eval": 2, "num_generations": 4, "per_device_train_batch_size": 64}.items():
+        monkeypatch.setitem(DEMO_SETTINGS, name, value)
     report = run(tmp_path / "demo", "--max_steps", "1")
     assert set(report["rewards"]) == {"composition", "reader", "coverage", "centring", "calm"}
     assert all(0 < value < 1 for reward in report["rewards"].values() for value in reward.values())
@@ -30,10 +29,11 @@ def test_the_demo_leaves_what_it_promises(tmp_path):
         assert min(Image.open(folder / picture).size) > 300
         assert picture in (folder / "README.md").read_text()
     assert str(tmp_path) not in (folder / "README.md").read_text()
+    assert "Change / SE" in capsys.readouterr().out
 
 
 def test_the_demo_is_short():
-    assert len(SCRIPT.read_text().splitlines()) < 60
+    assert len(inspect.getsource(run_demo).splitlines()) < 40 and len(DEMO_SETTINGS) < 20
 
 
 @pytest.mark.slow

@@ -1,0 +1,155 @@
+# Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
+"""The command line as a whole: help without waiting, errors in a line, completion by tab."""
+
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+import trl_marble
+from trl_marble.cli.env import environment
+from trl_marble.cli.main import main
+
+
+COMMANDS = ("train", "eval", "compare", "card", "push", "demo", "env")
+
+
+def test_help_imports_nothing_that_takes_long():
+    code = """
+import sys
+from trl_marble.cli.main import main
+for words in (["--help"], ["env", "--help"], ["compare", "--hepl", "x"]):
+    try:
+        main(words)
+    except SystemExit as stopped:
+        assert stopped.code == 0
+print(sorted({"torch", "transformers", "diffusers", "datasets", "pandas", "matplotlib"} & set(sys.modules)))
+"""
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert done.stdout.endswith("[]\n")
+    for command in COMMANDS:
+        assert f"\n    {command} " in done.stdout
+
+
+def test_the_package_gives_its_trainer_when_it_is_asked_for():
+    from trl_marble.trainer import MarbleConfig, MarbleNFTTrainer
+
+    assert trl_marble.MarbleConfig is MarbleConfig and trl_marble.MarbleNFTTrainer is MarbleNFTTrainer
+    with pytest.raises(AttributeError, match="has no attribute 'MarbleTrainer'"):
+        trl_marble.MarbleTrainer  # noqa: B018
+
+
+def test_version_and_bare_command(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["--version"])
+    assert stopped.value.code == 0 and capsys.readouterr().out.strip() == trl_marble.__version__
+    assert main([]) == 0 and "COMMAND" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["train", "--config", "nowhere.yaml"], "`--config nowhere.yaml`: there is no such file"),
+        (["train", "--model", "base"], "the following arguments are required: --prompts, --rewards"),
+        (["train", "--config", "run.yaml", "--resoluton", "8"], "`--resoluton`; did you mean `--resolution`?"),
+        (["train", "--config", "run.yaml", "--resoluton=8"], "`--resoluton`; did you mean `--resolution`?"),
+        (["train", "--config", "typo.yaml"], "`--max_step`; did you mean `--max_steps`?"),
+        (["train", "--config", "run.yaml", "--num_proceses", "2"], "did you mean `--num_processes`?"),
+        (["train", "--config", "run.yaml", "--max_steps", "1", "more"], "unexpected 'more'"),
+        (["train", "--config", "run.yaml", "--accelerate_config", "x.yaml"], "`--accelerate_config x.yaml`: there is"),
+        (["train", "--config", "run.yaml", "--balance_ema", "2"], "`balance_ema` is 2.0; a decay must be in [0, 1)."),
+        (["train", "--config", "run.yaml", "--prompts", "x.txt"], "There is no file or folder 'x.txt'."),
+        (["train", "--config", "run.yaml", "--rewards", "pikscore"], "Did you mean 'pickscore'?"),
+        (["train", "--config", "run.yaml", "--model", "empty"], "holds no diffusers pipeline"),
+        (["train", "--config", "run.yaml", "--resume_from_checkpoint", "latest"], "There is no checkpoint in `run`"),
+        (["train", "--config", "run.yaml", "--resume_from_checkpoint", "x"], "`resume_from_checkpoint` is 'x'"),
+        (["train", "--config", "run.yaml", "--reward_weights", "1"], "has 1 values ([1.0]) for 2 rewards"),
+        (["eval", "--config", "run.yaml"], "there is no option `--"),
+        (["eval", "--adaptor", "x"], "required: --model, --prompts, --rewards, --output_dir"),
+        (["compare", "empty"], "there is nothing to compare with"),
+        (["compare", "empty", "nowhere"], "there is no folder 'nowhere'"),
+        (["compare", "a=empty", "a=empty"], "two evaluations are named 'a'"),
+        (["compare", "a=empty", "b=empty"], "`empty` holds no finished evaluation"),
+        (["compare", "empty", "b=empty", "--outputdir", "x"], "`--outputdir`; did you mean `--output"),
+        (["card", "empty", "--after", "empty"], "`empty` holds no finished evaluation"),
+        (["push", "empty", "me/x"], "has no adapter"),
+        (["push", "empty", "me/x", "me/y"], "unexpected 'me/y'"),
+    ],
+)
+def test_mistakes_are_one_message_and_status_2(workplace, capsys, words, message):
+    (workplace / "empty").mkdir()
+    (workplace / "typo.yaml").write_text((workplace / "run.yaml").read_text().replace("max_steps", "max_step"))
+    assert main(words) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.splitlines()[-1] == f"See `trl-marble {words[0]} --help`."
+    assert "Traceback" not in error
+
+
+def test_an_error_in_the_users_own_module_keeps_its_traceback(workplace):
+    (workplace / "my_rewards.py").write_text("raise ValueError('my own mistake')\n")
+    with pytest.raises(ValueError, match="my own mistake"):
+        main(["train", "--config", "run.yaml"])
+
+
+def test_whole_help_of_training(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["train", "--help"])
+    assert stopped.value.code == 0
+    shown = capsys.readouterr().out
+    for option in ("--prompts", "--eval_rewards", "--balance_every", "--learning_rate", "--config", "--num_processes"):
+        assert option in shown
+
+
+COMPLETE = """
+source ./script
+shown() { COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); _shtab_trl_marble; echo "${COMPREPLY[@]}"; }
+complete -p trl-marble
+shown trl-marble ''
+shown trl-marble train --balance_e
+shown trl-marble train --balance_on ''
+shown trl-marble train --rewards ocr picks
+shown trl-marble train --num_pr
+shown trl-marble eval --config ru
+shown trl-marble compare ba
+shown trl-marble demo --se
+"""
+
+
+def test_bash_completes_commands_options_choices_rewards_and_files(workplace, capsys):
+    assert main(["--print-completion", "bash"]) == 0
+    (workplace / "script").write_text(capsys.readouterr().out)
+    bash = shutil.which("bash")
+    # Without a PATH: a tab press starts no Python.
+    done = subprocess.run([bash, "-c", COMPLETE], check=True, capture_output=True, text=True, env={"PATH": ""})
+    assert done.stdout.splitlines() == [
+        "complete -o bashdefault -F _shtab_trl_marble trl-marble",
+        " ".join(COMMANDS),
+        "--balance_every --balance_ema",
+        "loss advantage",
+        "pickscore",
+        "--num_processes",
+        "run.yaml",
+        "base",
+        "--seed",
+    ]
+
+
+@pytest.mark.parametrize("shell", ["zsh", "tcsh"])
+def test_other_shells_have_scripts_too(capsys, shell):
+    assert main(["--print-completion", shell]) == 0
+    assert "balance_every" in capsys.readouterr().out
+
+
+def test_env_is_a_list_without_secrets(capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_TOKEN", "hf_do_not_show_this")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert main(["env"]) == 0
+    shown = capsys.readouterr().out
+    assert all(line.startswith("- ") and ": " in line for line in shown.splitlines())
+    assert "hf_do" not in shown and str(tmp_path) not in shown
+    found = environment()
+    assert found["trl_marble"].startswith(trl_marble.__version__)
+    for name in ("Python", "torch", "diffusers", "peft", "trl", "accelerator", "torchjd (optional)"):
+        assert found[name]

@@ -1,0 +1,114 @@
+# Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
+"""Runs a command here, or starts it again in several processes through `accelerate launch`."""
+
+import argparse
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .errors import USAGE_ERROR, UsageError, unknown_option
+
+
+if TYPE_CHECKING:
+    from .parsing import ConfigParser
+
+MODULE = "trl_marble.cli.main"
+# Set for the processes that are started here, so that they do not start others.
+LAUNCHED = "TRL_MARBLE_LAUNCHED"
+
+
+def run_command(
+    name: str, words: list[str], make_parser: Callable[[], "ConfigParser"], function: Callable[..., None]
+) -> int:
+    """
+    Run a command whose options are dataclasses.
+
+    Args:
+        name (`str`):
+            The command, such as `"train"`.
+        words (`list[str]`):
+            What stands after its name: its own options, and those of `accelerate launch`, which start it in new
+            processes.
+        make_parser (`Callable[[], ConfigParser]`):
+            Makes its parser. Called after the environment variables of the configuration file are set.
+        function (`Callable[..., None]`):
+            The command itself, called with the dataclasses.
+
+    Returns:
+        `int`: the exit status.
+
+    Raises:
+        [`UsageError`]: If the words do not fit the options.
+    """
+    from .parsing import read_config
+
+    config, own_words = read_config(words)
+    parser = make_parser()
+    others = parser.take(own_words, config)
+    if others:
+        arguments = _launch_arguments(others, parser, [name, *words])
+        # `LOCAL_RANK`: the user's own `accelerate launch` or torchrun is at work.
+        if LAUNCHED not in os.environ and "LOCAL_RANK" not in os.environ:
+            return _launch(arguments)
+    function(*parser.build(own_words))
+    return 0
+
+
+def launch_parser() -> argparse.ArgumentParser:
+    """The parser of `accelerate launch`, with `--accelerate_config` as another name of its `--config_file`."""
+    from accelerate.commands.launch import launch_command_parser
+
+    parser = launch_command_parser()
+    parser.add_argument("--accelerate_config", dest="config_file")
+    return parser
+
+
+def _launch_arguments(others: list[str], parser: "ConfigParser", command: list[str]) -> argparse.Namespace:
+    """What `accelerate launch` makes of the words that are not the command's own."""
+    launcher = launch_parser()
+    known = [*parser.option_strings, *launcher._option_string_actions]
+    for word in others:
+        if word.startswith("-") and word.partition("=")[0] not in known:
+            raise unknown_option(word, known)
+    arguments = launcher.parse_args([*others, "--module", MODULE, *command])
+    if arguments.training_script != MODULE:
+        raise UsageError(f"unexpected {arguments.training_script!r}")
+    if arguments.config_file is not None and not Path(arguments.config_file).is_file():
+        raise UsageError(f"`--accelerate_config {arguments.config_file}`: there is no such file")
+    return arguments
+
+
+def _launch(arguments: argparse.Namespace) -> int:
+    """Start the command and wait for it. The exit status is that of the process that failed first."""
+    from accelerate.commands.launch import launch_command
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    os.environ[LAUNCHED] = "1"
+    try:
+        if arguments.cpu and (arguments.num_processes or 1) > 1 and arguments.mpirun_hostfile is None:
+            _launch_on_cpu(arguments)
+        else:
+            launch_command(arguments)
+    except subprocess.CalledProcessError as error:
+        return error.returncode
+    except ChildFailedError as error:
+        status = error.get_first_failure()[1].exitcode
+        if status != USAGE_ERROR:  # else the process has said all there is to say
+            print(error, file=sys.stderr)
+        return max(status, 1)
+    except SignalException as signal:
+        return 128 + signal.sigval
+    return 0
+
+
+def _launch_on_cpu(arguments: argparse.Namespace) -> None:
+    """As torchrun does: without MPI, `accelerate launch --cpu` starts one process, whatever the number."""
+    from accelerate.commands.launch import _validate_launch_command, multi_gpu_launcher
+
+    os.environ["ACCELERATE_USE_CPU"] = "true"
+    arguments, *_ = _validate_launch_command(arguments)
+    multi_gpu_launcher(arguments)

@@ -1,0 +1,161 @@
+# Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
+"""Command lines and YAML files as dataclasses, checked before anything is built."""
+
+import argparse
+import os
+from inspect import get_annotations
+from pathlib import Path
+from typing import Any, NoReturn, get_type_hints
+
+import yaml
+from trl import TrlParser
+
+from .errors import UsageError
+
+
+def read_config(words: list[str]) -> tuple[dict[str, Any], list[str]]:
+    """
+    Read the file of `--config` and set the environment variables of its key `env`.
+
+    Args:
+        words (`list[str]`):
+            The command line after the command's name.
+
+    Returns:
+        `tuple[dict[str, Any], list[str]]`: The settings of the file, empty where there is none, and the other words.
+
+    Raises:
+        [`UsageError`]: If there is no such file, or its content is not a YAML mapping.
+    """
+    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    finder.add_argument("--config")
+    if "--config" in words and words[-1] == "--config":
+        raise UsageError("`--config` needs the path of a YAML file")
+    found, others = finder.parse_known_args(words)
+    if found.config is None:
+        return {}, others
+    path = Path(found.config).expanduser()
+    if not path.is_file():
+        raise UsageError(f"`--config {found.config}`: there is no such file")
+    try:
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"`{path}` is not YAML: {error}") from error
+    if not isinstance(config, dict) or not all(isinstance(key, str) for key in config):
+        raise UsageError(f"`{path}` holds no settings; write one `option: value` a line")
+    environment = config.pop("env", {})
+    if not isinstance(environment, dict):
+        raise UsageError(f"`env` in `{path}` is {environment!r}; write variables with their values below it")
+    os.environ.update({name: str(value) for name, value in environment.items()})
+    return config, others
+
+
+class ConfigParser(TrlParser):
+    """
+    A [`~trl.TrlParser`] that is strict: no abbreviations, values of a YAML file checked like those of the command
+    line, unknown options known before anything is built, and errors of one line.
+
+    Args:
+        dataclass_types (`type` or `Iterable[type]`):
+            The dataclasses whose fields are the options.
+        kwargs (`Any`):
+            For [`argparse.ArgumentParser`].
+    """
+
+    def __init__(self, dataclass_types: Any, **kwargs: Any) -> None:
+        super().__init__(dataclass_types, allow_abbrev=False, **kwargs)
+        self._hints: dict[str, Any] = {}
+        for kind in self.dataclass_types:
+            self._hints |= get_type_hints(kind)
+            self._show_inherited_last(kind)
+        self.add_argument(
+            "--config", metavar="FILE", help="YAML file of options; those of the command line come before it."
+        )
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message)
+
+    @property
+    def option_strings(self) -> list[str]:
+        """All options, as they are written."""
+        return [option for action in self._actions for option in action.option_strings]
+
+    def take(self, words: list[str], config: dict[str, Any]) -> list[str]:
+        """
+        Make the settings of a file the defaults, and check all names and values.
+
+        Args:
+            words (`list[str]`):
+                The command line after the command's name, without `--config`.
+            config (`dict[str, Any]`):
+                The settings of the file.
+
+        Returns:
+            `list[str]`: What is not for this parser, as words of a command line.
+
+        Raises:
+            [`UsageError`]: For a missing option, or a value that an option cannot have.
+        """
+        actions = {action.dest: action for action in self._actions}
+        known = {key: self._checked(actions[key], value) for key, value in config.items() if key in actions}
+        self.set_defaults_with_config(**known)
+        others = [word for key, value in config.items() if key not in actions for word in _as_words(key, value)]
+        return others + self.parse_known_args(words)[1]
+
+    def build(self, words: list[str]) -> tuple[Any, ...]:
+        """
+        The dataclasses, from words and settings that [`take`] has seen.
+
+        Args:
+            words (`list[str]`):
+                As for [`take`]. What is not for this parser is passed over.
+
+        Returns:
+            `tuple`: One object for each dataclass.
+
+        Raises:
+            [`UsageError`]: For values that a dataclass refuses.
+        """
+        try:
+            built = self.parse_args_into_dataclasses(words, return_remaining_strings=True, look_for_args_file=False)
+        except (ValueError, TypeError) as error:
+            raise UsageError(str(error)) from error
+        return built[: len(list(self.dataclass_types))]
+
+    def _show_inherited_last(self, kind: type) -> None:
+        """Group the help: the options that a dataclass declares itself, then those of each of its bases."""
+        owners = {name: base for base in reversed(kind.__mro__) for name in get_annotations(base)}
+        shown = self._optionals._group_actions
+        for base in kind.__mro__:
+            if actions := [action for action in shown if owners.get(action.dest) is base]:
+                self.add_argument_group(f"options of {base.__name__}")._group_actions += actions
+                shown[:] = [action for action in shown if action not in actions]
+
+    def _checked(self, action: argparse.Action, value: Any) -> Any:
+        """A value of a YAML file as the option has it; `TrlParser` itself takes anything."""
+        if value is None:
+            if action.default is None:
+                return None
+            raise UsageError(f"`{action.dest}` has no value; leave it out to keep {action.default!r}")
+        if isinstance(value, list | dict):
+            if type(value).__name__ not in str(self._hints.get(action.dest)):
+                wanted = "a list" if action.nargs == "+" else "one value"
+                raise UsageError(f"`{action.dest}` is {value!r}; it takes {wanted}")
+            if action.nargs != "+":
+                return value  # of `TrainingArguments`, which has fields that the command line cannot write in full
+        values = value if isinstance(value, list) else [value]
+        if any(isinstance(entry, list | dict) for entry in values):
+            raise UsageError(f"`{action.dest}` is {value!r}; it takes a list of single values")
+        try:
+            checked = [self._get_value(action, str(entry)) for entry in values]
+            for entry in checked:
+                self._check_value(action, entry)
+        except argparse.ArgumentError as error:
+            raise UsageError(str(error)) from error
+        return checked if action.nargs == "+" else checked[0]
+
+
+def _as_words(key: str, value: Any) -> list[str]:
+    if isinstance(value, bool):
+        return [f"--{key}"] if value else []
+    return [f"--{key}", str(value)]

@@ -1,0 +1,190 @@
+# Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
+"""`trl-marble train`: align a pipeline with several rewards."""
+
+from argparse import Namespace
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .errors import usage_errors
+from .launching import run_command
+
+
+if TYPE_CHECKING:
+    from ..trainer import MarbleConfig
+    from .parsing import ConfigParser
+
+HELP = "train a LoRA against several rewards"
+USAGE = "trl-marble train --model MODEL --prompts SOURCE ... --rewards REWARD ... [options]"
+DESCRIPTION = """Train a LoRA of a diffusers pipeline against several rewards at once. Every option can also stand in a
+YAML file (`--config`). Options of `accelerate launch`, such as `--num_processes 8`, start that many processes;
+`--accelerate_config` takes a file that `accelerate config` wrote."""
+
+
+@dataclass
+class ScriptArguments:
+    """
+    What to train, on what, for what.
+
+    Args:
+        model (`str`):
+            The pipeline: a Hub id, a local folder, or `"shapeworld"`.
+        prompts (`list[str]`):
+            Sources of prompts, each `source` or `name=source`; see [`~trl_marble.cli.sources.load_sources`].
+        rewards (`list[str]`):
+            Names or dotted paths of rewards; see [`~trl_marble.cli.sources.load_rewards`].
+        prompt_weights (`list[float]`, *optional*):
+            The share of each source in a step, as a weight; equal shares if left out.
+        prompt_column (`str`, *optional*, defaults to `"prompt"`):
+            The column that holds the prompts of files and datasets.
+        eval_prompts (`list[str]`, *optional*):
+            Sources of the prompts to evaluate on.
+        eval_split (`str`, *optional*, defaults to `"test"`):
+            The split of `eval_prompts` to read.
+        eval_rewards (`list[str]`, *optional*):
+            Rewards that are measured in evaluations and never trained on.
+        use_t5 (`bool`, *optional*, defaults to `True`):
+            Whether Stable Diffusion 3 reads prompts with T5 too, which takes 9 GB in bf16. Use an adapter that was
+            trained without it on a pipeline without it.
+        offload_rewards (`bool`, *optional*, defaults to `False`):
+            Whether rewards that are models leave the GPU during updates.
+        lora_r (`int`, *optional*, defaults to `32`):
+            Rank of the LoRA.
+        lora_alpha (`int`, *optional*, defaults to `64`):
+            The update is scaled by `lora_alpha / lora_r`.
+        lora_target_modules (`list[str]`, *optional*):
+            Names of the layers to adapt; the attention projections of the pipeline's family if left out.
+        weighting (`str`, *optional*, defaults to `"mgda"`):
+            How the rewards are balanced, see [`MarbleNFTTrainer`].
+    """
+
+    _argument_group_name = "what to train"
+
+    model: str = field(metadata={"help": "Hub id or folder of the pipeline, or 'shapeworld'."})
+    prompts: list[str] = field(
+        metadata={
+            "help": "Prompts to train on: files, folders, Hub datasets, generators (ocr:2000, compositional:2000) or "
+            "'shapeworld', each with a name if wanted (name=source)."
+        }
+    )
+    rewards: list[str] = field(
+        metadata={"help": "Rewards: names (pickscore), dotted paths (my_rewards.brightness) or 'shapeworld'."}
+    )
+    prompt_weights: list[float] | None = field(
+        default=None, metadata={"help": "Weight of each source of prompts. Defaults to equal shares."}
+    )
+    prompt_column: str = field(default="prompt", metadata={"help": "The column that holds the prompts."})
+    eval_prompts: list[str] | None = field(
+        default=None, metadata={"help": "Prompts to evaluate on, written like those of --prompts."}
+    )
+    eval_split: str = field(default="test", metadata={"help": "The split of the evaluation prompts."})
+    eval_rewards: list[str] | None = field(
+        default=None, metadata={"help": "Rewards that are measured in evaluations and never trained on."}
+    )
+    use_t5: bool = field(default=True, metadata={"help": "Whether Stable Diffusion 3 reads prompts with T5 too."})
+    offload_rewards: bool = field(
+        default=False, metadata={"help": "Whether rewards that are models leave the GPU during updates."}
+    )
+    lora_r: int = field(default=32, metadata={"help": "Rank of the LoRA."})
+    lora_alpha: int = field(default=64, metadata={"help": "The update is scaled by lora_alpha / lora_r."})
+    lora_target_modules: list[str] | None = field(
+        default=None, metadata={"help": "Layers to adapt. Defaults to the attention layers of the pipeline's family."}
+    )
+    weighting: str = field(default="mgda", metadata={"help": "How the rewards are balanced."})
+
+
+def register(subparsers: Any, whole: bool = False) -> None:
+    """Add the command; its options, which take seconds to import, only where `whole` asks for them."""
+    parents = [make_parser(add_help=False)] if whole else []
+    command = subparsers.add_parser("train", help=HELP, add_help=False, parents=parents)
+    command.set_defaults(run=run, takes_words=True)
+
+
+def make_parser(**kwargs: Any) -> "ConfigParser":
+    """The parser of all options, those of `MarbleConfig` too."""
+    from ..trainer import MarbleConfig
+    from .parsing import ConfigParser
+
+    return ConfigParser((ScriptArguments, MarbleConfig), usage=USAGE, description=DESCRIPTION, **kwargs)
+
+
+def run(args: Namespace) -> int:
+    return run_command("train", args.words, make_parser, train)
+
+
+def train(script_args: ScriptArguments, training_args: "MarbleConfig") -> None:
+    """Train, save the adapter with its card, push them where asked to, and say where they are."""
+    from ..pipelines import lora_config
+    from ..trainer import MarbleNFTTrainer
+    from .sources import load_model, load_rewards, load_sources
+
+    with usage_errors():
+        checkpoint = checkpoint_to_resume(training_args)
+        prompts = load_sources(
+            script_args.prompts,
+            column=script_args.prompt_column,
+            weights=script_args.prompt_weights,
+            seed=training_args.seed,
+        )
+        eval_prompts = None
+        if script_args.eval_prompts:
+            eval_prompts = load_sources(
+                script_args.eval_prompts,
+                split=script_args.eval_split,
+                column=script_args.prompt_column,
+                seed=training_args.seed,
+            )
+        rewards = load_rewards(script_args.rewards, script_args.offload_rewards)
+        eval_rewards = load_rewards(script_args.eval_rewards or [], script_args.offload_rewards)
+        pipeline = load_model(script_args.model, training_args.bf16, script_args.use_t5)
+        peft_config = lora_config(pipeline, script_args.lora_r, script_args.lora_alpha)
+        if script_args.lora_target_modules:
+            peft_config.target_modules = script_args.lora_target_modules
+        trainer = MarbleNFTTrainer(
+            pipeline,
+            reward_funcs=[*rewards],
+            args=training_args,
+            train_dataset=prompts,
+            eval_dataset=eval_prompts,
+            peft_config=peft_config,
+            weighting=script_args.weighting,
+            eval_reward_funcs=[*eval_rewards],
+        )
+    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.save_model()
+    trainer.create_model_card()
+    if trainer.is_world_process_zero():
+        print(f"The adapter and its card (README.md) are in {Path(training_args.output_dir).absolute()}")
+    if training_args.push_to_hub:
+        trainer.push_to_hub()
+        if trainer.is_world_process_zero():
+            print(f"They are on the Hub: {trainer.hub_model_id}")
+
+
+def checkpoint_to_resume(args: "MarbleConfig") -> str | None:
+    """
+    The checkpoint that `resume_from_checkpoint` means.
+
+    Args:
+        args ([`MarbleConfig`]):
+            With the path of a checkpoint; `"latest"` or `"true"` for the latest one in the output folder; or nothing.
+
+    Returns:
+        `str`: The checkpoint's folder, or `None` to begin anew.
+
+    Raises:
+        `FileNotFoundError`: If there is no such folder.
+    """
+    from transformers.trainer_utils import get_last_checkpoint
+
+    wanted, folder = args.resume_from_checkpoint, Path(args.output_dir)
+    if wanted is None or wanted.lower() == "false":
+        return None
+    if wanted.lower() not in ("latest", "true"):
+        if not Path(wanted).is_dir():
+            raise FileNotFoundError(f"`resume_from_checkpoint` is {wanted!r}; there is no such folder.")
+        return wanted
+    latest = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    if latest is None:
+        raise FileNotFoundError(f"There is no checkpoint in `{folder}`; leave out `resume_from_checkpoint`.")
+    return latest
