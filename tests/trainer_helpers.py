@@ -56,6 +56,8 @@ def small_trainer(
     train_dataset: Any = None,
     eval_dataset: Any = None,
     peft_config: Any = None,
+    eval_reward_funcs: Any = None,
+    callbacks: Any = None,
     **overrides: Any,
 ) -> MarbleNFTTrainer:
     """A trainer on a tiny SD3 pipeline; keywords go to [`small_config`]."""
@@ -66,4 +68,6 @@ def small_trainer(
         train_dataset=prompt_set() if train_dataset is None else train_dataset,
         eval_dataset=eval_dataset,
         peft_config=peft_config,
+        eval_reward_funcs=eval_reward_funcs,
+        callbacks=callbacks,
     )

@@ -7,7 +7,7 @@ from matplotlib.colors import to_rgb
 from PIL import Image
 
 from trl_marble.evaluation import before_after_grid, image_grid, plot_balance, plot_rewards
-from trl_marble.evaluation.plots import NOT_TAKEN, PALETTE, TAKEN
+from trl_marble.evaluation.plots import NOT_TAKEN, PALETTE, TAKEN, plot_histograms
 
 
 RED, GREEN, BLUE, YELLOW = (200, 10, 10), (10, 200, 10), (10, 10, 200), (200, 200, 10)
@@ -154,3 +154,46 @@ def test_rewards_may_be_missing_in_some_steps(tmp_path):
 def test_rewards_say_what_to_log(tmp_path):
     with pytest.raises(ValueError, match="no `rewards/<reward>/mean`"):
         plot_rewards([{"step": 1, "rewards/reader/std": 0.1}], tmp_path / "rewards.png")
+
+
+def ink(path, left: int, top: int, right: int, bottom: int) -> int:
+    """Number of pixels of a part of a picture that are not paper."""
+    pixels = np.asarray(Image.open(path).convert("RGB"))[top:bottom, left:right]
+    return int((pixels.min(axis=2) < 200).sum())
+
+
+def test_captions_stand_under_their_images_and_make_room_for_their_lines(tmp_path):
+    rows = [[tile(RED), tile(GREEN)], [tile(BLUE)]]
+    one, two = (
+        image_grid(rows, ["a", "b"], tmp_path / f"{lines}.png", cell=80, captions=[["x" * 90, ""], [text]])
+        for lines, text in ((1, "0.5 bright"), (2, "0.5 bright\n– reader"))
+    )
+    plain = image_grid(rows, ["a", "b"], tmp_path / "plain.png", cell=80)
+    heights = [Image.open(path).height for path in (plain, one, two)]
+    assert heights[0] < heights[1] < heights[2]
+    for color, captioned in ((RED, True), (GREEN, False)):
+        x, y, width, height = extent(one, color)
+        under = int(x - width / 2), int(y + height / 2) + 2, int(x + width / 2), int(y + height / 2) + 14
+        assert (ink(one, *under) > 0) == captioned, color  # and a caption that is too long stays under its image
+
+
+def test_captions_that_are_not_one_an_image_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"`captions` has rows of \[1\], `rows` of \[2\] images"):
+        image_grid([[tile(RED), tile(BLUE)]], ["a"], tmp_path / "grid.png", captions=[["x"]])
+
+
+def test_histograms_have_a_colour_for_each_source_or_reward(tmp_path):
+    values = {"reader": [0.1, 0.2, math.nan, 0.9], "big": [1.0, 2.0, 3.0, 4.0], "never": [math.nan] * 4}
+    alone = plot_histograms(values, tmp_path / "new" / "alone.png", title="Step 3")
+    mixed = plot_histograms(values, tmp_path / "mixed.png", sources=["glyph", "free", "glyph", "free"])
+    shade = [tuple(round(255 * (0.88 * part + 0.12)) for part in to_rgb(color)) for color in PALETTE]
+    for path in (alone, mixed):
+        assert all(extent(path, color)[2] > 0 for color in shade[:2])
+    assert extent(mixed, shade[0])[1] != extent(alone, shade[0])[1]
+
+
+def test_histograms_of_values_that_do_not_pair_up_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="no reward"):
+        plot_histograms({}, tmp_path / "h.png")
+    with pytest.raises(ValueError, match=r"`sources` has 1 entries, `values\['a'\]` has 2"):
+        plot_histograms({"a": [1.0, 2.0]}, tmp_path / "h.png", sources=["x"])

@@ -14,10 +14,11 @@ import yaml
 from local_hub import TOKEN, LocalHub, card_errors, local_hub
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny import tiny_sd3
-from trainer_helpers import bright, small_trainer
+from trainer_helpers import blue, bright, prompt_set, small_config, small_trainer
 
-from trl_marble.hub import RewardRow
-from trl_marble.trainer.publishing import framework_versions, reward_rows
+from trl_marble import MarbleNFTTrainer
+from trl_marble.hub import CardInputs, RewardRow, build_model_card
+from trl_marble.trainer.publishing import diversity_row, framework_versions, reward_rows
 
 
 BASE = "me/tiny-sd3"
@@ -50,6 +51,8 @@ for strategy in strategies:
         seen["first card"] = (folder / "run-end" / "README.md").read_text()
         trainer.args.balance_ema = 0.123
         trainer.push_to_hub("Once more")
+late = small_trainer(folder / "run-late", pipeline="me/tiny-sd3")  # of which nothing was said about the Hub
+late.push_to_hub(private=True, token="hf_local", model_name="A late one")
 print("SEEN " + json.dumps(seen))
 """
 
@@ -87,6 +90,13 @@ resumed.save_model()
 name = "pytorch_lora_weights.safetensors"
 original = Path(hf_hub_download("me/all_checkpoints", name)).read_bytes()
 result["resumed"] = (folder / "resumed" / name).read_bytes() == original
+
+place = snapshot_download("me/checkpoint", allow_patterns="last-checkpoint/*")
+longer = small_trainer(folder / "longer", pipeline="me/tiny-sd3", max_steps=3)
+longer.train(resume_from_checkpoint=str(Path(place) / "last-checkpoint"))
+longer.save_model()
+result["longer"] = longer.state.global_step
+result["went on"] = (folder / "longer" / name).read_bytes() != original
 print("RESULT " + json.dumps(result))
 """
 
@@ -122,11 +132,11 @@ def published(tmp_path_factory) -> Iterator[Published]:
         yield Published(hub, folder, seen)
 
 
-def top_level(files: dict[str, bytes]) -> set[str]:
-    return {path for path in files if not path.startswith(("images/", "runs/")) and "tfevents" not in path}
+def without_samples(files: dict[str, bytes]) -> set[str]:
+    return {path for path in files if not re.fullmatch(r"images/sample_\d+\.png", path)}
 
 
-ALWAYS = {"README.md", "pytorch_lora_weights.safetensors", "balance.png", ".gitattributes"}
+ALWAYS = {"README.md", "model_card.json", "pytorch_lora_weights.safetensors", "balance.png"}
 CHECKPOINT = {
     "marble_state.json",
     "marble_state.safetensors",
@@ -139,8 +149,10 @@ CHECKPOINT = {
 
 
 def test_end_pushes_only_when_asked(published) -> None:
-    assert set(published.seen["end"]) <= {".gitattributes"}
-    assert top_level(published.files("end")) <= ALWAYS
+    assert published.seen["end"] == []
+    # Not the logs and grids of images that are in the output folder too.
+    assert any((published.folder / "run-end").rglob("*tfevents*"))
+    assert without_samples(published.files("end")) == ALWAYS
     assert published.hub.commits["me/end"][-2:] == ["End of training", "Once more"]
 
 
@@ -154,9 +166,7 @@ def test_end_pushes_only_when_asked(published) -> None:
 )
 def test_each_strategy_leaves_the_right_files(published, strategy, folders) -> None:
     expected = {f"{folder}/{name}" for folder in folders for name in CHECKPOINT}
-    found = top_level(published.files(strategy))
-    assert found - ALWAYS == expected
-    assert ALWAYS - found <= {".gitattributes"}
+    assert without_samples(published.files(strategy)) == ALWAYS | expected
     assert any("step 1" in title for title in published.hub.commits[f"me/{strategy}"])
     assert any("step 2" in title for title in published.hub.commits[f"me/{strategy}"])
 
@@ -173,11 +183,25 @@ def test_what_was_pushed_is_what_was_saved(published) -> None:
 
 
 def test_no_settings_are_pickled_and_no_token_or_path_is_published(published) -> None:
-    for strategy in STRATEGIES:
+    for strategy in (*STRATEGIES, "run-late"):
         for path, content in published.files(strategy).items():
             assert not path.endswith("training_args.bin")
             assert TOKEN.encode() not in content, path
-        assert str(published.folder) not in published.card(strategy)
+            assert str(published.folder).encode() not in content, path
+
+
+def test_a_push_that_the_configuration_did_not_name(published) -> None:
+    assert published.hub.private["me/run-late"] and not published.hub.private["me/end"]
+    assert published.files("run-late").keys() == {"README.md", "model_card.json", "pytorch_lora_weights.safetensors"}
+    assert "\n# A late one\n" in published.card("run-late") and "not measured" in published.card("run-late")
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_the_card_can_be_rendered_again_from_what_was_pushed(published, strategy, tmp_path) -> None:
+    (tmp_path / "model_card.json").write_bytes(published.files(strategy)["model_card.json"])
+    inputs = CardInputs.load(tmp_path)
+    assert str(build_model_card(inputs)) == published.card(strategy)
+    assert inputs.model_id == f"me/{strategy}" and [row.name for row in inputs.rewards] == ["bright", "blue"]
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -225,7 +249,10 @@ def test_images_reach_the_tracker(published) -> None:
     (events,) = (published.folder / "run-end").rglob("events.out.tfevents*")
     log = EventAccumulator(str(events), size_guidance={"images": 0})
     log.Reload()
-    assert {tag: len(log.Images(tag)) for tag in log.Tags()["images"]} == {"train/images": 2, "eval/images": 2}
+    found = {tag: len(log.Images(tag)) for tag in log.Tags()["images"]}
+    # Grids of rollouts at least ten steps apart; plots at both checkpoints and at the end.
+    expected = {"train/images": 1, "eval/images": 2, "plots/balance": 3, "plots/rewards": 3}
+    assert {tag: found[tag] for tag in expected} == expected
 
 
 def test_a_download_makes_the_same_images_and_resumes_the_run(published) -> None:
@@ -234,6 +261,7 @@ def test_a_download_makes_the_same_images_and_resumes_the_run(published) -> None
     assert result["same"] and result["changed"] > 0
     assert result["size"] == [16, 16] and (published.folder / "image.png").is_file()  # the card's own example
     assert result["resumed"]
+    assert result["longer"] == 3 and result["went on"]
 
 
 # ---- Cards of unusual runs ----
@@ -263,6 +291,24 @@ def test_a_run_with_nothing_to_balance_has_a_card(tmp_path, rewards, aggregation
     card = (tmp_path / "README.md").read_text()
     assert card_errors(card) == []
     assert ("balance.png" in card) == (tmp_path / "balance.png").is_file()
+
+
+def test_held_out_rewards_and_diversity_are_in_the_card(tmp_path) -> None:
+    trainer = MarbleNFTTrainer(
+        tiny_sd3(num_layers=1),
+        reward_funcs=[bright],
+        eval_reward_funcs=[blue],
+        args=small_config(tmp_path, eval_strategy="steps", eval_steps=2, eval_on_start=True, num_generations_eval=2),
+        train_dataset=prompt_set(),
+        eval_dataset=prompt_set().select(range(3)),
+    )
+    trainer.train()
+    trainer.create_model_card()
+    card = (tmp_path / "README.md").read_text()
+    assert "against 1 reward at once:\n`bright`. It" in card
+    (line,) = re.findall(r"^\| blue \(held out\) \|.*$", card, re.MULTILINE)
+    (diversity,) = re.findall(r"^\| \*diversity within a prompt\* \|.*$", card, re.MULTILINE)
+    assert "not measured" not in line + diversity and card_errors(card) == []
 
 
 def test_a_card_can_be_written_before_training(tmp_path) -> None:
@@ -304,6 +350,13 @@ def test_what_was_not_evaluated_is_not_measured(history, before, after) -> None:
 def test_a_reward_that_applied_to_nothing_stays_nan() -> None:
     (found,) = reward_rows(["a"], [row(0, a=math.nan), row(1, a=math.nan)])
     assert math.isnan(found.before) and math.isnan(found.after)
+
+
+def test_diversity_is_that_of_the_same_evaluations() -> None:
+    history = [{"eval_drift/diversity": value, "step": step} for value, step in ((0.3, 0), (0.1, 1), (0.2, 2))]
+    assert diversity_row(history) == RewardRow("diversity within a prompt", before=0.3, after=0.2)
+    assert diversity_row(history[1:]) == RewardRow("diversity within a prompt", before=None, after=0.2)
+    assert diversity_row([row(0, a=1.0), row(2, a=2.0)]) is None  # one image a prompt
 
 
 def test_versions_name_the_packages() -> None:

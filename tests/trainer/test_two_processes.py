@@ -41,7 +41,8 @@ def relative_error(a, b):
 def test_two_processes_are_one(tmp_path, settings):
     (alone,) = run(tmp_path / "one", 1, **settings)
     first, second = run(tmp_path / "two", 2, **settings)
-    assert {"0", "1", "alpha", "old"} == set(alone)
+    assert {"0", "1", "alpha", "old", "diversity", "evaluation"} == set(alone)
+    assert len(alone["diversity"]) == 3 and alone["diversity"].min() > 0 and alone["evaluation"].shape == (4, 24)
     for name, value in alone.items():
         # `bright` and `blue` have nearly one gradient: how they share their weight is up to rounding, their sum not.
         assert relative_error(first[name], value) < (1e-3 if name == "alpha" else 1e-5), name

@@ -15,7 +15,7 @@ from trl_marble.rewards import RewardError
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from trainer_helpers import blue, bright, small_trainer  # noqa: E402
+from trainer_helpers import blue, bright, prompt_set, small_trainer  # noqa: E402
 
 
 def red_only(images, prompts, **kwargs):
@@ -28,6 +28,10 @@ def sees_nothing_on_rank_1(images, **kwargs):
     if PartialState().process_index == 1:
         raise ConnectionError("scorer went away")
     return bright(images)
+
+
+def dark(images, **kwargs):
+    return [-value for value in bright(images)]
 
 
 class Keep(TrainerCallback):
@@ -44,7 +48,7 @@ if __name__ == "__main__":
     rewards = [bright, blue, red_only]
     if settings.pop("fails", False):
         rewards[0] = sees_nothing_on_rank_1
-    trainer = small_trainer(folder, rewards, **settings)
+    trainer = small_trainer(folder, rewards, eval_dataset=prompt_set(), eval_reward_funcs=dark, **settings)
     keep = Keep()
     trainer.add_callback(keep)
     try:
@@ -52,9 +56,15 @@ if __name__ == "__main__":
     except RewardError as error:
         (folder / f"rank{trainer.args.process_index}.txt").write_text(str(error))
         raise SystemExit(0) from error
+    metrics = trainer.evaluate()
+    diversities = [row["drift/diversity"] for row in trainer.state.log_history if "drift/diversity" in row]
+    measured = {
+        "diversity": torch.tensor([*diversities, metrics["eval_drift/diversity"]]),
+        "evaluation": trainer.evaluations[-1].rewards.nan_to_num().contiguous(),
+    }
     gradients = {str(i): gradient for i, gradient in enumerate(keep.gradients)}
     alphas = {
         "alpha": trainer.schedule.alpha.nan_to_num(),
         "old": next(iter(trainer.old_policy.state_dict().values())),
     }
-    save_file(gradients | alphas, folder / f"rank{trainer.args.process_index}.safetensors")
+    save_file(gradients | alphas | measured, folder / f"rank{trainer.args.process_index}.safetensors")

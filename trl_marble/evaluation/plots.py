@@ -34,7 +34,7 @@ DPI = 150
 # Mean width of a character of the default font, in font sizes.
 CHARACTER_WIDTH = 0.56
 # Size of the text under an image in sizes of the other text, and height of a line of it in cells.
-CAPTION_SCALE, CAPTION_LINE = 0.78, 0.13
+CAPTION_SCALE, CAPTION_LINE = 0.78, 0.105
 
 
 def image_grid(
@@ -358,7 +358,7 @@ class _GridLayout:
         self.title_height = round(0.3 * cell) if has_title else 0
         self.header_height = round(0.34 * cell) if has_headers else 0
         # A little air below the last line parts it from the next row.
-        self.caption_height = round((CAPTION_LINE * caption_lines + 0.06) * cell) if caption_lines else 0
+        self.caption_height = round((CAPTION_LINE * caption_lines + 0.12) * cell) if caption_lines else 0
         last = len(blocks) - 1
         self.width = self.left(last, blocks[last]) - self.gap + self.margin
         self.height = self.top(rows) - self.gap + self.margin
@@ -394,8 +394,11 @@ class _GridLayout:
     def write_caption(self, row: int, column: int, text: str) -> None:
         width = int(self.cell / (CHARACTER_WIDTH * CAPTION_SCALE * self.font))
         lines = [line if len(line) <= width else line[: width - 1] + "…" for line in text.split("\n")]
-        style = {"va": "top", "color": FAINT, "scale": CAPTION_SCALE, "linespacing": 1.25}
-        self.texts.append((self.left(0, column), self.top(row) + 1.04 * self.cell, "\n".join(lines), style))
+        style = {"va": "baseline", "color": FAINT, "scale": CAPTION_SCALE}
+        # Line by line: matplotlib's own distance between two lines depends on their letters.
+        for number, line in enumerate(lines, start=1):
+            y = self.top(row) + (1 + CAPTION_LINE * number) * self.cell
+            self.texts.append((self.left(0, column), y, line, style))
 
     def write_title(self, text: str) -> None:
         y = self.margin + 0.1 * self.cell

@@ -63,13 +63,15 @@ def reward_names(reward_funcs: Sequence[RewardFunc]) -> list[str]:
     return names
 
 
-def validate_reward_funcs(reward_funcs: Any) -> list[RewardFunc]:
+def validate_reward_funcs(reward_funcs: Any, argument: str = "reward_funcs") -> list[RewardFunc]:
     """
     The rewards as a new list, strings loaded, refused if one of them cannot be called.
 
     Args:
         reward_funcs (`str`, `RewardFunc` or a list of them):
             One reward or several.
+        argument (`str`, *optional*, defaults to `"reward_funcs"`):
+            What the caller's user knows them as, for messages.
 
     Raises:
         `TypeError`: If a reward is not callable.
@@ -77,11 +79,11 @@ def validate_reward_funcs(reward_funcs: Any) -> list[RewardFunc]:
     """
     funcs = [reward_funcs] if callable(reward_funcs) or isinstance(reward_funcs, str) else list(reward_funcs or [])
     if not funcs:
-        raise ValueError("`reward_funcs` is empty; pass at least one callable that scores images.")
+        raise ValueError(f"`{argument}` is empty; pass at least one callable that scores images.")
     funcs = [load_reward(func) if isinstance(func, str) else func for func in funcs]
     for position, func in enumerate(funcs):
         if not callable(func):
-            raise TypeError(f"`reward_funcs[{position}]` is {func!r}; every reward must be a callable or a name.")
+            raise TypeError(f"`{argument}[{position}]` is {func!r}; every reward must be a callable or a name.")
     return funcs
 
 

@@ -142,8 +142,13 @@ class MarbleConfig(TrainingArguments):
         > Parameters that control logging
 
         log_images (`bool`, *optional*, defaults to `True`):
-            Whether to save a grid of rollout images with their rewards to `output_dir/images` at each logging step,
-            and to send it to TensorBoard and Weights & Biases where they are in use.
+            Whether to save pictures of the run, and to send them to TensorBoard, Weights & Biases and Trackio where
+            they are in use: grids of rollout and evaluation images with their rewards and histograms of the rewards
+            (`output_dir/images`), plots of rewards, weights and cosines at each save and at the end
+            (`output_dir/plots`).
+        log_images_steps (`int`, *optional*, defaults to `10`):
+            Least number of optimizer steps between two grids of rollout images, which come at logging steps, the
+            first one included. They take about half a second.
         num_images_to_log (`int`, *optional*, defaults to `4`):
             Number of prompts in a logged grid, with up to as many images each.
 
@@ -243,7 +248,10 @@ class MarbleConfig(TrainingArguments):
     weight_ema_decay: float = field(default=0.9, metadata={"help": "Upper limit of the averaged weights' decay."})
 
     # Parameters that control logging
-    log_images: bool = field(default=True, metadata={"help": "Whether to save a grid of images at logging steps."})
+    log_images: bool = field(default=True, metadata={"help": "Whether to save pictures of the run."})
+    log_images_steps: int = field(
+        default=10, metadata={"help": "Least number of optimizer steps between grids of rollout images."}
+    )
     num_images_to_log: int = field(default=4, metadata={"help": "Number of prompts in a logged grid."})
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
@@ -284,6 +292,7 @@ class MarbleConfig(TrainingArguments):
             "num_generations_eval": (1, "evaluation needs an image a prompt"),
             "balance_every": (1, "1 solves at every optimizer step"),
             "num_images_to_log": (1, "set `log_images=False` to log none"),
+            "log_images_steps": (1, "1 logs images at every logging step"),
             "per_device_train_batch_size": (1, "a forward pass needs an image"),
             "per_device_eval_batch_size": (1, "a rollout needs an image"),
             "gradient_accumulation_steps": (1, "1 takes an optimizer step after each micro-batch"),

@@ -3,7 +3,8 @@
 
 import tempfile
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,8 @@ import torch
 from accelerate.utils import gather_object, set_seed
 from datasets import Dataset
 from diffusers import DiffusionPipeline
+from huggingface_hub import CommitInfo
 from peft import LoraConfig
-from PIL import Image
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback, TrainerState
@@ -32,6 +33,7 @@ from ..balance import (
 )
 from ..data import RepeatPromptSampler, source_weights, validate_prompts
 from ..evaluation import Evaluation
+from ..evaluation.diversity import group_diversity, thumbnails
 from ..hub import save_adapter
 from ..pipelines import (
     Conditioning,
@@ -45,14 +47,18 @@ from ..pipelines import (
     lora_config,
     plain_lora_linears,
 )
-from ..rewards import PendingScores, RewardFunc, RewardScorer, Scores
+from ..rewards import RewardFunc, RewardScorer
+from ..rewards.protocol import reward_names, validate_reward_funcs
+from .callbacks import MarbleCallback
 from .checkpointing import base_fingerprint, copy_into, load_state, save_state
+from .evaluating import evaluate_policy
 from .generation import GenerationBatch
+from .live_table import LiveTableCallback, ProgressBar
 from .marble_config import MarbleConfig
 from .metrics import MetricBuffer
-from .pictures import first_rows, log_grid
-from .publishing import push_checkpoint, write_card
-from .reward_failures import settle_failures
+from .pictures import RolloutRecord, log_evaluation, log_plots, log_rollout
+from .publishing import push_checkpoint, push_output, write_card
+from .sampling import sample_and_score
 from .seeding import Draw, derive_seed
 from .step_gradient import LossShares, StepGradient
 
@@ -97,6 +103,9 @@ class MarbleNFTTrainer(Trainer):
             [`~trl_marble.data.mix_prompts`] made gives each generation batch its share of every source.
         eval_dataset ([`~datasets.Dataset`], *optional*):
             Prompts to evaluate on.
+        eval_reward_funcs (`str`, `RewardFunc` or a list of them, *optional*):
+            Held-out rewards: scored in evaluations beside `reward_funcs`, and never trained on. What rises in training
+            and not here is not quality, see [`RewardHackingCallback`].
         peft_config ([`~peft.LoraConfig`], *optional*):
             The adapter. Defaults to rank 32, alpha 64 on the projections that are usually trained in the pipeline's
             family.
@@ -110,7 +119,7 @@ class MarbleNFTTrainer(Trainer):
 
     Raises:
         `ValueError`: For a pipeline that is not flow matching, a prompt set without prompts, the wrong number of
-            reward weights, or settings that do not fit together.
+            reward weights, a held-out reward that is trained on, or settings that do not fit together.
         `OSError`: If the output folder cannot be written.
     """
 
@@ -132,6 +141,7 @@ class MarbleNFTTrainer(Trainer):
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
         weighting: str | Callable[[Tensor], Tensor] = "mgda",
+        eval_reward_funcs: str | RewardFunc | list[str | RewardFunc] | None = None,
     ) -> None:
         if args is None:
             name = pipeline if isinstance(pipeline, str) else type(pipeline).__name__
@@ -147,7 +157,14 @@ class MarbleNFTTrainer(Trainer):
         _check_writable(Path(args.output_dir))
 
         self.scorer = RewardScorer(reward_funcs, args.reward_timeout)
-        self.scorer.to(args.device, torch.bfloat16 if args.bf16 else torch.float32)
+        self.held_out_scorer = _held_out_scorer(eval_reward_funcs, reward_funcs, self.scorer)
+        if self.held_out_scorer is not None and eval_dataset is None:
+            logger.warning(
+                f"Held-out rewards ({', '.join(self.held_out_names)}) are scored in evaluations only, and there is no "
+                "`eval_dataset`: pass one to the trainer, or to `evaluate`."
+            )
+        for scorer in self.scorers:
+            scorer.to(args.device, torch.bfloat16 if args.bf16 else torch.float32)
         num_rewards = len(self.scorer)
         if args.reward_weights is not None and len(args.reward_weights) != num_rewards:
             raise ValueError(
@@ -214,9 +231,20 @@ class MarbleNFTTrainer(Trainer):
         self.evaluations: list[Evaluation] = []
         self._batch: GenerationBatch  # from the first micro-batch on
         self._micro_step = 0
-        self._latest_rollout: tuple[list[str], list[Image.Image]] | None = None
+        self._latest_rollout: RolloutRecord | None = None
+        self._latest_images_step: int | None = None
         self._silent_rewards: set[str] = set()
         self._saved_step = 0
+
+    @property
+    def held_out_names(self) -> list[str]:
+        """Names of the rewards that are scored in evaluations and never trained on."""
+        return [] if self.held_out_scorer is None else self.held_out_scorer.names
+
+    @property
+    def scorers(self) -> list[RewardScorer]:
+        """What evaluations score with: the rewards that are trained on, then the held-out ones."""
+        return [self.scorer, *([] if self.held_out_scorer is None else [self.held_out_scorer])]
 
     # ---- Prompts ----
 
@@ -256,14 +284,21 @@ class MarbleNFTTrainer(Trainer):
         resumed from there.
         """
         self._micro_step, self._saved_step = 0, 0
+        self._latest_images_step = None
         self.metrics.clear()
+        own_callbacks = [c for c in self.callback_handler.callbacks if isinstance(c, MarbleCallback)]
+        for callback in own_callbacks:
+            callback.open(self)
         try:
             return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         except BaseException:
             self._save_on_failure()
             raise
         finally:
-            self.scorer.close()
+            for callback in own_callbacks:
+                callback.close()
+            for scorer in self.scorers:
+                scorer.close()
 
     def training_step(  # type: ignore[override]
         self, model: nn.Module, inputs: list[dict[str, Any]], num_items_in_batch: Tensor | int | None = None
@@ -309,16 +344,19 @@ class MarbleNFTTrainer(Trainer):
 
         with self.old_policy.swapped_in():
             conditioning = self.flow.encode(unique_prompts)
-            latents, images, rewards, failed = self._sample_and_score(
-                conditioning, prompt_index, prompts, columns, seeds, self.args.rollout_batch_size
+            latents, images, rewards, failed = sample_and_score(
+                self, [self.scorer], conditioning, prompt_index, prompts, columns, seeds, self.args.rollout_batch_size
             )
-        self._latest_rollout = (prompts, images)
-
-        all_rewards = self.accelerator.gather(rewards.T.contiguous().to(self.args.device)).T.cpu()
-        self._log_rewards(all_rewards, failed)
+        all_rewards = self._gather(rewards.T).T
+        groups = torch.arange(all_rewards.shape[1]) // self.args.num_generations
+        self._record_rewards(all_rewards, failed)
+        self.metrics.record("drift/diversity", group_diversity(self._gather(thumbnails(images)), groups).mean().item())
+        if self.args.log_images:
+            sources = None if "source" not in columns else gather_object([str(source) for source in columns["source"]])
+            self._latest_rollout = RolloutRecord(prompts, images, rewards, all_rewards, sources)
         advantages = aggregate_advantages(
             all_rewards,
-            groups=torch.arange(all_rewards.shape[1]) // self.args.num_generations,
+            groups=groups,
             reward_weights=self.reward_weights,
             mode=self.args.multi_objective_aggregation,
             scale_rewards=self.args.scale_rewards,
@@ -350,49 +388,11 @@ class MarbleNFTTrainer(Trainer):
             weighted_sum=self._weighted_sum(all_rewards),
         )
 
-    @torch.no_grad()
-    def _sample_and_score(
-        self,
-        conditioning: Conditioning,
-        prompt_index: Tensor,
-        prompts: list[str],
-        columns: dict[str, list],
-        seeds: list[int],
-        batch_size: int,
-    ) -> tuple[Tensor, list[Image.Image], Tensor, dict[str, int]]:
-        """
-        Latents, images, rewards `[K, B]` and how many images of all processes each reward failed for.
+    def _gather(self, values: Tensor) -> Tensor:
+        """Rows of all processes, in the order of the generation batch, on the CPU."""
+        return self.accelerator.gather(values.contiguous().to(self.args.device)).cpu()
 
-        A batch is scored while the next one is sampled.
-        """
-        self.model.eval()
-        latents: list[Tensor] = []
-        images: list[Image.Image] = []
-        pending: list[PendingScores] = []
-        with self._progress("rollout", len(prompts)) as bar:
-            for start in range(0, len(prompts), batch_size):
-                part = slice(start, start + batch_size)
-                with self.compute_loss_context_manager():
-                    rollout = self.flow.rollout(
-                        conditioning.select(prompt_index[part]), seeds[part], self.args.num_inference_steps
-                    )
-                sampled = list(rollout.images)
-                latents.append(rollout.latents)
-                images.extend(sampled)
-                part_columns = {name: values[part] for name, values in columns.items()}
-                pending.append(self.scorer.submit(sampled, prompts[part], part_columns, self.state))
-                bar.update(len(sampled))
-        scores: list[Scores] = []
-        with self._progress("rewards", len(prompts)) as bar:
-            for waiting in pending:
-                scores.append(self.scorer.collect(waiting))
-                bar.update(len(waiting.prompts))
-        self.scorer.release()
-        scored = Scores.concatenate(scores)
-        failed = settle_failures(scored, self.scorer.names, self.args.reward_failure, self.accelerator)
-        return torch.cat(latents), images, scored.rewards, failed
-
-    def _log_rewards(self, rewards: Tensor, failed: dict[str, int]) -> None:
+    def _record_rewards(self, rewards: Tensor, failed: dict[str, int]) -> None:
         for name, row in zip(self.scorer.names, rewards, strict=True):
             valid = row[~row.isnan()]
             if self.args.reward_failure == "mask":
@@ -441,7 +441,7 @@ class MarbleNFTTrainer(Trainer):
         drawn = torch.stack([torch.randperm(len(self.times), generator=g)[: self.num_times] for g in generators])
         first_place = slot % self.args.gradient_accumulation_steps * self.num_times
         loss = torch.zeros((), device=self.args.device)
-        with self._progress("update", self.num_times) as bar:
+        with self.progress("update", self.num_times) as bar:
             for place, columns in enumerate(drawn.T, start=first_place):
                 t = self.times[columns].to(x0)
                 noise = torch.stack([torch.randn(x0.shape[1:], generator=g) for g in generators]).to(x0)
@@ -521,8 +521,10 @@ class MarbleNFTTrainer(Trainer):
 
         Returns:
             `dict[str, float]`: For each reward `<prefix>_rewards/<name>/mean`, `/standard_error` and `/valid`
-            (fraction of the images that it applies to), and `<prefix>_drift/velocity_norm`, the norm of the velocity
-            relative to the base model's. The images and rewards themselves are appended to `trainer.evaluations`.
+            (fraction of the images that it applies to), held-out ones included; `<prefix>_drift/diversity`, how much
+            the images of a prompt differ from each other (with at least two a prompt); and
+            `<prefix>_drift/velocity_norm`, the norm of the velocity relative to the base model's. The images and
+            rewards themselves are appended to `trainer.evaluations`.
 
         Raises:
             `ValueError`: If there is no dataset to evaluate on.
@@ -532,78 +534,45 @@ class MarbleNFTTrainer(Trainer):
             raise ValueError("There is nothing to evaluate on: pass `eval_dataset` here or to the trainer.")
         validate_prompts(dataset, "eval_dataset")
         with self.average.swapped_in():
-            evaluation, velocity_norm, failed = self._evaluate_policy(dataset)
+            result = evaluate_policy(self, dataset)
+        evaluation = result.evaluation
         self.evaluations.append(evaluation)
-
-        metrics: dict[str, float] = {f"{metric_key_prefix}_drift/velocity_norm": velocity_norm}
-        for row, (name, (mean, error)) in zip(evaluation.rewards, evaluation.summary().items(), strict=True):
-            prefix = f"{metric_key_prefix}_rewards/{name}"
-            valid = 1 - row.isnan().float().mean().item()
-            metrics |= {f"{prefix}/mean": mean, f"{prefix}/standard_error": error, f"{prefix}/valid": valid}
-            if self.args.reward_failure == "mask":
-                metrics[f"{prefix}/failed"] = failed[name]
+        metrics = result.metrics(metric_key_prefix, count_failures=self.args.reward_failure == "mask")
         super().log(dict(metrics))
         if self.args.log_images and self.is_world_process_zero():
-            log_grid(self, metric_key_prefix, evaluation.gallery)
+            names = evaluation.reward_names
+            log_evaluation(self, metric_key_prefix, names, evaluation.gallery, result.gallery_rewards)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    def _evaluate_policy(self, dataset: Dataset) -> tuple[Evaluation, float, dict[str, int]]:
-        repeats = self.args.num_generations_eval
-        indices = range(len(dataset) * repeats)[self.args.process_index :: self.args.world_size]
-        rows = [dataset[i // repeats] for i in indices]
-        prompts = [row["prompt"] for row in rows]
-        columns = {name: [row[name] for row in rows] for name in dataset.column_names if name != "prompt"}
-        seeds = [derive_seed(self.args.seed, Draw.EVALUATION, i) for i in indices]
-        unique_prompts = list(dict.fromkeys(prompts))
-        places = {prompt: place for place, prompt in enumerate(unique_prompts)}
-        prompt_index = torch.tensor([places[prompt] for prompt in prompts])
-        conditioning = self.flow.encode(unique_prompts)
-        batch_size = self.args.per_device_eval_batch_size
-        latents, images, rewards, failed = self._sample_and_score(
-            conditioning, prompt_index, prompts, columns, seeds, batch_size
-        )
-        norm = self._relative_velocity_norm(
-            latents[:batch_size], conditioning.select(prompt_index[:batch_size]), seeds
-        )
-
-        # Rows of the gallery: prompts spread over the dataset.
-        shown = {(k * len(dataset)) // self.args.num_images_to_log for k in range(self.args.num_images_to_log)}
-        found = [
-            (i, rewards[:, place].tolist(), images[place] if i // repeats in shown else None)
-            for place, i in enumerate(indices)
-        ]
-        found = sorted(gather_object(found), key=lambda entry: entry[0])
-        gallery: dict[str, list[Image.Image]] = {}
-        for i, _, image in found:
-            if image is not None:
-                gallery.setdefault(dataset[i // repeats]["prompt"], []).append(image)
-        all_rewards = torch.tensor([values for _, values, _ in found]).T
-        return Evaluation(self.state.global_step, self.scorer.names, all_rewards, gallery), norm, failed
-
-    @torch.no_grad()
-    def _relative_velocity_norm(self, x0: Tensor, conditioning: Conditioning, seeds: Sequence[int]) -> float:
-        """Norm of the policy's velocity divided by the base model's, half way between image and noise."""
-        x0 = x0.float()
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds[: len(x0)]]
-        noise = torch.stack([torch.randn(x0.shape[1:], generator=g) for g in generators]).to(x0)
-        x_t, t = (x0 + noise) / 2, torch.full((len(x0),), 0.5, device=x0.device)
-        with self.compute_loss_context_manager():
-            policy = self.model(x_t, t, conditioning)
-            with adapters_disabled(self.flow.transformer):
-                base = self.model(x_t, t, conditioning)
-        return (policy.float().norm() / base.float().norm()).item()
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log; a training step's log also holds what was recorded since the last one, averaged NaN-aware."""
-        if "loss" in logs:
-            logs = {**logs, **self.metrics.flush(self.accelerator)}
-            # A run that was resumed inside a generation batch has sampled nothing yet.
-            if self.args.log_images and self._latest_rollout is not None and self.is_world_process_zero():
-                log_grid(self, "train", first_rows(*self._latest_rollout, self.args.num_images_to_log))
-        super().log(logs, start_time)
+        if "loss" not in logs:
+            super().log(logs, start_time)
+            if "train_runtime" in logs and self.args.log_images and self.is_world_process_zero():
+                log_plots(self)  # training is over, and the trackers are still open
+            return
+        super().log({**logs, **self.metrics.flush(self.accelerator)}, start_time)
+        # A run that was resumed inside a generation batch has sampled nothing yet.
+        if self._latest_rollout is not None and self.is_world_process_zero():
+            step, latest = self.state.global_step, self._latest_images_step
+            if latest is None or step - latest >= self.args.log_images_steps:
+                self._latest_images_step = step
+                log_rollout(self, self.scorer.names, self._latest_rollout, self.args.num_images_to_log)
 
-    def _progress(self, what: str, total: int) -> tqdm:
+    def progress(self, what: str, total: int) -> ProgressBar:
+        """
+        A bar for one part of a step, as a context manager: in the live table where there is one, else of tqdm.
+
+        Args:
+            what (`str`):
+                What is being done.
+            total (`int`):
+                How much there is to do; tell what was done by `update(number)`.
+        """
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, LiveTableCallback) and callback.shows_bars:
+                return callback.bar(what, total)
         return tqdm(
             total=total,
             desc=what,
@@ -636,6 +605,8 @@ class MarbleNFTTrainer(Trainer):
             self._batch.save(folder / self._batch_file())
         super()._save_checkpoint(model, trial)
         self._saved_step = self.state.global_step
+        if self.args.log_images and self.args.should_save:
+            log_plots(self)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         folder = Path(resume_from_checkpoint)
@@ -705,6 +676,40 @@ class MarbleNFTTrainer(Trainer):
         if self.is_world_process_zero():
             write_card(self, model_name)
 
+    def push_to_hub(  # type: ignore[override]
+        self,
+        commit_message: str = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        model_name: str | None = None,
+        **kwargs: Any,
+    ) -> CommitInfo | Future[CommitInfo] | None:
+        """
+        Push the adapter and its card, rendered anew from this run, with the card's pictures.
+
+        Args:
+            commit_message (`str`, *optional*, defaults to `"End of training"`):
+                Title of the commit.
+            blocking (`bool`, *optional*, defaults to `True`):
+                Whether to return only when everything is pushed.
+            token (`str`, *optional*):
+                An access token with the right to write. Defaults to `args.hub_token`.
+            revision (`str`, *optional*):
+                The branch to push to. Defaults to `args.hub_revision`.
+            private (`bool`, *optional*):
+                Whether a repository that is created here is private. Defaults to `args.hub_private_repo`.
+            model_name (`str`, *optional*):
+                Title of the card. Defaults to the repository's name.
+            kwargs:
+                Accepted for compatibility with [`~transformers.Trainer.push_to_hub`]; not used.
+
+        Returns:
+            The commit, or its future where `blocking` is `False`; `None` in all processes but the first.
+        """
+        return push_output(self, commit_message, blocking, token, revision, private, model_name)
+
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         if self.is_world_process_zero() and self.args.hub_strategy != HubStrategy.END:
             push_checkpoint(self, Path(checkpoint_folder))
@@ -727,6 +732,29 @@ class _FollowPolicy(TrainerCallback):
 def _spread(values: Tensor) -> float:
     """Standard deviation, 0 where there is no value."""
     return values.std(correction=0).item() if len(values) else 0.0
+
+
+def _held_out_scorer(eval_reward_funcs: Any, reward_funcs: Any, trained: RewardScorer) -> RewardScorer | None:
+    """Calls the held-out rewards, whose names are told from those of the trained ones as two of one list are."""
+    given = _as_list(eval_reward_funcs)
+    if not given:
+        return None
+    funcs = validate_reward_funcs(given, "eval_reward_funcs")
+    for func, entry, name in zip(funcs, given, reward_names(funcs), strict=True):
+        # A name makes a new object each time.
+        if func in trained.funcs or isinstance(entry, str) and entry in _as_list(reward_funcs):
+            raise ValueError(
+                f"`eval_reward_funcs` has `{name}`, which `reward_funcs` has too; held-out rewards are those that are "
+                "not trained on. Leave it out: evaluations score the rewards that are trained on anyway."
+            )
+    scorer = RewardScorer(funcs, trained.timeout)
+    scorer.names = reward_names([*trained.funcs, *funcs])[len(trained) :]
+    return scorer
+
+
+def _as_list(funcs: Any) -> list[Any]:
+    """No reward, one or several, as a list."""
+    return [funcs] if callable(funcs) or isinstance(funcs, str) else list(funcs or [])
 
 
 def _keep_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -1,59 +1,157 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
 """The pictures that a run leaves on disk and with its experiment trackers."""
 
+import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 from PIL import Image
+from torch import Tensor
 from transformers import Trainer
-from transformers.integrations import TensorBoardCallback, WandbCallback
 
-from ..evaluation import image_grid
+from ..evaluation import format_value, image_grid, plot_balance, plot_rewards, summarize_balance
+from ..evaluation.plots import plot_histograms
+from .trackers import send_to_trackers
 
 
-def log_grid(trainer: Trainer, name: str, rows: Mapping[str, Sequence[Image.Image]]) -> None:
+@dataclass(frozen=True)
+class RolloutRecord:
     """
-    Save a grid of images as `<output_dir>/images/<name>_step_<step>.png`, and send it to TensorBoard and Weights &
-    Biases where the trainer reports to them.
+    What is kept of a generation batch to be shown.
+
+    Args:
+        prompts (`list[str]`):
+            The prompt of each of this process's images.
+        images (`list[PIL.Image.Image]`):
+            This process's images.
+        rewards (`Tensor` of shape `[K, number of this process's images]`, float32):
+            Their rewards, NaN where one does not apply.
+        all_rewards (`Tensor` of shape `[K, B]`, float32):
+            The rewards of the images of all processes.
+        all_sources (`list[str]`, *optional*):
+            The column `source` of the images of all processes, where the prompt set has it.
+    """
+
+    prompts: list[str]
+    images: list[Image.Image]
+    rewards: Tensor
+    all_rewards: Tensor
+    all_sources: list[str] | None
+
+
+def log_rollout(trainer: Trainer, names: list[str], record: RolloutRecord, num_prompts: int) -> None:
+    """
+    Save a grid of a generation batch's images with their rewards, `<output_dir>/images/train_step_<step>.png`, and the
+    histograms of all its rewards, `<output_dir>/images/rewards_step_<step>.png`; send both to the trackers.
+
+    Trackers get their own kind of histogram, `train/rewards/<name>/histogram`, and one more for each source.
 
     Args:
         trainer ([`~transformers.Trainer`]):
             The trainer; its callbacks hold the trackers.
-        name (`str`):
-            What the images are, such as `"train"`.
-        rows (`Mapping[str, Sequence[PIL.Image.Image]]`):
-            Images by prompt, one row each.
+        names (`list[str]`):
+            The K rewards.
+        record ([`RolloutRecord`]):
+            The generation batch.
+        num_prompts (`int`):
+            How many prompts the grid shows, and at most how many images of each.
     """
-    step = trainer.state.global_step
-    folder = Path(str(trainer.args.output_dir)) / "images"
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{name}_step_{step:06d}.png"
-    image_grid(list(rows.values()), list(rows), path=path)
-    for callback in trainer.callback_handler.callbacks:
-        if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
-            pixels = np.asarray(Image.open(path).convert("RGB"))
-            callback.tb_writer.add_image(f"{name}/images", pixels, step, dataformats="HWC")
-        elif isinstance(callback, WandbCallback) and callback._initialized:
-            callback._wandb.log({f"{name}/images": callback._wandb.Image(str(path)), "train/global_step": step})
+    shown: dict[str, list[int]] = {}
+    for place, prompt in enumerate(record.prompts):
+        if prompt in shown or len(shown) < num_prompts:
+            shown.setdefault(prompt, []).append(place)
+    shown = {prompt: places[:num_prompts] for prompt, places in shown.items()}
+    rows = {prompt: [record.images[place] for place in places] for prompt, places in shown.items()}
+    captions = [_captions(names, record.rewards[:, places]) for places in shown.values()]
+    path = _path(trainer, "images", "train")
+    image_grid(list(rows.values()), list(rows), captions=captions, path=path)
+
+    values = dict(zip(names, record.all_rewards.tolist(), strict=True))
+    title = f"Rewards of the images of the generation batch of step {trainer.state.global_step}"
+    plot_histograms(values, _path(trainer, "images", "rewards"), sources=record.all_sources, title=title)
+    send_to_trackers(
+        trainer.callback_handler.callbacks,
+        trainer.state.global_step,
+        {"train/images": path},
+        _histograms(values, record.all_sources),
+    )
 
 
-def first_rows(
-    prompts: Sequence[str], images: Sequence[Image.Image], num_prompts: int
-) -> dict[str, list[Image.Image]]:
+def log_evaluation(
+    trainer: Trainer,
+    prefix: str,
+    names: list[str],
+    gallery: Mapping[str, Sequence[Image.Image]],
+    rewards: Mapping[str, Tensor],
+) -> None:
     """
-    Images of the first prompts of a batch, as the rows of a grid.
+    Save a grid of an evaluation's images with their rewards, `<output_dir>/images/<prefix>_step_<step>.png`, and send
+    it to the trackers.
 
     Args:
-        prompts (`Sequence[str]`):
-            The prompt of each image.
-        images (`Sequence[PIL.Image.Image]`):
-            The images.
-        num_prompts (`int`):
-            How many prompts, and at most how many images of each.
+        trainer ([`~transformers.Trainer`]):
+            The trainer; its callbacks hold the trackers.
+        prefix (`str`):
+            Of the evaluation's metrics.
+        names (`list[str]`):
+            The K rewards.
+        gallery (`Mapping[str, Sequence[PIL.Image.Image]]`):
+            Images by prompt.
+        rewards (`Mapping[str, Tensor]`):
+            Prompt -> rewards of its images, of shape `[K, number of images]`.
     """
-    rows: dict[str, list[Image.Image]] = {}
-    for prompt, image in zip(prompts, images, strict=True):
-        if prompt in rows or len(rows) < num_prompts:
-            rows.setdefault(prompt, []).append(image)
-    return {prompt: row[:num_prompts] for prompt, row in rows.items()}
+    path = _path(trainer, "images", prefix)
+    captions = [_captions(names, rewards[prompt]) for prompt in gallery]
+    image_grid(list(gallery.values()), list(gallery), captions=captions, path=path)
+    send_to_trackers(trainer.callback_handler.callbacks, trainer.state.global_step, {f"{prefix}/images": path})
+
+
+def log_plots(trainer: Trainer) -> None:
+    """
+    Draw the run so far, `<output_dir>/plots/balance.png` (weights and cosines) and `rewards.png`, and send both to the
+    trackers. What nothing was logged of is left out.
+
+    Args:
+        trainer ([`~transformers.Trainer`]):
+            The trainer, with its log.
+    """
+    history = trainer.state.log_history
+    folder = Path(str(trainer.args.output_dir)) / "plots"
+    plots: dict[str, Path] = {}
+    balance = summarize_balance(history)
+    if balance is not None and balance.cos_min is not None:  # some step had a reward to balance
+        plots["plots/balance"] = plot_balance(history, folder / "balance.png")
+    if any(key.startswith("rewards/") for row in history for key in row):
+        plots["plots/rewards"] = plot_rewards(history, folder / "rewards.png")
+    if plots:
+        send_to_trackers(trainer.callback_handler.callbacks, trainer.state.global_step, plots)
+
+
+def _path(trainer: Trainer, folder: str, name: str) -> Path:
+    return Path(str(trainer.args.output_dir)) / folder / f"{name}_step_{trainer.state.global_step:06d}.png"
+
+
+def _captions(names: list[str], rewards: Tensor) -> list[str]:
+    """The rewards of each image, one a line. The value comes first: a name that is too long is cut at its end."""
+    return [
+        "\n".join(
+            f"{'–' if math.isnan(value) else format_value(value)} {name}"
+            for name, value in zip(names, column, strict=True)
+        )
+        for column in rewards.T.tolist()
+    ]
+
+
+def _histograms(values: Mapping[str, list[float]], sources: list[str] | None) -> dict[str, list[float]]:
+    """Values by the name of their histogram: of each reward where it applies, and of each source of it."""
+    histograms = {}
+    for name, row in values.items():
+        key = f"train/rewards/{name}/histogram"
+        histograms[key] = [value for value in row if not math.isnan(value)]
+        for source in sorted(set(sources or ())):
+            of_source = [
+                value for value, own in zip(row, sources or (), strict=True) if own == source and not math.isnan(value)
+            ]
+            histograms[f"{key}/{source}"] = of_source
+    return histograms

@@ -1,21 +1,23 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
 """What a run pushes to the Hub: its card with pictures, its adapter, and checkpoints if asked for."""
 
+import dataclasses
 import importlib.metadata
 import shutil
+from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffusers import DiffusionPipeline
-from huggingface_hub import HfApi
+from huggingface_hub import CommitInfo, HfApi
 from PIL import Image
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
+from transformers.trainer_utils import HubStrategy
 from transformers.utils import PushInProgress
 
 import trl_marble
 
 from ..evaluation import plot_balance, summarize_balance
-from ..hub import GalleryItem, RewardRow, build_model_card
+from ..hub import CardInputs, GalleryItem, RewardRow, build_model_card, published_files
 
 
 if TYPE_CHECKING:
@@ -52,7 +54,7 @@ CARD_SETTINGS = (
 
 def write_card(trainer: "MarbleNFTTrainer", model_name: str | None = None) -> None:
     """
-    Write `README.md` and the pictures it shows to the output folder.
+    Write `README.md`, the pictures it shows, and `model_card.json`, what it was rendered from, to the output folder.
 
     Args:
         trainer ([`MarbleNFTTrainer`]):
@@ -68,10 +70,11 @@ def write_card(trainer: "MarbleNFTTrainer", model_name: str | None = None) -> No
     if balance is not None and balance.cos_min is not None:  # some step had a reward to balance
         balance_plot = "balance.png"
         plot_balance(history, folder / balance_plot)
-    card = build_model_card(
+    inputs = CardInputs(
         repo_name=model_name or folder.absolute().name,
+        rewards=reward_rows(trainer.scorer.names, history)
+        + [dataclasses.replace(row, held_out=True) for row in reward_rows(trainer.held_out_names, history)],
         pipeline_class=trainer.flow.family.pipeline_class.__name__,
-        rewards=reward_rows(trainer.scorer.names, history),
         base_model=_source(trainer.pipeline),
         dataset_name=trainer.train_dataset.info.dataset_name,
         balance=balance,
@@ -81,8 +84,10 @@ def write_card(trainer: "MarbleNFTTrainer", model_name: str | None = None) -> No
         before_after="before_after.png" if (folder / "before_after.png").is_file() else None,
         model_id=trainer.hub_model_id,
         framework_versions=framework_versions(),
+        diversity=diversity_row(history),
     )
-    card.save(folder / "README.md")
+    inputs.save(folder)
+    build_model_card(inputs).save(folder / "README.md")
 
 
 def framework_versions() -> dict[str, str]:
@@ -107,9 +112,7 @@ def reward_rows(names: list[str], history: list[dict[str, Any]]) -> list[RewardR
     rows = []
     for name in names:
         key = f"eval_rewards/{name}"
-        found = [entry for entry in history if f"{key}/mean" in entry]
-        before = found[0] if found and found[0]["step"] == 0 else {}
-        after = found[-1] if found and found[-1]["step"] > 0 else {}
+        before, after = _first_and_last(history, f"{key}/mean")
         rows.append(
             RewardRow(
                 name=name,
@@ -120,6 +123,76 @@ def reward_rows(names: list[str], history: list[dict[str, Any]]) -> list[RewardR
             )
         )
     return rows
+
+
+def diversity_row(history: list[dict[str, Any]]) -> RewardRow | None:
+    """
+    How much the images of one prompt differed before and after training.
+
+    Args:
+        history (`list[dict[str, Any]]`):
+            `trainer.state.log_history`.
+
+    Returns:
+        `RewardRow`: From the same evaluations as [`reward_rows`]; `None` if diversity was not measured, as with one
+        image a prompt.
+    """
+    key = "eval_drift/diversity"
+    before, after = (row.get(key) for row in _first_and_last(history, key))
+    if before is None and after is None:
+        return None
+    return RewardRow("diversity within a prompt", before=before, after=after)
+
+
+def _first_and_last(history: list[dict[str, Any]], key: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The log's first row with a key if it is of before training, and the last one if it is not; else empty rows."""
+    found = [entry for entry in history if key in entry]
+    before = found[0] if found and found[0]["step"] == 0 else {}
+    after = found[-1] if found and found[-1]["step"] > 0 else {}
+    return before, after
+
+
+def push_output(
+    trainer: "MarbleNFTTrainer",
+    commit_message: str,
+    blocking: bool,
+    token: str | None,
+    revision: str | None,
+    private: bool | None,
+    model_name: str | None,
+) -> CommitInfo | Future[CommitInfo] | None:
+    """
+    Save the adapter, write its card and push both, with the card's pictures and nothing else of the output folder: no
+    logs, which name the machine and its folders, and no private state of the run.
+
+    Args:
+        trainer ([`MarbleNFTTrainer`]):
+            The run. The other arguments are those of its `push_to_hub`.
+
+    Returns:
+        The commit, or its future where `blocking` is `False`; `None` in all processes but the first.
+    """
+    args = trainer.args
+    trainer.callback_handler.on_push_begin(args, trainer.state, trainer.control)
+    token = args.hub_token if token is None else token
+    if trainer.hub_model_id is None:  # not asked for in the configuration
+        trainer.init_hf_repo(token=token, private=private)
+    trainer.save_model(_internal_call=True)
+    if not trainer.is_world_process_zero():
+        return None
+    trainer.create_model_card(model_name=model_name or trainer.hub_model_id.split("/")[-1])
+    trainer._finish_current_push()
+    upload: dict[str, Any] = {
+        "repo_id": trainer.hub_model_id,
+        "revision": args.hub_revision if revision is None else revision,
+        "run_as_future": not blocking,
+    }
+    return HfApi(token=token).upload_folder(
+        folder_path=args.output_dir,
+        allow_patterns=published_files(args.output_dir),
+        commit_message=commit_message,
+        **upload,
+    )
 
 
 def push_checkpoint(trainer: "MarbleNFTTrainer", checkpoint: Path) -> None:
@@ -147,8 +220,8 @@ def push_checkpoint(trainer: "MarbleNFTTrainer", checkpoint: Path) -> None:
         "revision": args.hub_revision,
         "run_as_future": True,
     }
-    ignore = ["_*", f"{PREFIX_CHECKPOINT_DIR}-*"]
-    jobs: Any = [api.upload_folder(folder_path=folder, commit_message=message, ignore_patterns=ignore, **upload)]
+    wanted = published_files(folder)
+    jobs: Any = [api.upload_folder(folder_path=folder, commit_message=message, allow_patterns=wanted, **upload)]
     if args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
         place = "last-checkpoint" if args.hub_strategy == HubStrategy.CHECKPOINT else checkpoint.name
         message += ", checkpoint"

@@ -1,0 +1,113 @@
+# Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
+"""Images of a policy and what the rewards say of them, for rollouts and evaluations alike."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ..pipelines import Conditioning
+from ..rewards import PendingScores, RewardScorer, Scores
+from .reward_failures import settle_failures
+
+
+if TYPE_CHECKING:
+    from .marble_nft_trainer import MarbleNFTTrainer
+
+
+class Samples(NamedTuple):
+    """
+    This process's samples.
+
+    Args:
+        latents (`Tensor` of shape `[B, ...]`):
+            Clean latents x0.
+        images (`list[PIL.Image.Image]`):
+            What they look like.
+        rewards (`Tensor` of shape `[K, B]`, float32):
+            One row a reward, those of the first scorer first; NaN where a reward does not apply.
+        failed (`dict[str, int]`):
+            How many images of all processes each reward failed for.
+    """
+
+    latents: Tensor
+    images: list[Image.Image]
+    rewards: Tensor
+    failed: dict[str, int]
+
+
+@torch.no_grad()
+def sample_and_score(
+    trainer: "MarbleNFTTrainer",
+    scorers: Sequence[RewardScorer],
+    conditioning: Conditioning,
+    prompt_index: Tensor,
+    prompts: list[str],
+    columns: dict[str, list],
+    seeds: list[int],
+    batch_size: int,
+) -> Samples:
+    """
+    Sample with the weights that are in place now, and score. A batch is scored while the next one is sampled.
+
+    Args:
+        trainer ([`MarbleNFTTrainer`]):
+            The run.
+        scorers (`Sequence[RewardScorer]`):
+            The rewards to ask.
+        conditioning ([`~trl_marble.pipelines.Conditioning`]):
+            Embeddings of the different prompts.
+        prompt_index (`Tensor` of shape `[B]`, int64):
+            Which of them each image is sampled from.
+        prompts (`list[str]`):
+            The prompt of each image.
+        columns (`dict[str, list]`):
+            The other columns of the dataset, one value an image.
+        seeds (`list[int]`):
+            The seed of each image.
+        batch_size (`int`):
+            Number of images that one call of the pipeline samples.
+
+    Raises:
+        [`~trl_marble.rewards.RewardError`]: See `MarbleConfig.reward_failure`.
+    """
+    trainer.model.eval()
+    latents: list[Tensor] = []
+    images: list[Image.Image] = []
+    pending: list[list[PendingScores]] = []
+    with trainer.progress("rollout", len(prompts)) as bar:
+        for start in range(0, len(prompts), batch_size):
+            part = slice(start, start + batch_size)
+            with trainer.compute_loss_context_manager():
+                rollout = trainer.flow.rollout(
+                    conditioning.select(prompt_index[part]), seeds[part], trainer.args.num_inference_steps
+                )
+            sampled = list(rollout.images)
+            latents.append(rollout.latents)
+            images.extend(sampled)
+            part_columns = {name: values[part] for name, values in columns.items()}
+            pending.append([scorer.submit(sampled, prompts[part], part_columns, trainer.state) for scorer in scorers])
+            bar.update(len(sampled))
+    scores: list[Scores] = []
+    with trainer.progress("rewards", len(prompts)) as bar:
+        for waiting in pending:
+            answers = [scorer.collect(part) for scorer, part in zip(scorers, waiting, strict=True)]
+            scores.append(_stack(answers))
+            bar.update(len(waiting[0].prompts))
+    for scorer in scorers:
+        scorer.release()
+    scored = Scores.concatenate(scores)
+    names = [name for scorer in scorers for name in scorer.names]
+    failed = settle_failures(scored, names, trainer.args.reward_failure, trainer.accelerator)
+    return Samples(torch.cat(latents), images, scored.rewards, failed)
+
+
+def _stack(parts: Sequence[Scores]) -> Scores:
+    """What several scorers said of the same images, as one."""
+    return Scores(
+        torch.cat([part.rewards for part in parts]),
+        torch.cat([part.failed for part in parts]),
+        [error for part in parts for error in part.errors],
+    )
