@@ -46,7 +46,7 @@ def run_demo(output_dir: str, seed: int = 42, max_steps: int = DEMO_STEPS) -> No
     """Train, print every reward before and after, and leave the adapter, its card, pictures and report.json."""
     from rich.console import Console
 
-    from .. import MarbleConfig, MarbleNFTTrainer
+    from .. import LiveTableCallback, MarbleConfig, MarbleNFTTrainer
     from ..evaluation import before_after_grid, rewards_table, summarize_balance
     from ..shapeworld import load_pipeline, load_prompts, reward_funcs
 
@@ -56,6 +56,7 @@ def run_demo(output_dir: str, seed: int = 42, max_steps: int = DEMO_STEPS) -> No
         args=MarbleConfig(output_dir, seed=seed, max_steps=max_steps, eval_steps=max_steps, **DEMO_SETTINGS),
         train_dataset=load_prompts("train"),
         eval_dataset=load_prompts("test"),
+        callbacks=[LiveTableCallback()],
     )
     seconds = trainer.train().metrics["train_runtime"]
     trainer.save_model()

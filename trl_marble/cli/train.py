@@ -115,7 +115,7 @@ def run(args: Namespace) -> int:
 def train(script_args: ScriptArguments, training_args: "MarbleConfig") -> None:
     """Train, save the adapter with its card, push them where asked to, and say where they are."""
     from ..pipelines import lora_config
-    from ..trainer import MarbleNFTTrainer
+    from ..trainer import LiveTableCallback, MarbleNFTTrainer
     from .sources import load_model, load_rewards, load_sources
 
     with usage_errors():
@@ -147,6 +147,7 @@ def train(script_args: ScriptArguments, training_args: "MarbleConfig") -> None:
             train_dataset=prompts,
             eval_dataset=eval_prompts,
             peft_config=peft_config,
+            callbacks=[LiveTableCallback()],
             weighting=script_args.weighting,
             eval_reward_funcs=[*eval_rewards],
         )
