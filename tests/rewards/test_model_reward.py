@@ -1,6 +1,9 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
 """The base class of rewards that a model computes, on a real small model."""
 
+import time
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from PIL import Image
@@ -86,3 +89,23 @@ def test_images_of_any_mode_become_rgb():
 def test_a_batch_holds_at_least_one_image():
     with pytest.raises(ValueError, match="`batch_size` must be at least 1, got 0"):
         Brightness(batch_size=0)
+
+
+def test_models_are_loaded_one_at_a_time():
+    """`transformers` patches itself while it loads; two loads at once left tied weights untied for good."""
+    loading, most = 0, 0
+
+    class Slow(Brightness):
+        def load(self):
+            nonlocal loading, most
+            loading += 1
+            most = max(most, loading)
+            time.sleep(0.05)
+            loading -= 1
+            return super().load()
+
+    rewards = [Slow() for _ in range(4)]
+    with ThreadPoolExecutor(4) as threads:
+        for values in threads.map(lambda reward: reward([Image.new("RGB", (1, 1))], ["now!"]), rewards):
+            assert values[0] is not None
+    assert most == 1 and [reward.loads for reward in rewards] == [1] * 4

@@ -1,12 +1,19 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
 """What rewards that are computed by a model have in common."""
 
+import threading
 from abc import ABC, abstractmethod
 from typing import Any, Self
 
 import torch
 from PIL import Image
 from torch import nn
+
+
+# One model is loaded at a time, for rewards are scored on threads. While `transformers` loads, it replaces functions
+# and settings of the whole process, such as the tying of weights and the default dtype; two loads at once can leave
+# the replacement behind, and every model that is made later without its tied weights.
+LOADING = threading.Lock()
 
 
 class ModelReward(ABC):
@@ -93,7 +100,8 @@ class ModelReward(ABC):
     def model(self) -> nn.Module:
         """The model, loaded if it was not."""
         if self._model is None:
-            self._model = self.load().requires_grad_(False).eval()
+            with LOADING:
+                self._model = self.load().requires_grad_(False).eval()
         return self._model
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Self:
