@@ -69,7 +69,7 @@ PREPARED = {
     "docs/evaluation.md": "trl-marble demo",
     "docs/hub.md": f"""
 trl-marble demo
-trl-marble demo --seed 1 --output_dir runs/blue
+trl-marble demo --seed 1 --output_dir runs/dark
 {EVALUATE} --output_dir evals/base
 {EVALUATE} --adapter runs/demo --output_dir evals/marble
 """,

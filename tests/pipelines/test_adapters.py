@@ -1,12 +1,14 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
 """Adapters are found, put on a pipeline, and taken off again."""
 
+import logging
+
 import pytest
 import torch
 from evaluation_helpers import random_adapter
 from safetensors.torch import save_file
 
-from trl_marble.pipelines import find_adapter, loaded_adapter
+from trl_marble.pipelines import find_adapter, load_adapter, loaded_adapter
 
 
 @pytest.fixture
@@ -77,3 +79,17 @@ def test_no_adapter_goes_on_top_of_another(pipeline, adapter, tmp_path) -> None:
     with pytest.raises(ValueError, match=r"adapters already \(default\)"), loaded_adapter(pipeline, adapter):
         pass
     assert weights(pipeline).keys() == before.keys()
+
+
+def test_nothing_is_said_of_text_encoders_that_the_adapter_leaves_alone(pipeline, adapter, caplog) -> None:
+    logger = logging.getLogger("diffusers")
+    logger.propagate = True
+    try:
+        pipeline.load_lora_weights(adapter.parent)
+        assert "No LoRA keys associated" in caplog.text  # what diffusers says by itself
+        pipeline.unload_lora_weights()
+        caplog.clear()
+        load_adapter(pipeline, adapter)
+        assert caplog.text == "" and logger.level == logging.WARNING
+    finally:
+        logger.propagate = False

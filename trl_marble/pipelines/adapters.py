@@ -9,6 +9,7 @@ from pathlib import Path
 
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from diffusers.utils import logging
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from torch import Tensor, nn
@@ -101,8 +102,15 @@ def load_adapter(
             f"adapter_name={adapter_name!r} cannot be the name of a module ({error}). Pass another, such as 'default'."
         ) from error
     file = str(find_adapter(os.fspath(adapter)))
-    _check_fits(pipeline, pipeline.lora_state_dict(file, use_safetensors=True), str(adapter))
-    pipeline.load_lora_weights(file, adapter_name=adapter_name, use_safetensors=True)
+    state = pipeline.lora_state_dict(file, use_safetensors=True)
+    _check_fits(pipeline, state, str(adapter))
+    verbosity = logging.get_verbosity()
+    if not any(key.startswith("text_encoder") for key in state):
+        logging.set_verbosity_error()  # diffusers warns of each text encoder that the file has nothing for
+    try:
+        pipeline.load_lora_weights(file, adapter_name=adapter_name, use_safetensors=True)
+    finally:
+        logging.set_verbosity(verbosity)
     pipeline.set_adapters(adapter_name, weight)
     return pipeline
 
