@@ -172,6 +172,9 @@ class MarbleConfig(TrainingArguments):
     )
     logging_steps: float = field(default=1, metadata={"help": "Log every X optimizer steps."})
     save_steps: float = field(default=50, metadata={"help": "Save a checkpoint every X optimizer steps."})
+    dataloader_pin_memory: bool = field(
+        default=False, metadata={"help": "Whether to pin memory. A batch holds rows of text, where it does nothing."}
+    )
     remove_unused_columns: bool = field(
         default=False, metadata={"help": "Must stay `False`: rewards receive every column of the dataset."}
     )
