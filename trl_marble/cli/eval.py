@@ -78,13 +78,15 @@ def run(args: Namespace) -> int:
 
 def evaluate(script_args: ScriptArguments, args: "EvaluationConfig") -> None:
     """Evaluate, print the table and say where the results are."""
+    import torch
     from accelerate import PartialState
     from rich.console import Console
 
     from ..evaluation import evaluate_pipeline
     from .sources import load_model, load_rewards, load_sources
 
-    state = PartialState()
+    # Told as in `evaluate_pipeline`: without an accelerator the processes of `torchrun` would each work alone.
+    state = PartialState(cpu=not torch.accelerator.is_available())
     with usage_errors():
         prompts = load_sources(script_args.prompts, script_args.split, script_args.prompt_column, seed=args.seed)
         pipeline = load_model(script_args.model, args.bf16, script_args.use_t5).to(state.device)
