@@ -242,6 +242,21 @@ def test_example_loads_this_adapter_as_it_was_trained():
     assert "num_inference_steps=10, guidance_scale=1.0" in ast.unparse(call.value)
 
 
+@pytest.mark.parametrize(
+    ("pipeline_class", "guidance"),
+    [
+        ("QwenImagePipeline", "true_cfg_scale=1.5"),
+        ("ZImagePipeline", "guidance_scale=0.5"),  # its own scale is 1 lower
+        ("FluxPipeline", "guidance_scale=1.5"),
+        ("SomebodysPipeline", "guidance_scale=1.5"),
+    ],
+)
+def test_example_has_the_guidance_argument_of_the_pipeline(pipeline_class, guidance):
+    settings = {"num_inference_steps": 10, "guidance_scale": 1.5}
+    call = code(full_card(pipeline_class=pipeline_class, settings=settings)).body[3]
+    assert f"num_inference_steps=10, {guidance})" in ast.unparse(call.value)
+
+
 @pytest.mark.parametrize("make", [str, lambda folder: f"{folder}/"])
 def test_local_folder_is_written_as_its_name(make, tmp_path):
     folder = tmp_path / "my_pipeline"

@@ -5,6 +5,7 @@ import warnings
 
 import pytest
 import tiny
+import tiny_families
 import torch
 from diffusers import (
     DDIMScheduler,
@@ -20,7 +21,6 @@ from diffusers import (
 )
 
 from trl_marble.pipelines import (
-    FAMILIES,
     Conditioning,
     FlowPipeline,
     Policy,
@@ -107,10 +107,6 @@ def seen_times(flow: FlowPipeline, call) -> list[float]:
 
 def flow_solver(kind):
     return kind(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
-
-
-def test_every_family_of_the_table_is_tested_here():
-    assert {family.pipeline_class for family in FAMILIES} == {type(make()) for make in MAKE.values()}
 
 
 # --- velocity --------------------------------------------------------------------------------------------------------
@@ -508,6 +504,40 @@ def test_conditioning_refuses_tensors_of_different_lengths():
         Conditioning({})
 
 
+def test_conditioning_of_lists_selects_and_moves_their_rows():
+    conditioning = Conditioning(
+        {"embeds": [torch.full([n, 2], float(n)) for n in (1, 2, 3)], "prompt": ["a", "b", "c"]}
+    )
+    some = conditioning.select(torch.tensor([2, 0, 2]))
+    assert len(some) == 3 and some.kwargs["prompt"] == ["c", "a", "c"]
+    assert [len(row) for row in some.kwargs["embeds"]] == [3, 1, 3]
+    moved = some.to("meta")
+    assert {row.device.type for row in moved.kwargs["embeds"]} == {"meta"} and moved.kwargs["prompt"] == [
+        "c",
+        "a",
+        "c",
+    ]
+    with pytest.raises(ValueError, match="'embeds': 1, 'prompt': 2"):
+        Conditioning({"embeds": [torch.zeros(1)], "prompt": ["a", "b"]})
+
+
+def test_text_is_encoded_once_for_a_selection_of_prompts():
+    make, call = tiny_families.TINY["BriaFiboPipeline"]
+    flow = FlowPipeline(make(), call["height"], call["width"], max_sequence_length=call["max_sequence_length"])
+    conditioning = flow.encode(PROMPTS)
+    assert conditioning.kwargs == {"prompt": PROMPTS}
+    x = flow.rollout(conditioning, SEEDS, 2).latents
+    runs = []
+    flow.pipeline.text_encoder.register_forward_pre_hook(lambda *_: runs.append(1))
+    some = conditioning.select(torch.tensor([1]))
+    with torch.no_grad():
+        first = flow.velocity(x[1:2], torch.tensor([0.4]), some)
+        once = len(runs)
+        again = flow.velocity(x[1:2], torch.tensor([0.4]), some)
+        flow.velocity(x[1:2], torch.tensor([0.9]), some)
+    assert once > 0 and len(runs) == once and torch.equal(first, again)
+
+
 def test_encode_refuses_one_string_and_no_prompts():
     flow = make_flow("sd3")
     with pytest.raises(TypeError, match=r"pass \['a cat'\]"):
@@ -585,6 +615,45 @@ def unet_pipeline(scheduler) -> StableDiffusionPipeline:
         feature_extractor=None,
         requires_safety_checker=False,
     )
+
+
+@pytest.mark.parametrize("name", ["StableDiffusion3Pipeline", "ZImagePipeline"])
+def test_refuses_guidance_below_1_whatever_the_pipelines_own_argument_means(name):
+    with pytest.raises(ValueError, match="guidance_scale=0.0 is below 1.*Set guidance_scale=1.0 for no guidance"):
+        FlowPipeline(tiny_families.TINY[name][0](), guidance_scale=0.0)
+
+
+@pytest.mark.parametrize("name", ["Flux2KleinPipeline", "Krea2Pipeline"])
+def test_refuses_guidance_that_a_distilled_pipeline_would_ignore(name):
+    pipeline = tiny_families.TINY[name][0]()
+    pipeline.register_to_config(is_distilled=True)
+    assert FlowPipeline(pipeline).guidance_scale == 1.0
+    with pytest.raises(ValueError, match=f"guidance_scale=3.0 would be ignored: this {name} is distilled"):
+        FlowPipeline(pipeline, guidance_scale=3.0)
+
+
+def test_refuses_a_length_that_the_pipeline_has_no_argument_for():
+    with pytest.raises(ValueError, match="max_sequence_length=64 would be ignored: ErnieImagePipeline has no such"):
+        FlowPipeline(tiny_families.TINY["ErnieImagePipeline"][0](), max_sequence_length=64)
+
+
+def test_refuses_latents_of_another_size_where_the_pipeline_packs_its_own():
+    make, call = tiny_families.TINY["Flux2KleinPipeline"]
+    flow = FlowPipeline(make(), call["height"], call["width"], max_sequence_length=call["max_sequence_length"])
+    conditioning = flow.encode(PROMPTS)
+    latents = flow.rollout(conditioning, SEEDS, 2).latents
+    with pytest.raises(ValueError, match="x_t is of shape .*the pipeline's own latents are .*`Rollout.latents`"):
+        flow.velocity(latents[:, 1:], torch.full([3], 0.5), conditioning)
+
+
+def test_training_times_refuse_a_schedule_that_is_not_finite():
+    make, call = tiny_families.TINY["QwenImagePipeline"]
+    pipeline = make()
+    pipeline.scheduler.register_to_config(shift_terminal=0.02)
+    flow = FlowPipeline(pipeline, call["height"], call["width"], max_sequence_length=call["max_sequence_length"])
+    with pytest.raises(ValueError, match="no schedule of num_inference_steps=1: its times are .*Use more steps"):
+        flow.training_times(1)
+    assert len(flow.training_times(2)) == 2
 
 
 def test_refuses_a_unet_pipeline():

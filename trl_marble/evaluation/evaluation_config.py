@@ -25,8 +25,8 @@ class EvaluationConfig:
         num_inference_steps (`int`, *optional*, defaults to `25`):
             Number of solver steps. The solver is the pipeline's own scheduler.
         guidance_scale (`float`, *optional*, defaults to `1.0`):
-            Guidance scale as the pipeline understands it; `1.0` samples Stable Diffusion 3 without classifier-free
-            guidance, as in training.
+            Guidance scale, as in training: `1.0` samples without classifier-free guidance, whatever the pipeline's own
+            argument for that is; guidance-distilled pipelines are given the value as it is.
         resolution (`int`, *optional*):
             Height and width of the images in pixels. Defaults to the pipeline's own size.
         max_sequence_length (`int`, *optional*):
@@ -56,7 +56,9 @@ class EvaluationConfig:
     num_generations: int = field(default=4, metadata={"help": "Number of images sampled for each prompt."})
     seed: int = field(default=0, metadata={"help": "Seed of the images."})
     num_inference_steps: int = field(default=25, metadata={"help": "Number of solver steps."})
-    guidance_scale: float = field(default=1.0, metadata={"help": "Guidance scale as the pipeline understands it."})
+    guidance_scale: float = field(
+        default=1.0, metadata={"help": "Guidance scale; 1.0 is without classifier-free guidance."}
+    )
     resolution: int | None = field(default=None, metadata={"help": "Height and width of the images in pixels."})
     max_sequence_length: int | None = field(default=None, metadata={"help": "Maximum number of prompt tokens."})
     batch_size: int = field(default=8, metadata={"help": "Number of images sampled and scored together."})

@@ -17,6 +17,7 @@ from urllib.parse import quote
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..evaluation.summary import NOT_MEASURED, BalanceSummary, format_value
+from ..pipelines import FAMILIES
 from .card_inputs import ACCESS_TOKEN, TOKEN_REMOVED, CardInputs, GalleryItem, RewardRow, is_absolute, is_hub_id
 
 
@@ -68,7 +69,7 @@ def build_model_card(inputs: CardInputs) -> ModelCard:
         base_source=base if on_hub else "path/to/the/base/pipeline",
         base_comment="" if on_hub or base is None else f"  # {base}",
         adapter_source=inputs.model_id or "path/to/this/folder",
-        call=_call(inputs.settings, inputs.gallery),
+        call=_call(inputs),
         rewards=[_reward_cells(row) for row in inputs.rewards],
         diversity=None if inputs.diversity is None else _reward_cells(inputs.diversity),
         any_held_out=any(row.held_out for row in inputs.rewards),
@@ -190,11 +191,23 @@ def _gallery_table(gallery: Sequence[GalleryItem]) -> str:
     return "\n".join(lines)
 
 
-def _call(settings: Mapping[str, Any], gallery: Sequence[GalleryItem]) -> str:
+def _call(inputs: CardInputs) -> str:
     """The arguments of the pipeline's call in the usage example."""
-    prompt = gallery[0].prompt if gallery else "your prompt"
-    given = [f"{name}={settings[name]!r}" for name in CALL_SETTINGS if settings.get(name) is not None]
+    prompt = inputs.gallery[0].prompt if inputs.gallery else "your prompt"
+    arguments = {name: inputs.settings[name] for name in CALL_SETTINGS if inputs.settings.get(name) is not None}
+    given = [f"{name}={value!r}" for name, value in _as_the_pipeline_has_it(arguments, inputs.pipeline_class).items()]
     return ", ".join([json.dumps(prompt, ensure_ascii=False), *given])
+
+
+def _as_the_pipeline_has_it(arguments: Mapping[str, Any], pipeline_class: str) -> dict[str, Any]:
+    """The arguments with the guidance scale under the name, and on the scale, of a family's own argument."""
+    families = {family.pipeline_class.__name__: family for family in FAMILIES}
+    if pipeline_class not in families:
+        return dict(arguments)
+    own: dict[str, Any] = {}
+    for name, value in arguments.items():
+        own |= families[pipeline_class].guidance_arguments(value) if name == "guidance_scale" else {name: value}
+    return own
 
 
 def _base_link(base: str | None) -> str:

@@ -2,10 +2,12 @@
 """How a diffusers pipeline is loaded, conditioned, sampled and asked for a velocity."""
 
 from .adapters import adapter_names, find_adapter, load_adapter, loaded_adapter
+from .conditioning import Conditioning
 from .families import FAMILIES, Family, find_family
-from .flow_pipeline import Conditioning, FlowPipeline, Rollout, check_flow_matching
+from .flow_pipeline import FlowPipeline, Rollout
 from .loading import add_trainable_adapter, load_pipeline, lora_config, plain_lora_linears
 from .policy import Policy, WeightShadow, adapters_disabled, compile_blocks
+from .schedulers import check_flow_matching
 
 
 __all__ = [

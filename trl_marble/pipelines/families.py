@@ -5,7 +5,22 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from diffusers import FluxPipeline, StableDiffusion3Pipeline
+from diffusers import (
+    AuraFlowPipeline,
+    BriaFiboPipeline,
+    ChromaPipeline,
+    ErnieImagePipeline,
+    Flux2KleinPipeline,
+    Flux2Pipeline,
+    FluxPipeline,
+    Ideogram4Pipeline,
+    Krea2Pipeline,
+    Lumina2Pipeline,
+    QwenImagePipeline,
+    SanaPipeline,
+    StableDiffusion3Pipeline,
+    ZImagePipeline,
+)
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
 
@@ -17,34 +32,103 @@ class Family:
     Args:
         pipeline_class (`type`):
             The diffusers pipeline class. Its subclasses belong to the family too.
-        encoded_names (`tuple[str | None, ...]`):
+        encoded_names (`tuple[str | None, ...]`, *optional*):
             The `__call__` argument that takes each output of `encode_prompt`, in the order of those outputs. `None`
-            where the output is not per prompt or `__call__` makes it itself.
+            for an output that is not per prompt or that `__call__` makes itself. `None` in place of the tuple: the
+            pipeline takes no embeddings, so it is called with text, and its text encoders run once for every
+            selection of prompts.
         guidance (`"classifier_free"` or `"embedded"`):
-            What `guidance_scale` means to the pipeline. `"classifier_free"`: above 1, the transformer runs on the
-            negative prompt as well and the pipeline extrapolates. `"embedded"`: a guidance-distilled transformer takes
-            the value as one more input, and nothing is run twice.
-        lora_target_modules (`tuple[str, ...]`):
-            Names (suffixes) of the transformer's linear layers that get a LoRA by default.
-        long_text_encoder (`str`):
+            What guidance means to the pipeline. `"classifier_free"`: above 1, the transformer runs on the negative
+            prompt as well and the pipeline extrapolates. `"embedded"`: a guidance-distilled transformer takes the
+            value as one more input, and nothing is run twice.
+        lora_target_modules (`tuple[str, ...]` or `str`):
+            The transformer's linear layers that get a LoRA by default: suffixes of their names, or one regular
+            expression that matches whole names.
+        negative_names (`tuple[str | None, ...]`, *optional*):
+            Where `encode_prompt` returns no embeddings of the negative prompt: the `__call__` arguments that take its
+            outputs for one.
+        guidance_argument (`str`, *optional*, defaults to `"guidance_scale"`):
+            The `__call__` argument of the guidance scale.
+        unguided (`float`, *optional*, defaults to `1.0`):
+            The value of that argument at which a classifier-free pipeline does not extrapolate. 0 where it adds
+            `value * (positive - negative)` to the positive prediction, not to the negative one.
+        arguments (`Mapping[str, Any]`, *optional*):
+            Fixed arguments, for whichever of `encode_prompt` and `__call__` has one of the name.
+        one_time (`bool`, *optional*, defaults to `False`):
+            The denoising loop holds one time for the whole batch: velocities at different times are different calls.
+        lists (`bool`, *optional*, defaults to `False`):
+            Embeddings are lists with a tensor a prompt, each of its own length.
+        repacks_latents (`bool`, *optional*, defaults to `False`):
+            `__call__` packs `latents` that it is given, while x_t is in the packed layout of the loop.
+        checkpointing_fault (`str`, *optional*):
+            Why gradient checkpointing gives wrong gradients in diffusers.
+        long_text_encoder (`str`, *optional*, defaults to `"text_encoder"`):
             The text encoder that reads the longest text, up to `max_sequence_length` tokens. Where the pipeline came
             without it, `tokenizer` and its own limit count.
-        long_text_tokenizer (`str`):
-            The tokenizer that belongs to `long_text_encoder`.
-        encode_arguments (`Mapping[str, Any]`, *optional*):
-            Arguments that `encode_prompt` insists on beside the prompt.
+        long_text_tokenizer (`str`, *optional*, defaults to `"tokenizer"`):
+            The tokenizer that belongs to `long_text_encoder`. `None`: the length of prompts is not checked.
     """
 
     pipeline_class: type
-    encoded_names: tuple[str | None, ...]
+    encoded_names: tuple[str | None, ...] | None
     guidance: Literal["classifier_free", "embedded"]
-    lora_target_modules: tuple[str, ...]
-    long_text_encoder: str
-    long_text_tokenizer: str
-    encode_arguments: Mapping[str, Any] = field(default_factory=dict)
+    lora_target_modules: tuple[str, ...] | str
+    negative_names: tuple[str | None, ...] | None = None
+    guidance_argument: str = "guidance_scale"
+    unguided: float = 1.0
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    one_time: bool = False
+    lists: bool = False
+    repacks_latents: bool = False
+    checkpointing_fault: str | None = None
+    long_text_encoder: str = "text_encoder"
+    long_text_tokenizer: str | None = "tokenizer"
+
+    def guidance_arguments(self, guidance_scale: float) -> dict[str, float]:
+        """
+        What the pipeline's `__call__` is given for a guidance scale.
+
+        Args:
+            guidance_scale (`float`):
+                As `FlowPipeline` has it: in classifier-free families 1 is no guidance.
+
+        Returns:
+            `dict[str, float]`: the pipeline's own argument, by its name.
+        """
+        own = guidance_scale if self.guidance == "embedded" else guidance_scale - 1.0 + self.unguided
+        return {self.guidance_argument: own}
 
 
+MASKED = ("prompt_embeds", "prompt_attention_mask", "negative_prompt_embeds", "negative_prompt_attention_mask")
+EMBEDS_AND_MASK = ("prompt_embeds", "prompt_embeds_mask")
+NEGATIVE_EMBEDS_AND_MASK = ("negative_prompt_embeds", "negative_prompt_embeds_mask")
+
+ATTENTION = ("to_k", "to_q", "to_v", "to_out.0")
+# The eight joint-attention projections of https://huggingface.co/papers/2509.16117.
+JOINT_ATTENTION = (
+    "attn.add_k_proj",
+    "attn.add_q_proj",
+    "attn.add_v_proj",
+    "attn.to_add_out",
+    "attn.to_k",
+    "attn.to_out.0",
+    "attn.to_q",
+    "attn.to_v",
+)
+# The attention layers of examples/dreambooth/train_dreambooth_lora_flux2.py in diffusers and those of the text beside
+# them. `attn.to_out` is a linear layer in single blocks and a list in the others, so that no suffix means both.
+FLUX2_ATTENTION = (
+    r".*\.attn\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out|to_qkv_mlp_proj)"
+    r"|single_transformer_blocks\.\d+\.attn\.to_out"
+)
+
+# Left out: families whose adapters diffusers cannot save and load for the pipeline (HunyuanImage, Ovis-Image,
+# LongCat-Image, Bria 3.2, Nucleus-Image); those that pad texts without a mask, so that an image depends on its batch
+# mates (CogView4, Kandinsky 5); and HiDream, whose routed experts pass no gradient on in inference mode and whose
+# transformer returns another layout in training mode.
+#
 # A row is added together with a tiny pipeline of its class for the tests in tests/pipelines/, when they pass for it.
+# "DreamBooth LoRA" are diffusers' scripts examples/dreambooth/train_dreambooth_lora_*.py.
 FAMILIES: tuple[Family, ...] = (
     Family(
         pipeline_class=StableDiffusion3Pipeline,
@@ -55,26 +139,16 @@ FAMILIES: tuple[Family, ...] = (
             "negative_pooled_prompt_embeds",
         ),
         guidance="classifier_free",
-        # The eight joint-attention projections of https://huggingface.co/papers/2509.16117.
-        lora_target_modules=(
-            "attn.add_k_proj",
-            "attn.add_q_proj",
-            "attn.add_v_proj",
-            "attn.to_add_out",
-            "attn.to_k",
-            "attn.to_out.0",
-            "attn.to_q",
-            "attn.to_v",
-        ),
+        lora_target_modules=JOINT_ATTENTION,
+        arguments={"prompt_2": None, "prompt_3": None},
         long_text_encoder="text_encoder_3",
         long_text_tokenizer="tokenizer_3",
-        encode_arguments={"prompt_2": None, "prompt_3": None},
     ),
     Family(
         pipeline_class=FluxPipeline,
         encoded_names=("prompt_embeds", "pooled_prompt_embeds", None),
         guidance="embedded",
-        # The defaults of diffusers' own DreamBooth LoRA example for Flux.
+        # The defaults of DreamBooth LoRA for Flux.
         lora_target_modules=(
             "attn.to_k",
             "attn.to_q",
@@ -91,6 +165,106 @@ FAMILIES: tuple[Family, ...] = (
         ),
         long_text_encoder="text_encoder_2",
         long_text_tokenizer="tokenizer_2",
+    ),
+    Family(
+        pipeline_class=Flux2Pipeline,
+        encoded_names=("prompt_embeds", None),
+        guidance="embedded",
+        lora_target_modules=FLUX2_ATTENTION,
+        repacks_latents=True,
+        long_text_tokenizer=None,  # a processor of texts and images
+    ),
+    Family(
+        pipeline_class=Flux2KleinPipeline,
+        encoded_names=("prompt_embeds", None),
+        guidance="classifier_free",
+        lora_target_modules=FLUX2_ATTENTION,
+        negative_names=("negative_prompt_embeds", None),
+        repacks_latents=True,
+    ),
+    Family(
+        pipeline_class=QwenImagePipeline,
+        encoded_names=EMBEDS_AND_MASK,
+        guidance="classifier_free",
+        lora_target_modules=ATTENTION,  # DreamBooth LoRA for Qwen-Image
+        negative_names=NEGATIVE_EMBEDS_AND_MASK,
+        guidance_argument="true_cfg_scale",
+    ),
+    Family(
+        pipeline_class=ZImagePipeline,
+        encoded_names=("prompt_embeds", "negative_prompt_embeds"),
+        guidance="classifier_free",
+        lora_target_modules=ATTENTION,  # DreamBooth LoRA for Z-Image
+        unguided=0.0,
+        lists=True,
+    ),
+    Family(
+        pipeline_class=SanaPipeline,
+        encoded_names=MASKED,
+        guidance="classifier_free",
+        lora_target_modules=ATTENTION,  # DreamBooth LoRA for Sana, and its output projection
+        # Prompts as they are, not rewritten, and the size that was asked for.
+        arguments={"use_resolution_binning": False, "complex_human_instruction": None},
+    ),
+    Family(
+        pipeline_class=Lumina2Pipeline,
+        encoded_names=MASKED,
+        guidance="classifier_free",
+        lora_target_modules=ATTENTION,  # DreamBooth LoRA for Lumina 2
+    ),
+    Family(
+        pipeline_class=AuraFlowPipeline,
+        encoded_names=MASKED,
+        guidance="classifier_free",
+        lora_target_modules=ATTENTION,  # of the linear layers that https://github.com/ostris/ai-toolkit adapts
+        one_time=True,
+    ),
+    Family(
+        pipeline_class=ChromaPipeline,
+        encoded_names=(
+            "prompt_embeds",
+            None,
+            "prompt_attention_mask",
+            "negative_prompt_embeds",
+            None,
+            "negative_prompt_attention_mask",
+        ),
+        guidance="classifier_free",
+        lora_target_modules=ATTENTION,  # of the linear layers that https://github.com/ostris/ai-toolkit adapts
+        checkpointing_fault="the single blocks of its transformer lose the attention mask",
+    ),
+    Family(
+        pipeline_class=Krea2Pipeline,
+        encoded_names=EMBEDS_AND_MASK,
+        guidance="classifier_free",
+        # What DreamBooth LoRA for Krea 2 advises for long runs. Not in `text_fusion`: the first dimension of what its
+        # layers see is not the batch, which per-reward gradients need.
+        lora_target_modules=r"transformer_blocks\.\d+\.attn\.(to_[qkv]|to_gate|to_out\.0)",
+        negative_names=NEGATIVE_EMBEDS_AND_MASK,
+        unguided=0.0,
+    ),
+    Family(
+        pipeline_class=ErnieImagePipeline,
+        encoded_names=("prompt_embeds",),
+        guidance="classifier_free",
+        lora_target_modules=ATTENTION,  # of the linear layers that https://github.com/ostris/ai-toolkit adapts
+        negative_names=("negative_prompt_embeds",),
+        arguments={"use_pe": False},  # prompts as they are, not rewritten
+        one_time=True,
+        lists=True,
+    ),
+    Family(
+        pipeline_class=BriaFiboPipeline,
+        encoded_names=None,
+        guidance="classifier_free",
+        lora_target_modules=JOINT_ATTENTION,
+    ),
+    Family(
+        pipeline_class=Ideogram4Pipeline,
+        encoded_names=None,
+        guidance="classifier_free",
+        lora_target_modules=(*ATTENTION, "w1", "w2", "w3"),  # DreamBooth LoRA for Ideogram 4
+        arguments={"guidance_schedule": None},
     ),
 )
 

@@ -5,70 +5,19 @@ import copy
 import functools
 import inspect
 import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import PIL.Image
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler, FlowMatchLCMScheduler
-from diffusers.configuration_utils import ConfigMixin
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
 
+from .conditioning import Conditioning, Rows
 from .families import find_family
-
-
-FLOW_MATCHING_SCHEDULERS = (
-    FlowMatchEulerDiscreteScheduler,
-    FlowMatchHeunDiscreteScheduler,
-    FlowMatchLCMScheduler,
-)
-
-
-@dataclass(frozen=True, eq=False)
-class Conditioning:
-    """
-    Encoded prompts: what the pipeline's `__call__` takes in the place of text.
-
-    Prompts are encoded once and then selected per sample: `flow.encode(unique_prompts).select(prompt_of_sample)`.
-
-    Args:
-        kwargs (`dict[str, torch.Tensor]`):
-            `__call__` arguments by name, each of shape `[number of prompts, ...]`.
-
-    Raises:
-        `ValueError`: there is no tensor, or the tensors disagree about the number of prompts.
-    """
-
-    kwargs: dict[str, Tensor]
-
-    def __post_init__(self) -> None:
-        sizes = {name: tensor.shape[0] for name, tensor in self.kwargs.items()}
-        if len(set(sizes.values())) != 1:
-            raise ValueError(f"conditioning tensors need one first dimension, a row per prompt; got {sizes}")
-
-    def __len__(self) -> int:
-        return next(iter(self.kwargs.values())).shape[0]
-
-    def select(self, indices: Tensor) -> "Conditioning":
-        """
-        Rows by index, in the order of the indices; an index may come more than once.
-
-        Args:
-            indices (`torch.LongTensor` of shape `[n]`):
-                Which rows to take.
-
-        Returns:
-            `Conditioning`: of length `n`.
-        """
-        return Conditioning({name: tensor[indices.to(tensor.device)] for name, tensor in self.kwargs.items()})
-
-    def to(self, device: torch.device | str) -> "Conditioning":
-        """The same conditioning on another device."""
-        return Conditioning({name: tensor.to(device) for name, tensor in self.kwargs.items()})
+from .schedulers import OneStep, check_flow_matching, record_times
 
 
 class Rollout(NamedTuple):
@@ -84,40 +33,6 @@ class Rollout(NamedTuple):
 
     latents: Tensor
     images: list[PIL.Image.Image] | Tensor
-
-
-class _OneStep:
-    """
-    Stands in for the pipeline's scheduler in a velocity call.
-
-    It presents the wanted times as the only step of the schedule, keeps what the transformer returned and moves
-    nothing.
-    """
-
-    order = 1
-
-    def __init__(self, scheduler: Any, t: Tensor):
-        self.config = scheduler.config
-        # One "step" whose timestep is a whole batch: pipelines expand it to the batch size, which leaves it as it is.
-        self.timesteps = [t * scheduler.config.num_train_timesteps]
-        self.velocity: Tensor | None = None
-
-    def set_timesteps(
-        self,
-        num_inference_steps: int | None = None,
-        device: torch.device | str | None = None,
-        sigmas: Sequence[float] | None = None,
-        mu: float | None = None,
-        timesteps: Sequence[float] | None = None,
-    ) -> None:
-        """Takes whatever a pipeline passes: the one step is known already."""
-
-    def set_begin_index(self, begin_index: int = 0) -> None:
-        """There is only index 0."""
-
-    def step(self, model_output: Tensor, timestep: Tensor, sample: Tensor, **kwargs: Any) -> tuple[Tensor]:
-        self.velocity = model_output
-        return (sample,)
 
 
 class FlowPipeline:
@@ -137,15 +52,17 @@ class FlowPipeline:
         width (`int`, *optional*):
             Width of the images in pixels. Defaults to the pipeline's own.
         guidance_scale (`float`, *optional*, defaults to `1.0`):
-            In the `"classifier_free"` families, values above 1 make *rollouts* use classifier-free guidance;
-            velocities never do. In the `"embedded"` families it is the value that the transformer is given in both.
+            In the `"classifier_free"` families, at least 1: *rollouts* follow `negative + guidance_scale * (positive -
+            negative)`, so 1 is no guidance and does not run the negative prompt; velocities are never guided. It has
+            this meaning in every such family: Z-Image and Krea 2, whose own `guidance_scale` is 0 without guidance,
+            are given 1 less. In the `"embedded"` families it is the value that the transformer is given in both.
         max_sequence_length (`int`, *optional*):
             Longest text in tokens, as the pipeline's argument of that name. Defaults to the pipeline's own.
 
     Raises:
         `TypeError`: `pipeline` is not a `DiffusionPipeline`.
-        `ValueError`: the pipeline is not flow matching, has no `transformer`, is of a class that is not in the table,
-            or is given a guidance value that its transformer has no input for.
+        `ValueError`: the pipeline is not flow matching, has no `transformer` or is of a class that is not in the
+            table; `guidance_scale` is below 1 or would be ignored; or the pipeline knows no `max_sequence_length`.
     """
 
     def __init__(
@@ -172,16 +89,12 @@ class FlowPipeline:
         self.height = height
         self.width = width
         self.guidance_scale = guidance_scale
-        call_arguments = inspect.signature(self.family.pipeline_class.__call__).parameters
-        self.max_sequence_length: int = (
-            call_arguments["max_sequence_length"].default if max_sequence_length is None else max_sequence_length
-        )
+        pipeline_class: Any = self.family.pipeline_class
+        self._encode_parameters = inspect.signature(pipeline_class.encode_prompt).parameters
+        self._call_parameters = inspect.signature(pipeline_class.__call__).parameters
+        self.max_sequence_length: int | None = self._length_limit(max_sequence_length)
         self._warned_of_long_prompt = False
-        if self.family.guidance == "embedded" and guidance_scale > 1 and not self.transformer.config.guidance_embeds:
-            raise ValueError(
-                f"guidance_scale={guidance_scale} would be ignored: this {type(self.transformer).__name__} is not "
-                "guidance-distilled (its config has guidance_embeds=False). Set guidance_scale=1.0."
-            )
+        self._check_guidance()
 
     @property
     def transformer(self) -> ModelMixin:
@@ -211,7 +124,8 @@ class FlowPipeline:
 
         Returns:
             `Conditioning`: one row per prompt, in the transformer's dtype. With classifier-free guidance it holds the
-            embeddings of the empty negative prompt too.
+            embeddings of the empty negative prompt too. For a pipeline that takes nothing but text it holds the text,
+            and the text encoders run when it is used.
 
         Raises:
             `TypeError`: `prompts` is one string.
@@ -222,17 +136,12 @@ class FlowPipeline:
         if len(prompts) == 0:
             raise ValueError("`prompts` is empty; pass at least one prompt.")
         self._warn_of_long_prompts(prompts)
-        arguments = dict(self.family.encode_arguments, max_sequence_length=self.max_sequence_length)
-        if self.family.guidance == "classifier_free":
-            arguments["do_classifier_free_guidance"] = self.guidance_scale > 1
-        outputs = self.pipeline.encode_prompt(list(prompts), **arguments)
-        return Conditioning(
-            {
-                name: output.to(self.dtype)
-                for name, output in zip(self.family.encoded_names, outputs, strict=True)
-                if name is not None and output is not None
-            }
-        )
+        if self.family.encoded_names is None:
+            return Conditioning({"prompt": list(prompts)})
+        rows = self._encoded(list(prompts), self.family.encoded_names)
+        if self._is_guided and self.family.negative_names is not None:
+            rows |= self._encoded([""] * len(prompts), self.family.negative_names)
+        return Conditioning(rows)
 
     def rollout(
         self,
@@ -280,13 +189,10 @@ class FlowPipeline:
         was_training = self.transformer.training
         self.transformer.eval()
         try:
-            output = self._driver(solver)(
-                **conditioning.kwargs,
-                **self._image_size(),
+            output = self._driver(solver, conditioning)(
+                **self._call_arguments(conditioning, guided=self._is_guided),
                 generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
                 num_inference_steps=num_inference_steps,
-                guidance_scale=self.guidance_scale,
-                max_sequence_length=self.max_sequence_length,
                 output_type=output_type,
                 callback_on_step_end=keep_latents,
             )
@@ -299,7 +205,8 @@ class FlowPipeline:
         The transformer's velocity `v = noise - data`, differentiable.
 
         Gradients, autocast and gradient checkpointing follow the context of the call. Classifier-free guidance is
-        never used; a guidance-distilled transformer is given `guidance_scale`.
+        never used; a guidance-distilled transformer is given `guidance_scale`. Where the pipeline can hold only one
+        time (`Family.one_time`), the transformer runs once for every different time.
 
         Args:
             x_t (`torch.Tensor` of shape `[batch, ...]`):
@@ -321,23 +228,24 @@ class FlowPipeline:
                 f"x_t has {batch} samples, but t has shape {tuple(t.shape)} and the conditioning {len(conditioning)} "
                 "rows; pass one time and one row per sample."
             )
-        solver = _OneStep(self.pipeline.scheduler, t.to(device=x_t.device, dtype=torch.float32))
-        self._call_with_gradients(
-            self._driver(solver),
-            _without_negatives(conditioning.kwargs),
-            latents=x_t,
-            num_inference_steps=1,
-        )
-        if solver.velocity is None:
-            raise RuntimeError(f"{type(self.pipeline).__name__} ended without a denoising step.")
-        return solver.velocity.to(x_t.dtype)
+        t = t.to(device=x_t.device, dtype=torch.float32)
+        if not self.family.one_time:
+            return self._velocity_at(x_t, t, conditioning)
+        times, places = torch.unique(t, return_inverse=True)
+        if len(times) == 1:
+            return self._velocity_at(x_t, times[0], conditioning)
+        samples = [torch.nonzero(places == place).flatten() for place in range(len(times))]
+        parts = [
+            self._velocity_at(x_t[indices], time, conditioning.select(indices))
+            for time, indices in zip(times, samples, strict=True)
+        ]
+        return torch.cat(parts)[torch.argsort(torch.cat(samples))]
 
     def training_times(self, num_inference_steps: int, scheduler: SchedulerMixin | None = None) -> Tensor:
         """
         The times at which a rollout evaluates the transformer.
 
-        The pipeline sets the schedule up itself, with every shift that depends on the resolution, and the times are
-        read from the scheduler's `sigmas`: some solvers truncate their `timesteps` to integers.
+        The pipeline sets the schedule up itself, with every shift that depends on the resolution.
 
         Args:
             num_inference_steps (`int`):
@@ -349,26 +257,23 @@ class FlowPipeline:
             `torch.Tensor` of shape `[num_inference_steps]`: distinct times in (0, 1], descending, fp32 on the CPU.
 
         Raises:
-            `ValueError`: `num_inference_steps` is below 1 or `scheduler` is not flow matching.
+            `ValueError`: `num_inference_steps` is too small or `scheduler` is not flow matching.
         """
         solver = self._fresh_solver(num_inference_steps, scheduler)
-        set_timesteps = solver.set_timesteps
-        times: list[Tensor] = []
-
-        @functools.wraps(set_timesteps)  # pipelines look at its signature
-        def record_times(*args: Any, **kwargs: Any) -> None:
-            set_timesteps(*args, **kwargs)
-            times[:] = [solver.sigmas[: len(solver.timesteps)]]
-            solver.timesteps = solver.timesteps[:0]  # leaves the denoising loop nothing to do
-
-        solver.set_timesteps = record_times
+        times = record_times(solver)
+        conditioning = self.encode([""])
         with torch.no_grad():
             self._call_with_gradients(
-                self._driver(solver),
-                _without_negatives(self.encode([""]).kwargs),
+                self._driver(solver, conditioning),
+                conditioning,
                 # Its own generator: the initial noise, though not used, must not advance torch's global one.
                 generator=torch.Generator("cpu").manual_seed(0),
                 num_inference_steps=num_inference_steps,
+            )
+        if not times[0].isfinite().all():
+            raise ValueError(
+                f"{type(solver).__name__} has no schedule of num_inference_steps={num_inference_steps}: its times are "
+                f"{times[0].tolist()}. Use more steps."
             )
         # Solvers of higher order come back to a time; each counts once.
         return torch.unique_consecutive(times[0].to(device="cpu", dtype=torch.float32))
@@ -382,33 +287,121 @@ class FlowPipeline:
         check_flow_matching(scheduler)
         return copy.deepcopy(scheduler)
 
-    def _driver(self, solver: Any) -> Any:
+    def _driver(self, solver: Any, conditioning: Conditioning) -> Any:
         """The pipeline with another solver and without a progress bar, as a copy that shares all other components."""
         driver = copy.copy(self.pipeline)
         driver.set_progress_bar_config(disable=True)
         driver.scheduler = solver
+        if self.family.encoded_names is None:
+            driver.encode_prompt = _remembered(driver.encode_prompt, conditioning)
         return driver
 
-    def _call_with_gradients(self, driver: Any, kwargs: dict[str, Tensor], **options: Any) -> None:
+    def _velocity_at(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+        """The velocity in one call; `t` is one time per sample, or a single one where the loop holds no more."""
+        solver = OneStep(self.pipeline.scheduler, t)
+        driver = self._driver(solver, conditioning)
+        options: dict[str, Any] = {}
+        if self.family.repacks_latents:
+            driver.prepare_latents = _giving(driver.prepare_latents, x_t)
+            options["generator"] = torch.Generator("cpu").manual_seed(0)  # not torch's global one
+        else:
+            options["latents"] = x_t.to(self.dtype)
+        self._call_with_gradients(driver, conditioning, num_inference_steps=1, **options)
+        if solver.velocity is None:
+            raise RuntimeError(f"{type(self.pipeline).__name__} ended without a denoising step.")
+        return solver.velocity.to(x_t.dtype)
+
+    def _call_with_gradients(self, driver: Any, conditioning: Conditioning, **options: Any) -> None:
         """The pipeline's `__call__` without its `no_grad` decorator and without classifier-free guidance."""
         inspect.unwrap(type(driver).__call__)(
-            driver,
-            **kwargs,
-            **self._image_size(),
-            **options,
-            guidance_scale=self.guidance_scale if self.family.guidance == "embedded" else 1.0,
-            max_sequence_length=self.max_sequence_length,
-            output_type="latent",
+            driver, **self._call_arguments(conditioning, guided=False), **options, output_type="latent"
         )
 
-    def _image_size(self) -> dict[str, int | None]:
-        return {"height": self.height, "width": self.width}
+    def _call_arguments(self, conditioning: Conditioning, guided: bool) -> dict[str, Any]:
+        """All arguments of `__call__` that are the same at every call with this conditioning."""
+        family = self.family
+        arguments = {
+            **family.arguments,
+            "height": self.height,
+            "width": self.width,
+            "max_sequence_length": self.max_sequence_length,
+        }
+        if guided:  # beside embeddings the text must be None, which is not every pipeline's default
+            arguments["negative_prompt"] = [""] * len(conditioning) if family.encoded_names is None else None
+        # Some pipelines write into the lists that they are given.
+        rows = {
+            name: row if isinstance(row, Tensor) else list(row)
+            for name, row in conditioning.kwargs.items()
+            if guided or not name.startswith("negative_")
+        }
+        scale = self.guidance_scale if guided or family.guidance == "embedded" else 1.0
+        return _given(arguments, self._call_parameters) | family.guidance_arguments(scale) | rows
+
+    def _encoded(self, prompts: list[str], names: tuple[str | None, ...]) -> dict[str, Rows]:
+        """What `encode_prompt` returns, by the names of the `__call__` arguments, with a row a prompt."""
+        arguments = {
+            **self.family.arguments,
+            "max_sequence_length": self.max_sequence_length,
+            "do_classifier_free_guidance": self._is_guided,
+            "device": self.device,
+        }
+        outputs = self.pipeline.encode_prompt(prompts, **_given(arguments, self._encode_parameters))
+        if not isinstance(outputs, tuple):
+            outputs = (outputs,)
+        return {
+            name: self._cast(output)
+            for name, output in zip(names, outputs, strict=True)
+            if name is not None and output is not None and len(output) > 0  # some give an empty list for no negatives
+        }
+
+    def _cast(self, rows: Rows) -> Rows:
+        """Embeddings in the transformer's dtype; masks of integers and truth values stay what they are."""
+        if not isinstance(rows, Tensor):
+            return [self._cast(row) for row in rows]
+        return rows.to(self.dtype) if rows.is_floating_point() else rows
+
+    @property
+    def _is_guided(self) -> bool:
+        """Whether rollouts use classifier-free guidance."""
+        return self.family.guidance == "classifier_free" and self.guidance_scale > 1
+
+    def _length_limit(self, max_sequence_length: int | None) -> int | None:
+        if "max_sequence_length" in self._call_parameters:
+            own = self._call_parameters["max_sequence_length"].default
+            return own if max_sequence_length is None else max_sequence_length
+        if max_sequence_length is not None:
+            raise ValueError(
+                f"max_sequence_length={max_sequence_length} would be ignored: {type(self.pipeline).__name__} has no "
+                "such argument. Leave it out."
+            )
+        return None
+
+    def _check_guidance(self) -> None:
+        scale, kind = self.guidance_scale, type(self.pipeline).__name__
+        if self.family.guidance == "embedded":
+            if scale > 1 and not self.transformer.config.guidance_embeds:
+                raise ValueError(
+                    f"guidance_scale={scale} would be ignored: this {type(self.transformer).__name__} is not "
+                    "guidance-distilled (its config has guidance_embeds=False). Set guidance_scale=1.0."
+                )
+        elif scale < 1:
+            raise ValueError(
+                f"guidance_scale={scale} is below 1, which is no guidance in every family of {kind}'s kind, whatever "
+                "the pipeline's own argument means. Set guidance_scale=1.0 for no guidance."
+            )
+        elif scale > 1 and self.pipeline.config.get("is_distilled"):
+            raise ValueError(
+                f"guidance_scale={scale} would be ignored: this {kind} is distilled (its config has "
+                "is_distilled=True). Set guidance_scale=1.0."
+            )
 
     def _warn_of_long_prompts(self, prompts: Sequence[str]) -> None:
         if self._warned_of_long_prompt:
             return
+        if self.family.long_text_tokenizer is None:
+            return
         components = self.pipeline.components
-        if components[self.family.long_text_encoder] is not None:
+        if self.max_sequence_length is not None and components[self.family.long_text_encoder] is not None:
             tokenizer, limit = components[self.family.long_text_tokenizer], self.max_sequence_length
         else:
             tokenizer = components["tokenizer"]
@@ -428,32 +421,38 @@ class FlowPipeline:
         self._warned_of_long_prompt = True
 
 
-def check_flow_matching(scheduler: SchedulerMixin | None) -> None:
-    """
-    Refuse a scheduler that is not flow matching.
+def _remembered(encode_prompt: Callable[..., Any], conditioning: Conditioning) -> Callable[..., Any]:
+    """`encode_prompt` that runs once for the prompts of a conditioning, and never with gradients."""
 
-    Args:
-        scheduler ([`~diffusers.SchedulerMixin`] or `None`):
-            A pipeline's scheduler.
+    @functools.wraps(encode_prompt)
+    def remember(*args: Any, **kwargs: Any) -> Any:
+        question = repr((args, sorted(kwargs.items())))
+        answer = conditioning.answered(question)
+        if answer is None:
+            with torch.no_grad():
+                answer = encode_prompt(*args, **kwargs)
+            conditioning.keep_answer(question, answer)
+        return answer
 
-    Raises:
-        `ValueError`: it is neither one of diffusers' `FlowMatch*` schedulers nor a solver that is configured with both
-            `prediction_type="flow_prediction"` and `use_flow_sigmas=True`.
-    """
-    if isinstance(scheduler, FLOW_MATCHING_SCHEDULERS):
-        return
-    config: Mapping[str, Any] = scheduler.config if isinstance(scheduler, ConfigMixin) else {}
-    prediction_type, flow_sigmas = config.get("prediction_type"), config.get("use_flow_sigmas")
-    if prediction_type == "flow_prediction" and flow_sigmas:
-        return
-    raise ValueError(
-        f"The scheduler {type(scheduler).__name__} (prediction_type={prediction_type!r}, "
-        f"use_flow_sigmas={flow_sigmas!r}) is not flow matching, and only flow-matching pipelines can be trained. Use "
-        "a pipeline that was trained with flow matching (Stable Diffusion 3, Flux, ...) and its "
-        "FlowMatchEulerDiscreteScheduler, or a multistep solver made with "
-        'prediction_type="flow_prediction", use_flow_sigmas=True and flow_shift set to the shift of the original.'
-    )
+    return remember
 
 
-def _without_negatives(kwargs: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor for name, tensor in kwargs.items() if not name.startswith("negative_")}
+def _giving(prepare_latents: Callable[..., Any], x_t: Tensor) -> Callable[..., Any]:
+    """`prepare_latents` that gives x_t in the place of the first thing that it made: the packed latents."""
+
+    @functools.wraps(prepare_latents)
+    def give(*args: Any, **kwargs: Any) -> tuple[Any, ...]:
+        made, *others = prepare_latents(*args, **kwargs)
+        if made.shape != x_t.shape:
+            raise ValueError(
+                f"x_t is of shape {tuple(x_t.shape)}, but the pipeline's own latents are {tuple(made.shape)}. Pass "
+                "latents in the layout of `Rollout.latents`, of the height and width of this object."
+            )
+        return (x_t.to(made), *others)
+
+    return give
+
+
+def _given(values: dict[str, Any], parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the arguments that a function has."""
+    return {name: value for name, value in values.items() if name in parameters}

@@ -85,8 +85,12 @@ def lora_config(pipeline: DiffusionPipeline | Family, r: int = 32, lora_alpha: i
         `ValueError`: the pipeline's class is not in the table.
     """
     family = pipeline if isinstance(pipeline, Family) else find_family(pipeline)
+    targets = family.lora_target_modules
     return LoraConfig(
-        r=r, lora_alpha=lora_alpha, init_lora_weights="gaussian", target_modules=list(family.lora_target_modules)
+        r=r,
+        lora_alpha=lora_alpha,
+        init_lora_weights="gaussian",
+        target_modules=targets if isinstance(targets, str) else list(targets),
     )
 
 

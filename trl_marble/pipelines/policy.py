@@ -11,7 +11,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .flow_pipeline import Conditioning, FlowPipeline
+from .conditioning import Conditioning
+from .flow_pipeline import FlowPipeline
 
 
 MANY_VERSIONS = 64  # of one block's code; more would be a sign that something is compiled again and again
@@ -67,8 +68,14 @@ class Policy(nn.Module):
 
         Raises:
             `ValueError`: an unsupported setting, `use_reentrant=True` among them: reentrant checkpointing gives no
-                gradients where the inputs of a block need none, as those of the first block of a frozen base.
+                gradients where the inputs of a block need none, as those of the first block of a frozen base; or
+                checkpointing gives wrong gradients in this family.
         """
+        if (fault := self.flow.family.checkpointing_fault) is not None:
+            raise ValueError(
+                f"Gradient checkpointing gives wrong gradients for {type(self.flow.pipeline).__name__}: {fault}. Set "
+                "gradient_checkpointing=False, and lower the batch size if memory is short."
+            )
         if every_n_layers != 1 or offload:
             raise ValueError(
                 f"every_n_layers={every_n_layers} and offload={offload} are not supported by diffusers transformers; "

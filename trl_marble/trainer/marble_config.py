@@ -43,8 +43,9 @@ class MarbleConfig(TrainingArguments):
         num_inference_steps (`int`, *optional*, defaults to `25`):
             Number of solver steps of a rollout. The solver is the pipeline's own scheduler.
         guidance_scale (`float`, *optional*, defaults to `1.0`):
-            Guidance scale of the rollouts, as the pipeline understands it. `1.0` samples Stable Diffusion 3 without
-            classifier-free guidance, as DiffusionNFT does; guidance-distilled pipelines embed the value.
+            Guidance scale of the rollouts. `1.0` samples without classifier-free guidance, as DiffusionNFT does,
+            whatever the pipeline's own argument for that is (0 for Z-Image and Krea 2, whose values are 1 lower);
+            less is refused. Guidance-distilled pipelines (Flux, Flux.2) are given the value as it is.
         resolution (`int`, *optional*):
             Height and width of the images in pixels. Defaults to the pipeline's own default size. The paper uses 512.
         max_sequence_length (`int`, *optional*):

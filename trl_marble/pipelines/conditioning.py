@@ -1,0 +1,81 @@
+# Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
+"""Encoded prompts, one row a prompt, that samples are selected from."""
+
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+
+Rows: TypeAlias = Tensor | list[Any]  # of one argument, a row a prompt
+
+
+@dataclass(frozen=True, eq=False)
+class Conditioning:
+    """
+    Encoded prompts: what the pipeline's `__call__` takes in the place of text.
+
+    Prompts are encoded once and then selected per sample: `flow.encode(unique_prompts).select(prompt_of_sample)`.
+
+    Args:
+        kwargs (`dict[str, torch.Tensor | list]`):
+            `__call__` arguments by name, a row a prompt in each: a tensor of shape `[number of prompts, ...]`, a list
+            of tensors where the pipeline wants rows of different lengths, or, where the pipeline takes nothing but
+            text, `prompt` with the prompts themselves.
+
+    Raises:
+        `ValueError`: there is no argument, or the arguments disagree about the number of prompts.
+    """
+
+    kwargs: dict[str, Rows]
+    # Where the pipeline takes nothing but text: what its `encode_prompt` answered for exactly these rows.
+    _answers: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        sizes = {name: len(rows) for name, rows in self.kwargs.items()}
+        if len(set(sizes.values())) != 1:
+            raise ValueError(f"conditioning tensors need one first dimension, a row per prompt; got {sizes}")
+
+    def __len__(self) -> int:
+        return len(next(iter(self.kwargs.values())))
+
+    def select(self, indices: Tensor) -> "Conditioning":
+        """
+        Rows by index, in the order of the indices; an index may come more than once.
+
+        Args:
+            indices (`torch.LongTensor` of shape `[n]`):
+                Which rows to take.
+
+        Returns:
+            `Conditioning`: of length `n`.
+        """
+        return Conditioning(
+            {
+                name: rows[indices.to(rows.device)]
+                if isinstance(rows, Tensor)
+                else [rows[i] for i in indices.tolist()]
+                for name, rows in self.kwargs.items()
+            }
+        )
+
+    def to(self, device: torch.device | str) -> "Conditioning":
+        """The same conditioning on another device."""
+        return Conditioning(
+            {
+                name: rows.to(device)
+                if isinstance(rows, Tensor)
+                else [row.to(device) if isinstance(row, Tensor) else row for row in rows]
+                for name, rows in self.kwargs.items()
+            }
+        )
+
+    def answered(self, question: Hashable) -> Any | None:
+        """What [`keep_answer`] was given for the question, if anything."""
+        return self._answers.get(question)
+
+    def keep_answer(self, question: Hashable, answer: Any) -> None:
+        """Remember what a text encoder said of exactly these rows; selected rows do not know it."""
+        self._answers[question] = answer

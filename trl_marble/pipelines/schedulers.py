@@ -1,0 +1,114 @@
+# Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
+"""Which schedulers are flow matching, and two that make a pipeline's `__call__` do less than a rollout."""
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler, FlowMatchLCMScheduler
+from diffusers.configuration_utils import ConfigMixin
+from diffusers.schedulers.scheduling_utils import SchedulerMixin, SchedulerOutput
+from torch import Tensor
+
+
+FLOW_MATCHING_SCHEDULERS = (
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    FlowMatchLCMScheduler,
+)
+
+
+def check_flow_matching(scheduler: SchedulerMixin | None) -> None:
+    """
+    Refuse a scheduler that is not flow matching.
+
+    Args:
+        scheduler ([`~diffusers.SchedulerMixin`] or `None`):
+            A pipeline's scheduler.
+
+    Raises:
+        `ValueError`: it is neither one of diffusers' `FlowMatch*` schedulers nor a solver that is configured with both
+            `prediction_type="flow_prediction"` and `use_flow_sigmas=True`.
+    """
+    if isinstance(scheduler, FLOW_MATCHING_SCHEDULERS):
+        return
+    config: Mapping[str, Any] = scheduler.config if isinstance(scheduler, ConfigMixin) else {}
+    prediction_type, flow_sigmas = config.get("prediction_type"), config.get("use_flow_sigmas")
+    if prediction_type == "flow_prediction" and flow_sigmas:
+        return
+    raise ValueError(
+        f"The scheduler {type(scheduler).__name__} (prediction_type={prediction_type!r}, "
+        f"use_flow_sigmas={flow_sigmas!r}) is not flow matching, and only flow-matching pipelines can be trained. Use "
+        "a pipeline that was trained with flow matching (Stable Diffusion 3, Flux, ...) and its "
+        "FlowMatchEulerDiscreteScheduler, or a multistep solver made with "
+        'prediction_type="flow_prediction", use_flow_sigmas=True and flow_shift set to the shift of the original.'
+    )
+
+
+class OneStep:
+    """
+    Stands in for the pipeline's scheduler in a velocity call.
+
+    It presents the wanted times as the only step of the schedule, keeps what the transformer returned and moves
+    nothing. Where a transformer's raw output is data - noise, the pipelines negate it before they call `step`.
+
+    Args:
+        scheduler ([`~diffusers.SchedulerMixin`]):
+            The scheduler whose place it takes.
+        t (`torch.Tensor` of shape `[batch]` or `[]`):
+            The time of every sample, or one for all, in [0, 1].
+    """
+
+    order = 1
+
+    def __init__(self, scheduler: Any, t: Tensor):
+        self.config = scheduler.config
+        # One "step" whose timestep is a whole batch: pipelines expand it to the batch size, which leaves it as it is.
+        self.timesteps = [t * scheduler.config.num_train_timesteps]
+        self.velocity: Tensor | None = None
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: torch.device | str | None = None,
+        sigmas: Sequence[float] | None = None,
+        mu: float | None = None,
+        timesteps: Sequence[float] | None = None,
+    ) -> None:
+        """Takes whatever a pipeline passes: the one step is known already."""
+
+    def set_begin_index(self, begin_index: int = 0) -> None:
+        """There is only index 0."""
+
+    def step(
+        self, model_output: Tensor, timestep: Tensor, sample: Tensor, return_dict: bool = True, **kwargs: Any
+    ) -> SchedulerOutput | tuple[Tensor]:
+        self.velocity = model_output
+        return SchedulerOutput(prev_sample=sample) if return_dict else (sample,)
+
+
+def record_times(solver: Any) -> list[Tensor]:
+    """
+    Let a scheduler note the schedule that a pipeline sets up with it, and leave the denoising loop nothing to do.
+
+    The times are read from `sigmas`: some solvers truncate their `timesteps` to integers.
+
+    Args:
+        solver ([`~diffusers.SchedulerMixin`]):
+            A scheduler that serves nothing else, changed in place.
+
+    Returns:
+        `list[torch.Tensor]`: empty; `set_timesteps` puts the times in.
+    """
+    set_timesteps = solver.set_timesteps
+    times: list[Tensor] = []
+
+    @functools.wraps(set_timesteps)  # pipelines look at its signature
+    def record(*args: Any, **kwargs: Any) -> None:
+        set_timesteps(*args, **kwargs)
+        times[:] = [solver.sigmas[: len(solver.timesteps)]]
+        solver.timesteps = solver.timesteps[:0]
+
+    solver.set_timesteps = record
+    return times
