@@ -2,6 +2,7 @@
 """`trl-marble train` for real, on a tiny pipeline: here, in two processes, interrupted and resumed."""
 
 import os
+import signal
 import subprocess
 import sys
 
@@ -33,7 +34,15 @@ def test_held_out_rewards_are_measured_and_not_trained_on(workplace):
     assert '"eval_rewards/bright/mean"' in state and '"rewards/bright/mean"' in state
 
 
-def test_an_interrupted_run_can_be_continued(workplace, capsys):
+@pytest.fixture
+def interruptible():
+    """Ctrl-C interrupts, also where the tests run in the background of a shell, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_an_interrupted_run_can_be_continued(workplace, capsys, interruptible):
     words = ["train", "--config", "run.yaml", "--max_steps", "3", "--save_steps", "3"]
     words += ["--rewards", "my_rewards.bright", "my_rewards.interrupted"]
     assert main(words) == 130
