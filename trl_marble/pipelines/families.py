@@ -56,8 +56,6 @@ class Family:
             Fixed arguments, for whichever of `encode_prompt` and `__call__` has one of the name.
         one_time (`bool`, *optional*, defaults to `False`):
             The denoising loop holds one time for the whole batch: velocities at different times are different calls.
-        lists (`bool`, *optional*, defaults to `False`):
-            Embeddings are lists with a tensor a prompt, each of its own length.
         repacks_latents (`bool`, *optional*, defaults to `False`):
             `__call__` packs `latents` that it is given, while x_t is in the packed layout of the loop.
         checkpointing_fault (`str`, *optional*):
@@ -78,7 +76,6 @@ class Family:
     unguided: float = 1.0
     arguments: Mapping[str, Any] = field(default_factory=dict)
     one_time: bool = False
-    lists: bool = False
     repacks_latents: bool = False
     checkpointing_fault: str | None = None
     long_text_encoder: str = "text_encoder"
@@ -196,7 +193,6 @@ FAMILIES: tuple[Family, ...] = (
         guidance="classifier_free",
         lora_target_modules=ATTENTION,  # DreamBooth LoRA for Z-Image
         unguided=0.0,
-        lists=True,
     ),
     Family(
         pipeline_class=SanaPipeline,
@@ -251,7 +247,6 @@ FAMILIES: tuple[Family, ...] = (
         negative_names=("negative_prompt_embeds",),
         arguments={"use_pe": False},  # prompts as they are, not rewritten
         one_time=True,
-        lists=True,
     ),
     Family(
         pipeline_class=BriaFiboPipeline,
