@@ -3,14 +3,9 @@
 
 import pytest
 import tiny
+import tiny_families
 import torch
-from diffusers import (
-    Lumina2Transformer2DModel,
-    QwenImageTransformer2DModel,
-    SanaTransformer2DModel,
-    WanTransformer3DModel,
-    ZImageTransformer2DModel,
-)
+from diffusers import WanTransformer3DModel
 from peft import LoraConfig
 
 from trl_marble.balance import Objective, SeparateBackward, WeightedBackward
@@ -35,16 +30,7 @@ def flux():
 
 
 def qwen_image():
-    model = QwenImageTransformer2DModel(
-        patch_size=2,
-        in_channels=16,
-        out_channels=4,
-        num_layers=2,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        joint_attention_dim=16,
-        axes_dims_rope=(8, 4, 4),
-    )
+    model = tiny_families.tiny_qwen_image().transformer
     x, text, mask = torch.randn(BATCH, 16, 16), torch.randn(BATCH, TOKENS, 16), torch.ones(BATCH, TOKENS).long()
     return model, lambda: model(x, text, mask, times, [[(1, 4, 4)]] * BATCH)[0]
 
@@ -67,59 +53,20 @@ def wan():
 
 
 def sana():
-    model = SanaTransformer2DModel(
-        patch_size=1,
-        in_channels=4,
-        out_channels=4,
-        num_layers=2,
-        num_attention_heads=2,
-        attention_head_dim=8,
-        num_cross_attention_heads=2,
-        cross_attention_head_dim=8,
-        cross_attention_dim=16,
-        caption_channels=16,
-        sample_size=4,
-    )
-    x, text = torch.randn(BATCH, 4, 4, 4), torch.randn(BATCH, TOKENS, 16)
+    model = tiny_families.tiny_sana().transformer
+    x, text = torch.randn(BATCH, 4, 4, 4), torch.randn(BATCH, TOKENS, 8)
     return model, lambda: model(x, text, 1000 * times)[0]
 
 
 def lumina2():
-    model = Lumina2Transformer2DModel(
-        sample_size=4,
-        patch_size=2,
-        in_channels=4,
-        hidden_size=16,
-        num_layers=2,
-        num_refiner_layers=1,
-        num_attention_heads=2,
-        num_kv_heads=1,
-        multiple_of=16,
-        ffn_dim_multiplier=None,
-        axes_dim_rope=(4, 2, 2),
-        cap_feat_dim=16,
-    )
-    x, text, mask = torch.randn(BATCH, 4, 4, 4), torch.randn(BATCH, TOKENS, 16), torch.ones(BATCH, TOKENS).bool()
+    model = tiny_families.tiny_lumina2().transformer
+    x, text, mask = torch.randn(BATCH, 4, 4, 4), torch.randn(BATCH, TOKENS, 8), torch.ones(BATCH, TOKENS).bool()
     mask[1, 3:] = False  # a shorter prompt
     return model, lambda: model(x, times, text, mask)[0]
 
 
 def z_image():
-    model = ZImageTransformer2DModel(
-        all_patch_size=(2,),
-        all_f_patch_size=(1,),
-        in_channels=4,
-        dim=32,
-        n_layers=2,
-        n_refiner_layers=1,
-        n_heads=2,
-        n_kv_heads=2,
-        cap_feat_dim=16,
-        axes_dims=[8, 4, 4],
-        axes_lens=[256, 32, 32],
-    )
-    torch.nn.init.normal_(model.x_pad_token)
-    torch.nn.init.normal_(model.cap_pad_token)
+    model = tiny_families.tiny_z_image().transformer
     x, text = torch.randn(BATCH, 4, 1, 4, 4), [torch.randn(length, 16) for length in (5, 3, 7)]
     return model, lambda: torch.stack(model(list(x), times, text)[0])
 
