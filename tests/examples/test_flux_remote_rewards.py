@@ -1,30 +1,21 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
 """The script for Flux from its command line, on a tiny pipeline, with a real reward server and a judge's endpoint."""
 
-import importlib.util
 import json
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 
 import numpy as np
 import pytest
+from example_scripts import command_in_docstring, load_script, parse
 from safetensors import safe_open
-from trl import TrlParser
 
-from trl_marble import MarbleConfig
 from trl_marble.rewards.server import RewardServer
-
-
-SCRIPT = Path(__file__).parents[2] / "examples" / "scripts" / "flux_remote_rewards.py"
 
 
 @pytest.fixture
 def script():
-    spec = importlib.util.spec_from_file_location("flux_script", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("flux_remote_rewards")
 
 
 @pytest.fixture
@@ -63,13 +54,8 @@ class ImageReward(PickScore):
     pass
 
 
-def parse(script, *arguments):
-    return TrlParser((script.ScriptArguments, MarbleConfig)).parse_args_and_config(list(arguments))
-
-
 def test_the_command_in_the_docstring_is_one_that_the_script_takes(script, tmp_path):
-    command = script.__doc__.split("flux_remote_rewards.py", 1)[1].split("```")[0].replace("\\", "").split()
-    command[command.index("--output_dir") + 1] = str(tmp_path)
+    command = command_in_docstring(script, tmp_path)
     _, args = parse(script, *command, "--use_cpu")
     assert args.generation_batch_size * 8 == 48 * 24 and args.guidance_scale == 3.5
 

@@ -2,34 +2,19 @@
 """The recipe's script from its command line, on a tiny pipeline and tiny scorers."""
 
 import functools
-import importlib.util
-from pathlib import Path
 
 import pytest
+from example_scripts import EXAMPLES, command_in_docstring, load_script, parse
 from tiny_scorers import five_rewards
-from trl import TrlParser
-
-from trl_marble import MarbleConfig
-
-
-EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 @pytest.fixture
 def script():
-    spec = importlib.util.spec_from_file_location("recipe", EXAMPLES / "scripts" / "sd3_five_rewards.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def parse(script, *arguments):
-    return TrlParser((script.ScriptArguments, MarbleConfig)).parse_args_and_config(list(arguments))
+    return load_script("sd3_five_rewards")
 
 
 def test_the_command_in_the_docstring_is_the_papers_step(script, tmp_path):
-    command = script.__doc__.split("sd3_five_rewards.py", 1)[1].split("```")[0].replace("\\", "").split()
-    command[command.index("--output_dir") + 1] = str(tmp_path)
+    command = command_in_docstring(script, tmp_path)
     _, args = parse(script, *command, "--use_cpu")
     assert args.generation_batch_size * 8 == 48 * 24  # on eight devices
     assert (args.balance_every, args.balance_on, args.resolution, args.bf16) == (10, "loss", 512, True)

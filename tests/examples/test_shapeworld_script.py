@@ -1,34 +1,19 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
 """The script to copy, from its command line."""
 
-import importlib.util
 import json
-from pathlib import Path
 
 import pytest
-from trl import TrlParser
-
-from trl_marble import MarbleConfig
-
-
-SCRIPT = Path(__file__).parents[2] / "examples" / "scripts" / "shapeworld.py"
+from example_scripts import command_in_docstring, load_script, parse
 
 
 @pytest.fixture
 def script():
-    spec = importlib.util.spec_from_file_location("shapeworld_script", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def parse(script, *arguments):
-    return TrlParser((script.ScriptArguments, MarbleConfig)).parse_args_and_config(list(arguments))
+    return load_script("shapeworld")
 
 
 def test_the_command_in_the_docstring_trains_and_measures_what_is_held_out(script, tmp_path):
-    command = script.__doc__.split("shapeworld.py", 1)[1].split("```")[0].replace("\\", "").split()
-    command[command.index("--output_dir") + 1] = str(tmp_path)
+    command = command_in_docstring(script, tmp_path)
     small = ["--max_steps", "2", "--eval_steps", "2", "--num_eval_prompts", "2", "--num_generations_eval", "2"]
     small += ["--num_generations", "4", "--per_device_train_batch_size", "8", "--num_inference_steps", "2"]
     script.main(*parse(script, *command, *small, "--use_cpu", "--report_to", "none", "--save_strategy", "no"))
