@@ -22,21 +22,24 @@ class Conditioning:
     Args:
         kwargs (`dict[str, torch.Tensor | list]`):
             `__call__` arguments by name, a row a prompt in each: a tensor of shape `[number of prompts, ...]`, a list
-            of tensors where the pipeline wants rows of different lengths, or, where the pipeline takes nothing but
-            text, `prompt` with the prompts themselves.
+            of tensors where the pipeline wants rows of different lengths, or a list of whatever else it takes: `image`
+            with the images to be edited, and `prompt` with the prompts themselves where it takes nothing but text.
 
     Raises:
         `ValueError`: there is no argument, or the arguments disagree about the number of prompts.
     """
 
     kwargs: dict[str, Rows]
-    # Where the pipeline takes nothing but text: what its `encode_prompt` answered for exactly these rows.
+    # Where the pipeline takes nothing but text: what its `encode_prompt` answered for exactly these rows, and for each
+    # of them alone, which every selection of the row shares.
     _answers: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False)
+    _row_answers: list[dict[Hashable, Any]] = field(default_factory=list, init=False, repr=False)
 
     def __post_init__(self) -> None:
         sizes = {name: len(rows) for name, rows in self.kwargs.items()}
         if len(set(sizes.values())) != 1:
             raise ValueError(f"conditioning tensors need one first dimension, a row per prompt; got {sizes}")
+        self._row_answers.extend({} for _ in range(len(self)))
 
     def __len__(self) -> int:
         return len(next(iter(self.kwargs.values())))
@@ -52,7 +55,7 @@ class Conditioning:
         Returns:
             `Conditioning`: of length `n`.
         """
-        return Conditioning(
+        selected = Conditioning(
             {
                 name: rows[indices.to(rows.device)]
                 if isinstance(rows, Tensor)
@@ -60,6 +63,8 @@ class Conditioning:
                 for name, rows in self.kwargs.items()
             }
         )
+        selected._row_answers[:] = [self._row_answers[i] for i in indices.tolist()]
+        return selected
 
     def to(self, device: torch.device | str) -> "Conditioning":
         """The same conditioning on another device."""
@@ -74,8 +79,12 @@ class Conditioning:
 
     def answered(self, question: Hashable) -> Any | None:
         """What [`keep_answer`] was given for the question, if anything."""
-        return self._answers.get(question)
+        return self._memory.get(question)
 
     def keep_answer(self, question: Hashable, answer: Any) -> None:
-        """Remember what a text encoder said of exactly these rows; selected rows do not know it."""
-        self._answers[question] = answer
+        """Remember what a text encoder said of exactly these rows; of one row, wherever it is selected alone."""
+        self._memory[question] = answer
+
+    @property
+    def _memory(self) -> dict[Hashable, Any]:
+        return self._row_answers[0] if len(self) == 1 else self._answers

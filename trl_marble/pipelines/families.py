@@ -56,8 +56,12 @@ class Family:
             Fixed arguments, for whichever of `encode_prompt` and `__call__` has one of the name.
         one_time (`bool`, *optional*, defaults to `False`):
             The denoising loop holds one time for the whole batch: velocities at different times are different calls.
-        repacks_latents (`bool`, *optional*, defaults to `False`):
-            `__call__` packs `latents` that it is given, while x_t is in the packed layout of the loop.
+        one_sample (`bool`, *optional*, defaults to `False`):
+            `__call__` can hold one sample only: velocities and rollouts take one call a sample.
+        output (`"image"` or `"video"`, *optional*, defaults to `"image"`):
+            What the pipeline makes.
+        takes_image (`"no"`, `"optional"` or `"required"`, *optional*, defaults to `"no"`):
+            Whether `__call__` has an `image` to be edited.
         checkpointing_fault (`str`, *optional*):
             Why gradient checkpointing gives wrong gradients in diffusers.
         long_text_encoder (`str`, *optional*, defaults to `"text_encoder"`):
@@ -76,7 +80,9 @@ class Family:
     unguided: float = 1.0
     arguments: Mapping[str, Any] = field(default_factory=dict)
     one_time: bool = False
-    repacks_latents: bool = False
+    one_sample: bool = False
+    output: Literal["image", "video"] = "image"
+    takes_image: Literal["no", "optional", "required"] = "no"
     checkpointing_fault: str | None = None
     long_text_encoder: str = "text_encoder"
     long_text_tokenizer: str | None = "tokenizer"
@@ -168,7 +174,6 @@ FAMILIES: tuple[Family, ...] = (
         encoded_names=("prompt_embeds", None),
         guidance="embedded",
         lora_target_modules=FLUX2_ATTENTION,
-        repacks_latents=True,
         long_text_tokenizer=None,  # a processor of texts and images
     ),
     Family(
@@ -177,7 +182,6 @@ FAMILIES: tuple[Family, ...] = (
         guidance="classifier_free",
         lora_target_modules=FLUX2_ATTENTION,
         negative_names=("negative_prompt_embeds", None),
-        repacks_latents=True,
     ),
     Family(
         pipeline_class=QwenImagePipeline,

@@ -5,7 +5,7 @@ import copy
 import functools
 import inspect
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import PIL.Image
@@ -17,22 +17,23 @@ from torch import Tensor
 
 from .conditioning import Conditioning, Rows
 from .families import find_family
-from .schedulers import OneStep, check_flow_matching, record_times
+from .schedulers import OneStep, check_flow_matching, keep_samples, record_times
 
 
 class Rollout(NamedTuple):
     """
-    What is kept of sampled images.
+    What is kept of samples.
 
     Args:
         latents (`torch.Tensor` of shape `[batch, ...]`):
             The clean latents x0 in the layout that the transformer sees (packed tokens for Flux).
-        images (`list[PIL.Image.Image]` or `torch.Tensor` of shape `[batch, 3, height, width]`):
-            The decoded images; values of a tensor are in [0, 1].
+        images (`list` or `torch.Tensor` of shape `[batch, 3, height, width]`):
+            The decoded images, as `PIL.Image.Image` or as one tensor with values in [0, 1]. Where the family makes
+            videos, each is a list of frames, and the tensor is of shape `[batch, frames, 3, height, width]`.
     """
 
     latents: Tensor
-    images: list[PIL.Image.Image] | Tensor
+    images: list[Any] | Tensor
 
 
 class FlowPipeline:
@@ -58,11 +59,14 @@ class FlowPipeline:
             are given 1 less. In the `"embedded"` families it is the value that the transformer is given in both.
         max_sequence_length (`int`, *optional*):
             Longest text in tokens, as the pipeline's argument of that name. Defaults to the pipeline's own.
+        num_frames (`int`, *optional*):
+            Number of frames of a video. Defaults to the pipeline's own.
 
     Raises:
         `TypeError`: `pipeline` is not a `DiffusionPipeline`.
         `ValueError`: the pipeline is not flow matching, has no `transformer` or is of a class that is not in the
-            table; `guidance_scale` is below 1 or would be ignored; or the pipeline knows no `max_sequence_length`.
+            table; `guidance_scale` is below 1 or would be ignored; or the pipeline knows no `max_sequence_length` or
+            no `num_frames`.
     """
 
     def __init__(
@@ -72,6 +76,7 @@ class FlowPipeline:
         width: int | None = None,
         guidance_scale: float = 1.0,
         max_sequence_length: int | None = None,
+        num_frames: int | None = None,
     ):
         if not isinstance(pipeline, DiffusionPipeline):
             raise TypeError(
@@ -93,6 +98,12 @@ class FlowPipeline:
         self._encode_parameters = inspect.signature(pipeline_class.encode_prompt).parameters
         self._call_parameters = inspect.signature(pipeline_class.__call__).parameters
         self.max_sequence_length: int | None = self._length_limit(max_sequence_length)
+        if num_frames is not None and "num_frames" not in self._call_parameters:
+            raise ValueError(
+                f"num_frames={num_frames} would be ignored: {type(pipeline).__name__} makes images, not videos. Leave "
+                "it out."
+            )
+        self.num_frames = num_frames
         self._warned_of_long_prompt = False
         self._check_guidance()
 
@@ -111,8 +122,13 @@ class FlowPipeline:
         """The dtype of the transformer's base weights, whatever the dtype of adapters on top of them."""
         return self.transformer.dtype
 
+    @property
+    def splits_batches(self) -> bool:
+        """Whether one call of the pipeline cannot hold samples at different times, or more than one sample."""
+        return self.family.one_time or self.family.one_sample
+
     @torch.no_grad()
-    def encode(self, prompts: Sequence[str]) -> Conditioning:
+    def encode(self, prompts: Sequence[str], images: Sequence[PIL.Image.Image] | None = None) -> Conditioning:
         """
         Encode prompts with the pipeline's own text encoders.
 
@@ -121,24 +137,29 @@ class FlowPipeline:
         Args:
             prompts (`Sequence[str]`):
                 The prompts.
+            images (`Sequence[PIL.Image.Image]`, *optional*):
+                The images to be edited, one per prompt, for a family that takes them.
 
         Returns:
             `Conditioning`: one row per prompt, in the transformer's dtype. With classifier-free guidance it holds the
             embeddings of the empty negative prompt too. For a pipeline that takes nothing but text it holds the text,
-            and the text encoders run when it is used.
+            and the text encoders run when it is used. Images are held as they are.
 
         Raises:
             `TypeError`: `prompts` is one string.
-            `ValueError`: there are no prompts.
+            `ValueError`: there are no prompts; their number is not the number of images; or there are no images where
+                the family needs them, or images where it takes none.
         """
         if isinstance(prompts, str):
             raise TypeError(f"`prompts` must be a sequence of strings, got one string: pass [{prompts!r}].")
         if len(prompts) == 0:
             raise ValueError("`prompts` is empty; pass at least one prompt.")
+        self._check_images(prompts, images)
         self._warn_of_long_prompts(prompts)
+        rows: dict[str, Rows] = {} if images is None else {"image": list(images)}
         if self.family.encoded_names is None:
-            return Conditioning({"prompt": list(prompts)})
-        rows = self._encoded(list(prompts), self.family.encoded_names)
+            return Conditioning({**rows, "prompt": list(prompts)})
+        rows |= self._encoded(list(prompts), self.family.encoded_names)
         if self._is_guided and self.family.negative_names is not None:
             rows |= self._encoded([""] * len(prompts), self.family.negative_names)
         return Conditioning(rows)
@@ -152,7 +173,7 @@ class FlowPipeline:
         scheduler: SchedulerMixin | None = None,
     ) -> Rollout:
         """
-        Sample one image per row of the conditioning.
+        Sample one image or video per row of the conditioning.
 
         Every sample draws its initial noise from a CPU generator of its own, so that it depends neither on the other
         samples of its batch nor on the device. (A stochastic solver draws further noise from torch's global
@@ -166,7 +187,7 @@ class FlowPipeline:
             num_inference_steps (`int`):
                 Number of denoising steps, at least 1.
             output_type (`"pil"` or `"pt"`, *optional*, defaults to `"pil"`):
-                Images as a list of PIL images or as one tensor.
+                Images as PIL images or as one tensor.
             scheduler ([`~diffusers.SchedulerMixin`], *optional*):
                 Another flow-matching solver. Defaults to the pipeline's scheduler. It is copied, never changed.
 
@@ -179,26 +200,24 @@ class FlowPipeline:
         """
         if len(seeds) != len(conditioning):
             raise ValueError(f"got {len(seeds)} seeds for {len(conditioning)} prompts; pass one seed per prompt.")
-        solver = self._fresh_solver(num_inference_steps, scheduler)
-        latents: list[Tensor] = []
-
-        def keep_latents(_: DiffusionPipeline, step: int, timestep: Tensor, tensors: dict[str, Tensor]) -> dict:
-            latents[:] = [tensors["latents"]]
-            return {}
-
         was_training = self.transformer.training
         self.transformer.eval()
         try:
-            output = self._driver(solver, conditioning)(
-                **self._call_arguments(conditioning, guided=self._is_guided),
-                generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
-                num_inference_steps=num_inference_steps,
-                output_type=output_type,
-                callback_on_step_end=keep_latents,
-            )
+            if not self.family.one_sample:
+                return self._sample(conditioning, seeds, num_inference_steps, output_type, scheduler)
+            rollouts = [
+                self._sample(
+                    conditioning.select(torch.tensor([i])), [seed], num_inference_steps, output_type, scheduler
+                )
+                for i, seed in enumerate(seeds)
+            ]
         finally:
             self.transformer.train(was_training)
-        return Rollout(latents=latents[0], images=output.images)
+        images: list[Any] = [image for rollout in rollouts for image in rollout.images]
+        return Rollout(
+            latents=torch.cat([rollout.latents for rollout in rollouts]),
+            images=torch.stack(images) if output_type == "pt" else images,
+        )
 
     def velocity(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         """
@@ -206,7 +225,8 @@ class FlowPipeline:
 
         Gradients, autocast and gradient checkpointing follow the context of the call. Classifier-free guidance is
         never used; a guidance-distilled transformer is given `guidance_scale`. Where the pipeline can hold only one
-        time (`Family.one_time`), the transformer runs once for every different time.
+        time (`Family.one_time`) or one sample (`Family.one_sample`), the transformer runs once for every different
+        time, or for every sample.
 
         Args:
             x_t (`torch.Tensor` of shape `[batch, ...]`):
@@ -229,16 +249,13 @@ class FlowPipeline:
                 "rows; pass one time and one row per sample."
             )
         t = t.to(device=x_t.device, dtype=torch.float32)
-        if not self.family.one_time:
+        if not self.splits_batches:
             return self._velocity_at(x_t, t, conditioning)
-        times, places = torch.unique(t, return_inverse=True)
-        if len(times) == 1:
-            return self._velocity_at(x_t, times[0], conditioning)
-        samples = [torch.nonzero(places == place).flatten() for place in range(len(times))]
-        parts = [
-            self._velocity_at(x_t[indices], time, conditioning.select(indices))
-            for time, indices in zip(times, samples, strict=True)
-        ]
+        calls = torch.arange(batch) if self.family.one_sample else torch.unique(t, return_inverse=True)[1].cpu()
+        if not calls.any():
+            return self._velocity_at(x_t, t[0], conditioning)
+        samples = [torch.nonzero(calls == call).flatten() for call in calls.unique()]
+        parts = [self._velocity_at(x_t[rows], t[rows[0]], conditioning.select(rows)) for rows in samples]
         return torch.cat(parts)[torch.argsort(torch.cat(samples))]
 
     def training_times(self, num_inference_steps: int, scheduler: SchedulerMixin | None = None) -> Tensor:
@@ -261,7 +278,8 @@ class FlowPipeline:
         """
         solver = self._fresh_solver(num_inference_steps, scheduler)
         times = record_times(solver)
-        conditioning = self.encode([""])
+        any_image = PIL.Image.new("RGB", (self.width or 512, self.height or 512))
+        conditioning = self.encode([""], [any_image] if self.family.takes_image == "required" else None)
         with torch.no_grad():
             self._call_with_gradients(
                 self._driver(solver, conditioning),
@@ -296,12 +314,31 @@ class FlowPipeline:
             driver.encode_prompt = _remembered(driver.encode_prompt, conditioning)
         return driver
 
+    def _sample(
+        self,
+        conditioning: Conditioning,
+        seeds: Sequence[int],
+        num_inference_steps: int,
+        output_type: Literal["pil", "pt"],
+        scheduler: SchedulerMixin | None,
+    ) -> Rollout:
+        """One call of the pipeline, as its users call it."""
+        solver = self._fresh_solver(num_inference_steps, scheduler)
+        latents = keep_samples(solver)
+        output = self._driver(solver, conditioning)(
+            **self._call_arguments(conditioning, guided=self._is_guided),
+            generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
+            num_inference_steps=num_inference_steps,
+            output_type=output_type,
+        )
+        return Rollout(latents=latents[0], images=output[0])  # `images` or `frames`
+
     def _velocity_at(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         """The velocity in one call; `t` is one time per sample, or a single one where the loop holds no more."""
         solver = OneStep(self.pipeline.scheduler, t)
         driver = self._driver(solver, conditioning)
         options: dict[str, Any] = {}
-        if self.family.repacks_latents:
+        if "prepare_latents" in dir(driver):  # else x_t in the layout that `__call__` takes is the loop's
             driver.prepare_latents = _giving(driver.prepare_latents, x_t)
             options["generator"] = torch.Generator("cpu").manual_seed(0)  # not torch's global one
         else:
@@ -326,6 +363,8 @@ class FlowPipeline:
             "width": self.width,
             "max_sequence_length": self.max_sequence_length,
         }
+        if self.num_frames is not None:  # most pipelines have a number in place of `None`
+            arguments["num_frames"] = self.num_frames
         if guided:  # beside embeddings the text must be None, which is not every pipeline's default
             arguments["negative_prompt"] = [""] * len(conditioning) if family.encoded_names is None else None
         # Some pipelines write into the lists that they are given.
@@ -375,6 +414,15 @@ class FlowPipeline:
                 "such argument. Leave it out."
             )
         return None
+
+    def _check_images(self, prompts: Sequence[str], images: Sequence[PIL.Image.Image] | None) -> None:
+        kind = type(self.pipeline).__name__
+        if images is None and self.family.takes_image == "required":
+            raise ValueError(f"{kind} edits images, but there are none. Pass `images`, one for each prompt.")
+        if images is not None and self.family.takes_image == "no":
+            raise ValueError(f"{kind} takes no images to edit, but there are {len(images)}. Leave them out.")
+        if images is not None and len(images) != len(prompts):
+            raise ValueError(f"got {len(images)} images for {len(prompts)} prompts; pass one image for each prompt.")
 
     def _check_guidance(self) -> None:
         scale, kind = self.guidance_scale, type(self.pipeline).__name__
@@ -426,7 +474,7 @@ def _remembered(encode_prompt: Callable[..., Any], conditioning: Conditioning) -
 
     @functools.wraps(encode_prompt)
     def remember(*args: Any, **kwargs: Any) -> Any:
-        question = repr((args, sorted(kwargs.items())))
+        question = _without_rows((args, sorted(kwargs.items())))
         answer = conditioning.answered(question)
         if answer is None:
             with torch.no_grad():
@@ -437,18 +485,26 @@ def _remembered(encode_prompt: Callable[..., Any], conditioning: Conditioning) -
     return remember
 
 
+def _without_rows(value: Any) -> Hashable:
+    """What was asked about a conditioning: texts and settings. Its tensors and images are of its own rows."""
+    if isinstance(value, list | tuple):
+        return tuple(_without_rows(item) for item in value)
+    return type(value).__name__ if isinstance(value, Tensor | PIL.Image.Image) else repr(value)
+
+
 def _giving(prepare_latents: Callable[..., Any], x_t: Tensor) -> Callable[..., Any]:
-    """`prepare_latents` that gives x_t in the place of the first thing that it made: the packed latents."""
+    """`prepare_latents` that gives x_t in the place of the first thing that it made: the latents to be denoised."""
 
     @functools.wraps(prepare_latents)
-    def give(*args: Any, **kwargs: Any) -> tuple[Any, ...]:
-        made, *others = prepare_latents(*args, **kwargs)
+    def give(*args: Any, **kwargs: Any) -> Any:
+        output = prepare_latents(*args, **kwargs)
+        made, *others = output if isinstance(output, tuple) else (output,)
         if made.shape != x_t.shape:
             raise ValueError(
                 f"x_t is of shape {tuple(x_t.shape)}, but the pipeline's own latents are {tuple(made.shape)}. Pass "
                 "latents in the layout of `Rollout.latents`, of the height and width of this object."
             )
-        return (x_t.to(made), *others)
+        return (x_t.to(made), *others) if others else x_t.to(made)
 
     return give
 

@@ -66,6 +66,8 @@ class OneStep:
         self.config = scheduler.config
         # One "step" whose timestep is a whole batch: pipelines expand it to the batch size, which leaves it as it is.
         self.timesteps = [t * scheduler.config.num_train_timesteps]
+        # Told to caches of activations by some pipelines, as one number; nothing is computed from it.
+        self.sigmas = [t.flatten()[0], torch.zeros_like(t.flatten()[0])]
         self.velocity: Tensor | None = None
 
     def set_timesteps(
@@ -86,6 +88,30 @@ class OneStep:
     ) -> SchedulerOutput | tuple[Tensor]:
         self.velocity = model_output
         return SchedulerOutput(prev_sample=sample) if return_dict else (sample,)
+
+
+def keep_samples(solver: Any) -> list[Tensor]:
+    """
+    Let a scheduler keep where its latest step led.
+
+    Args:
+        solver ([`~diffusers.SchedulerMixin`]):
+            A scheduler that serves nothing else, changed in place.
+
+    Returns:
+        `list[torch.Tensor]`: empty; every `step` puts its result in, in the place of the one before.
+    """
+    step = solver.step
+    latest: list[Tensor] = []
+
+    @functools.wraps(step)  # pipelines look at its signature
+    def keep(*args: Any, **kwargs: Any) -> Any:
+        output = step(*args, **kwargs)
+        latest[:] = [output[0]]
+        return output
+
+    solver.step = keep
+    return latest
 
 
 def record_times(solver: Any) -> list[Tensor]:

@@ -208,12 +208,12 @@ class MarbleNFTTrainer(Trainer):
                 "The adapter is not plain LoRA on linear layers, so each step that solves the balancing problem takes "
                 "one backward pass a reward. Plain LoRA (no DoRA, no convolutions) takes two in all."
             )
-        if self.flow.family.one_time:
+        if self.flow.splits_batches:
             linears = None  # no call of the transformer sees the whole micro-batch, see `WeightedBackward`
             logger.warning(
-                f"{type(self.pipeline).__name__} holds one time a call, so the transformer runs once for every "
-                "different time of a micro-batch, and each step that solves the balancing problem takes one backward "
-                "pass a reward."
+                f"{type(self.pipeline).__name__} holds one {'sample' if self.flow.family.one_sample else 'time'} a "
+                "call, so the transformer runs more than once for a micro-batch, and each step that solves the "
+                "balancing problem takes one backward pass a reward."
             )
         self.step_gradient = StepGradient(
             args,
