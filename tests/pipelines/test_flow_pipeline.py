@@ -13,7 +13,6 @@ from diffusers import (
     DPMSolverMultistepScheduler,
     FlowMatchHeunDiscreteScheduler,
     SD3Transformer2DModel,
-    StableDiffusion3Img2ImgPipeline,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     UNet2DConditionModel,
@@ -661,10 +660,3 @@ def test_refuses_a_unet_pipeline():
         FlowPipeline(unet_pipeline(DDIMScheduler()))
     with pytest.raises(ValueError, match="has no .transformer. to train .*'unet'"):
         FlowPipeline(unet_pipeline(flow_solver(DPMSolverMultistepScheduler)))
-
-
-def test_refuses_a_pipeline_class_that_is_not_in_the_table():
-    pipeline = StableDiffusion3Img2ImgPipeline(**tiny.tiny_sd3().components)
-    message = "StableDiffusion3Img2ImgPipeline is not among.*StableDiffusion3Pipeline, FluxPipeline.*one .Family. row"
-    with pytest.raises(ValueError, match=message):
-        FlowPipeline(pipeline)

@@ -105,6 +105,7 @@ def evaluate_pipeline(
     if not is_object:
         model.to(state.device)
     flow = FlowPipeline(model, args.resolution, args.resolution, args.guidance_scale, args.max_sequence_length)
+    flow.verify()
     adapter = None if args.adapter is None else find_adapter(args.adapter)
     settings = _settings(pipeline, model, adapter, scorer.names, prompts, args)
     folder = Path(args.output_dir)

@@ -18,6 +18,7 @@ from torch import Tensor
 from .conditioning import Conditioning, Rows
 from .families import find_family
 from .schedulers import OneStep, check_flow_matching, keep_samples, record_times
+from .unlisted import assumed_family, checked_family
 
 
 class Rollout(NamedTuple):
@@ -47,7 +48,8 @@ class FlowPipeline:
 
     Args:
         pipeline ([`~diffusers.DiffusionPipeline`]):
-            A pipeline of a class in `trl_marble.pipelines.FAMILIES` with a flow-matching scheduler.
+            A pipeline with a flow-matching scheduler, of a class in `trl_marble.pipelines.FAMILIES`. Another class is
+            called with text and without guidance; call [`~FlowPipeline.verify`] before anything else.
         height (`int`, *optional*):
             Height of the images in pixels. Defaults to the pipeline's own.
         width (`int`, *optional*):
@@ -64,8 +66,8 @@ class FlowPipeline:
 
     Raises:
         `TypeError`: `pipeline` is not a `DiffusionPipeline`.
-        `ValueError`: the pipeline is not flow matching, has no `transformer` or is of a class that is not in the
-            table; `guidance_scale` is below 1 or would be ignored; or the pipeline knows no `max_sequence_length` or
+        `ValueError`: the pipeline is not flow matching, has no `transformer` or is of a class that is known not to
+            work; `guidance_scale` is below 1 or would be ignored; or the pipeline knows no `max_sequence_length` or
             no `num_frames`.
     """
 
@@ -90,7 +92,9 @@ class FlowPipeline:
                 f"{sorted(pipeline.components)}). Use a transformer-based flow-matching pipeline."
             )
         self.pipeline = pipeline
-        self.family = find_family(pipeline)
+        family = find_family(pipeline)
+        self.is_listed = family is not None
+        self.family = family or assumed_family(pipeline)
         self.height = height
         self.width = width
         self.guidance_scale = guidance_scale
@@ -106,6 +110,19 @@ class FlowPipeline:
         self.num_frames = num_frames
         self._warned_of_long_prompt = False
         self._check_guidance()
+
+    def verify(self) -> None:
+        """
+        Make sure that velocities are those of the pipeline's own denoising steps, whatever class it is of.
+
+        Does nothing for a class in the table, where the tests have done it. For another one a few images are sampled,
+        so call it when the pipeline is on its device.
+
+        Raises:
+            `ValueError`: they are not; the message says what to add.
+        """
+        if not self.is_listed:
+            self.family = checked_family(self)
 
     @property
     def transformer(self) -> ModelMixin:
@@ -326,7 +343,7 @@ class FlowPipeline:
         solver = self._fresh_solver(num_inference_steps, scheduler)
         latents = keep_samples(solver)
         output = self._driver(solver, conditioning)(
-            **self._call_arguments(conditioning, guided=self._is_guided),
+            **self.call_arguments(conditioning, guided=self._is_guided),
             generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
             num_inference_steps=num_inference_steps,
             output_type=output_type,
@@ -351,11 +368,22 @@ class FlowPipeline:
     def _call_with_gradients(self, driver: Any, conditioning: Conditioning, **options: Any) -> None:
         """The pipeline's `__call__` without its `no_grad` decorator and without classifier-free guidance."""
         inspect.unwrap(type(driver).__call__)(
-            driver, **self._call_arguments(conditioning, guided=False), **options, output_type="latent"
+            driver, **self.call_arguments(conditioning, guided=False), **options, output_type="latent"
         )
 
-    def _call_arguments(self, conditioning: Conditioning, guided: bool) -> dict[str, Any]:
-        """All arguments of `__call__` that are the same at every call with this conditioning."""
+    def call_arguments(self, conditioning: Conditioning, guided: bool = False) -> dict[str, Any]:
+        """
+        All arguments of the pipeline's `__call__` that are the same at every call with a conditioning.
+
+        Args:
+            conditioning (`Conditioning`):
+                The encoded prompts.
+            guided (`bool`, *optional*, defaults to `False`):
+                Whether classifier-free guidance is used.
+
+        Returns:
+            `dict[str, Any]`: arguments by name.
+        """
         family = self.family
         arguments = {
             **family.arguments,

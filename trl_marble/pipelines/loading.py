@@ -3,6 +3,7 @@
 
 import copy
 import os
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 from .families import Family, find_family
+from .unlisted import assumed_family
 
 
 def load_pipeline(
@@ -82,9 +84,9 @@ def lora_config(pipeline: DiffusionPipeline | Family, r: int = 32, lora_alpha: i
         [`~peft.LoraConfig`]: the configuration.
 
     Raises:
-        `ValueError`: the pipeline's class is not in the table.
+        `ValueError`: the pipeline's class is known not to work.
     """
-    family = pipeline if isinstance(pipeline, Family) else find_family(pipeline)
+    family = pipeline if isinstance(pipeline, Family) else find_family(pipeline) or assumed_family(pipeline)
     targets = family.lora_target_modules
     return LoraConfig(
         r=r,
@@ -134,7 +136,15 @@ def add_trainable_adapter(
     for component in pipeline.components.values():
         if isinstance(component, torch.nn.Module):
             component.requires_grad_(False)
-    transformer.add_adapter(copy.deepcopy(peft_config), adapter_name=adapter_name)
+    try:
+        transformer.add_adapter(copy.deepcopy(peft_config), adapter_name=adapter_name)
+    except ValueError as error:  # such as names that no layer has
+        linears = [name for name, module in transformer.named_modules() if isinstance(module, torch.nn.Linear)]
+        ends = sorted({re.sub(r"^.*\.(?=[^.\d])", "", name) for name in linears})
+        raise ValueError(
+            f"The adapter does not fit {type(transformer).__name__}: {error} Pass a `peft_config` whose "
+            f"`target_modules` are among the ends of its linear layers' names: {', '.join(ends)}."
+        ) from error
     trainable = [(name, parameter) for name, parameter in transformer.named_parameters() if parameter.requires_grad]
     for _, parameter in trainable:
         # peft creates them in the base's dtype; small updates to bf16 weights would be rounded away.

@@ -69,11 +69,11 @@ class Policy(nn.Module):
         Raises:
             `ValueError`: an unsupported setting, `use_reentrant=True` among them: reentrant checkpointing gives no
                 gradients where the inputs of a block need none, as those of the first block of a frozen base; or
-                checkpointing gives wrong gradients in this family.
+                checkpointing gives wrong gradients in this family, or nobody has compared them.
         """
         if (fault := self.flow.family.checkpointing_fault) is not None:
             raise ValueError(
-                f"Gradient checkpointing gives wrong gradients for {type(self.flow.pipeline).__name__}: {fault}. Set "
+                f"Gradient checkpointing is not to be trusted for {type(self.flow.pipeline).__name__}: {fault}. Set "
                 "gradient_checkpointing=False, and lower the batch size if memory is short."
             )
         if every_n_layers != 1 or offload:

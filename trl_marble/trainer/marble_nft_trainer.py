@@ -186,6 +186,7 @@ class MarbleNFTTrainer(Trainer):
         )
         self.trainable = dict(add_trainable_adapter(self.pipeline, peft_config or lora_config(self.pipeline)))
         self.pipeline.to(args.device)
+        self.flow.verify()
         if args.torch_compile_backend is not None:  # `torch_compile` sets it, and is set by it
             compile_blocks(self.flow.transformer, args.torch_compile_backend, args.torch_compile_mode)
         super().__init__(
@@ -208,7 +209,14 @@ class MarbleNFTTrainer(Trainer):
                 "The adapter is not plain LoRA on linear layers, so each step that solves the balancing problem takes "
                 "one backward pass a reward. Plain LoRA (no DoRA, no convolutions) takes two in all."
             )
-        if self.flow.splits_batches:
+        if not self.flow.is_listed:
+            linears = None  # whether every layer sees a row a sample is tested for the table only
+            logger.warning(
+                f"{type(self.pipeline).__name__} is not among the pipeline classes that are tested. Its velocities "
+                "are those of its own denoising steps; each step that solves the balancing problem takes one backward "
+                "pass a reward."
+            )
+        elif self.flow.splits_batches:
             linears = None  # no call of the transformer sees the whole micro-batch, see `WeightedBackward`
             logger.warning(
                 f"{type(self.pipeline).__name__} holds one {'sample' if self.flow.family.one_sample else 'time'} a "
