@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from tiny_families import TINY
 from torch import Tensor
@@ -45,6 +45,8 @@ EMBEDDED_GUIDANCE = {"FluxPipeline", "Flux2Pipeline"}
 ONE_TIME = {"AuraFlowPipeline", "ErnieImagePipeline"}
 # Gradient checkpointing gives wrong gradients in diffusers.
 WRONG_CHECKPOINTING = {"ChromaPipeline"}
+# Their `__call__` does not go with a multistep solver's schedule.
+NO_MULTISTEP = {"ZImagePipeline", "ErnieImagePipeline", "BriaFiboPipeline", "Ideogram4Pipeline"}
 # Layers whose output goes nowhere: the text stream ends with the last block.
 UNREACHED = {"StableDiffusion3Pipeline": {"transformer_blocks.1.attn.add_q_proj"}}
 # Not in the table, for the reasons of the tests on them.
@@ -91,16 +93,16 @@ class Case:
             return copy.deepcopy(own)
         return FlowMatchEulerDiscreteScheduler(shift=own.config.flow_shift)
 
-    def plain_call(self, **settings: Any) -> tuple[list[Step], Tensor]:
+    def plain_call(self, scheduler: Any = None, **settings: Any) -> tuple[list[Step], Tensor]:
         """Every step of a call with all prompts, and the images."""
         pipeline = copy.copy(self.pipeline)
         pipeline.set_progress_bar_config(disable=True)
-        pipeline.scheduler = scheduler = self.euler()
-        euler_step, steps = scheduler.step, []
+        pipeline.scheduler = scheduler = self.euler() if scheduler is None else copy.deepcopy(scheduler)
+        solver_step, steps = scheduler.step, []
 
-        @functools.wraps(euler_step)  # pipelines look at its signature
+        @functools.wraps(solver_step)  # pipelines look at its signature
         def recorded(model_output, timestep, sample, **kwargs):
-            output = euler_step(model_output, timestep, sample, **kwargs)
+            output = solver_step(model_output, timestep, sample, **kwargs)
             index = scheduler.step_index
             sigma, next_sigma = scheduler.sigmas[index - 1], scheduler.sigmas[index]
             steps.append(Step(sample.clone(), sigma, model_output.clone(), output[0].clone(), next_sigma))
@@ -251,6 +253,26 @@ def test_sample_does_not_depend_on_its_batch_mates_nor_on_being_encoded_with_the
     )
     close(again.latents, rollout.latents[some])
     close(again.images, rollout.images[some])
+
+
+@torch.no_grad()
+def test_multistep_solver_in_the_place_of_the_pipelines_own(case):
+    solver = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
+    if case.name in NO_MULTISTEP:
+        with pytest.raises(ValueError, match=f"{case.name} cannot set up a schedule with UniPCMultistepScheduler"):
+            case.flow.training_times(STEPS, scheduler=solver)
+        return
+    steps, images = case.plain_call(scheduler=solver)
+    rollout = case.flow.rollout(case.conditioning, SEEDS, STEPS, output_type="pt", scheduler=solver)
+    assert torch.equal(rollout.images, images)
+    assert torch.equal(rollout.latents, steps[-1].next_sample)
+    assert not torch.allclose(rollout.latents, case.steps[-1].next_sample, atol=1e-3)
+    times = case.flow.training_times(STEPS, scheduler=solver)
+    close(times, torch.stack([step.sigma for step in steps]))
+    for step in steps:
+        told = (1000 * step.sigma).trunc() / 1000  # the solver tells the transformer whole thousandths
+        velocity = case.flow.velocity(step.sample, told.expand(len(PROMPTS)), case.conditioning)
+        assert (velocity - step.model_output).norm() < 1e-4 * velocity.norm()
 
 
 def test_guidance_is_the_pipelines_own(case):

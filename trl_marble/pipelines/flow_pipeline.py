@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .conditioning import Conditioning, Rows
 from .families import find_family
-from .schedulers import OneStep, check_flow_matching, keep_samples, record_times
+from .schedulers import FLOW_MATCHING_SCHEDULERS, OneStep, check_flow_matching, keep_samples, record_times
 from .unlisted import assumed_family, checked_family
 
 
@@ -291,20 +291,29 @@ class FlowPipeline:
             `torch.Tensor` of shape `[num_inference_steps]`: distinct times in (0, 1], descending, fp32 on the CPU.
 
         Raises:
-            `ValueError`: `num_inference_steps` is too small or `scheduler` is not flow matching.
+            `ValueError`: `num_inference_steps` is too small, or `scheduler` is not flow matching or not one that the
+                pipeline can use.
         """
         solver = self._fresh_solver(num_inference_steps, scheduler)
         times = record_times(solver)
         any_image = PIL.Image.new("RGB", (self.width or 512, self.height or 512))
         conditioning = self.encode([""], [any_image] if self.family.takes_image == "required" else None)
-        with torch.no_grad():
-            self._call_with_gradients(
-                self._driver(solver, conditioning),
-                conditioning,
-                # Its own generator: the initial noise, though not used, must not advance torch's global one.
-                generator=torch.Generator("cpu").manual_seed(0),
-                num_inference_steps=num_inference_steps,
-            )
+        try:
+            with torch.no_grad():
+                self._call_with_gradients(
+                    self._driver(solver, conditioning),
+                    conditioning,
+                    # Its own generator: the initial noise, though not used, must not advance torch's global one.
+                    generator=torch.Generator("cpu").manual_seed(0),
+                    num_inference_steps=num_inference_steps,
+                )
+        except (AssertionError, AttributeError, TypeError, ValueError) as error:
+            if isinstance(solver, FLOW_MATCHING_SCHEDULERS):
+                raise
+            raise ValueError(
+                f"{type(self.pipeline).__name__} cannot set up a schedule with {type(solver).__name__} "
+                f"({type(error).__name__}: {error}). Use UniPCMultistepScheduler or FlowMatchEulerDiscreteScheduler."
+            ) from error
         if not times[0].isfinite().all():
             raise ValueError(
                 f"{type(solver).__name__} has no schedule of num_inference_steps={num_inference_steps}: its times are "
