@@ -71,6 +71,7 @@ def made_results(folder: Path, rewards: dict[str, list[float]], /, **changes: An
     )
     settings = {
         "pipeline": "me/base",
+        "pipeline_class": "StableDiffusion3Pipeline",
         "adapter": None,
         "rewards": names,
         "num_prompts": int(rows[-1]) + 1,

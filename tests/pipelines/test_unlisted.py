@@ -173,6 +173,9 @@ def test_training_moves_the_adapter_and_a_fresh_pipeline_can_load_it(name, no_ro
     before = {key: value.clone() for key, value in trainer.trainable.items()}
     trainer.train()
     trainer.save_model()
+    trainer.create_model_card()
+    off = "true_cfg_scale=1.0" if name == "QwenImagePipeline" else "guidance_scale=1.0"
+    assert f"num_inference_steps=2, {off}, " in (tmp_path / "README.md").read_text()
     assert all(not torch.equal(before[key], value) for key, value in trainer.trainable.items())
     fresh = make()
     fresh.load_lora_weights(tmp_path)

@@ -107,7 +107,7 @@ def evaluate_pipeline(
     flow = FlowPipeline(model, args.resolution, args.resolution, args.guidance_scale, args.max_sequence_length)
     flow.verify()
     adapter = None if args.adapter is None else find_adapter(args.adapter)
-    settings = _settings(pipeline, model, adapter, scorer.names, prompts, args)
+    settings = _settings(pipeline, flow, adapter, scorer.names, prompts, args)
     folder = Path(args.output_dir)
     records = BatchRecords(folder)
     plan = _Plan(prompts, args)
@@ -319,16 +319,18 @@ def _table(plan: _Plan, scored: Sequence[ImageRecord], names: Sequence[str]) -> 
 
 def _settings(
     pipeline: str | Path | DiffusionPipeline,
-    model: DiffusionPipeline,
+    flow: FlowPipeline,
     adapter: Path | None,
     reward_names: list[str],
     prompts: Dataset,
     args: EvaluationConfig,
 ) -> dict[str, Any]:
     """What every score depends on, and what was evaluated."""
+    model = flow.pipeline
     named = model.config.get("_name_or_path") if isinstance(pipeline, DiffusionPipeline) else str(pipeline)
     return {
         "pipeline": str(named or type(model).__name__),
+        "pipeline_class": flow.family.pipeline_class.__name__,
         "adapter": None if args.adapter is None else str(args.adapter),
         "pipeline_digest": _pipeline_digest(model),
         "adapter_digest": None if adapter is None else file_digest(adapter),

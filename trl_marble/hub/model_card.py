@@ -28,7 +28,7 @@ GALLERY_COLUMNS = 4
 
 # Settings that are also arguments of the pipeline's call, in the order in which the example names them. The example
 # repeats what was trained with, since the pipeline's defaults (guidance above all) make other images.
-CALL_SETTINGS = ("num_inference_steps", "guidance_scale", "height", "width", "max_sequence_length")
+CALL_SETTINGS = ("num_inference_steps", "guidance_scale", "true_cfg_scale", "height", "width", "max_sequence_length")
 
 
 def build_model_card(inputs: CardInputs) -> ModelCard:

@@ -103,6 +103,7 @@ def _known_inputs(folder: Path, results: EvaluationResults) -> CardInputs:
     return CardInputs(
         repo_name=folder.absolute().name,
         rewards=[],
+        pipeline_class=results.settings["pipeline_class"],
         base_model=results.settings["pipeline"],
         settings=settings,
         trained_here=False,

@@ -244,6 +244,8 @@ def _card_settings(trainer: "MarbleNFTTrainer") -> dict[str, Any]:
     settings = {name: getattr(args, name) for name in CARD_SETTINGS}
     if args.resolution is not None:
         settings |= {"height": args.resolution, "width": args.resolution}
+    if not trainer.flow.is_listed:  # the card cannot look its guidance up
+        settings |= trainer.flow.family.guidance_arguments(settings.pop("guidance_scale"))
     settings |= {"optimizer_steps": trainer.state.global_step, "processes": args.world_size}
     settings |= {"lora_rank": config.r, "lora_alpha": config.lora_alpha}
     return {name: value for name, value in settings.items() if value is not None}
