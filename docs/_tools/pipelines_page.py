@@ -47,6 +47,8 @@ def _targets(family: Family) -> str:
 
 def _notes(family: Family) -> str:
     notes = []
+    if family.output == "video":
+        notes.append("makes videos")
     if family.encoded_names is None:
         notes.append("called with text: the text encoders run for every micro-batch")
     if family.one_time:

@@ -31,4 +31,5 @@ def test_the_table_names_what_is_special():
     assert "`true_cfg_scale=1` is off" in rows["QwenImagePipeline"]
     assert "no gradient checkpointing" in rows["ChromaPipeline"]
     assert "one time a call" in rows["AuraFlowPipeline"]
+    assert "makes videos" in rows["WanPipeline"] and "makes videos" not in rows["QwenImagePipeline"]
     assert all(line.count("|") - line.count("\\|") == 5 for line in rows.values()), "four cells each"

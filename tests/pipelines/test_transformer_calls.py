@@ -2,7 +2,8 @@
 """
 Velocities against calls of the transformer that are written by hand, as a model's paper has it, for the main families.
 
-Those of Stable Diffusion 3 and Flux are in test_flow_pipeline.py. Times are in [0, 1], latents of 16 px images.
+Those of Stable Diffusion 3 and Flux are in test_flow_pipeline.py. Times are in [0, 1], latents of 16 px images or of
+videos of two latent frames.
 """
 
 from typing import Any
@@ -10,12 +11,15 @@ from typing import Any
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
-from tiny_families import TINY
+from tiny_families import TINY as TINY_IMAGES
+from tiny_videos import TINY_VIDEOS
 from torch import Tensor
 
 from trl_marble.pipelines import FlowPipeline
 
 
+TINY = TINY_IMAGES | TINY_VIDEOS
+EMBEDDED_GUIDANCE = {"Flux2Pipeline": 4.0, "HunyuanVideoPipeline": 6.0}
 PROMPTS = ["a red cat", "two very large dogs", "six blue birds"]
 TIMES = torch.tensor([0.9, 0.35, 0.6])
 
@@ -74,12 +78,60 @@ def lumina2(transformer: Any, x_t: Tensor, t: Tensor, rows: dict[str, Any]) -> T
     ).sample
 
 
+def wan(transformer: Any, x_t: Tensor, t: Tensor, rows: dict[str, Any]) -> Tensor:
+    """Time in thousandths; texts are padded with zeros and need no mask."""
+    embeds = rows["prompt_embeds"]
+    return transformer(x_t.to(embeds.dtype), timestep=1000 * t, encoder_hidden_states=embeds).sample
+
+
+def ltx(transformer: Any, x_t: Tensor, t: Tensor, rows: dict[str, Any]) -> Tensor:
+    """Time in thousandths; places are counted in seconds, at 25 frames a second, and in pixels."""
+    return transformer(
+        x_t.to(rows["prompt_embeds"].dtype),
+        timestep=1000 * t,
+        encoder_hidden_states=rows["prompt_embeds"],
+        encoder_attention_mask=rows["prompt_attention_mask"],
+        num_frames=2,
+        height=8,
+        width=8,
+        rope_interpolation_scale=(4 / 25, 4, 4),
+    ).sample
+
+
+def hunyuan_video(transformer: Any, x_t: Tensor, t: Tensor, rows: dict[str, Any]) -> Tensor:
+    """Time and guidance in thousandths."""
+    dtype = rows["prompt_embeds"].dtype
+    return transformer(
+        x_t.to(dtype),
+        timestep=1000 * t,
+        encoder_hidden_states=rows["prompt_embeds"],
+        encoder_attention_mask=rows["prompt_attention_mask"].to(dtype),
+        pooled_projections=rows["pooled_prompt_embeds"],
+        guidance=torch.full([len(x_t)], 6000.0, dtype=dtype),
+    ).sample
+
+
+def mochi(transformer: Any, x_t: Tensor, t: Tensor, rows: dict[str, Any]) -> Tensor:
+    """Time in thousandths runs from noise to data, and so does the velocity."""
+    dtype = rows["prompt_embeds"].dtype
+    return -transformer(
+        x_t.to(dtype),
+        timestep=(1000 * (1 - t)).to(dtype),
+        encoder_hidden_states=rows["prompt_embeds"],
+        encoder_attention_mask=rows["prompt_attention_mask"],
+    ).sample
+
+
 CALLS = {
     "QwenImagePipeline": qwen_image,
     "Flux2Pipeline": flux2,
     "ZImagePipeline": z_image,
     "SanaPipeline": sana,
     "Lumina2Pipeline": lumina2,
+    "WanPipeline": wan,
+    "LTXPipeline": ltx,
+    "HunyuanVideoPipeline": hunyuan_video,
+    "MochiPipeline": mochi,
 }
 
 
@@ -89,11 +141,11 @@ CALLS = {
 def test_velocity_is_the_hand_written_call(name, dtype):
     make, call = TINY[name]
     pipeline = make().to(dtype)
-    pipeline.scheduler = FlowMatchEulerDiscreteScheduler()
-    settings = {key: call[key] for key in ("height", "width", "max_sequence_length")}
-    flow = FlowPipeline(pipeline, guidance_scale=4.0 if name == "Flux2Pipeline" else 1.0, **settings)
+    pipeline.scheduler = FlowMatchEulerDiscreteScheduler(invert_sigmas=name == "MochiPipeline")
+    settings = {key: call[key] for key in ("height", "width", "num_frames", "max_sequence_length") if key in call}
+    flow = FlowPipeline(pipeline, guidance_scale=EMBEDDED_GUIDANCE.get(name, 1.0), **settings)
     conditioning = flow.encode(PROMPTS)
-    latents = flow.rollout(conditioning, [1, 2, 3], 1).latents
+    latents = flow.rollout(conditioning, [1, 2, 3], 2).latents
     x_t = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0)).to(dtype)
     velocity = flow.velocity(x_t, TIMES, conditioning)
     expected = CALLS[name](flow.transformer, x_t, TIMES, conditioning.kwargs)

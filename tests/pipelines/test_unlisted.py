@@ -9,16 +9,18 @@ from diffusers import FlowMatchEulerDiscreteScheduler, SanaPAGPipeline, StableDi
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from peft import LoraConfig
 from tiny import tiny_sd3
-from tiny_families import TINY
+from tiny_families import TINY as TINY_IMAGES
+from tiny_videos import TINY_VIDEOS
 from trainer_helpers import small_trainer
 
 from trl_marble.pipelines import FlowPipeline, families
 
 
+TINY = TINY_IMAGES | {"Kandinsky5T2VPipeline": TINY_VIDEOS["Kandinsky5T2VPipeline"]}
 EMBEDDED_GUIDANCE = {"FluxPipeline", "Flux2Pipeline"}
 OFF_AT_ZERO = {"ZImagePipeline", "Krea2Pipeline"}
 ONE_TIME = {"AuraFlowPipeline", "ErnieImagePipeline"}
-ONE_SAMPLE = {"Kandinsky5T2IPipeline"}
+ONE_SAMPLE = {"Kandinsky5T2IPipeline", "Kandinsky5T2VPipeline"}
 # Those that need fixed arguments, one whose steps tell another time than the scheduler's, and one that is refused.
 NEED_A_ROW = {"SanaPipeline", "Ideogram4Pipeline", "CogView4Pipeline", "HiDreamImagePipeline"}
 NAMES = [name for name in TINY if name not in NEED_A_ROW]
@@ -32,7 +34,7 @@ def no_rows(monkeypatch):
 
 def flow_of(name: str, **settings) -> FlowPipeline:
     make, call = TINY[name]
-    own = {key: call[key] for key in ("height", "width", "max_sequence_length") if key in call}
+    own = {key: call[key] for key in ("height", "width", "num_frames", "max_sequence_length") if key in call}
     if name in EMBEDDED_GUIDANCE:
         own["guidance_scale"] = call["guidance_scale"]
     return FlowPipeline(make(), **(own | settings))

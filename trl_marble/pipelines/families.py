@@ -14,12 +14,19 @@ from diffusers import (
     Flux2Pipeline,
     FluxPipeline,
     HiDreamImagePipeline,
+    HunyuanVideoPipeline,
     Ideogram4Pipeline,
     Krea2Pipeline,
+    LTXConditionPipeline,
+    LTXPipeline,
     Lumina2Pipeline,
+    MochiPipeline,
     QwenImagePipeline,
     SanaPipeline,
+    SanaVideoPipeline,
+    SkyReelsV2Pipeline,
     StableDiffusion3Pipeline,
+    WanPipeline,
     ZImagePipeline,
 )
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
@@ -61,6 +68,8 @@ class Family:
             `__call__` can hold one sample only: velocities and rollouts take one call a sample.
         output (`"image"` or `"video"`, *optional*, defaults to `"image"`):
             What the pipeline makes.
+        num_frames_argument (`str`, *optional*, defaults to `"num_frames"`):
+            The `__call__` argument of the number of frames of a video.
         takes_image (`"no"`, `"optional"` or `"required"`, *optional*, defaults to `"no"`):
             Whether `__call__` has an `image` to be edited.
         checkpointing_fault (`str`, *optional*):
@@ -83,6 +92,7 @@ class Family:
     one_time: bool = False
     one_sample: bool = False
     output: Literal["image", "video"] = "image"
+    num_frames_argument: str = "num_frames"
     takes_image: Literal["no", "optional", "required"] = "no"
     checkpointing_fault: str | None = None
     long_text_encoder: str = "text_encoder"
@@ -129,7 +139,7 @@ FLUX2_ATTENTION = (
 # Left out: families whose adapters diffusers cannot save and load for the pipeline (HunyuanImage, Ovis-Image,
 # LongCat-Image, Bria 3.2, Nucleus-Image); those that pad texts without a mask, so that an image depends on its batch
 # mates (CogView4, Kandinsky 5); and HiDream, whose routed experts pass no gradient on in inference mode and whose
-# transformer returns another layout in training mode.
+# transformer returns another layout in training mode. docs/pipelines.md names those of videos too.
 #
 # A row is added together with a tiny pipeline of its class for the tests in tests/pipelines/, when they pass for it.
 # "DreamBooth LoRA" are diffusers' scripts examples/dreambooth/train_dreambooth_lora_*.py.
@@ -265,6 +275,61 @@ FAMILIES: tuple[Family, ...] = (
         guidance="classifier_free",
         lora_target_modules=(*ATTENTION, "w1", "w2", "w3"),  # DreamBooth LoRA for Ideogram 4
         arguments={"guidance_schedule": None},
+    ),
+    # Videos. "finetrainers" are the examples of https://github.com/a-r-r-o-w/finetrainers.
+    Family(
+        pipeline_class=WanPipeline,
+        encoded_names=("prompt_embeds", "negative_prompt_embeds"),
+        guidance="classifier_free",
+        lora_target_modules=ATTENTION,  # finetrainers for Wan
+        output="video",
+    ),
+    Family(
+        pipeline_class=SkyReelsV2Pipeline,
+        encoded_names=("prompt_embeds", "negative_prompt_embeds"),
+        guidance="classifier_free",
+        lora_target_modules=ATTENTION,  # as for Wan, which it is built on
+        output="video",
+    ),
+    Family(
+        pipeline_class=LTXPipeline,
+        encoded_names=MASKED,
+        guidance="classifier_free",
+        lora_target_modules=ATTENTION,  # finetrainers for LTX-Video
+        output="video",
+    ),
+    Family(
+        pipeline_class=LTXConditionPipeline,  # LTX-Video from 0.9.5 on, without conditions
+        encoded_names=MASKED,
+        guidance="classifier_free",
+        lora_target_modules=ATTENTION,
+        output="video",
+    ),
+    Family(
+        pipeline_class=HunyuanVideoPipeline,
+        encoded_names=("prompt_embeds", "pooled_prompt_embeds", "prompt_attention_mask"),
+        guidance="embedded",
+        # finetrainers for HunyuanVideo: not in the refiner of the text.
+        lora_target_modules=(
+            r"(single_)?transformer_blocks\.\d+\.attn\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)"
+        ),
+        output="video",
+    ),
+    Family(
+        pipeline_class=MochiPipeline,
+        encoded_names=MASKED,
+        guidance="classifier_free",
+        lora_target_modules=ATTENTION,  # https://github.com/hao-ai-lab/FastVideo for Mochi
+        output="video",
+    ),
+    Family(
+        pipeline_class=SanaVideoPipeline,
+        encoded_names=MASKED,
+        guidance="classifier_free",
+        lora_target_modules=ATTENTION,  # this and the arguments as for Sana
+        arguments={"use_resolution_binning": False, "complex_human_instruction": None},
+        output="video",
+        num_frames_argument="frames",
     ),
 )
 

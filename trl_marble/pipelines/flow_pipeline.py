@@ -17,7 +17,14 @@ from torch import Tensor
 
 from .conditioning import Conditioning, Rows
 from .families import find_family
-from .schedulers import FLOW_MATCHING_SCHEDULERS, OneStep, check_flow_matching, keep_samples, record_times
+from .schedulers import (
+    FLOW_MATCHING_SCHEDULERS,
+    OneStep,
+    check_flow_matching,
+    counts_from_noise,
+    keep_samples,
+    record_times,
+)
 from .unlisted import assumed_family, checked_family
 
 
@@ -62,13 +69,13 @@ class FlowPipeline:
         max_sequence_length (`int`, *optional*):
             Longest text in tokens, as the pipeline's argument of that name. Defaults to the pipeline's own.
         num_frames (`int`, *optional*):
-            Number of frames of a video. Defaults to the pipeline's own.
+            Number of frames of a video; diffusers rounds it to what the VAE can make. Defaults to the pipeline's own.
 
     Raises:
         `TypeError`: `pipeline` is not a `DiffusionPipeline`.
-        `ValueError`: the pipeline is not flow matching, has no `transformer` or is of a class that is known not to
-            work; `guidance_scale` is below 1 or would be ignored; or the pipeline knows no `max_sequence_length` or
-            no `num_frames`.
+        `ValueError`: the pipeline is not flow matching, has no `transformer` or two of them for different times, or
+            is of a class that is known not to work; `guidance_scale` is below 1 or would be ignored; or the pipeline
+            knows no `max_sequence_length` or no `num_frames`.
     """
 
     def __init__(
@@ -91,6 +98,12 @@ class FlowPipeline:
                 f"{type(pipeline).__name__} has no `transformer` to train (its components: "
                 f"{sorted(pipeline.components)}). Use a transformer-based flow-matching pipeline."
             )
+        if pipeline.config.get("boundary_ratio") is not None:
+            raise ValueError(
+                f"This {type(pipeline).__name__} has two transformers, one for times above and one for times below "
+                f"boundary_ratio={pipeline.config.boundary_ratio}, and only one can be trained. Use a model that has "
+                "one (Wan 2.1, or the 5B of Wan 2.2)."
+            )
         self.pipeline = pipeline
         family = find_family(pipeline)
         self.is_listed = family is not None
@@ -102,7 +115,7 @@ class FlowPipeline:
         self._encode_parameters = inspect.signature(pipeline_class.encode_prompt).parameters
         self._call_parameters = inspect.signature(pipeline_class.__call__).parameters
         self.max_sequence_length: int | None = self._length_limit(max_sequence_length)
-        if num_frames is not None and "num_frames" not in self._call_parameters:
+        if num_frames is not None and self.family.output != "video":
             raise ValueError(
                 f"num_frames={num_frames} would be ignored: {type(pipeline).__name__} makes images, not videos. Leave "
                 "it out."
@@ -142,7 +155,9 @@ class FlowPipeline:
     @property
     def splits_batches(self) -> bool:
         """Whether one call of the pipeline cannot hold samples at different times, or more than one sample."""
-        return self.family.one_time or self.family.one_sample
+        # The loop of the 5B of Wan 2.2 writes the time of the batch into every token.
+        expands_time = bool(self.pipeline.config.get("expand_timesteps"))
+        return self.family.one_time or self.family.one_sample or expands_time
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str], images: Sequence[PIL.Image.Image] | None = None) -> Conditioning:
@@ -213,7 +228,7 @@ class FlowPipeline:
 
         Raises:
             `ValueError`: the number of seeds is not the number of prompts, `num_inference_steps` is below 1 or
-                `scheduler` is not flow matching.
+                `scheduler` is not flow matching or counts time the other way round.
         """
         if len(seeds) != len(conditioning):
             raise ValueError(f"got {len(seeds)} seeds for {len(conditioning)} prompts; pass one seed per prompt.")
@@ -329,6 +344,13 @@ class FlowPipeline:
         if scheduler is None:
             scheduler = self.pipeline.scheduler
         check_flow_matching(scheduler)
+        inverts, should_invert = counts_from_noise(scheduler), counts_from_noise(self.pipeline.scheduler)
+        if inverts != should_invert:
+            raise ValueError(
+                f"With invert_sigmas={inverts} this {type(scheduler).__name__} would turn the time of "
+                f"{type(self.pipeline).__name__} around. Use a scheduler with invert_sigmas={should_invert} in its "
+                "config."
+            )
         return copy.deepcopy(scheduler)
 
     def _driver(self, solver: Any, conditioning: Conditioning) -> Any:
@@ -369,7 +391,8 @@ class FlowPipeline:
             options["generator"] = torch.Generator("cpu").manual_seed(0)  # not torch's global one
         else:
             options["latents"] = x_t.to(self.dtype)
-        self._call_with_gradients(driver, conditioning, num_inference_steps=1, **options)
+        # Two, because Mochi divides by half of it; `OneStep` takes one step whatever it is told.
+        self._call_with_gradients(driver, conditioning, num_inference_steps=2, **options)
         if solver.velocity is None:
             raise RuntimeError(f"{type(self.pipeline).__name__} ended without a denoising step.")
         return solver.velocity.to(x_t.dtype)
@@ -401,7 +424,7 @@ class FlowPipeline:
             "max_sequence_length": self.max_sequence_length,
         }
         if self.num_frames is not None:  # most pipelines have a number in place of `None`
-            arguments["num_frames"] = self.num_frames
+            arguments[family.num_frames_argument] = self.num_frames
         if guided:  # beside embeddings the text must be None, which is not every pipeline's default
             arguments["negative_prompt"] = [""] * len(conditioning) if family.encoded_names is None else None
         # Some pipelines write into the lists that they are given.
@@ -539,7 +562,7 @@ def _giving(prepare_latents: Callable[..., Any], x_t: Tensor) -> Callable[..., A
         if made.shape != x_t.shape:
             raise ValueError(
                 f"x_t is of shape {tuple(x_t.shape)}, but the pipeline's own latents are {tuple(made.shape)}. Pass "
-                "latents in the layout of `Rollout.latents`, of the height and width of this object."
+                "latents in the layout of `Rollout.latents`, of the height, width and frames of this object."
             )
         return (x_t.to(made), *others) if others else x_t.to(made)
 

@@ -46,12 +46,27 @@ def check_flow_matching(scheduler: SchedulerMixin | None) -> None:
     )
 
 
+def counts_from_noise(scheduler: SchedulerMixin) -> bool:
+    """
+    Whether a scheduler's time is 0 at noise and 1 at data, so that its velocity is data - noise.
+
+    Args:
+        scheduler ([`~diffusers.SchedulerMixin`]):
+            A flow-matching scheduler.
+
+    Returns:
+        `bool`: the `invert_sigmas` of its config, which Mochi's scheduler has.
+    """
+    return bool(scheduler.config.get("invert_sigmas"))
+
+
 class OneStep:
     """
     Stands in for the pipeline's scheduler in a velocity call.
 
     It presents the wanted times as the only step of the schedule, keeps what the transformer returned and moves
-    nothing. Where a transformer's raw output is data - noise, the pipelines negate it before they call `step`.
+    nothing. Where a transformer's raw output is data - noise, the pipelines negate it before they call `step`. Where
+    the scheduler itself is given data - noise (see [`counts_from_noise`]), it is negated here.
 
     Args:
         scheduler ([`~diffusers.SchedulerMixin`]):
@@ -64,6 +79,8 @@ class OneStep:
 
     def __init__(self, scheduler: Any, t: Tensor):
         self.config = scheduler.config
+        self._from_noise = counts_from_noise(scheduler)
+        t = 1 - t if self._from_noise else t
         # One "step" whose timestep is a whole batch: pipelines expand it to the batch size, which leaves it as it is.
         self.timesteps = [t * scheduler.config.num_train_timesteps]
         # Told to caches of activations by some pipelines, as one number; nothing is computed from it.
@@ -84,9 +101,17 @@ class OneStep:
         """There is only index 0."""
 
     def step(
-        self, model_output: Tensor, timestep: Tensor, sample: Tensor, return_dict: bool = True, **kwargs: Any
+        self,
+        model_output: Tensor,
+        timestep: Tensor,
+        sample: Tensor,
+        per_token_timesteps: Tensor | None = None,
+        return_dict: bool = True,
+        **kwargs: Any,
     ) -> SchedulerOutput | tuple[Tensor]:
-        self.velocity = model_output
+        # A step by the tokens' own times is one forwards in time, so that it is given data - noise as well.
+        turned_around = self._from_noise or per_token_timesteps is not None
+        self.velocity = -model_output if turned_around else model_output
         return SchedulerOutput(prev_sample=sample) if return_dict else (sample,)
 
 
@@ -133,7 +158,8 @@ def record_times(solver: Any) -> list[Tensor]:
     @functools.wraps(set_timesteps)  # pipelines look at its signature
     def record(*args: Any, **kwargs: Any) -> None:
         set_timesteps(*args, **kwargs)
-        times[:] = [solver.sigmas[: len(solver.timesteps)]]
+        sigmas = solver.sigmas[: len(solver.timesteps)]
+        times[:] = [1 - sigmas if counts_from_noise(solver) else sigmas]
         solver.timesteps = solver.timesteps[:0]
 
     solver.set_timesteps = record
