@@ -30,6 +30,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE_SECONDS = 150
@@ -171,6 +173,9 @@ def prepare(page: str) -> None:
     for name, text in files.items():
         Path(name).parent.mkdir(parents=True, exist_ok=True)
         Path(name).write_text(text)
+    Path("photos").mkdir()
+    for name, colour in (("street", "grey"), ("harbour", "blue")):
+        Image.new("RGB", (96, 64), colour).save(f"photos/{name}.png")
     if page in PREPARED:
         run_bash(PREPARED[page], f"what is prepared for {page}")
 

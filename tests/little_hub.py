@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from local_hub import REPO, LocalHub, local_hub
 from tiny import _clip_tokenizer, tiny_flux, tiny_sd3
+from tiny_families import tiny_flux2_klein
 from tiny_scorers import _random_clip, open_clip_weights, tiny_detector
 from transformers import BertTokenizer, CLIPImageProcessorPil, CLIPModel, Mask2FormerImageProcessorPil
 
@@ -37,6 +38,8 @@ def little_hub() -> Iterator[LocalHub]:
             _add(hub, pipeline, sd3, folder)
         for pipeline in ("black-forest-labs/FLUX.1-dev", "black-forest-labs/FLUX.1-schnell"):
             _add(hub, pipeline, tiny_flux(guidance_embeds=pipeline.endswith("dev")), folder)
+
+        _add(hub, "black-forest-labs/FLUX.2-klein-base-4B", tiny_flux2_klein(), folder)
 
         # The text and image preparation of all scorers on CLIP, and the model itself.
         processors = (_clip_tokenizer(), CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size=28))

@@ -49,7 +49,9 @@ def _notes(family: Family) -> str:
     notes = []
     if family.output == "video":
         notes.append("makes videos")
-    if family.encoded_names is None:
+    if family.takes_image != "no":
+        notes.append("edits images" + (", or makes them from text alone" if family.takes_image == "optional" else ""))
+    if family.encoded_names is None and family.takes_image != "required":
         notes.append("called with text: the text encoders run for every micro-batch")
     if family.one_time:
         notes.append("one time a call: slower, a call for each different time and a backward pass a reward")

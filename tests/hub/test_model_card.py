@@ -257,6 +257,25 @@ def test_example_has_the_guidance_argument_of_the_pipeline(pipeline_class, guida
     assert f"num_inference_steps=10, {guidance})" in ast.unparse(call.value)
 
 
+@pytest.mark.parametrize(
+    ("pipeline_class", "edits_images", "arguments"),
+    [
+        ("StableDiffusion3Pipeline", False, "pipeline('"),
+        ("Flux2Pipeline", False, "pipeline(prompt='"),  # its first argument is the image
+        ("Flux2Pipeline", True, "pipeline(image=load_image('your_image.png'), prompt='"),
+        ("QwenImageEditPipeline", False, "pipeline(image=load_image('your_image.png'), prompt='"),
+    ],
+)
+def test_example_gives_an_image_to_a_pipeline_that_edits(pipeline_class, edits_images, arguments):
+    card = full_card(pipeline_class=pipeline_class, edits_images=edits_images)
+    source = ast.unparse(code(card))
+    assert f"image = {arguments}" in source
+    edits = "load_image(" in arguments
+    assert ("from diffusers.utils import load_image" in source) == edits
+    task = "image-to-image" if edits else "text-to-image"
+    assert card.data.pipeline_tag == task and task in card.data.tags
+
+
 @pytest.mark.parametrize("make", [str, lambda folder: f"{folder}/"])
 def test_local_folder_is_written_as_its_name(make, tmp_path):
     folder = tmp_path / "my_pipeline"

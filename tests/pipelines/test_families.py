@@ -9,7 +9,7 @@ steps are recorded, and knows nothing of FlowPipeline.
 import copy
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -18,6 +18,7 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from tiny_edits import TINY_EDITS, edit_image, edit_instruction, edit_set
 from tiny_families import TINY as TINY_IMAGES
 from tiny_videos import TINY_VIDEOS, tiny_mochi, tiny_wan
 from torch import Tensor
@@ -41,12 +42,22 @@ TINY = TINY_IMAGES | TINY_VIDEOS
 WAN_5B = "WanPipeline, expand_timesteps"
 NAMES = [family.pipeline_class.__name__ for family in FAMILIES] + [WAN_5B]
 VIDEOS = [family.pipeline_class.__name__ for family in FAMILIES if family.output == "video"] + [WAN_5B]
+# Name of a case -> pipeline class and whether it edits images; some classes do that and make images from text alone.
+CASES = {name: (name, False) for name in TINY if name in NAMES} | {
+    f"{name}-edits": (name, True) for name in TINY_EDITS if name in NAMES
+}
 PROMPTS = ("a red cat", "two very large dogs", "a red cat", "six blue birds")
+IMAGES = (
+    edit_image("red green white"),
+    edit_image("blue yellow"),
+    edit_image("red green white"),
+    edit_image("black white black", width=96),
+)
 SEEDS = (1, 2, 3, 4)
 STEPS = 3
 
 # Guidance is an input of the transformer. The others extrapolate from a negative prompt.
-EMBEDDED_GUIDANCE = {"FluxPipeline", "Flux2Pipeline", "HunyuanVideoPipeline"}
+EMBEDDED_GUIDANCE = {"FluxPipeline", "FluxKontextPipeline", "Flux2Pipeline", "HunyuanVideoPipeline"}
 # All samples of a call share one time.
 ONE_TIME = {"AuraFlowPipeline", "ErnieImagePipeline", WAN_5B}
 # The scheduler's time is 0 at noise.
@@ -60,6 +71,7 @@ NO_MULTISTEP = {
     "ZImagePipeline",
     "ErnieImagePipeline",
     "BriaFiboPipeline",
+    "BriaFiboEditPipeline",
     "Ideogram4Pipeline",
     "LTXConditionPipeline",
 } | NOISE_AT_ZERO
@@ -86,13 +98,15 @@ class Case:
     """A family's tiny pipeline, what a plain call of it does, and the FlowPipeline that is asked to do the same."""
 
     name: str
-    make: Callable[..., DiffusionPipeline]
-    call: dict[str, Any]
+    edits: bool
 
     def __post_init__(self):
+        self.make, self.call = (TINY_EDITS if self.edits else TINY)[self.name]
+        in_json = self.name == "BriaFiboEditPipeline"
+        self.prompts = [edit_instruction(prompt) if in_json else prompt for prompt in PROMPTS]
         self.pipeline = self.make()
         self.flow = self.flow_of(self.pipeline)
-        self.conditioning = self.flow.encode(PROMPTS)
+        self.conditioning = self.encode(self.flow)
         self.steps, self.images = self.plain_call()
         self.noise = self.steps[0].sample
 
@@ -103,6 +117,10 @@ class Case:
         if self.name in VIDEOS:
             own["num_frames"] = self.num_frames
         return FlowPipeline(pipeline, **(own | settings))
+
+    def encode(self, flow: FlowPipeline, rows: Sequence[int] = range(len(PROMPTS))) -> Conditioning:
+        """Some of the prompts, with their images."""
+        return flow.encode([self.prompts[i] for i in rows], [IMAGES[i] for i in rows] if self.edits else None)
 
     @property
     def num_frames(self) -> int:
@@ -117,7 +135,23 @@ class Case:
         return FlowMatchEulerDiscreteScheduler(shift=own.config.flow_shift)
 
     def plain_call(self, scheduler: Any = None, **settings: Any) -> tuple[list[Step], Tensor]:
-        """Every step of a call with all prompts, and the images."""
+        """Every step of a call with all prompts, or of a call for each image to be edited, and the images."""
+        if not self.edits:
+            return self._one_call(self.prompts, SEEDS, scheduler, settings)
+        negative = settings.pop("negative_prompt", None)
+        calls = []
+        for prompt, image, seed in zip(self.prompts, IMAGES, SEEDS, strict=True):
+            own = {"image": image} | ({} if negative is None else {"negative_prompt": negative[:1]})
+            calls.append(self._one_call([prompt], [seed], scheduler, settings | own))
+        steps = [
+            Step(*(torch.cat(parts) if parts[0].ndim else parts[0] for parts in zip(*together, strict=True)))
+            for together in zip(*(steps for steps, _ in calls), strict=True)
+        ]
+        return steps, torch.cat([images for _, images in calls])
+
+    def _one_call(
+        self, prompts: Sequence[str], seeds: Sequence[int], scheduler: Any, settings: dict[str, Any]
+    ) -> tuple[list[Step], Tensor]:
         pipeline = copy.copy(self.pipeline)
         pipeline.set_progress_bar_config(disable=True)
         pipeline.scheduler = scheduler = self.euler() if scheduler is None else copy.deepcopy(scheduler)
@@ -136,8 +170,8 @@ class Case:
 
         scheduler.step = recorded
         images = pipeline(
-            prompt=list(PROMPTS),  # Z-Image writes into the list that it is given
-            generator=[torch.Generator().manual_seed(seed) for seed in SEEDS],
+            prompt=list(prompts),  # Z-Image writes into the list that it is given
+            generator=[torch.Generator().manual_seed(seed) for seed in seeds],
             num_inference_steps=STEPS,
             output_type="pt",
             **(self.call | settings),
@@ -173,9 +207,9 @@ class Adapted:
         return dict(zip(self.trainable, gradients, strict=True))
 
 
-@pytest.fixture(scope="module", params=NAMES)
+@pytest.fixture(scope="module", params=CASES)
 def case(request) -> Case:
-    return Case(request.param, *TINY[request.param])
+    return Case(*CASES[request.param])
 
 
 @pytest.fixture(scope="module")
@@ -184,7 +218,11 @@ def adapted(case) -> Adapted:
 
 
 def test_every_family_has_a_tiny_pipeline():
-    assert sorted(NAMES + LEFT_OUT) == sorted(TINY)
+    assert sorted(NAMES + LEFT_OUT) == sorted(TINY | TINY_EDITS)
+
+
+def test_every_family_that_takes_images_edits_one_here():
+    assert {family.pipeline_class.__name__ for family in FAMILIES if family.takes_image != "no"} == set(TINY_EDITS)
 
 
 @pytest.mark.parametrize("name", ["CogView4Pipeline", "Kandinsky5T2IPipeline", "Kandinsky5T2VPipeline"])
@@ -294,9 +332,7 @@ def test_rollout_is_a_plain_call(case):
 def test_sample_does_not_depend_on_its_batch_mates_nor_on_being_encoded_with_them(case):
     rollout = case.flow.rollout(case.conditioning, SEEDS, STEPS, output_type="pt")
     some = [3, 0]  # without the longest prompt, to which texts are padded
-    again = case.flow.rollout(
-        case.flow.encode([PROMPTS[i] for i in some]), [SEEDS[i] for i in some], STEPS, output_type="pt"
-    )
+    again = case.flow.rollout(case.encode(case.flow, some), [SEEDS[i] for i in some], STEPS, output_type="pt")
     close(again.latents, rollout.latents[some])
     close(again.images, rollout.images[some])
 
@@ -348,7 +384,7 @@ def test_guidance_is_the_pipelines_own(case):
         settings["negative_prompt"] = [""] * len(PROMPTS)  # without one it does not guide
     steps, images = case.plain_call(**settings)
     guided = case.flow_of(case.pipeline, guidance_scale=3.0)
-    conditioning = guided.encode(PROMPTS)
+    conditioning = case.encode(guided)
     rollout = guided.rollout(conditioning, SEEDS, STEPS, output_type="pt", scheduler=case.euler())
     assert torch.equal(rollout.latents, steps[-1].next_sample)
     assert torch.equal(rollout.images, images)
@@ -431,15 +467,19 @@ def test_gradient_of_every_reward_in_one_backward_pass(case, adapted):
     coefficients = torch.rand(3, len(PROMPTS), generator=torch.Generator().manual_seed(1))
     coefficients[1, 2] = 0  # a reward that does not apply to this sample
 
-    def objectives() -> list[Objective]:
-        losses = adapted.flow.velocity(case.noise, times, case.conditioning).square().flatten(1).mean(dim=1)
-        return [Objective(losses, coefficients)]
+    def objectives(samples: Tensor) -> list[Objective]:
+        conditioning = case.conditioning.select(samples)
+        velocity = adapted.flow.velocity(case.noise[samples], times[samples], conditioning)
+        return [Objective(velocity.square().flatten(1).mean(dim=1), coefficients[:, samples])]
 
+    everything = torch.arange(len(PROMPTS))
     separate = SeparateBackward(3, list(adapted.trainable.values()))
-    separate.backward(objectives())
+    separate.backward(objectives(everything))
     weighted = WeightedBackward(3, linears)
-    with weighted.recording(len(PROMPTS)):
-        weighted.backward(objectives())
+    # It must see whole micro-batches, which are of one sample where a call holds no more.
+    for samples in everything.split(1) if case.edits else [everything]:
+        with weighted.recording(len(samples)):
+            weighted.backward(objectives(samples))
     norms = separate.gradients.norm(dim=1)
     assert norms.min() > 0
     assert ((weighted.gradients - separate.gradients).norm(dim=1) / norms).max() < 1e-5
@@ -450,8 +490,8 @@ def test_saved_adapter_makes_the_same_images_on_a_fresh_pipeline(case, adapted, 
     fresh = case.make()
     fresh.load_lora_weights(tmp_path)
     flow = case.flow_of(fresh)
-    loaded = flow.rollout(flow.encode(PROMPTS), SEEDS, STEPS, output_type="pt")
-    trained = adapted.flow.rollout(adapted.flow.encode(PROMPTS), SEEDS, STEPS, output_type="pt")
+    loaded = flow.rollout(case.encode(flow), SEEDS, STEPS, output_type="pt")
+    trained = adapted.flow.rollout(case.encode(adapted.flow), SEEDS, STEPS, output_type="pt")
     close(loaded.latents, trained.latents)
     close(loaded.images, trained.images)
     base = case.flow.rollout(case.conditioning, SEEDS, STEPS, output_type="pt")
@@ -471,18 +511,21 @@ def motion(videos, **kwargs):
 
 # The trainer does not give rewards their videos yet.
 TRAINED = [
-    pytest.param(name, marks=[pytest.mark.skip("no rewards of videos yet")] * (name in VIDEOS)) for name in NAMES
+    pytest.param(case_name, marks=[pytest.mark.skip("no rewards of videos yet")] * (name in VIDEOS))
+    for case_name, (name, _) in CASES.items()
 ]
 
 
-@pytest.mark.parametrize("name", TRAINED)
-def test_two_steps_of_training_move_the_adapter_and_leave_the_base_as_it_was(name, tmp_path):
-    make, call = TINY[name]
+@pytest.mark.parametrize("case_name", TRAINED)
+def test_two_steps_of_training_move_the_adapter_and_leave_the_base_as_it_was(case_name, tmp_path):
+    name, edits = CASES[case_name]
+    make, call = (TINY_EDITS if edits else TINY)[name]
     pipeline = make()
     num_frames = call.get("num_frames", call.get("frames"))  # of a video
     trainer = small_trainer(
         tmp_path,
         pipeline=pipeline,
+        train_dataset=edit_set(in_json=name == "BriaFiboEditPipeline") if edits else None,
         resolution=call["height"],
         guidance_scale=call["guidance_scale"] if name in EMBEDDED_GUIDANCE else 1.0,
         max_sequence_length=call.get("max_sequence_length"),

@@ -22,7 +22,7 @@ from transformers import TrainerState
 from transformers.utils import logging
 
 from ..data import validate_prompts
-from ..pipelines import FlowPipeline, find_adapter, load_pipeline, loaded_adapter
+from ..pipelines import FlowPipeline, edits_images, encode_distinct, find_adapter, load_pipeline, loaded_adapter
 from ..rewards import PendingScores, RewardError, RewardFunc, RewardScorer
 from .contact_sheet import write_contact_sheet
 from .evaluation_config import EvaluationConfig
@@ -76,7 +76,7 @@ def evaluate_pipeline(
             The rewards, as [`MarbleNFTTrainer`] takes them. `trainer_state` is that of no step.
         prompts ([`~datasets.Dataset`]):
             Prompts, in a column `prompt`. All other columns are passed to the rewards; `source` and `tag` also group
-            the averages.
+            the averages. For a pipeline that edits images, the column `image` holds those to be edited.
         args ([`EvaluationConfig`]):
             Configuration.
 
@@ -85,8 +85,9 @@ def evaluate_pipeline(
         `contact_sheet.html`, and in `records/` what continuing needs.
 
     Raises:
-        `ValueError`: for a pipeline that is not flow matching, a prompt set without prompts, rewards whose names are
-            those of columns of the table, or an `output_dir` with an evaluation of other settings.
+        `ValueError`: for a pipeline that is not flow matching, a prompt set without prompts or without the images that
+            the pipeline edits, rewards whose names are those of columns of the table, or an `output_dir` with an
+            evaluation of other settings.
         `OSError`: if the pipeline or the adapter cannot be found.
         [`~trl_marble.rewards.RewardError`]: if a reward failed, see `EvaluationConfig.reward_failure`.
     """
@@ -110,7 +111,7 @@ def evaluate_pipeline(
     settings = _settings(pipeline, flow, adapter, scorer.names, prompts, args)
     folder = Path(args.output_dir)
     records = BatchRecords(folder)
-    plan = _Plan(prompts, args)
+    plan = _Plan(prompts, edits_images(flow, prompts, "prompts"), args)
 
     with _failing_together(state):
         if state.is_main_process:
@@ -130,8 +131,9 @@ def evaluate_pipeline(
 class _Plan:
     """Which image is sampled from what, and with which others: the same for any number of processes."""
 
-    def __init__(self, prompts: Dataset, args: EvaluationConfig) -> None:
+    def __init__(self, prompts: Dataset, edits: bool, args: EvaluationConfig) -> None:
         self.prompts = prompts
+        self.edits = edits
         self.num_generations = args.num_generations
         self.seed = args.seed
         self.num_images = len(prompts) * args.num_generations
@@ -229,15 +231,14 @@ def _sample(flow: FlowPipeline, scorer: RewardScorer, plan: _Plan, number: int, 
     texts = [row["prompt"] for row in rows]
     columns = {name: [row[name] for row in rows] for name in plan.prompts.column_names if name != "prompt"}
     seeds = [plan.image_seed(index) for index in indices]
-    unique = list(dict.fromkeys(texts))
-    conditioning = flow.encode(unique).select(torch.tensor([unique.index(text) for text in texts]))
+    conditioning, index = encode_distinct(flow, texts, columns["image"] if plan.edits else None)
     device = flow.device
     with (
         torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
         torch.autocast(device.type, torch.bfloat16, enabled=args.bf16),
     ):
         torch.manual_seed(seeds[0])  # for solvers that draw noise at every step
-        images = list(flow.rollout(conditioning, seeds, args.num_inference_steps).images)
+        images = list(flow.rollout(conditioning.select(index), seeds, args.num_inference_steps).images)
     return _Sampled(number, images, scorer.submit(images, texts, columns, TrainerState()))
 
 
@@ -365,8 +366,15 @@ def _prompts_digest(prompts: Dataset) -> str:
     """Of all rows and columns of a prompt set."""
     digest = hashlib.sha256()
     for row in prompts:
-        digest.update(json.dumps(row, sort_keys=True, default=repr).encode() + b"\n")
+        digest.update(json.dumps(row, sort_keys=True, default=_content).encode() + b"\n")
     return digest.hexdigest()
+
+
+def _content(value: Any) -> str:
+    """Of a value that JSON does not have; the `repr` of an image would tell its place in memory."""
+    if isinstance(value, Image.Image):
+        return f"{value.mode} {value.size} {hashlib.sha256(value.tobytes()).hexdigest()}"
+    return repr(value)
 
 
 @contextmanager

@@ -111,6 +111,8 @@ class CardInputs:
             What the rewards were measured on, as the end of a sentence: `"512 images of 128 prompts"`.
         trained_here (`bool`, *optional*, defaults to `True`):
             Whether `MarbleNFTTrainer` made the adapter. If not, the card says nothing of its training.
+        edits_images (`bool`, *optional*, defaults to `False`):
+            Whether it was trained to edit images, so that the usage example gives one to the pipeline.
     """
 
     repo_name: str
@@ -129,6 +131,7 @@ class CardInputs:
     sources: Mapping[str, Sequence[RewardRow]] = field(default_factory=dict)
     evaluated_on: str | None = None
     trained_here: bool = True
+    edits_images: bool = False
 
     def public(self) -> "CardInputs":
         """

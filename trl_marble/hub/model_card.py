@@ -22,7 +22,7 @@ from .card_inputs import ACCESS_TOKEN, TOKEN_REMOVED, CardInputs, GalleryItem, R
 
 
 TEMPLATE = Path(__file__).with_name("model_card_template.md")
-TAGS = ["lora", "diffusers", "text-to-image"]
+TAGS = ["lora", "diffusers"]
 TRAINING_TAGS = ["trl_marble", "marble", "diffusion-nft", "reinforcement-learning"]
 GALLERY_COLUMNS = 4
 
@@ -70,6 +70,7 @@ def build_model_card(inputs: CardInputs) -> ModelCard:
         base_comment="" if on_hub or base is None else f"  # {base}",
         adapter_source=inputs.model_id or "path/to/this/folder",
         call=_call(inputs),
+        edits_images=_edits(inputs),
         rewards=[_reward_cells(row) for row in inputs.rewards],
         diversity=None if inputs.diversity is None else _reward_cells(inputs.diversity),
         any_held_out=any(row.held_out for row in inputs.rewards),
@@ -92,8 +93,8 @@ def _metadata(inputs: CardInputs) -> ModelCardData:
     dataset = inputs.dataset_name if inputs.dataset_name and is_hub_id(inputs.dataset_name) else None
     results = [
         EvalResult(
-            task_type="text-to-image",
-            task_name="Text-to-Image Generation",
+            task_type=_task(inputs),
+            task_name="Image-to-Image Generation" if _edits(inputs) else "Text-to-Image Generation",
             dataset_type=dataset or "prompts",
             dataset_name=inputs.dataset_name or "evaluation prompts",
             metric_type=row.name,
@@ -115,8 +116,8 @@ def _metadata(inputs: CardInputs) -> ModelCardData:
     return ModelCardData(
         datasets=[dataset] if dataset else None,
         library_name="diffusers",
-        pipeline_tag="text-to-image",
-        tags=[*(TRAINING_TAGS if inputs.trained_here else ()), *TAGS],
+        pipeline_tag=_task(inputs),
+        tags=[*(TRAINING_TAGS if inputs.trained_here else ()), *TAGS, _task(inputs)],
         model_name=inputs.repo_name if results else None,
         eval_results=results or None,
         **fields,
@@ -196,7 +197,27 @@ def _call(inputs: CardInputs) -> str:
     prompt = inputs.gallery[0].prompt if inputs.gallery else "your prompt"
     arguments = {name: inputs.settings[name] for name in CALL_SETTINGS if inputs.settings.get(name) is not None}
     given = [f"{name}={value!r}" for name, value in _as_the_pipeline_has_it(arguments, inputs.pipeline_class).items()]
-    return ", ".join([json.dumps(prompt, ensure_ascii=False), *given])
+    text = json.dumps(prompt, ensure_ascii=False)
+    if _edits(inputs):
+        return ", ".join(['image=load_image("your_image.png")', f"prompt={text}", *given])
+    # The first argument of a pipeline that could take an image is not the prompt.
+    return ", ".join([text if _takes_image(inputs) == "no" else f"prompt={text}", *given])
+
+
+def _task(inputs: CardInputs) -> str:
+    """What the Hub calls it."""
+    return "image-to-image" if _edits(inputs) else "text-to-image"
+
+
+def _edits(inputs: CardInputs) -> bool:
+    """Whether the adapter is for editing images."""
+    return inputs.edits_images or _takes_image(inputs) == "required"
+
+
+def _takes_image(inputs: CardInputs) -> str:
+    """Whether the pipeline takes images to edit, as `Family.takes_image` has it."""
+    kinds = {family.pipeline_class.__name__: family.takes_image for family in FAMILIES}
+    return kinds.get(inputs.pipeline_class, "no")
 
 
 def _as_the_pipeline_has_it(arguments: Mapping[str, Any], pipeline_class: str) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 
 from .adapters import adapter_names, find_adapter, load_adapter, loaded_adapter
 from .conditioning import Conditioning
+from .editing import edits_images, encode_distinct, row_digests
 from .families import FAMILIES, Family, find_family
 from .flow_pipeline import FlowPipeline, Rollout
 from .loading import add_trainable_adapter, load_pipeline, lora_config, plain_lora_linears
@@ -23,6 +24,8 @@ __all__ = [
     "add_trainable_adapter",
     "check_flow_matching",
     "compile_blocks",
+    "edits_images",
+    "encode_distinct",
     "find_adapter",
     "find_family",
     "load_adapter",
@@ -30,4 +33,5 @@ __all__ = [
     "loaded_adapter",
     "lora_config",
     "plain_lora_linears",
+    "row_digests",
 ]

@@ -7,11 +7,13 @@ from typing import Any, Literal
 
 from diffusers import (
     AuraFlowPipeline,
+    BriaFiboEditPipeline,
     BriaFiboPipeline,
     ChromaPipeline,
     ErnieImagePipeline,
     Flux2KleinPipeline,
     Flux2Pipeline,
+    FluxKontextPipeline,
     FluxPipeline,
     HiDreamImagePipeline,
     HunyuanVideoPipeline,
@@ -21,6 +23,8 @@ from diffusers import (
     LTXPipeline,
     Lumina2Pipeline,
     MochiPipeline,
+    QwenImageEditPipeline,
+    QwenImageEditPlusPipeline,
     QwenImagePipeline,
     SanaPipeline,
     SanaVideoPipeline,
@@ -71,9 +75,12 @@ class Family:
         num_frames_argument (`str`, *optional*, defaults to `"num_frames"`):
             The `__call__` argument of the number of frames of a video.
         takes_image (`"no"`, `"optional"` or `"required"`, *optional*, defaults to `"no"`):
-            Whether `__call__` has an `image` to be edited.
+            Whether `__call__` has an `image` to be edited. A call with an image holds one sample only: a list would be
+            several images of one sample, or be scaled to the shape of its first.
         checkpointing_fault (`str`, *optional*):
             Why gradient checkpointing gives wrong gradients in diffusers.
+        empty_prompt (`str`, *optional*, defaults to `""`):
+            The least prompt that `__call__` accepts.
         long_text_encoder (`str`, *optional*, defaults to `"text_encoder"`):
             The text encoder that reads the longest text, up to `max_sequence_length` tokens. Where the pipeline came
             without it, `tokenizer` and its own limit count.
@@ -95,6 +102,7 @@ class Family:
     num_frames_argument: str = "num_frames"
     takes_image: Literal["no", "optional", "required"] = "no"
     checkpointing_fault: str | None = None
+    empty_prompt: str = ""
     long_text_encoder: str = "text_encoder"
     long_text_tokenizer: str | None = "tokenizer"
 
@@ -129,6 +137,21 @@ JOINT_ATTENTION = (
     "attn.to_q",
     "attn.to_v",
 )
+# The defaults of DreamBooth LoRA for Flux.
+FLUX_LAYERS = (
+    "attn.to_k",
+    "attn.to_q",
+    "attn.to_v",
+    "attn.to_out.0",
+    "attn.add_k_proj",
+    "attn.add_q_proj",
+    "attn.add_v_proj",
+    "attn.to_add_out",
+    "ff.net.0.proj",
+    "ff.net.2",
+    "ff_context.net.0.proj",
+    "ff_context.net.2",
+)
 # The attention layers of examples/dreambooth/train_dreambooth_lora_flux2.py in diffusers and those of the text beside
 # them. `attn.to_out` is a linear layer in single blocks and a list in the others, so that no suffix means both.
 FLUX2_ATTENTION = (
@@ -137,7 +160,8 @@ FLUX2_ATTENTION = (
 )
 
 # Left out: families whose adapters diffusers cannot save and load for the pipeline (HunyuanImage, Ovis-Image,
-# LongCat-Image, Bria 3.2, Nucleus-Image); those that pad texts without a mask, so that an image depends on its batch
+# LongCat-Image, Bria 3.2, Nucleus-Image, and of those that edit LongCat-Image-Edit, JoyImage-Edit, OmniGen, DreamLite,
+# GLM-Image); those that pad texts without a mask, so that an image depends on its batch
 # mates (CogView4, Kandinsky 5); and HiDream, whose routed experts pass no gradient on in inference mode and whose
 # transformer returns another layout in training mode. docs/pipelines.md names those of videos too.
 #
@@ -162,21 +186,16 @@ FAMILIES: tuple[Family, ...] = (
         pipeline_class=FluxPipeline,
         encoded_names=("prompt_embeds", "pooled_prompt_embeds", None),
         guidance="embedded",
-        # The defaults of DreamBooth LoRA for Flux.
-        lora_target_modules=(
-            "attn.to_k",
-            "attn.to_q",
-            "attn.to_v",
-            "attn.to_out.0",
-            "attn.add_k_proj",
-            "attn.add_q_proj",
-            "attn.add_v_proj",
-            "attn.to_add_out",
-            "ff.net.0.proj",
-            "ff.net.2",
-            "ff_context.net.0.proj",
-            "ff_context.net.2",
-        ),
+        lora_target_modules=FLUX_LAYERS,
+        long_text_encoder="text_encoder_2",
+        long_text_tokenizer="tokenizer_2",
+    ),
+    Family(
+        pipeline_class=FluxKontextPipeline,
+        encoded_names=("prompt_embeds", "pooled_prompt_embeds", None),
+        guidance="embedded",
+        lora_target_modules=(*FLUX_LAYERS, "proj_mlp"),  # DreamBooth LoRA for Flux Kontext
+        takes_image="optional",
         long_text_encoder="text_encoder_2",
         long_text_tokenizer="tokenizer_2",
     ),
@@ -185,6 +204,7 @@ FAMILIES: tuple[Family, ...] = (
         encoded_names=("prompt_embeds", None),
         guidance="embedded",
         lora_target_modules=FLUX2_ATTENTION,
+        takes_image="optional",
         long_text_tokenizer=None,  # a processor of texts and images
     ),
     Family(
@@ -193,6 +213,7 @@ FAMILIES: tuple[Family, ...] = (
         guidance="classifier_free",
         lora_target_modules=FLUX2_ATTENTION,
         negative_names=("negative_prompt_embeds", None),
+        takes_image="optional",
     ),
     Family(
         pipeline_class=QwenImagePipeline,
@@ -201,6 +222,18 @@ FAMILIES: tuple[Family, ...] = (
         lora_target_modules=ATTENTION,  # DreamBooth LoRA for Qwen-Image
         negative_names=NEGATIVE_EMBEDS_AND_MASK,
         guidance_argument="true_cfg_scale",
+    ),
+    *(
+        Family(
+            pipeline_class=pipeline_class,
+            encoded_names=None,  # the text encoder sees the image, as `__call__` has scaled it
+            guidance="classifier_free",
+            lora_target_modules=ATTENTION,  # DreamBooth LoRA for Qwen-Image
+            guidance_argument="true_cfg_scale",
+            takes_image="required",
+            long_text_tokenizer=None,  # nothing is cut off
+        )
+        for pipeline_class in (QwenImageEditPipeline, QwenImageEditPlusPipeline)
     ),
     Family(
         pipeline_class=ZImagePipeline,
@@ -268,6 +301,14 @@ FAMILIES: tuple[Family, ...] = (
         encoded_names=None,
         guidance="classifier_free",
         lora_target_modules=JOINT_ATTENTION,
+    ),
+    Family(
+        pipeline_class=BriaFiboEditPipeline,
+        encoded_names=None,
+        guidance="classifier_free",
+        lora_target_modules=JOINT_ATTENTION,
+        takes_image="optional",
+        empty_prompt='{"edit_instruction": ""}',
     ),
     Family(
         pipeline_class=Ideogram4Pipeline,

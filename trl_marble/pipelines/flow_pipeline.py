@@ -154,7 +154,7 @@ class FlowPipeline:
 
     @property
     def splits_batches(self) -> bool:
-        """Whether one call of the pipeline cannot hold samples at different times, or more than one sample."""
+        """Whether one call cannot hold samples at different times, or more than one sample, even of text alone."""
         # The loop of the 5B of Wan 2.2 writes the time of the batch into every token.
         expands_time = bool(self.pipeline.config.get("expand_timesteps"))
         return self.family.one_time or self.family.one_sample or expands_time
@@ -235,7 +235,7 @@ class FlowPipeline:
         was_training = self.transformer.training
         self.transformer.eval()
         try:
-            if not self.family.one_sample:
+            if not self._holds_one_sample(conditioning):
                 return self._sample(conditioning, seeds, num_inference_steps, output_type, scheduler)
             rollouts = [
                 self._sample(
@@ -257,8 +257,8 @@ class FlowPipeline:
 
         Gradients, autocast and gradient checkpointing follow the context of the call. Classifier-free guidance is
         never used; a guidance-distilled transformer is given `guidance_scale`. Where the pipeline can hold only one
-        time (`Family.one_time`) or one sample (`Family.one_sample`), the transformer runs once for every different
-        time, or for every sample.
+        time (`Family.one_time`) or one sample (`Family.one_sample`, and any with an image to be edited), the
+        transformer runs once for every different time, or for every sample.
 
         Args:
             x_t (`torch.Tensor` of shape `[batch, ...]`):
@@ -281,9 +281,10 @@ class FlowPipeline:
                 "rows; pass one time and one row per sample."
             )
         t = t.to(device=x_t.device, dtype=torch.float32)
-        if not self.splits_batches:
+        one_sample = self._holds_one_sample(conditioning)
+        if not one_sample and not self.splits_batches:
             return self._velocity_at(x_t, t, conditioning)
-        calls = torch.arange(batch) if self.family.one_sample else torch.unique(t, return_inverse=True)[1].cpu()
+        calls = torch.arange(batch) if one_sample else torch.unique(t, return_inverse=True)[1].cpu()
         if not calls.any():
             return self._velocity_at(x_t, t[0], conditioning)
         samples = [torch.nonzero(calls == call).flatten() for call in calls.unique()]
@@ -312,7 +313,9 @@ class FlowPipeline:
         solver = self._fresh_solver(num_inference_steps, scheduler)
         times = record_times(solver)
         any_image = PIL.Image.new("RGB", (self.width or 512, self.height or 512))
-        conditioning = self.encode([""], [any_image] if self.family.takes_image == "required" else None)
+        conditioning = self.encode(
+            [self.family.empty_prompt], [any_image] if self.family.takes_image == "required" else None
+        )
         try:
             with torch.no_grad():
                 self._call_with_gradients(
@@ -423,16 +426,20 @@ class FlowPipeline:
             "width": self.width,
             "max_sequence_length": self.max_sequence_length,
         }
+        if self.height is not None and self.width is not None:
+            arguments["max_area"] = self.height * self.width  # Flux Kontext scales every size to it, or to a million
         if self.num_frames is not None:  # most pipelines have a number in place of `None`
             arguments[family.num_frames_argument] = self.num_frames
         if guided:  # beside embeddings the text must be None, which is not every pipeline's default
             arguments["negative_prompt"] = [""] * len(conditioning) if family.encoded_names is None else None
         # Some pipelines write into the lists that they are given.
-        rows = {
+        rows: dict[str, Any] = {
             name: row if isinstance(row, Tensor) else list(row)
             for name, row in conditioning.kwargs.items()
             if guided or not name.startswith("negative_")
         }
+        if "image" in rows:
+            (rows["image"],) = rows["image"]  # of the one sample; a list could mean several images of it
         scale = self.guidance_scale if guided or family.guidance == "embedded" else 1.0
         return _given(arguments, self._call_parameters) | family.guidance_arguments(scale) | rows
 
@@ -458,6 +465,10 @@ class FlowPipeline:
         if not isinstance(rows, Tensor):
             return [self._cast(row) for row in rows]
         return rows.to(self.dtype) if rows.is_floating_point() else rows
+
+    def _holds_one_sample(self, conditioning: Conditioning) -> bool:
+        """Whether one call can hold no more than one row of the conditioning."""
+        return self.family.one_sample or "image" in conditioning.kwargs
 
     @property
     def _is_guided(self) -> bool:

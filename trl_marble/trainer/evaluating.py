@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..evaluation import Evaluation
 from ..evaluation.diversity import group_diversity, thumbnails
-from ..pipelines import Conditioning, adapters_disabled
+from ..pipelines import Conditioning, adapters_disabled, edits_images, encode_distinct
 from .sampling import sample_and_score
 from .seeding import Draw, derive_seed
 
@@ -79,10 +79,8 @@ def evaluate_policy(trainer: "MarbleNFTTrainer", dataset: Dataset) -> PolicyEval
     prompts = [row["prompt"] for row in rows]
     columns = {name: [row[name] for row in rows] for name in dataset.column_names if name != "prompt"}
     seeds = [derive_seed(args.seed, Draw.EVALUATION, i) for i in indices]
-    unique_prompts = list(dict.fromkeys(prompts))
-    places = {prompt: place for place, prompt in enumerate(unique_prompts)}
-    prompt_index = torch.tensor([places[prompt] for prompt in prompts])
-    conditioning = trainer.flow.encode(unique_prompts)
+    to_edit = columns["image"] if edits_images(trainer.flow, dataset, "eval_dataset") else None
+    conditioning, prompt_index = encode_distinct(trainer.flow, prompts, to_edit)
     batch_size = args.per_device_eval_batch_size
     samples = sample_and_score(
         trainer, trainer.scorers, conditioning, prompt_index, prompts, columns, seeds, batch_size

@@ -1,15 +1,18 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
 """What one round of sampling and scoring leaves behind for training."""
 
+import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..pipelines import Conditioning
+from ..pipelines import row_digests
 
 
 @dataclass
@@ -18,12 +21,10 @@ class GenerationBatch:
     The samples of one generation batch on this process, in the order in which they are trained on.
 
     Args:
-        prompts (`list[str]`):
-            The different prompts.
-        conditioning ([`~trl_marble.pipelines.Conditioning`]):
-            Their embeddings, in the same order.
+        rows_digest (`str`):
+            Of the rows of the dataset that were sampled from, see [`digest_of`].
         prompt_index (`Tensor` of shape `[B]`, int64):
-            Which prompt each sample belongs to.
+            Which of their different prompts, or pairs of prompt and image, each sample belongs to.
         sample_ids (`Tensor` of shape `[B]`, int64):
             Place of each sample in the generation batch of all processes: the seed of its training noise.
         latents (`Tensor` of shape `[B, ...]`):
@@ -40,8 +41,7 @@ class GenerationBatch:
             How a weighted sum of the raw rewards would have mixed the per-reward gradients.
     """
 
-    prompts: list[str]
-    conditioning: Conditioning
+    rows_digest: str
     prompt_index: Tensor
     sample_ids: Tensor
     latents: Tensor
@@ -54,25 +54,35 @@ class GenerationBatch:
     _TENSORS = ("prompt_index", "sample_ids", "latents", "advantages", "counts", "active", "scored", "weighted_sum")
 
     def save(self, path: Path) -> None:
-        """Write everything but the embeddings, which are computed again from the prompts, to a safetensors file."""
+        """Write it to a safetensors file. The embeddings are computed again from the rows when training goes on."""
         tensors = {name: getattr(self, name).detach().cpu().contiguous() for name in self._TENSORS}
-        save_file(tensors, path, metadata={f"prompt_{i}": prompt for i, prompt in enumerate(self.prompts)})
+        save_file(tensors, path, metadata={"rows": self.rows_digest})
 
     @classmethod
-    def load(cls, path: Path, encode, device: torch.device) -> "GenerationBatch":
+    def load(cls, path: Path, device: torch.device) -> "GenerationBatch":
         """
         Read a generation batch back.
 
         Args:
             path (`Path`):
                 A file written by [`save`].
-            encode (`Callable[[list[str]], Conditioning]`):
-                Computes the embeddings of the prompts.
             device (`torch.device`):
                 Where to put the tensors.
         """
         with safe_open(path, framework="pt") as file:
-            metadata = file.metadata()
+            rows_digest = file.metadata()["rows"]
             tensors = {name: file.get_tensor(name).to(device) for name in cls._TENSORS}
-        prompts = [metadata[f"prompt_{i}"] for i in range(len(metadata))]
-        return cls(prompts=prompts, conditioning=encode(prompts), **tensors)
+        return cls(rows_digest=rows_digest, **tensors)
+
+
+def digest_of(prompts: Sequence[str], images: Sequence[Image.Image] | None = None) -> str:
+    """
+    What rows of a dataset a generation batch was sampled from, told by their content and order.
+
+    Args:
+        prompts (`Sequence[str]`):
+            The prompts, one a sample.
+        images (`Sequence[PIL.Image.Image]`, *optional*):
+            The images to be edited, one a sample.
+    """
+    return hashlib.sha256("".join(row_digests(prompts, images)).encode()).hexdigest()

@@ -43,6 +43,8 @@ from ..pipelines import (
     adapters_disabled,
     add_trainable_adapter,
     compile_blocks,
+    edits_images,
+    encode_distinct,
     load_pipeline,
     lora_config,
     plain_lora_linears,
@@ -52,7 +54,7 @@ from ..rewards.protocol import reward_names, validate_reward_funcs
 from .callbacks import MarbleCallback
 from .checkpointing import base_fingerprint, copy_into, load_state, save_state
 from .evaluating import evaluate_policy
-from .generation import GenerationBatch
+from .generation import GenerationBatch, digest_of
 from .live_table import LiveTableCallback, ProgressBar
 from .marble_config import MarbleConfig
 from .metrics import MetricBuffer
@@ -99,8 +101,9 @@ class MarbleNFTTrainer(Trainer):
         args ([`MarbleConfig`], *optional*):
             Configuration. Defaults to `MarbleConfig` with an output folder named after the pipeline.
         train_dataset ([`~datasets.Dataset`]):
-            Prompts, in a column `prompt`. All other columns are passed to the rewards. A set that
-            [`~trl_marble.data.mix_prompts`] made gives each generation batch its share of every source.
+            Prompts, in a column `prompt`. All other columns are passed to the rewards. Where the pipeline edits
+            images, the column `image` (`datasets.Image`) holds them. A set that [`~trl_marble.data.mix_prompts`]
+            made gives each generation batch its share of every source.
         eval_dataset ([`~datasets.Dataset`], *optional*):
             Prompts to evaluate on.
         eval_reward_funcs (`str`, `RewardFunc` or a list of them, *optional*):
@@ -118,8 +121,9 @@ class MarbleNFTTrainer(Trainer):
             matrix `[K, K]` of the per-reward gradients to coefficients `[K]`, such as a `torchjd` weighting.
 
     Raises:
-        `ValueError`: For a pipeline that is not flow matching, a prompt set without prompts, the wrong number of
-            reward weights, a held-out reward that is trained on, or settings that do not fit together.
+        `ValueError`: For a pipeline that is not flow matching, a prompt set without prompts or without the images that
+            the pipeline edits, the wrong number of reward weights, a held-out reward that is trained on, or settings
+            that do not fit together.
         `OSError`: If the output folder cannot be written.
     """
 
@@ -184,6 +188,9 @@ class MarbleNFTTrainer(Trainer):
         self.flow = FlowPipeline(
             self.pipeline, args.resolution, args.resolution, args.guidance_scale, args.max_sequence_length
         )
+        self.edits = edits_images(self.flow, train_dataset, "train_dataset")
+        if eval_dataset is not None:
+            edits_images(self.flow, eval_dataset, "eval_dataset")
         self.trainable = dict(add_trainable_adapter(self.pipeline, peft_config or lora_config(self.pipeline)))
         self.pipeline.to(args.device)
         self.flow.verify()
@@ -216,12 +223,13 @@ class MarbleNFTTrainer(Trainer):
                 "are those of its own denoising steps; each step that solves the balancing problem takes one backward "
                 "pass a reward."
             )
-        elif self.flow.splits_batches:
+        elif (self.flow.splits_batches or self.edits) and args.per_device_train_batch_size > 1:
             linears = None  # no call of the transformer sees the whole micro-batch, see `WeightedBackward`
+            one = "sample" if self.flow.family.one_sample or self.edits else "time"
             logger.warning(
-                f"{type(self.pipeline).__name__} holds one {'sample' if self.flow.family.one_sample else 'time'} a "
-                "call, so the transformer runs more than once for a micro-batch, and each step that solves the "
-                "balancing problem takes one backward pass a reward."
+                f"{type(self.pipeline).__name__} holds one {one} a call, so the transformer runs more than once for a "
+                "micro-batch, and each step that solves the balancing problem takes one backward pass a reward. With "
+                "`per_device_train_batch_size=1` and more accumulation it takes two in all."
             )
         self.step_gradient = StepGradient(
             args,
@@ -245,6 +253,7 @@ class MarbleNFTTrainer(Trainer):
         self._fingerprint = base_fingerprint(self.flow.transformer)
         self.evaluations: list[Evaluation] = []
         self._batch: GenerationBatch  # from the first micro-batch on
+        self._conditioning: Conditioning | None = None  # of the generation batch; a resumed run makes it anew
         self._micro_step = 0
         self._latest_rollout: RolloutRecord | None = None
         self._latest_images_step: int | None = None
@@ -337,6 +346,8 @@ class MarbleNFTTrainer(Trainer):
         iteration, slot = divmod(place, self.args.steps_per_generation)
         if place == 0:
             self._batch = self._generate(inputs, cycle)
+        elif self._conditioning is None:
+            self._encode_again(inputs)
         update = slot // self.args.gradient_accumulation_steps
         if slot % self.args.gradient_accumulation_steps == 0:
             self._begin_update(update)
@@ -354,11 +365,11 @@ class MarbleNFTTrainer(Trainer):
         columns = {name: [row[name] for row in rows] for name in rows[0] if name != "prompt"}
         sample_ids = range(self.args.process_index * len(rows), (self.args.process_index + 1) * len(rows))
         seeds = [derive_seed(self.args.seed, Draw.ROLLOUT, cycle, i) for i in sample_ids]
-        unique_prompts = list(dict.fromkeys(prompts))
-        prompt_index = torch.tensor([unique_prompts.index(prompt) for prompt in prompts])
+        to_edit = columns["image"] if self.edits else None
+        conditioning, prompt_index = encode_distinct(self.flow, prompts, to_edit)
+        self._conditioning = conditioning
 
         with self.old_policy.swapped_in():
-            conditioning = self.flow.encode(unique_prompts)
             latents, images, rewards, failed = sample_and_score(
                 self, [self.scorer], conditioning, prompt_index, prompts, columns, seeds, self.args.rollout_batch_size
             )
@@ -391,8 +402,7 @@ class MarbleNFTTrainer(Trainer):
         device = self.args.device
         self.metrics.record("drift/latent_rms", latents.float().square().mean().sqrt().item())
         return GenerationBatch(
-            prompts=unique_prompts,
-            conditioning=conditioning,
+            rows_digest=digest_of(prompts, to_edit),
             prompt_index=prompt_index[order].to(device),
             sample_ids=torch.tensor(sample_ids)[order],
             latents=latents[order.to(device)],
@@ -402,6 +412,18 @@ class MarbleNFTTrainer(Trainer):
             scored=self.accelerator.reduce(scored.to(device), reduction="sum"),
             weighted_sum=self._weighted_sum(all_rewards),
         )
+
+    def _encode_again(self, rows: list[dict[str, Any]]) -> None:
+        """Embeddings for a generation batch that was read from a checkpoint, of the same rows of the dataset."""
+        prompts = [row["prompt"] for row in rows]
+        to_edit = [row["image"] for row in rows] if self.edits else None
+        if digest_of(prompts, to_edit) != self._batch.rows_digest:
+            raise ValueError(
+                "The checkpoint was saved in the middle of a generation batch that was sampled from other rows than "
+                f"those of this run (the first is {prompts[0]!r}). Resume with the same `train_dataset` and without "
+                "`ignore_data_skip`, or from a checkpoint between two generation batches."
+            )
+        self._conditioning, _ = encode_distinct(self.flow, prompts, to_edit)
 
     def _gather(self, values: Tensor) -> Tensor:
         """Rows of all processes, in the order of the generation batch, on the CPU."""
@@ -446,7 +468,8 @@ class MarbleNFTTrainer(Trainer):
         size = self.args.per_device_train_batch_size
         part = slice(slot * size, (slot + 1) * size)
         x0 = batch.latents[part].float()
-        conditioning = batch.conditioning.select(batch.prompt_index[part])
+        assert self._conditioning is not None
+        conditioning = self._conditioning.select(batch.prompt_index[part])
         shares = self.step_gradient.shares(batch.advantages[:, part])
         generators = [
             torch.Generator().manual_seed(derive_seed(self.args.seed, Draw.TRAINING_NOISE, cycle, iteration, i))
@@ -639,7 +662,8 @@ class MarbleNFTTrainer(Trainer):
         step = self._saved_step = TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME)).global_step
         self._micro_step = step * self.args.gradient_accumulation_steps
         if self._micro_step % self._cycle_length != 0:
-            self._batch = GenerationBatch.load(folder / self._batch_file(), self.flow.encode, self.args.device)
+            self._batch = GenerationBatch.load(folder / self._batch_file(), self.args.device)
+            self._conditioning = None
 
     def _identity(self) -> dict[str, Any]:
         """What a run must share with a checkpoint that it resumes from."""

@@ -85,6 +85,7 @@ def write_card(trainer: "MarbleNFTTrainer", model_name: str | None = None) -> No
         model_id=trainer.hub_model_id,
         framework_versions=framework_versions(),
         diversity=diversity_row(history),
+        edits_images=trainer.edits,
     )
     inputs.save(folder)
     build_model_card(inputs).save(folder / "README.md")

@@ -1,0 +1,128 @@
+# Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
+"""Prompt sets with images to be edited: what they must look like, and encoding each different row once."""
+
+import hashlib
+import inspect
+import warnings
+from collections.abc import Sequence
+
+import torch
+from datasets import Dataset, Image
+from PIL.Image import Image as PILImage
+from torch import Tensor
+
+from .conditioning import Conditioning
+from .flow_pipeline import FlowPipeline
+
+
+def edits_images(flow: FlowPipeline, dataset: Dataset, name: str) -> bool:
+    """
+    Whether a pipeline edits the images of a prompt set.
+
+    It does where the pipeline takes images and the set has a column `image`. For a pipeline that takes none, such a
+    column is one like any other.
+
+    Args:
+        flow ([`FlowPipeline`]):
+            The pipeline.
+        dataset ([`~datasets.Dataset`]):
+            The prompt set.
+        name (`str`):
+            What to call the dataset in messages.
+
+    Raises:
+        `ValueError`: the pipeline needs images and there is no column `image`, the column does not hold images, or a
+            row has none.
+    """
+    kind = type(flow.pipeline).__name__
+    if "image" not in dataset.column_names:
+        if flow.family.takes_image == "required":
+            raise ValueError(
+                f"{kind} edits images, but `{name}` has no column `image` (its columns are "
+                f"{', '.join(dataset.column_names)}). Name the column of the images so, for example with "
+                '`dataset.rename_column("source", "image")`.'
+            )
+        return False
+    if flow.family.takes_image == "no":
+        if not flow.is_listed and "image" in inspect.signature(type(flow.pipeline).__call__).parameters:
+            warnings.warn(
+                f"{kind} takes an image, but is not in the table of tested pipeline classes: the column `image` of "
+                f"`{name}` goes to the rewards only, and images are made from text alone. To edit, use a class of the "
+                "table (docs/pipelines.md) or add a row for this one.",
+                UserWarning,
+                stacklevel=3,
+            )
+        return False
+    feature = dataset.features["image"]
+    if not isinstance(feature, Image) or not feature.decode:
+        raise ValueError(
+            f"{kind} edits the images in the column `image` of `{name}`, but the column holds {feature}. Make images "
+            'of it with `dataset.cast_column("image", datasets.Image())`, or rename it if they are not to be edited.'
+        )
+    # Arrow knows which rows are empty without decoding the others.
+    start = 0
+    for batch in dataset.select_columns("image").with_format("arrow").iter(batch_size=1000):
+        missing = batch.column("image").is_null().to_pylist()
+        if any(missing):
+            raise ValueError(
+                f"Row {start + missing.index(True)} of `{name}` has no image, but {kind} edits the image of every "
+                "row. Leave such rows out, for example with `dataset.filter(lambda image: image is not None, "
+                'input_columns="image")`.'
+            )
+        start += len(missing)
+    return True
+
+
+def row_digests(prompts: Sequence[str], images: Sequence[PILImage] | None = None) -> list[str]:
+    """
+    What tells different rows of a prompt set apart, by their content.
+
+    Args:
+        prompts (`Sequence[str]`):
+            The prompts.
+        images (`Sequence[PIL.Image.Image]`, *optional*):
+            The images to be edited, one per prompt.
+
+    Returns:
+        `list[str]`: a SHA-256 digest a row.
+    """
+    digests = []
+    for place, prompt in enumerate(prompts):
+        digest = hashlib.sha256(prompt.encode())
+        if images is not None:
+            image = images[place]
+            digest.update(f"\0{image.mode} {image.size}".encode() + image.tobytes())
+        digests.append(digest.hexdigest())
+    return digests
+
+
+def encode_distinct(
+    flow: FlowPipeline, prompts: Sequence[str], images: Sequence[PILImage] | None = None
+) -> tuple[Conditioning, Tensor]:
+    """
+    Encode each different prompt, or pair of prompt and image, once.
+
+    Args:
+        flow ([`FlowPipeline`]):
+            The pipeline.
+        prompts (`Sequence[str]`):
+            The prompts; some may be the same.
+        images (`Sequence[PIL.Image.Image]`, *optional*):
+            The images to be edited, one per prompt.
+
+    Returns:
+        `tuple[Conditioning, torch.LongTensor]`: the different rows, in the order of their first coming, and which of
+        them belongs to each prompt.
+    """
+    places: dict[str, int] = {}
+    first: list[int] = []
+    index = []
+    for row, digest in enumerate(row_digests(prompts, images)):
+        if digest not in places:
+            places[digest] = len(first)
+            first.append(row)
+        index.append(places[digest])
+    conditioning = flow.encode(
+        [prompts[row] for row in first], None if images is None else [images[row] for row in first]
+    )
+    return conditioning, torch.tensor(index)
