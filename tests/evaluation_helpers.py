@@ -44,9 +44,10 @@ def small_evaluation(output_dir: str | Path, **overrides: Any) -> EvaluationConf
     return EvaluationConfig(str(output_dir), **(settings | {"max_sequence_length": 16} | overrides))
 
 
-def random_adapter(pipeline: Any, folder: Path, seed: int = 0) -> Path:
+def random_adapter(pipeline: Any, folder: Path, seed: int = 0, attention: str = "attn") -> Path:
     """Give a pipeline a LoRA that changes its images, and publish it."""
-    config = LoraConfig(r=2, lora_alpha=4, target_modules=["attn.to_q", "attn.to_v", "attn.to_out.0"])
+    targets = [f"{attention}.{layer}" for layer in ("to_q", "to_v", "to_out.0")]
+    config = LoraConfig(r=2, lora_alpha=4, target_modules=targets)
     generator = torch.Generator().manual_seed(seed)
     for _, weight in add_trainable_adapter(pipeline, config):
         weight.data = torch.randn(weight.shape, generator=generator)

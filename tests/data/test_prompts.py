@@ -29,7 +29,7 @@ def test_a_missing_column_is_refused_with_those_there_are() -> None:
         validate_prompts(Dataset.from_dict({"text": ["a cat"], "tag": ["x"]}), "eval_dataset")
 
 
-@pytest.mark.parametrize("column", ["images", "prompts", "trainer_state"])
+@pytest.mark.parametrize("column", ["images", "videos", "prompts", "trainer_state"])
 def test_a_column_that_the_trainer_passes_itself_is_refused(column) -> None:
     with pytest.raises(ValueError, match=f"`train_dataset` has the column '{column}'.*Rename"):
         validate_prompts(GOOD.add_column(column, [1, 2, 3]))

@@ -383,3 +383,28 @@ except ValueError as error:
         assert len(hub.commits["me/card"]) == 2
     assert "# new" in text and "stale" not in text
     assert 'refused: {"errors"' in process.stdout and "pipeline_tag" in process.stdout
+
+
+@pytest.mark.parametrize(
+    ("pipeline_class", "file", "videos"),
+    [
+        ("WanPipeline", "sample.png", True),
+        ("StableDiffusion3Pipeline", "sample.webp", False),
+        ("UnlistedPipeline", "sample.webp", True),
+        ("UnlistedPipeline", "sample.png", False),
+    ],
+)
+def test_a_card_of_videos_says_so(pipeline_class, file, videos):
+    card = full_card(pipeline_class=pipeline_class, gallery=[GalleryItem(file, "a cat")])
+    assert card.data.pipeline_tag == ("text-to-video" if videos else "text-to-image")
+    assert card.data.pipeline_tag in card.data.tags
+    assert {result.task_type for result in card.data.eval_results} == {card.data.pipeline_tag}
+    code = card.content.split("```python\n")[1].split("```")[0]
+    ast.parse(code)
+    assert ("export_to_video(frames" in code) == videos and (".images[0]" in code) != videos
+
+
+def test_the_example_has_the_number_of_frames_under_the_familys_own_name():
+    settings = {"num_frames": 9, "guidance_scale": 1.0}
+    assert "num_frames=9" in full_card(pipeline_class="WanPipeline", settings=settings).content
+    assert ", frames=9)" in full_card(pipeline_class="SanaVideoPipeline", settings=settings).content

@@ -509,14 +509,7 @@ def motion(videos, **kwargs):
     return [np.abs(np.diff([np.asarray(frame) / 255 for frame in frames], axis=0)).mean() for frames in videos]
 
 
-# The trainer does not give rewards their videos yet.
-TRAINED = [
-    pytest.param(case_name, marks=[pytest.mark.skip("no rewards of videos yet")] * (name in VIDEOS))
-    for case_name, (name, _) in CASES.items()
-]
-
-
-@pytest.mark.parametrize("case_name", TRAINED)
+@pytest.mark.parametrize("case_name", CASES)
 def test_two_steps_of_training_move_the_adapter_and_leave_the_base_as_it_was(case_name, tmp_path):
     name, edits = CASES[case_name]
     make, call = (TINY_EDITS if edits else TINY)[name]

@@ -8,24 +8,36 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ..media import Sample, evenly_spaced_frames
+
 
 THUMBNAIL_SIZE = 16
+THUMBNAIL_FRAMES = 4
 
 
-def thumbnails(images: Sequence[Image.Image]) -> Tensor:
+def thumbnails(images: Sequence[Sample]) -> Tensor:
     """
     What of an image counts for its diversity: layout and colour, without fine detail.
 
     Args:
-        images (`Sequence[PIL.Image.Image]`):
-            The images.
+        images (`Sequence[PIL.Image.Image]` or `Sequence[list[PIL.Image.Image]]`):
+            The images, or videos with as many frames each.
 
     Returns:
-        `Tensor` of shape `[N, 768]`, float32: their pixels at 16 x 16, RGB in [0, 1].
+        `Tensor` of shape `[N, 768]`, float32: their pixels at 16 x 16, RGB in [0, 1]. Of a video those of four evenly
+        spaced frames (of all, if it has fewer), one after the other: `[N, 3072]`.
     """
-    size = (THUMBNAIL_SIZE, THUMBNAIL_SIZE)
-    small = [np.asarray(image.convert("RGB").resize(size, Image.Resampling.BOX)) for image in images]
-    return torch.from_numpy(np.stack(small)).flatten(1).float() / 255
+    small = [
+        [_small(frame) for frame in evenly_spaced_frames(image, THUMBNAIL_FRAMES)]
+        if isinstance(image, list)
+        else _small(image)
+        for image in images
+    ]
+    return torch.from_numpy(np.array(small)).flatten(1).float() / 255
+
+
+def _small(image: Image.Image) -> np.ndarray:
+    return np.asarray(image.convert("RGB").resize((THUMBNAIL_SIZE, THUMBNAIL_SIZE), Image.Resampling.BOX))
 
 
 def group_diversity(features: Tensor, groups: Tensor) -> Tensor:

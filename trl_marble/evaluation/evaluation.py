@@ -5,8 +5,9 @@ import math
 from dataclasses import dataclass, field
 
 import torch
-from PIL import Image
 from torch import Tensor
+
+from ..media import Sample
 
 
 @dataclass(frozen=True)
@@ -21,14 +22,14 @@ class Evaluation:
             The K rewards.
         rewards (`Tensor` of shape `[K, N]`, float32):
             Rewards of all images, those of one prompt in a row; NaN where a reward does not apply.
-        gallery (`dict[str, list[PIL.Image.Image]]`, *optional*):
-            Images of some of the prompts, in the order of their seeds.
+        gallery (`dict[str, list]`, *optional*):
+            Images of some of the prompts, in the order of their seeds; a video is a list of frames.
     """
 
     step: int
     reward_names: list[str]
     rewards: Tensor
-    gallery: dict[str, list[Image.Image]] = field(default_factory=dict)
+    gallery: dict[str, list[Sample]] = field(default_factory=dict)
 
     def summary(self) -> dict[str, tuple[float, float]]:
         """Mean over the valid images and its standard error, for each reward."""

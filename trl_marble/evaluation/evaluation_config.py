@@ -29,6 +29,8 @@ class EvaluationConfig:
             argument for that is; guidance-distilled pipelines are given the value as it is.
         resolution (`int`, *optional*):
             Height and width of the images in pixels. Defaults to the pipeline's own size.
+        num_frames (`int`, *optional*):
+            Number of frames of a video, for pipelines of videos. Defaults to the pipeline's own number.
         max_sequence_length (`int`, *optional*):
             Maximum number of prompt tokens, for pipelines whose text encoder takes it. Defaults to the pipeline's own.
         batch_size (`int`, *optional*, defaults to `8`):
@@ -60,6 +62,7 @@ class EvaluationConfig:
         default=1.0, metadata={"help": "Guidance scale; 1.0 is without classifier-free guidance."}
     )
     resolution: int | None = field(default=None, metadata={"help": "Height and width of the images in pixels."})
+    num_frames: int | None = field(default=None, metadata={"help": "Number of frames of a video."})
     max_sequence_length: int | None = field(default=None, metadata={"help": "Maximum number of prompt tokens."})
     batch_size: int = field(default=8, metadata={"help": "Number of images sampled and scored together."})
     bf16: bool = field(default=False, metadata={"help": "Whether to sample in bfloat16."})
@@ -78,6 +81,7 @@ class EvaluationConfig:
             "seed": (0, "seeds are not negative"),
             "num_inference_steps": (1, "sampling needs a step"),
             "resolution": (1, "leave it out to use the pipeline's own size"),
+            "num_frames": (1, "leave it out to use the pipeline's own number"),
             "max_sequence_length": (1, "leave it out to use the pipeline's own"),
             "batch_size": (1, "a call of the pipeline needs an image"),
         }

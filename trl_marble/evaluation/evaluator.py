@@ -15,15 +15,16 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from datasets import Dataset
 from diffusers import DiffusionPipeline
-from PIL import Image
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import TrainerState
 from transformers.utils import logging
 
 from ..data import validate_prompts
+from ..media import Sample
 from ..pipelines import FlowPipeline, edits_images, encode_distinct, find_adapter, load_pipeline, loaded_adapter
 from ..rewards import PendingScores, RewardError, RewardFunc, RewardScorer
+from ..rewards.protocol import check_media
 from .contact_sheet import write_contact_sheet
 from .evaluation_config import EvaluationConfig
 from .measures import PromptDiversity
@@ -86,8 +87,8 @@ def evaluate_pipeline(
 
     Raises:
         `ValueError`: for a pipeline that is not flow matching, a prompt set without prompts or without the images that
-            the pipeline edits, rewards whose names are those of columns of the table, or an `output_dir` with an
-            evaluation of other settings.
+            the pipeline edits, rewards of images for a pipeline of videos or the other way round, rewards whose names
+            are those of columns of the table, or an `output_dir` with an evaluation of other settings.
         `OSError`: if the pipeline or the adapter cannot be found.
         [`~trl_marble.rewards.RewardError`]: if a reward failed, see `EvaluationConfig.reward_failure`.
     """
@@ -105,7 +106,15 @@ def evaluate_pipeline(
     model = load_pipeline(pipeline, None if is_object or not args.bf16 else torch.bfloat16)
     if not is_object:
         model.to(state.device)
-    flow = FlowPipeline(model, args.resolution, args.resolution, args.guidance_scale, args.max_sequence_length)
+    flow = FlowPipeline(
+        model,
+        args.resolution,
+        args.resolution,
+        args.guidance_scale,
+        args.max_sequence_length,
+        num_frames=args.num_frames,
+    )
+    check_media(scorer.funcs, scorer.names, flow.family.output, type(model).__name__)
     flow.verify()
     adapter = None if args.adapter is None else find_adapter(args.adapter)
     settings = _settings(pipeline, flow, adapter, scorer.names, prompts, args)
@@ -157,7 +166,7 @@ class _Sampled(NamedTuple):
     """A batch of images whose scores are on their way."""
 
     number: int
-    images: list[Image.Image]
+    images: list[Sample]
     pending: PendingScores
 
 
@@ -238,7 +247,7 @@ def _sample(flow: FlowPipeline, scorer: RewardScorer, plan: _Plan, number: int, 
         torch.autocast(device.type, torch.bfloat16, enabled=args.bf16),
     ):
         torch.manual_seed(seeds[0])  # for solvers that draw noise at every step
-        images = list(flow.rollout(conditioning.select(index), seeds, args.num_inference_steps).images)
+        images: list[Sample] = list(flow.rollout(conditioning.select(index), seeds, args.num_inference_steps).images)
     return _Sampled(number, images, scorer.submit(images, texts, columns, TrainerState()))
 
 
@@ -343,6 +352,7 @@ def _settings(
         "num_inference_steps": args.num_inference_steps,
         "guidance_scale": float(args.guidance_scale),
         "resolution": args.resolution,
+        "num_frames": args.num_frames,
         "max_sequence_length": args.max_sequence_length,
         "bf16": args.bf16,
         "batch_size": args.batch_size,

@@ -8,7 +8,7 @@ opaque light background and read on light and dark pages alike.
 import math
 import os
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +21,14 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
+from ..media import PAPER, Sample, film_strip, save_sample
+
 
 # Okabe and Ito's palette, told apart under the common kinds of colour blindness; its yellow and black are left out.
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#7A7A7A")
 INK = "#1F2328"
 FAINT = "#656D76"
 RULE = "#D0D7DE"
-PAPER = "#FFFFFF"
 TAKEN, NOT_TAKEN, CONFLICT = "#0072B2", "#D55E00", "#FBE3DC"
 
 DPI = 150
@@ -35,10 +36,12 @@ DPI = 150
 CHARACTER_WIDTH = 0.56
 # Size of the text under an image in sizes of the other text, and height of a line of it in cells.
 CAPTION_SCALE, CAPTION_LINE = 0.78, 0.105
+# Width of some frames of a video side by side, and their least height, in cells.
+STRIP_WIDTH, STRIP_HEIGHT = 3, 0.6
 
 
 def image_grid(
-    rows: Sequence[Sequence[Image.Image]],
+    rows: Sequence[Sequence[Sample]],
     row_labels: Sequence[str],
     path: str | os.PathLike,
     *,
@@ -50,9 +53,12 @@ def image_grid(
     """
     Write rows of images with a label before each row, such as the samples of each prompt.
 
+    A video is shown by four of its frames side by side; the same grid with the videos playing is written beside the
+    file, as a WebP of the same name.
+
     Args:
-        rows (`Sequence[Sequence[PIL.Image.Image]]`):
-            The images, row by row. Rows may differ in length, images in size; each is scaled to fit its cell.
+        rows (`Sequence[Sequence[PIL.Image.Image]]` or `Sequence[Sequence[list[PIL.Image.Image]]]`):
+            The images or videos, row by row. Rows may differ in length, images in size; each is scaled to its cell.
         row_labels (`Sequence[str]`):
             One label a row, wrapped to the space there is.
         path (`str` or `os.PathLike`):
@@ -62,7 +68,7 @@ def image_grid(
         captions (`Sequence[Sequence[str]]`, *optional*):
             What is written under each image, such as its rewards; one or more lines, as long as the cell is wide.
         cell (`int`, *optional*, defaults to `160`):
-            Width and height of a cell in pixels.
+            Width and height of a cell in pixels; frames side by side have three times the width.
         title (`str`, *optional*):
             A line above all.
 
@@ -83,42 +89,48 @@ def image_grid(
     if column_labels is not None and len(column_labels) != columns:
         raise ValueError(f"`column_labels` has {len(column_labels)} labels for {columns} columns. Pass one for each.")
     caption_lines = max((text.count("\n") + 1 for row in captions or () for text in row), default=0)
-    layout = _GridLayout(cell, [columns], len(rows), title is not None, column_labels is not None, caption_lines)
-    for row, images in enumerate(rows):
-        layout.draw_row(row, row_labels[row], [images])
-    for row, texts in enumerate(captions or ()):
-        for column, text in enumerate(texts):
-            layout.write_caption(row, column, text)
-    if title is not None:
-        layout.write_title(title)
-    for column, label in enumerate(column_labels or ()):
-        layout.write_column_label(column, label)
-    return layout.save(path)
+
+    def draw(still: Callable[[Sample], Image.Image], size: tuple[int, int]) -> _GridLayout:
+        has_labels = column_labels is not None
+        layout = _GridLayout(cell, size, [columns], len(rows), title is not None, has_labels, caption_lines)
+        for row, samples in enumerate(rows):
+            layout.draw_row(row, row_labels[row], [[still(sample) for sample in samples]])
+        for row, texts in enumerate(captions or ()):
+            for column, text in enumerate(texts):
+                layout.write_caption(row, column, text)
+        if title is not None:
+            layout.write_title(title)
+        for column, label in enumerate(column_labels or ()):
+            layout.write_column_label(column, label)
+        return layout
+
+    return _save_grid(draw, cell, [sample for row in rows for sample in row], path)
 
 
 def before_after_grid(
     prompts: Sequence[str],
-    before: Sequence[Sequence[Image.Image]],
-    after: Sequence[Sequence[Image.Image]],
+    before: Sequence[Sequence[Sample]],
+    after: Sequence[Sequence[Sample]],
     path: str | os.PathLike,
     *,
     cell: int = 160,
     title: str | None = None,
 ) -> Path:
     """
-    Write what training changed: for every prompt the images before it and, at their side, those after it.
+    Write what training changed: for every prompt the images before it and, at their side, those after it. Videos are
+    shown as in [`image_grid`].
 
     Args:
         prompts (`Sequence[str]`):
             One prompt a row.
-        before (`Sequence[Sequence[PIL.Image.Image]]`):
-            The images of each prompt before training.
-        after (`Sequence[Sequence[PIL.Image.Image]]`):
-            The images of each prompt after training, as many as before, from the same seeds in the same order.
+        before (`Sequence[Sequence[PIL.Image.Image]]` or `Sequence[Sequence[list[PIL.Image.Image]]]`):
+            The images or videos of each prompt before training.
+        after (`Sequence[Sequence[PIL.Image.Image]]` or `Sequence[Sequence[list[PIL.Image.Image]]]`):
+            Those of each prompt after training, as many as before, from the same seeds in the same order.
         path (`str` or `os.PathLike`):
             The file to write, its format after its suffix; folders are made.
         cell (`int`, *optional*, defaults to `160`):
-            Width and height of a cell in pixels.
+            Width and height of a cell in pixels; frames side by side have three times the width.
         title (`str`, *optional*):
             A line above all.
 
@@ -137,14 +149,19 @@ def before_after_grid(
                 "Sample the same seeds twice."
             )
     columns = max(map(len, before))
-    layout = _GridLayout(cell, [columns, columns], len(prompts), title is not None, has_headers=True)
-    for row, prompt in enumerate(prompts):
-        layout.draw_row(row, prompt, [before[row], after[row]])
-    if title is not None:
-        layout.write_title(title)
-    layout.write_block_header(0, "Before", FAINT)
-    layout.write_block_header(1, "After", TAKEN)
-    return layout.save(path)
+
+    def draw(still: Callable[[Sample], Image.Image], size: tuple[int, int]) -> _GridLayout:
+        layout = _GridLayout(cell, size, [columns, columns], len(prompts), title is not None, has_headers=True)
+        for row, prompt in enumerate(prompts):
+            layout.draw_row(row, prompt, [[still(sample) for sample in block[row]] for block in (before, after)])
+        if title is not None:
+            layout.write_title(title)
+        layout.write_block_header(0, "Before", FAINT)
+        layout.write_block_header(1, "After", TAKEN)
+        return layout
+
+    pairs = zip(before, after, strict=True)
+    return _save_grid(draw, cell, [sample for first, second in pairs for sample in (*first, *second)], path)
 
 
 def plot_balance(history: Sequence[Mapping[str, Any]], path: str | os.PathLike) -> Path:
@@ -336,7 +353,8 @@ def plot_histograms(
 
 class _GridLayout:
     """
-    A page of image cells, addressed by block, row and column, with room for labels; everything scales with the cell.
+    A page of image cells, addressed by block, row and column, with room for labels. Text and gaps scale with `cell`;
+    `size` is the width and height of a cell.
 
     The images are put together pixel by pixel in one array, so that none is resampled by the plotting library, and
     matplotlib writes the text over it.
@@ -345,13 +363,14 @@ class _GridLayout:
     def __init__(
         self,
         cell: int,
+        size: tuple[int, int],
         blocks: list[int],
         rows: int,
         has_title: bool,
         has_headers: bool,
         caption_lines: int = 0,
     ) -> None:
-        self.cell, self.blocks = cell, blocks
+        self.cell, self.size, self.blocks = cell, size, blocks
         self.gap, self.margin, self.block_gap = round(0.06 * cell), round(0.16 * cell), round(0.3 * cell)
         self.label_width = round(1.55 * cell)
         self.font = 0.105 * cell  # in pixels
@@ -370,34 +389,35 @@ class _GridLayout:
     def left(self, block: int, column: int) -> int:
         """The left edge of a cell in pixels."""
         columns = sum(self.blocks[:block]) + column
-        return self.margin + self.label_width + block * self.block_gap + columns * (self.cell + self.gap)
+        return self.margin + self.label_width + block * self.block_gap + columns * (self.size[0] + self.gap)
 
     def top(self, row: int) -> int:
         """The upper edge of a row in pixels."""
-        height = self.cell + self.caption_height + self.gap
+        height = self.size[1] + self.caption_height + self.gap
         return self.margin + self.title_height + self.header_height + row * height
 
     def draw_row(self, row: int, label: str, blocks: Sequence[Sequence[Image.Image]]) -> None:
         width = int((self.label_width - 2 * self.gap) / (CHARACTER_WIDTH * self.font))
-        lines = textwrap.wrap(label, width, max_lines=6, placeholder=" …")
-        middle = self.top(row) + self.cell / 2
+        fitting = int(self.size[1] / (1.35 * self.font))
+        lines = textwrap.wrap(label, width, max_lines=min(6, fitting), placeholder=" …")
+        middle = self.top(row) + self.size[1] / 2
         self.texts.append((self.margin, middle, "\n".join(lines), {"va": "center", "linespacing": 1.35}))
         for block, images in enumerate(blocks):
             for column, image in enumerate(images):
-                scale = self.cell / max(image.size)
+                scale = min(self.size[0] / image.width, self.size[1] / image.height)
                 size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
-                x = self.left(block, column) + (self.cell - size[0]) // 2
-                y = self.top(row) + (self.cell - size[1]) // 2
+                x = self.left(block, column) + (self.size[0] - size[0]) // 2
+                y = self.top(row) + (self.size[1] - size[1]) // 2
                 self.page.paste(image.convert("RGB").resize(size, Image.Resampling.LANCZOS), (x, y))
                 self.frames.append((x, y, *size))
 
     def write_caption(self, row: int, column: int, text: str) -> None:
-        width = int(self.cell / (CHARACTER_WIDTH * CAPTION_SCALE * self.font))
+        width = int(self.size[0] / (CHARACTER_WIDTH * CAPTION_SCALE * self.font))
         lines = [line if len(line) <= width else line[: width - 1] + "…" for line in text.split("\n")]
         style = {"va": "baseline", "color": FAINT, "scale": CAPTION_SCALE}
         # Line by line: matplotlib's own distance between two lines depends on their letters.
         for number, line in enumerate(lines, start=1):
-            y = self.top(row) + (1 + CAPTION_LINE * number) * self.cell
+            y = self.top(row) + self.size[1] + CAPTION_LINE * number * self.cell
             self.texts.append((self.left(0, column), y, line, style))
 
     def write_title(self, text: str) -> None:
@@ -405,8 +425,8 @@ class _GridLayout:
         self.texts.append((self.margin, y, text, {"va": "center", "weight": "bold", "scale": 1.3}))
 
     def write_column_label(self, column: int, text: str) -> None:
-        width = int(self.cell / (CHARACTER_WIDTH * self.font))
-        x, y = self.left(0, column) + self.cell / 2, self.top(0) - 0.08 * self.cell
+        width = int(self.size[0] / (CHARACTER_WIDTH * self.font))
+        x, y = self.left(0, column) + self.size[0] / 2, self.top(0) - 0.08 * self.cell
         text = textwrap.fill(text, width, max_lines=2, placeholder=" …")
         self.texts.append((x, y, text, {"va": "bottom", "ha": "center", "color": FAINT}))
 
@@ -418,6 +438,25 @@ class _GridLayout:
         self.rules.append((left, right, y, color))
 
     def save(self, path: str | os.PathLike) -> Path:
+        return _save(self._draw(), path)
+
+    def save_playing(self, samples: Sequence[Sample], path: Path) -> None:
+        """The page with the videos among the samples, those of its cells in order, playing where they are."""
+        figure = self._draw()
+        canvas = FigureCanvasAgg(figure)
+        canvas.draw()
+        page = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+        videos = [(at, each) for at, each in zip(self.frames, samples, strict=True) if isinstance(each, list)]
+        pages = []
+        for time in range(max(len(video) for _, video in videos)):
+            pages.append(page.copy())
+            for (x, y, width, height), video in videos:
+                frame = video[min(time, len(video) - 1)].convert("RGB")  # one that has ended stands still
+                small = frame.resize((width, height), Image.Resampling.LANCZOS, reducing_gap=2.0)  # much faster
+                pages[-1].paste(small, (x, y))
+        save_sample(pages, path, lossless=False)
+
+    def _draw(self) -> Figure:
         figure = Figure(figsize=(self.width / DPI, self.height / DPI), dpi=DPI, facecolor=PAPER)
         FigureCanvasAgg(figure)
         axes = figure.add_axes((0, 0, 1, 1))
@@ -436,11 +475,44 @@ class _GridLayout:
             axes.text(text_x, text_y, text, fontsize=size, parse_math=False, **style)
         axes.set_xlim(0, self.width)
         axes.set_ylim(self.height, 0)
-        return _save(figure, path)
+        return figure
+
+
+def _save_grid(
+    draw: Callable[[Callable[[Sample], Image.Image], tuple[int, int]], _GridLayout],
+    cell: int,
+    samples: Sequence[Sample],
+    path: str | os.PathLike,
+) -> Path:
+    """
+    Write a grid, and beside one of videos the same grid with the videos playing.
+
+    Args:
+        draw (`Callable`):
+            Lays the grid out, given what a sample looks like on paper, and the width and height of a cell.
+        cell (`int`):
+            Width and height of a cell that shows one image.
+        samples (`Sequence[PIL.Image.Image]` or `Sequence[list[PIL.Image.Image]]`):
+            The samples in the order in which `draw` lays them out.
+        path (`str` or `os.PathLike`):
+            The file to write.
+    """
+    strips = [film_strip(sample) for sample in samples if isinstance(sample, list)]
+    if not strips:
+        return draw(film_strip, (cell, cell)).save(path)
+    width = STRIP_WIDTH * cell
+    needed = max(round(width * strip.height / strip.width) for strip in strips)
+    path = draw(film_strip, (width, min(cell, max(needed, round(STRIP_HEIGHT * cell))))).save(path)
+    draw(_first_frame, (cell, cell)).save_playing(samples, path.with_suffix(".webp"))
+    return path
+
+
+def _first_frame(sample: Sample) -> Image.Image:
+    return sample[0] if isinstance(sample, list) else sample
 
 
 def _check_grid(
-    rows_argument: str, rows: Sequence[Sequence[Image.Image]], labels_argument: str, labels: Sequence[str]
+    rows_argument: str, rows: Sequence[Sequence[Sample]], labels_argument: str, labels: Sequence[str]
 ) -> None:
     if len(rows) != len(labels):
         raise ValueError(

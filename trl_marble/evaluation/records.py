@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
+from ..media import Sample, sample_suffix, save_sample
 from .diversity import thumbnails
 
 
@@ -26,7 +26,7 @@ NAMES = ("pipeline", "adapter")
 @dataclass(frozen=True)
 class ImageRecord:
     """
-    One scored image.
+    One scored image or video.
 
     Args:
         index (`int`):
@@ -40,7 +40,8 @@ class ImageRecord:
         failed (`list[bool]`):
             Which rewards failed.
         thumbnail (`str`):
-            The 16 x 16 RGB pixels that its diversity is measured by, one byte each, in base64.
+            The 16 x 16 RGB pixels that its diversity is measured by, of a video those of some frames, one byte each,
+            in base64.
     """
 
     index: int
@@ -51,7 +52,7 @@ class ImageRecord:
     thumbnail: str
 
     def thumbnail_features(self) -> Tensor:
-        """The thumbnail as [`thumbnails`] gives it: shape `[768]`, float32, in [0, 1]."""
+        """The thumbnail as [`thumbnails`] gives it: shape `[768]` (an image's), float32, in [0, 1]."""
         pixels = np.frombuffer(base64.b64decode(self.thumbnail), dtype=np.uint8)
         return torch.from_numpy(pixels.copy()).float() / 255
 
@@ -130,27 +131,27 @@ class BatchRecords:
                 raise ValueError(f"The image `{image_file}` is missing or was changed since it was scored.")
         return records
 
-    def save_image(self, index: int, name: str, image: Image.Image, rewards: Tensor, failed: Tensor) -> ImageRecord:
+    def save_image(self, index: int, name: str, image: Sample, rewards: Tensor, failed: Tensor) -> ImageRecord:
         """
-        Save an image and say what its record is.
+        Save an image, or a video as one file, and say what its record is.
 
         Args:
             index (`int`):
                 Its number in the evaluation.
             name (`str`):
                 Name of the file, without ending.
-            image (`PIL.Image.Image`):
-                The image.
+            image (`PIL.Image.Image` or `list[PIL.Image.Image]`):
+                The image, or the frames of a video.
             rewards (`Tensor` of shape `[K]`):
                 Its rewards; NaN where a reward does not apply or failed.
             failed (`Tensor` of shape `[K]`, bool):
                 Which rewards failed.
         """
-        file = f"images/{name}.png"
+        file = f"images/{name}{sample_suffix(image)}"
         path = self.folder / file
         path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = path.with_suffix(".tmp")
-        image.save(unfinished, format="PNG")
+        save_sample(image, unfinished)
         os.replace(unfinished, path)
         pixels = (thumbnails([image])[0] * 255).round().to(torch.uint8).numpy().tobytes()
         return ImageRecord(

@@ -89,11 +89,11 @@ class CardInputs:
         balance (`BalanceSummary`, *optional*):
             The run's balancing diagnostics, see [`~trl_marble.evaluation.summarize_balance`].
         settings (`Mapping[str, Any]`, *optional*):
-            Training settings by name. `num_inference_steps`, `guidance_scale`, `height`, `width` and
+            Training settings by name. `num_inference_steps`, `guidance_scale`, `height`, `width`, `num_frames` and
             `max_sequence_length`, where present, also go into the usage example. `multi_objective_aggregation` says
             how the rewards were combined. Settings whose name ends in `token` are left out.
         gallery (`Sequence[GalleryItem]`, *optional*):
-            Sample images.
+            Sample images, or videos.
         balance_plot (`str`, *optional*):
             Path, relative to the card, of the picture made by [`~trl_marble.evaluation.plot_balance`].
         before_after (`str`, *optional*):

@@ -17,18 +17,31 @@ from urllib.parse import quote
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..evaluation.summary import NOT_MEASURED, BalanceSummary, format_value
-from ..pipelines import FAMILIES
+from ..pipelines import FAMILIES, Family
 from .card_inputs import ACCESS_TOKEN, TOKEN_REMOVED, CardInputs, GalleryItem, RewardRow, is_absolute, is_hub_id
 
 
 TEMPLATE = Path(__file__).with_name("model_card_template.md")
 TAGS = ["lora", "diffusers"]
+TASKS = {
+    "text-to-image": "Text-to-Image Generation",
+    "image-to-image": "Image-to-Image Generation",
+    "text-to-video": "Text-to-Video Generation",
+}
 TRAINING_TAGS = ["trl_marble", "marble", "diffusion-nft", "reinforcement-learning"]
 GALLERY_COLUMNS = 4
 
 # Settings that are also arguments of the pipeline's call, in the order in which the example names them. The example
 # repeats what was trained with, since the pipeline's defaults (guidance above all) make other images.
-CALL_SETTINGS = ("num_inference_steps", "guidance_scale", "true_cfg_scale", "height", "width", "max_sequence_length")
+CALL_SETTINGS = (
+    "num_inference_steps",
+    "guidance_scale",
+    "true_cfg_scale",
+    "height",
+    "width",
+    "num_frames",
+    "max_sequence_length",
+)
 
 
 def build_model_card(inputs: CardInputs) -> ModelCard:
@@ -71,6 +84,7 @@ def build_model_card(inputs: CardInputs) -> ModelCard:
         adapter_source=inputs.model_id or "path/to/this/folder",
         call=_call(inputs),
         edits_images=_edits(inputs),
+        makes_videos=_makes_videos(inputs),
         rewards=[_reward_cells(row) for row in inputs.rewards],
         diversity=None if inputs.diversity is None else _reward_cells(inputs.diversity),
         any_held_out=any(row.held_out for row in inputs.rewards),
@@ -94,7 +108,7 @@ def _metadata(inputs: CardInputs) -> ModelCardData:
     results = [
         EvalResult(
             task_type=_task(inputs),
-            task_name="Image-to-Image Generation" if _edits(inputs) else "Text-to-Image Generation",
+            task_name=TASKS[_task(inputs)],
             dataset_type=dataset or "prompts",
             dataset_name=inputs.dataset_name or "evaluation prompts",
             metric_type=row.name,
@@ -206,6 +220,8 @@ def _call(inputs: CardInputs) -> str:
 
 def _task(inputs: CardInputs) -> str:
     """What the Hub calls it."""
+    if _makes_videos(inputs):
+        return "text-to-video"
     return "image-to-image" if _edits(inputs) else "text-to-image"
 
 
@@ -221,14 +237,30 @@ def _takes_image(inputs: CardInputs) -> str:
 
 
 def _as_the_pipeline_has_it(arguments: Mapping[str, Any], pipeline_class: str) -> dict[str, Any]:
-    """The arguments with the guidance scale under the name, and on the scale, of a family's own argument."""
-    families = {family.pipeline_class.__name__: family for family in FAMILIES}
-    if pipeline_class not in families:
+    """The arguments under the names of a family's own, the guidance scale also on its scale."""
+    family = _family(pipeline_class)
+    if family is None:
         return dict(arguments)
     own: dict[str, Any] = {}
     for name, value in arguments.items():
-        own |= families[pipeline_class].guidance_arguments(value) if name == "guidance_scale" else {name: value}
+        if name == "guidance_scale":
+            own |= family.guidance_arguments(value)
+        else:
+            own[family.num_frames_argument if name == "num_frames" else name] = value
     return own
+
+
+def _family(pipeline_class: str) -> Family | None:
+    """The family of a pipeline class by its name; `None` where it is not in the table."""
+    return {family.pipeline_class.__name__: family for family in FAMILIES}.get(pipeline_class)
+
+
+def _makes_videos(inputs: CardInputs) -> bool:
+    """As the table says; for a pipeline that is not in it, as the samples are."""
+    family = _family(inputs.pipeline_class)
+    if family is None:
+        return any(item.path.endswith(".webp") for item in inputs.gallery)
+    return family.output == "video"
 
 
 def _base_link(base: str | None) -> str:

@@ -10,17 +10,18 @@ from typing import Any
 
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from huggingface_hub import ModelCard
-from PIL import Image
 
 from ..evaluation import EvaluationComparison, EvaluationResults, before_after_grid, compare_evaluations
 from ..evaluation.records import file_digest
+from ..media import Sample, open_sample, save_sample
 from .card_inputs import INPUTS_FILE, CardInputs, GalleryItem, RewardRow
 from .model_card import CALL_SETTINGS, build_model_card
 from .push import CARD_FILE
 
 
 GALLERY_PROMPTS = 8
-GRID_IMAGES = 4  # of each prompt, before and after
+GRID_IMAGES, GRID_VIDEOS = 4, 2  # of each prompt, before and after
+GRID_VIDEO_SIDE = 320  # pixels; many videos are held at once
 GRID_FILE = "before_after.png"
 
 
@@ -35,7 +36,7 @@ def card_from_evaluations(
 
     Args:
         folder (`str` or `os.PathLike`):
-            The folder with the adapter. `README.md`, `model_card.json`, `before_after.png` and `images/sample_*.png`
+            The folder with the adapter. `README.md`, `model_card.json`, `before_after.png` and `images/sample_*`
             are written there, in the place of earlier ones.
         evaluations (`Mapping[str, EvaluationResults]`):
             The evaluation before training and the one after it, in this order, of the same prompts and seeds with the
@@ -178,30 +179,36 @@ def _save_pictures(folder: Path, after: EvaluationResults, comparison: Evaluatio
     """Write the gallery, and the grid of images before and after. Returns the inputs that name them."""
     number = after.settings["num_prompts"]
     shown = [k * number // min(GALLERY_PROMPTS, number) for k in range(min(GALLERY_PROMPTS, number))]
-    prompts, images = _images(after, shown)
+    prompts, files = _files(after, shown)
     (folder / "images").mkdir(exist_ok=True)
     gallery = []
-    for k, (prompt, row) in enumerate(zip(prompts, images, strict=True)):
-        gallery.append(GalleryItem(path=f"images/sample_{k}.png", prompt=prompt))
-        row[0].save(folder / gallery[-1].path)
+    for k, (prompt, row) in enumerate(zip(prompts, files, strict=True)):
+        gallery.append(GalleryItem(path=f"images/sample_{k}{row[0].suffix}", prompt=prompt))
+        save_sample(open_sample(row[0]), folder / gallery[-1].path, lossless=False)
     pictures: dict[str, Any] = {"gallery": gallery}
     before = _before(comparison)
     if before is not None:
-        before_after_grid(prompts, _images(before, shown)[1], images, folder / GRID_FILE)
+        first, second = ([list(map(_open, row)) for row in rows] for rows in (_files(before, shown)[1], files))
+        before_after_grid(prompts, first, second, folder / GRID_FILE)
         pictures["before_after"] = GRID_FILE
     return pictures
 
 
-def _images(results: EvaluationResults, prompt_indices: list[int]) -> tuple[list[str], list[list[Image.Image]]]:
-    """Some prompts, and the first images of each."""
+def _files(results: EvaluationResults, prompt_indices: list[int]) -> tuple[list[str], list[list[Path]]]:
+    """Some prompts, and the first images or videos of each."""
     prompts, rows = [], []
     for index in prompt_indices:
         part = results.table[results.table["prompt_index"] == index].sort_values("generation")
+        files = [results.folder / path for path in part["image"]]
         prompts.append(part["prompt"].iloc[0])
-        rows.append([_open(results.folder / path) for path in part["image"].iloc[:GRID_IMAGES]])
+        rows.append(files[: GRID_VIDEOS if files[0].suffix == ".webp" else GRID_IMAGES])
     return prompts, rows
 
 
-def _open(file: Path) -> Image.Image:
-    with Image.open(file) as image:
-        return image.convert("RGB")
+def _open(file: Path) -> Sample:
+    """An image, or a video with small frames."""
+    sample = open_sample(file)
+    if isinstance(sample, list):
+        for frame in sample:
+            frame.thumbnail((GRID_VIDEO_SIDE, GRID_VIDEO_SIDE))
+    return sample

@@ -3,6 +3,7 @@
 
 from .aesthetic import AestheticScore
 from .clip_score import CLIPScore
+from .frame_reward import FrameReward
 from .geneval import GenEval
 from .hps import HPSv2
 from .image_reward import ImageReward
@@ -21,6 +22,7 @@ __all__ = [
     "KNOWN_REWARDS",
     "AestheticScore",
     "CLIPScore",
+    "FrameReward",
     "GenEval",
     "HPSv2",
     "ImageReward",

@@ -2,11 +2,12 @@
 """What a reward is, what it may return, and how its answers are checked."""
 
 import functools
+import inspect
 import math
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from numbers import Real
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ FLOAT32_MAX = torch.finfo(torch.float32).max
 
 RewardValues = Sequence[float | Exception | None]
 RewardFunc = Callable[..., RewardValues | Awaitable[RewardValues]]
-"""A sync or async callable that scores images.
+"""A sync or async callable that scores images, or videos.
 
 It is called with keywords only: `images` (list of PIL images), `prompts` (list of strings), every other column of the
 dataset (list of values) and `trainer_state` ([`~transformers.TrainerState`]). It returns one number for each image,
@@ -27,6 +28,10 @@ higher is better, or `None` (or NaN) where the reward does not apply. Where it s
 only, it may return the exception in the place of the number; raising means that it failed for all. Accept `**kwargs`
 to ignore what is not needed. A function whose attribute `image_type` is `"pt"` receives `images` as one tensor
 `[B, 3, H, W]` in [0, 1] instead.
+
+Where the pipeline makes videos, the keyword is `videos` in the place of `images`: a list of lists of PIL frames, or
+with `image_type` `"pt"` one tensor `[B, F, 3, H, W]` in [0, 1]. A reward of images scores videos through
+[`FrameReward`].
 """
 
 
@@ -85,6 +90,54 @@ def validate_reward_funcs(reward_funcs: Any, argument: str = "reward_funcs") -> 
         if not callable(func):
             raise TypeError(f"`{argument}[{position}]` is {func!r}; every reward must be a callable or a name.")
     return funcs
+
+
+def media_asked_for(func: RewardFunc) -> Literal["images", "videos"] | None:
+    """What a reward cannot be called without, by the parameters that it has; `None` where they do not say."""
+    try:
+        parameters = inspect.signature(func).parameters
+    except (TypeError, ValueError):  # some callables of C have none
+        return None
+    if "images" in parameters and "videos" in parameters:
+        return None
+    for name in ("images", "videos"):
+        if name in parameters and parameters[name].default is inspect.Parameter.empty:
+            return name
+    return None
+
+
+def check_media(
+    reward_funcs: Sequence[RewardFunc], names: Sequence[str], output: Literal["image", "video"], pipeline: str
+) -> None:
+    """
+    Refuse rewards that ask for what the pipeline does not make.
+
+    Args:
+        reward_funcs (`Sequence[RewardFunc]`):
+            The rewards.
+        names (`Sequence[str]`):
+            Their names, for messages.
+        output (`"image"` or `"video"`):
+            What the pipeline makes.
+        pipeline (`str`):
+            What makes it, for messages.
+
+    Raises:
+        `ValueError`: For the first one that does; says how to mend it.
+    """
+    for func, name in zip(reward_funcs, names, strict=True):
+        asked = media_asked_for(func)
+        if asked == "images" and output == "video":
+            raise ValueError(
+                f"Reward `{name}` scores images, and {pipeline} makes videos. `FrameReward({name})` scores evenly "
+                "spaced frames of each video with it and averages them; a reward of whole videos takes `videos` in "
+                "the place of `images`."
+            )
+        if asked == "videos" and output == "image":
+            raise ValueError(
+                f"Reward `{name}` scores videos, and {pipeline} makes images. Use a reward that takes `images`; one "
+                "in `FrameReward` works without it."
+            )
 
 
 def reward_tensor(values: Any, name: str, prompts: Sequence[str]) -> Tensor:

@@ -1,5 +1,5 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
-"""Scores batches of images with several rewards at once, while the next batch is being sampled."""
+"""Scores batches of images or videos with several rewards at once, while the next batch is being sampled."""
 
 import asyncio
 import functools
@@ -10,11 +10,11 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
+from ..media import Sample, to_tensor
+from .frame_reward import FrameReward
 from .model_reward import ModelReward
 from .protocol import RewardError, RewardFunc, most_common_prompts, reward_names, reward_tensor, validate_reward_funcs
 
@@ -83,26 +83,27 @@ class RewardScorer:
         return len(self.funcs)
 
     def submit(
-        self, images: list[Image.Image], prompts: list[str], columns: dict[str, list], trainer_state: Any
+        self, samples: Sequence[Sample], prompts: list[str], columns: dict[str, list], trainer_state: Any
     ) -> PendingScores:
         """
         Start scoring and return at once.
 
         Args:
-            images (`list[PIL.Image.Image]`):
-                The images.
+            samples (`list[PIL.Image.Image]` or `list[list[PIL.Image.Image]]`):
+                The images or videos.
             prompts (`list[str]`):
                 Their prompts.
             columns (`dict[str, list]`):
-                The other columns of the dataset, one value an image.
+                The other columns of the dataset, one value a sample.
             trainer_state ([`~transformers.TrainerState`]):
                 Passed on to the rewards.
         """
+        keyword = "videos" if isinstance(samples[0], list) else "images"
         futures = []
         for func, name in zip(self.funcs, self.names, strict=True):
             as_tensor = getattr(func, "image_type", "pil") == "pt"
             kwargs: dict[str, Any] = {column: list(values) for column, values in columns.items()}
-            kwargs["images"] = _to_tensor(images) if as_tensor else list(images)
+            kwargs[keyword] = to_tensor(samples) if as_tensor else _own_lists(samples)
             kwargs |= {"prompts": list(prompts), "trainer_state": trainer_state}
             futures.append(self._start(func, name, kwargs))
         return PendingScores(futures, list(prompts))
@@ -137,13 +138,13 @@ class RewardScorer:
     def to(self, device: torch.device, dtype: torch.dtype) -> None:
         """Let the rewards that are models score on a device, in a dtype unless they chose their own."""
         for func in self.funcs:
-            if isinstance(func, ModelReward):
+            if isinstance(func, ModelReward | FrameReward):
                 func.to(device, dtype)
 
     def release(self) -> None:
         """Let the rewards that are models leave the device, where they were asked to."""
         for func in self.funcs:
-            if isinstance(func, ModelReward):
+            if isinstance(func, ModelReward | FrameReward):
                 func.release()
 
     def close(self) -> None:
@@ -234,7 +235,14 @@ def _is_async(func: Any) -> bool:
     """Whether calling a reward gives a coroutine: an async function or an object with an async `__call__`."""
     while isinstance(func, functools.partial):
         func = func.func
+    if isinstance(func, FrameReward):
+        return _is_async(func.reward)
     return inspect.iscoroutinefunction(func) or inspect.iscoroutinefunction(type(func).__call__)
+
+
+def _own_lists(samples: Sequence[Sample]) -> list[Sample]:
+    """The same images in lists that a reward may change."""
+    return [list(sample) if isinstance(sample, list) else sample for sample in samples]
 
 
 async def _cancel_other_tasks() -> None:
@@ -243,9 +251,3 @@ async def _cancel_other_tasks() -> None:
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
-
-
-def _to_tensor(images: list[Image.Image]) -> Tensor:
-    """Images as one tensor `[B, 3, H, W]` in [0, 1]."""
-    arrays = np.stack([np.asarray(image.convert("RGB")) for image in images])
-    return torch.from_numpy(arrays).permute(0, 3, 1, 2).float() / 255

@@ -39,7 +39,7 @@ from PIL import Image
 from torch import Tensor
 
 from .model_reward import ModelReward
-from .protocol import RewardFunc, reward_names, reward_tensor, validate_reward_funcs
+from .protocol import RewardFunc, check_media, reward_names, reward_tensor, validate_reward_funcs
 from .remote import check_secret, refuse_constant
 from .scoring import RewardScorer
 
@@ -48,7 +48,7 @@ logger = logging.getLogger(__name__)
 
 TOKEN_VARIABLE = "TRL_MARBLE_REWARD_TOKEN"
 MAX_CONNECTIONS = 64  # more are closed at once; a client tries again
-RESERVED = {"images", "prompts", "trainer_state"}  # names that no column can have
+RESERVED = {"images", "videos", "prompts", "trainer_state"}  # names that no column can have
 # A folder in a text: after what cannot be part of a URL, a fraction or "and/or".
 FOLDERS = re.compile(r"""(?<![\w:/.\\])(?:~|[A-Za-z]:(?=\\))?(?:[/\\][^/\\\s'":]+)*[/\\](?=[^/\\\s'":])""")
 
@@ -94,7 +94,8 @@ class RewardServer:
         url (`str`): The address for clients on this machine.
 
     Raises:
-        `ValueError`: If others could reach the server and there is no token, or a limit is not positive.
+        `ValueError`: If others could reach the server and there is no token, a limit is not positive, or a reward
+            scores videos, which clients do not send.
         `OSError`: If the address is taken.
     """
 
@@ -123,6 +124,7 @@ class RewardServer:
         self.max_pixels = max_pixels
         funcs = validate_reward_funcs(reward_funcs)
         self.names = reward_names(funcs)
+        check_media(funcs, self.names, "image", "a client of the server")
         self._scorers = {name: RewardScorer([func]) for name, func in zip(self.names, funcs, strict=True)}
         self._turns = {name: threading.Lock() for name in self.names}
         self._closing = threading.Event()

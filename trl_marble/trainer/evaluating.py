@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 import torch
 from accelerate.utils import gather_object
 from datasets import Dataset
-from PIL import Image
 from torch import Tensor
 
 from ..evaluation import Evaluation
 from ..evaluation.diversity import group_diversity, thumbnails
+from ..media import Sample
 from ..pipelines import Conditioning, adapters_disabled, edits_images, encode_distinct
 from .sampling import sample_and_score
 from .seeding import Draw, derive_seed
@@ -102,7 +102,7 @@ def evaluate_policy(trainer: "MarbleNFTTrainer", dataset: Dataset) -> PolicyEval
         for place, i in enumerate(indices)
     ]
     found = sorted(gather_object(found), key=lambda entry: entry[0])
-    gallery: dict[str, list[Image.Image]] = {}
+    gallery: dict[str, list[Sample]] = {}
     gallery_rewards: dict[str, list[Tensor]] = {}
     for i, values, _, image in found:
         if image is not None:

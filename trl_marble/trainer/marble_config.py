@@ -48,6 +48,8 @@ class MarbleConfig(TrainingArguments):
             less is refused. Guidance-distilled pipelines (Flux, Flux.2) are given the value as it is.
         resolution (`int`, *optional*):
             Height and width of the images in pixels. Defaults to the pipeline's own default size. The paper uses 512.
+        num_frames (`int`, *optional*):
+            Number of frames of a video, for pipelines of videos. Defaults to the pipeline's own number.
         max_sequence_length (`int`, *optional*):
             Maximum number of prompt tokens, for pipelines whose text encoder takes it. Defaults to the pipeline's own.
         rollout_batch_size (`int`, *optional*):
@@ -145,11 +147,11 @@ class MarbleConfig(TrainingArguments):
         log_images (`bool`, *optional*, defaults to `True`):
             Whether to save pictures of the run, and to send them to TensorBoard, Weights & Biases and Trackio where
             they are in use: grids of rollout and evaluation images with their rewards and histograms of the rewards
-            (`output_dir/images`), plots of rewards, weights and cosines at each save and at the end
-            (`output_dir/plots`).
+            (`output_dir/images`; of videos some frames side by side, and beside each grid one that plays), plots of
+            rewards, weights and cosines at each save and at the end (`output_dir/plots`).
         log_images_steps (`int`, *optional*, defaults to `10`):
             Least number of optimizer steps between two grids of rollout images, which come at logging steps, the
-            first one included. They take about half a second.
+            first one included. They take about half a second; grids of videos some seconds.
         num_images_to_log (`int`, *optional*, defaults to `4`):
             Number of prompts in a logged grid, with up to as many images each.
 
@@ -186,6 +188,9 @@ class MarbleConfig(TrainingArguments):
     guidance_scale: float = field(default=1.0, metadata={"help": "Guidance scale of the rollouts."})
     resolution: int | None = field(
         default=None, metadata={"help": "Height and width of the images. Defaults to the pipeline's own size."}
+    )
+    num_frames: int | None = field(
+        default=None, metadata={"help": "Number of frames of a video. Defaults to the pipeline's own number."}
     )
     max_sequence_length: int | None = field(
         default=None, metadata={"help": "Maximum number of prompt tokens. Defaults to the pipeline's own."}
@@ -303,6 +308,7 @@ class MarbleConfig(TrainingArguments):
             "rollout_batch_size": (1, "leave it out to use `num_generations`"),
             "steps_per_generation": (1, "leave it out to use `gradient_accumulation_steps`"),
             "resolution": (1, "leave it out to use the pipeline's own size"),
+            "num_frames": (1, "leave it out to use the pipeline's own number"),
             "max_sequence_length": (1, "leave it out to use the pipeline's own"),
         }
         for name, (minimum, why) in at_least.items():

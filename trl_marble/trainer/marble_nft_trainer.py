@@ -50,7 +50,7 @@ from ..pipelines import (
     plain_lora_linears,
 )
 from ..rewards import RewardFunc, RewardScorer
-from ..rewards.protocol import reward_names, validate_reward_funcs
+from ..rewards.protocol import check_media, reward_names, validate_reward_funcs
 from .callbacks import MarbleCallback
 from .checkpointing import base_fingerprint, copy_into, load_state, save_state
 from .evaluating import evaluate_policy
@@ -94,10 +94,10 @@ class MarbleNFTTrainer(Trainer):
             The flow-matching pipeline to align: a Hub id, a local folder, or the object. Its parts are frozen and a
             LoRA adapter is added to its transformer.
         reward_funcs (`str`, `RewardFunc` or a list of them):
-            The rewards, see [`~trl_marble.rewards.RewardFunc`]. Called with keywords `images`, `prompts`, the other
-            columns of the dataset, and `trainer_state`; they return one number an image, or `None` where they do not
-            apply. A string is a known name (`"pickscore"`) or a dotted path (`"my_rewards.brightness"`), see
-            [`~trl_marble.rewards.load_reward`].
+            The rewards, see [`~trl_marble.rewards.RewardFunc`]. Called with keywords `images` (`videos` for a pipeline
+            of videos), `prompts`, the other columns of the dataset, and `trainer_state`; they return one number an
+            image, or `None` where they do not apply. A string is a known name (`"pickscore"`) or a dotted path
+            (`"my_rewards.brightness"`), see [`~trl_marble.rewards.load_reward`].
         args ([`MarbleConfig`], *optional*):
             Configuration. Defaults to `MarbleConfig` with an output folder named after the pipeline.
         train_dataset ([`~datasets.Dataset`]):
@@ -122,8 +122,9 @@ class MarbleNFTTrainer(Trainer):
 
     Raises:
         `ValueError`: For a pipeline that is not flow matching, a prompt set without prompts or without the images that
-            the pipeline edits, the wrong number of reward weights, a held-out reward that is trained on, or settings
-            that do not fit together.
+            the pipeline edits, the wrong number of reward weights, a held-out reward that is trained on, rewards of
+            images for a pipeline of videos (see [`~trl_marble.rewards.FrameReward`]) or the other way round, or
+            settings that do not fit together.
         `OSError`: If the output folder cannot be written.
     """
 
@@ -186,11 +187,18 @@ class MarbleNFTTrainer(Trainer):
         set_seed(args.seed)  # the adapter is initialized here, before `Trainer` sets the seed
         self.pipeline = load_pipeline(pipeline)
         self.flow = FlowPipeline(
-            self.pipeline, args.resolution, args.resolution, args.guidance_scale, args.max_sequence_length
+            self.pipeline,
+            args.resolution,
+            args.resolution,
+            args.guidance_scale,
+            args.max_sequence_length,
+            num_frames=args.num_frames,
         )
         self.edits = edits_images(self.flow, train_dataset, "train_dataset")
         if eval_dataset is not None:
             edits_images(self.flow, eval_dataset, "eval_dataset")
+        for scorer in self.scorers:
+            check_media(scorer.funcs, scorer.names, self.flow.family.output, type(self.pipeline).__name__)
         self.trainable = dict(add_trainable_adapter(self.pipeline, peft_config or lora_config(self.pipeline)))
         self.pipeline.to(args.device)
         self.flow.verify()

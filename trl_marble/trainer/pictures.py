@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image
 from torch import Tensor
 from transformers import Trainer
 
 from ..evaluation import format_value, image_grid, plot_balance, plot_rewards, summarize_balance
 from ..evaluation.plots import plot_histograms
+from ..media import Sample
 from .trackers import send_to_trackers
 
 
@@ -23,8 +23,8 @@ class RolloutRecord:
     Args:
         prompts (`list[str]`):
             The prompt of each of this process's images.
-        images (`list[PIL.Image.Image]`):
-            This process's images.
+        images (`list[PIL.Image.Image]` or `list[list[PIL.Image.Image]]`):
+            This process's images, or videos.
         rewards (`Tensor` of shape `[K, number of this process's images]`, float32):
             Their rewards, NaN where one does not apply.
         all_rewards (`Tensor` of shape `[K, B]`, float32):
@@ -34,7 +34,7 @@ class RolloutRecord:
     """
 
     prompts: list[str]
-    images: list[Image.Image]
+    images: list[Sample]
     rewards: Tensor
     all_rewards: Tensor
     all_sources: list[str] | None
@@ -43,7 +43,8 @@ class RolloutRecord:
 def log_rollout(trainer: Trainer, names: list[str], record: RolloutRecord, num_prompts: int) -> None:
     """
     Save a grid of a generation batch's images with their rewards, `<output_dir>/images/train_step_<step>.png`, and the
-    histograms of all its rewards, `<output_dir>/images/rewards_step_<step>.png`; send both to the trackers.
+    histograms of all its rewards, `<output_dir>/images/rewards_step_<step>.png`; send both to the trackers. Beside a
+    grid of videos one with them playing is saved, `train_step_<step>.webp`.
 
     Trackers get their own kind of histogram, `train/rewards/<name>/histogram`, and one more for each source.
 
@@ -82,12 +83,12 @@ def log_evaluation(
     trainer: Trainer,
     prefix: str,
     names: list[str],
-    gallery: Mapping[str, Sequence[Image.Image]],
+    gallery: Mapping[str, Sequence[Sample]],
     rewards: Mapping[str, Tensor],
 ) -> None:
     """
     Save a grid of an evaluation's images with their rewards, `<output_dir>/images/<prefix>_step_<step>.png`, and send
-    it to the trackers.
+    it to the trackers. Beside a grid of videos one with them playing is saved, `<prefix>_step_<step>.webp`.
 
     Args:
         trainer ([`~transformers.Trainer`]):
@@ -96,8 +97,8 @@ def log_evaluation(
             Of the evaluation's metrics.
         names (`list[str]`):
             The K rewards.
-        gallery (`Mapping[str, Sequence[PIL.Image.Image]]`):
-            Images by prompt.
+        gallery (`Mapping[str, Sequence[PIL.Image.Image]]` or `Mapping[str, Sequence[list[PIL.Image.Image]]]`):
+            Images or videos by prompt.
         rewards (`Mapping[str, Tensor]`):
             Prompt -> rewards of its images, of shape `[K, number of images]`.
     """

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 from diffusers import DiffusionPipeline
 from huggingface_hub import CommitInfo, HfApi
-from PIL import Image
 from transformers.trainer_utils import HubStrategy
 from transformers.utils import PushInProgress
 
@@ -18,6 +17,7 @@ import trl_marble
 
 from ..evaluation import plot_balance, summarize_balance
 from ..hub import CardInputs, GalleryItem, RewardRow, build_model_card, published_files
+from ..media import sample_suffix, save_sample
 
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "dataset
 CARD_SETTINGS = (
     "num_inference_steps",
     "guidance_scale",
+    "num_frames",
     "max_sequence_length",
     "num_generations",
     "timestep_fraction",
@@ -259,8 +260,7 @@ def _save_gallery(trainer: "MarbleNFTTrainer", folder: Path) -> list[GalleryItem
     (folder / "images").mkdir(exist_ok=True)
     items = []
     for number, (prompt, images) in enumerate(trainer.evaluations[-1].gallery.items()):
-        path = f"images/sample_{number}.png"
-        image: Image.Image = images[0]
-        image.save(folder / path)
+        path = f"images/sample_{number}{sample_suffix(images[0])}"
+        save_sample(images[0], folder / path, lossless=False)
         items.append(GalleryItem(path=path, prompt=prompt))
     return items

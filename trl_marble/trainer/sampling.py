@@ -1,13 +1,13 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
-"""Images of a policy and what the rewards say of them, for rollouts and evaluations alike."""
+"""Images or videos of a policy and what the rewards say of them, for rollouts and evaluations alike."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from PIL import Image
 from torch import Tensor
 
+from ..media import Sample
 from ..pipelines import Conditioning
 from ..rewards import PendingScores, RewardScorer, Scores
 from .reward_failures import settle_failures
@@ -24,8 +24,8 @@ class Samples(NamedTuple):
     Args:
         latents (`Tensor` of shape `[B, ...]`):
             Clean latents x0.
-        images (`list[PIL.Image.Image]`):
-            What they look like.
+        images (`list[PIL.Image.Image]` or `list[list[PIL.Image.Image]]`):
+            What they look like: images, or videos.
         rewards (`Tensor` of shape `[K, B]`, float32):
             One row a reward, those of the first scorer first; NaN where a reward does not apply.
         failed (`dict[str, int]`):
@@ -33,7 +33,7 @@ class Samples(NamedTuple):
     """
 
     latents: Tensor
-    images: list[Image.Image]
+    images: list[Sample]
     rewards: Tensor
     failed: dict[str, int]
 
@@ -75,7 +75,7 @@ def sample_and_score(
     """
     trainer.model.eval()
     latents: list[Tensor] = []
-    images: list[Image.Image] = []
+    images: list[Sample] = []
     pending: list[list[PendingScores]] = []
     with trainer.progress("rollout", len(prompts)) as bar:
         for start in range(0, len(prompts), batch_size):
