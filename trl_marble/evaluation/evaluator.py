@@ -15,6 +15,7 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from datasets import Dataset
 from diffusers import DiffusionPipeline
+from PIL import Image
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import TrainerState
