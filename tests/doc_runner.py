@@ -63,6 +63,7 @@ SMALL_ARGUMENTS = {
         "--modes weighted_sum exact"
     ),
     "examples/benchmarks/balance_schedules.py": "--seeds 1 --schedules 'every step'",
+    "examples/benchmarks/memory.py": "--models tiny",
     "examples/scripts/sd3_five_rewards.py": "--num_generated_prompts 8",
 }
 # Commands that a page takes for granted, such as the demo, whose adapter it goes on with.

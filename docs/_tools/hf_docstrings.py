@@ -42,6 +42,9 @@ FOREIGN = {
     "argparse.ArgumentParser": "https://docs.python.org/3/library/argparse.html#argparse.ArgumentParser",
     "datasets.Dataset": f"{HUGGING_FACE}/datasets/package_reference/main_classes#datasets.Dataset",
     "diffusers.DiffusionPipeline": f"{HUGGING_FACE}/diffusers/api/pipelines/overview#diffusers.DiffusionPipeline",
+    "diffusers.PipelineQuantizationConfig": (
+        f"{HUGGING_FACE}/diffusers/api/quantization#diffusers.PipelineQuantizationConfig"
+    ),
     "diffusers.SchedulerMixin": f"{HUGGING_FACE}/diffusers/api/schedulers/overview#diffusers.SchedulerMixin",
     "diffusers.StableDiffusion3Pipeline": (
         f"{HUGGING_FACE}/diffusers/api/pipelines/stable_diffusion/stable_diffusion_3"

@@ -6,6 +6,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 from zlib import crc32
 
 import torch
@@ -16,6 +17,7 @@ from .. import shapeworld
 from ..data import compositional_prompts, load_prompts, mix_prompts, ocr_prompts
 from ..data.loading import SUFFIXES
 from ..pipelines import load_pipeline
+from ..pipelines.quantization import Quantization, quantization_config
 from ..rewards import ModelReward, RewardFunc, load_reward
 
 
@@ -26,7 +28,9 @@ NAMED_SOURCE = re.compile(r"(?:(?P<name>\w[\w.-]*)=)?(?P<source>.+)")
 HELD_OUT = 5
 
 
-def load_model(model: str, bf16: bool = False, use_t5: bool = True) -> DiffusionPipeline:
+def load_model(
+    model: str, bf16: bool = False, use_t5: bool = True, quantization: Quantization | None = None
+) -> DiffusionPipeline:
     """
     The pipeline of a name.
 
@@ -37,17 +41,29 @@ def load_model(model: str, bf16: bool = False, use_t5: bool = True) -> Diffusion
             Whether the weights are loaded in bf16.
         use_t5 (`bool`, *optional*, defaults to `True`):
             Whether the T5 encoder of a Stable Diffusion 3 is loaded.
+        quantization (`"nf4"` or `"int8"`, *optional*):
+            How the transformer's linear layers are stored, see
+            [`~trl_marble.pipelines.quantization_config`].
 
     Returns:
         [`~diffusers.DiffusionPipeline`]: the pipeline.
 
     Raises:
         `OSError`: If it cannot be loaded.
+        `ValueError`: If the pipeline that comes with the package is to be quantized.
+        `ImportError`: If `bitsandbytes` is missing.
     """
     if model == SHAPEWORLD:
+        if quantization is not None:
+            raise ValueError(
+                f"`{SHAPEWORLD}` is small and always in fp32; leave out the quantization {quantization!r}."
+            )
         return shapeworld.load_pipeline()
-    without: dict[str, None] = {} if use_t5 else {"text_encoder_3": None, "tokenizer_3": None}
-    return load_pipeline(model, torch.bfloat16 if bf16 else torch.float32, **without)
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    options: dict[str, Any] = {} if use_t5 else {"text_encoder_3": None, "tokenizer_3": None}
+    if quantization is not None:
+        options["quantization_config"] = quantization_config(quantization, dtype)
+    return load_pipeline(model, dtype, **options)
 
 
 def load_sources(

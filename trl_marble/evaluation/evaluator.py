@@ -24,6 +24,7 @@ from transformers.utils import logging
 from ..data import validate_prompts
 from ..media import Sample
 from ..pipelines import FlowPipeline, edits_images, encode_distinct, find_adapter, load_pipeline, loaded_adapter
+from ..pipelines.quantization import first_values
 from ..rewards import PendingScores, RewardError, RewardFunc, RewardScorer
 from ..rewards.protocol import check_media
 from .contact_sheet import write_contact_sheet
@@ -369,7 +370,7 @@ def _pipeline_digest(pipeline: DiffusionPipeline) -> str:
         if isinstance(module, nn.Module):
             for name, weight in module.named_parameters():
                 digest.update(f"{component}.{name} {tuple(weight.shape)} {weight.dtype}".encode())
-                digest.update(weight.detach().flatten()[:64].float().cpu().numpy().tobytes())
+                digest.update(first_values(weight).numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -7,7 +7,9 @@ from .editing import edits_images, encode_distinct, row_digests
 from .families import FAMILIES, Family, find_family
 from .flow_pipeline import FlowPipeline, Rollout
 from .loading import add_trainable_adapter, load_pipeline, lora_config, plain_lora_linears
+from .offloading import offload_components
 from .policy import Policy, WeightShadow, adapters_disabled, compile_blocks
+from .quantization import quantization_config
 from .schedulers import check_flow_matching
 
 
@@ -32,6 +34,8 @@ __all__ = [
     "load_pipeline",
     "loaded_adapter",
     "lora_config",
+    "offload_components",
     "plain_lora_linears",
     "row_digests",
+    "quantization_config",
 ]

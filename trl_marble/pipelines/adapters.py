@@ -152,12 +152,14 @@ def adapter_names(pipeline: DiffusionPipeline) -> list[str]:
 def _check_fits(pipeline: DiffusionPipeline, state: dict[str, Tensor], adapter: str) -> None:
     """Raise a `ValueError` where a LoRA state dict has weights for layers that the pipeline has not, or is broken."""
     # Where a layer has an adapter already, its own weight lies one level deeper.
-    shapes = {
-        f"{component}.{name}".removesuffix(".weight").removesuffix(".base_layer"): weight.shape
-        for component, model in pipeline.components.items()
-        if component.startswith("transformer") and model is not None
-        for name, weight in model.named_parameters()
-    }
+    shapes: dict[str, tuple[int, ...]] = {}
+    for component, model in pipeline.components.items():
+        if component.startswith("transformer") and model is not None:
+            for name, weight in model.named_parameters():
+                shapes[f"{component}.{name}".removesuffix(".weight").removesuffix(".base_layer")] = weight.shape
+            for name, layer in model.named_modules():
+                if isinstance(layer, nn.Linear):  # quantized weights are packed, so that theirs is another shape
+                    shapes[f"{component}.{name}".removesuffix(".base_layer")] = (layer.out_features, layer.in_features)
     misfits = []
     for key, value in state.items():
         if not value.isfinite().all():

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .conditioning import Conditioning, Rows
 from .families import find_family
+from .quantization import base_dtype
 from .schedulers import (
     FLOW_MATCHING_SCHEDULERS,
     OneStep,
@@ -149,8 +150,8 @@ class FlowPipeline:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the transformer's base weights, whatever the dtype of adapters on top of them."""
-        return self.transformer.dtype
+        """The dtype that the transformer computes in, whatever the dtype of adapters on top and of packed weights."""
+        return base_dtype(self.transformer)
 
     @property
     def splits_batches(self) -> bool:

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from peft import LoraConfig
-from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 from .families import Family, find_family
+from .quantization import lora_linear_classes
 from .unlisted import assumed_family
 
 
@@ -30,7 +30,8 @@ def load_pipeline(
         dtype (`torch.dtype`, *optional*):
             The dtype of the loaded weights. Defaults to fp32.
         components (`Any`):
-            Components to use instead of those at that place, such as `text_encoder_3=None` for none.
+            Components to use instead of those at that place, such as `text_encoder_3=None` for none, and
+            `quantization_config`, see [`quantization_config`].
 
     Returns:
         [`~diffusers.DiffusionPipeline`]: the pipeline.
@@ -167,9 +168,10 @@ def plain_lora_linears(transformer: torch.nn.Module, names: Iterable[str]) -> li
         a magnitude of DoRA, a bias, or a convolution.
     """
     plain: dict[str, torch.nn.Linear] = {}
+    classes = lora_linear_classes()
     for path, layer in transformer.named_modules():
         # A variant, such as DoRA, uses the weights in other ways too than multiplying by them.
-        if isinstance(layer, LoraLinear) and not layer.lora_variant:
+        if isinstance(layer, classes) and not layer.lora_variant:
             for part in ("lora_A", "lora_B"):
                 for adapter, module in getattr(layer, part).items():
                     if type(module) is torch.nn.Linear:

@@ -12,6 +12,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from ..pipelines.quantization import first_values
+
 
 STATE_FILE = "marble_state.safetensors"
 IDENTITY_FILE = "marble_state.json"
@@ -28,12 +30,13 @@ def base_fingerprint(transformer: nn.Module) -> str:
 
     Returns:
         `str`: Hex digest of the name, shape, dtype and first 64 values of every frozen parameter: the same for the
-        same base model wherever it is loaded from and whatever adapter is trained on it, different for another one.
+        same base model wherever it is loaded from and whatever adapter is trained on it, different for another one or
+        another quantization of it.
     """
     digest = hashlib.blake2b(digest_size=16)
     for name, parameter in transformer.named_parameters():
         if not parameter.requires_grad:
-            sample = parameter.detach().flatten()[:64].float().cpu()
+            sample = first_values(parameter)
             name = name.replace(".base_layer.", ".")  # what an adapter is wrapped around
             digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
             digest.update(sample.numpy().tobytes())

@@ -55,6 +55,9 @@ class MarbleConfig(TrainingArguments):
         rollout_batch_size (`int`, *optional*):
             Number of images that one call of the pipeline samples on each device. Defaults to `num_generations`.
             Images depend on it only by rounding.
+        offload_components (`bool`, *optional*, defaults to `False`):
+            Whether text encoders, image encoders and the VAE are on the device only while they are used, and on the
+            CPU otherwise. The transformer stays on the device.
         num_generations_eval (`int`, *optional*, defaults to `4`):
             Number of images sampled for each prompt of `eval_dataset`. Seeds are the same at every evaluation.
 
@@ -197,6 +200,9 @@ class MarbleConfig(TrainingArguments):
     )
     rollout_batch_size: int = field(  # type: ignore[assignment]
         default=None, metadata={"help": "Images sampled at once on each device. Defaults to `num_generations`."}
+    )
+    offload_components: bool = field(
+        default=False, metadata={"help": "Whether text encoders and VAE are on the CPU while they are not used."}
     )
     num_generations_eval: int = field(default=4, metadata={"help": "Number of images for each evaluation prompt."})
 

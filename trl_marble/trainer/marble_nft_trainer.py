@@ -47,6 +47,7 @@ from ..pipelines import (
     encode_distinct,
     load_pipeline,
     lora_config,
+    offload_components,
     plain_lora_linears,
 )
 from ..rewards import RewardFunc, RewardScorer
@@ -200,7 +201,10 @@ class MarbleNFTTrainer(Trainer):
         for scorer in self.scorers:
             check_media(scorer.funcs, scorer.names, self.flow.family.output, type(self.pipeline).__name__)
         self.trainable = dict(add_trainable_adapter(self.pipeline, peft_config or lora_config(self.pipeline)))
-        self.pipeline.to(args.device)
+        if args.offload_components:
+            offload_components(self.pipeline, args.device)
+        else:
+            self.pipeline.to(args.device)
         self.flow.verify()
         if args.torch_compile_backend is not None:  # `torch_compile` sets it, and is set by it
             compile_blocks(self.flow.transformer, args.torch_compile_backend, args.torch_compile_mode)

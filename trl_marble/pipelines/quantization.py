@@ -1,0 +1,111 @@
+# Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
+"""A base whose weights are stored in 8 or 4 bits, under an adapter in full precision."""
+
+from typing import Literal, get_args
+
+import torch
+from diffusers import PipelineQuantizationConfig
+from peft.import_utils import is_bnb_4bit_available, is_bnb_available
+from peft.tuners.lora import Linear as LoraLinear
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+
+Quantization = Literal["nf4", "int8"]
+
+
+def quantization_config(quantization: Quantization, compute_dtype: torch.dtype) -> PipelineQuantizationConfig:
+    """
+    How `bitsandbytes` stores the linear layers of a pipeline's transformer.
+
+    Text encoders and the VAE stay as they are, see [`offload_components`]. Other ways to quantize, such as those of
+    `torchao`, and other components, are a [`~diffusers.PipelineQuantizationConfig`] of your own.
+
+    Args:
+        quantization (`"nf4"` or `"int8"`):
+            4-bit normal floats with quantized scales (as in QLoRA), or 8-bit integers.
+        compute_dtype (`torch.dtype`):
+            What 4-bit weights are multiplied in; the dtype that the pipeline is loaded in.
+
+    Returns:
+        [`~diffusers.PipelineQuantizationConfig`]: for `load_pipeline(..., quantization_config=...)`.
+
+    Raises:
+        `ValueError`: there is no such quantization.
+        `ImportError`: `bitsandbytes` is not installed.
+    """
+    if quantization not in get_args(Quantization):
+        known = ", ".join(map(repr, get_args(Quantization)))
+        raise ValueError(f"There is no quantization {quantization!r}; pass one of {known}.")
+    if not is_bnb_available():
+        raise ImportError(
+            f"The quantization {quantization!r} needs bitsandbytes: `pip install 'trl_marble[quantization]'`."
+        )
+    if quantization == "int8":
+        return PipelineQuantizationConfig(
+            quant_backend="bitsandbytes_8bit",
+            quant_kwargs={"load_in_8bit": True},
+            components_to_quantize=["transformer"],
+        )
+    return PipelineQuantizationConfig(
+        quant_backend="bitsandbytes_4bit",
+        quant_kwargs={
+            "load_in_4bit": True,
+            "bnb_4bit_quant_type": "nf4",
+            "bnb_4bit_use_double_quant": True,
+            "bnb_4bit_compute_dtype": compute_dtype,
+        },
+        components_to_quantize=["transformer"],
+    )
+
+
+def lora_linear_classes() -> tuple[type[nn.Module], ...]:
+    """peft's layers that add `lora_B(lora_A(x))` to a linear layer, whatever the storage of its weights."""
+    classes: list[type[nn.Module]] = [LoraLinear]  # that of torchao's layers is a subclass
+    if is_bnb_available():
+        from peft.tuners.lora.bnb import Linear8bitLt
+
+        classes.append(Linear8bitLt)
+    if is_bnb_4bit_available():
+        from peft.tuners.lora.bnb import Linear4bit
+
+        classes.append(Linear4bit)
+    return tuple(classes)
+
+
+def base_dtype(transformer: nn.Module) -> torch.dtype:
+    """
+    The dtype that a transformer computes in.
+
+    Args:
+        transformer (`nn.Module`):
+            A diffusers model, with or without a LoRA.
+
+    Returns:
+        `torch.dtype`: what the model says of itself, unless that is the dtype of a LoRA: the one of the first weight
+        that is neither a LoRA's nor packed into integers.
+    """
+    floating = ((name, weight) for name, weight in transformer.named_parameters() if weight.is_floating_point())
+    name, _ = next(floating)
+    if ".lora_" not in name:
+        return transformer.dtype  # type: ignore[return-value]
+    return next(weight.dtype for name, weight in floating if ".lora_" not in name)
+
+
+def first_values(weight: Tensor, count: int = 64) -> Tensor:
+    """
+    The first numbers that a weight is stored as: something to tell weights apart by.
+
+    Args:
+        weight (`torch.Tensor`):
+            A weight, quantized or not.
+        count (`int`, *optional*, defaults to `64`):
+            How many numbers, of each tensor that the weight consists of.
+
+    Returns:
+        `torch.Tensor` of shape `[n]`: float32 on the CPU.
+    """
+    if is_traceable_wrapper_subclass(weight):  # as the weights of torchao are
+        parts = [getattr(weight, name) for name in weight.__tensor_flatten__()[0]]
+        return torch.cat([first_values(part, count) for part in parts])
+    return weight.detach().as_subclass(Tensor).flatten()[:count].float().cpu()
