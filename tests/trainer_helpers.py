@@ -58,6 +58,7 @@ def small_trainer(
     peft_config: Any = None,
     eval_reward_funcs: Any = None,
     callbacks: Any = None,
+    weighting: Any = "mgda",
     **overrides: Any,
 ) -> MarbleNFTTrainer:
     """A trainer on a tiny SD3 pipeline; keywords go to [`small_config`]."""
@@ -70,4 +71,5 @@ def small_trainer(
         peft_config=peft_config,
         eval_reward_funcs=eval_reward_funcs,
         callbacks=callbacks,
+        weighting=weighting,
     )

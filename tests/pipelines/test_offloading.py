@@ -6,7 +6,9 @@ another one than `cpu` to the code that moves modules, and the same to the one t
 
 import pytest
 import torch
+from tiny_edits import TINY_EDITS, edit_image, edit_instruction
 from tiny_families import TINY
+from tiny_videos import TINY_VIDEOS
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -54,12 +56,19 @@ class Whereabouts(TorchDispatchMode):
 
 @pytest.mark.parametrize("name", [family.pipeline_class.__name__ for family in FAMILIES])
 def test_components_are_on_the_device_while_they_are_used_and_only_then(name):
-    make, options = TINY[name]
+    make, options = (TINY_EDITS | TINY | TINY_VIDEOS)[name]
     pipeline = make()
-    flow = FlowPipeline(pipeline, options["height"], options["width"], 1.0, options.get("max_sequence_length"))
+    num_frames = options.get("num_frames", options.get("frames"))
+    flow = FlowPipeline(
+        pipeline, options["height"], options["width"], 1.0, options.get("max_sequence_length"), num_frames
+    )
+    prompts, images = ["a red dog", "a cat"], None
+    if flow.family.takes_image != "no":
+        prompts = [edit_instruction(prompt) for prompt in prompts] if name == "BriaFiboEditPipeline" else prompts
+        images = [edit_image("red green white"), edit_image("blue yellow")]
 
     def use() -> list[torch.Tensor]:
-        conditioning = flow.encode(["a red dog", "a cat"])
+        conditioning = flow.encode(prompts, images)
         rollout = flow.rollout(conditioning, [0, 1], 2, output_type="pt")
         with torch.no_grad():
             velocity = flow.velocity(rollout.latents, torch.full((2,), 0.5), conditioning)

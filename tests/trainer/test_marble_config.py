@@ -8,6 +8,7 @@ import math
 import pickle
 
 import pytest
+import torch
 from transformers import HfArgumentParser, TrainingArguments
 
 from trl_marble import MarbleConfig
@@ -201,3 +202,40 @@ def test_a_subclass_can_add_settings() -> None:
     assert Mine("out", use_cpu=True, num_judges=5).num_judges == 5
     with pytest.raises(TypeError, match="`Mine` has no setting `num_judge`; did you mean `num_judges`"):
         Mine("out", num_judge=5)
+
+
+# ---- How processes share the work ----
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed is not supported: it reduces .*--multi_gpu.*`shard_base=True`"),
+        ("ACCELERATE_USE_FSDP", "FSDP as `accelerate` and `transformers` .*--multi_gpu.*`shard_base=True`"),
+        ("ACCELERATE_USE_PARALLELISM_CONFIG", "Tensor, context .* are not supported. Start plain processes"),
+        ("ACCELERATE_USE_MEGATRON_LM", "Tensor, context and pipeline parallelism are not supported"),
+    ],
+)
+def test_launches_that_share_the_work_otherwise_are_refused(monkeypatch, flag, message) -> None:
+    monkeypatch.setenv(flag, "true")
+    with pytest.raises(ValueError, match=message):
+        config()
+
+
+@pytest.mark.parametrize("setting", [{"deepspeed": {"zero_optimization": {"stage": 2}}}, {"fsdp": "full_shard"}])
+def test_settings_that_share_the_work_otherwise_are_refused(setting) -> None:
+    with pytest.raises(ValueError, match="is not supported.*`shard_base=True`"):
+        config(**setting)
+
+
+def test_one_process_with_several_gpus_is_refused(monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ValueError, match="One process sees 2 GPUs .*--multi_gpu.*or .*`CUDA_VISIBLE_DEVICES=0`"):
+        config(use_cpu=False)
+    assert config().n_gpu == 0  # told to leave them alone
+
+
+def test_a_sharded_base_is_not_compiled(monkeypatch) -> None:
+    with pytest.raises(ValueError, match="`shard_base=True` and `torch_compile=True` do not work together"):
+        config(shard_base=True, torch_compile=True)
+    assert config(shard_base=True).base_is_sharded is False  # there is one process

@@ -59,3 +59,11 @@ def test_checkpointing_that_gives_wrong_gradients_is_refused(tmp_path):
     )
     with pytest.raises(ValueError, match="wrong gradients for ChromaPipeline: .*Set gradient_checkpointing=False"):
         trainer.train()
+
+
+def test_their_base_is_not_sharded(tmp_path):
+    make, call = TINY["AuraFlowPipeline"]
+    with pytest.raises(
+        ValueError, match="`shard_base=True` needs processes that call .*AuraFlowPipeline is called once"
+    ):
+        small_trainer(tmp_path, pipeline=make(), resolution=call["height"], shard_base=True)

@@ -1,5 +1,10 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
-"""One process with batches of 8 is two processes with batches of 4."""
+"""
+One process with batches of 8 is two processes with batches of 4, and where one of two fails, both do.
+
+One pair of processes goes through all scenarios, one after the other. That it comes to the end after so many failures
+shows that these leave nothing behind in which the next exchange would get stuck.
+"""
 
 import json
 import os
@@ -8,61 +13,180 @@ import sys
 from pathlib import Path
 
 import pytest
+import scenarios
+import torch
 from safetensors.torch import load_file
 
 
-WORKER = Path(__file__).with_name("two_processes.py")
-# A small learning rate, because Adam's first step makes a whole one of what is rounding in a gradient.
-SETTINGS = {"num_generations": 4, "max_steps": 2, "max_grad_norm": 0.0, "learning_rate": 1e-6, "beta": 0.1}
+TIMEOUT = 400  # seconds, of which about 60 are needed on two cores
+
+# What has to be the same with one process.
+EQUAL = {
+    "every step": {},
+    "every other step": {"balance_every": 2, "balance_on": "loss", "max_steps": 4},
+    "weighted sum": {"multi_objective_aggregation": "sum_then_normalize"},
+    # Three prompts a step, the middle one on both processes, and an epoch that is filled up from its beginning.
+    "a group on both": {
+        "per_device_train_batch_size": 6,
+        "prompts": [*scenarios.PROMPTS, "sea"],
+        "max_steps": 4,
+        "eval_prompts": 7,
+    },
+    "several updates": {"steps_per_generation": 2, "num_iterations": 2, "max_steps": 5},
+    "accumulated": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "eval_prompts": 1},
+    "sharded": {
+        "shard_base": True,
+        "activation_checkpointing": True,
+        "per_device_eval_batch_size": 4,
+        "eval_prompts": 9,  # more batches on one process than on the other
+    },
+    "adam": {"optim": "adamw_torch", "learning_rate": 1e-4, "max_grad_norm": 1.0},
+}
+SAVED = {"optim": "adamw_torch", "learning_rate": 1e-3, "steps_per_generation": 2, "max_steps": 4, "shard_base": True}
+ALONE = {
+    "streaming": {"balance_fraction": 0.5, "gradient_accumulation_steps": 2, "shard_base": True},
+    "masked": {"rewards": ["bright", "raises_on_rank_1"], "reward_failure": "mask"},
+    "uninterrupted": {**SAVED, "save_strategy": "steps", "save_steps": 1},
+    "resumed": {**SAVED, "resume": "uninterrupted/out/checkpoint-1"},
+}
+ERRORS = {
+    "reward": (
+        {"rewards": ["bright", "raises_on_rank_1"]},
+        "RewardError: Process 1 of 2 failed with RewardError: Reward `raises_on_rank_1` raised ConnectionError",
+    ),
+    "nonsense": (
+        {"rewards": ["bright", "answers_nonsense_on_rank_1"]},
+        "RewardError: Process 1 of 2 failed with RewardError: Reward `answers_nonsense_on_rank_1` returned str",
+    ),
+    "row": ({"fault": "row"}, "RuntimeError: Process 1 of 2 failed with OSError: row cannot be read"),
+    "rollout": ({"fault": "rollout"}, "RuntimeError: Process 1 of 2 failed with OSError: no space left"),
+    "update": (
+        {"fault": "update", "gradient_accumulation_steps": 2},  # in the first micro-batch, and the other goes on
+        "RuntimeError: Process 1 of 2 failed with FloatingPointError: update went wrong",
+    ),
+    "picture": (
+        {"fault": "picture", "log_images": True, "log_images_steps": 1},
+        "RuntimeError: Process 0 of 2 failed with AttributeError",
+    ),
+    "save": ({"fault": "save", "save_strategy": "steps", "save_steps": 2}, "no space left"),
+}
 
 
-def run(folder, processes, **settings):
-    folder.mkdir()
-    settings = SETTINGS | settings | {"per_device_train_batch_size": 8 // processes}
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    command = [sys.executable, *launcher, str(WORKER), str(folder), json.dumps(settings)]
-    subprocess.run(command, check=True, timeout=300, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    return [load_file(file) for file in sorted(folder.glob("rank*.safetensors"))]
+@pytest.fixture(scope="module")
+def two(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("two")
+    given = EQUAL | ALONE | {name: settings for name, (settings, _) in ERRORS.items()}
+    given = {name: {"per_device_train_batch_size": 4} | settings for name, settings in given.items()}
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    run = subprocess.run(
+        [*launcher, scenarios.__file__, str(folder), json.dumps(given)],
+        timeout=TIMEOUT,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert run.returncode == 0, run.stderr[-5000:]
+    return folder
+
+
+def tensors(folder: Path, name: str) -> list[dict[str, torch.Tensor]]:
+    return [load_file(file) for file in sorted((folder / name).glob("rank*.safetensors"))]
+
+
+def told(folder: Path, name: str) -> list[dict]:
+    return [json.loads(file.read_text()) for file in sorted((folder / name).glob("rank*.json"))]
 
 
 def relative_error(a, b):
+    a, b = a.double().nan_to_num(), b.double().nan_to_num()
     return ((a - b).norm() / b.norm().clamp(min=1e-12)).item()
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"balance_every": 1, "balance_on": "advantage"},
-        {"balance_every": 2, "balance_on": "loss"},
-        {"multi_objective_aggregation": "sum_then_normalize"},
-    ],
-    ids=["every step", "every other step", "weighted sum"],
-)
-def test_two_processes_are_one(tmp_path, settings):
-    (alone,) = run(tmp_path / "one", 1, **settings)
-    first, second = run(tmp_path / "two", 2, **settings)
-    assert {"0", "1", "alpha", "old", "diversity", "evaluation"} == set(alone)
-    assert len(alone["diversity"]) == 3 and alone["diversity"].min() > 0 and alone["evaluation"].shape == (4, 24)
-    for name, value in alone.items():
-        # `bright` and `blue` have nearly one gradient: how they share their weight is up to rounding, their sum not.
-        assert relative_error(first[name], value) < (1e-3 if name == "alpha" else 1e-5), name
-        assert first[name].equal(second[name]), name
+@pytest.mark.parametrize("name", EQUAL)
+def test_two_processes_are_one(two, tmp_path, name) -> None:
+    size = EQUAL[name].get("per_device_train_batch_size", 4)
+    scenarios.run_scenario(tmp_path / "one", **EQUAL[name] | {"per_device_train_batch_size": 2 * size})
+    (alone,), (first, second) = tensors(tmp_path, "one"), tensors(two, name)
+    assert first.keys() == second.keys() == alone.keys()
+    steps = sum(key.startswith("gradient/") for key in alone)
+    assert steps >= 3 and alone["change"].norm() > 0 and alone["gradient/2"].norm() > 0
+    solved = {"every other step": steps // 2, "weighted sum": 0}.get(name, steps)
+    assert sum(key.startswith("gram/") for key in alone) == solved
+    for step in range(steps):  # each process has its samples, together they are those of one
+        both = torch.cat([first[f"advantages/{step}"], second[f"advantages/{step}"]], dim=1)
+        assert both.isnan().equal(alone[f"advantages/{step}"].isnan())
+        assert relative_error(both, alone[f"advantages/{step}"]) < 1e-5
+        assert torch.cat([first[f"sample_ids/{step}"], second[f"sample_ids/{step}"]]).equal(
+            alone[f"sample_ids/{step}"]
+        )
+    for key, value in alone.items():
+        if key.split("/")[0] not in ("advantages", "sample_ids"):
+            assert relative_error(first[key], value) < 1e-5, key
+            assert first[key].nan_to_num().equal(second[key].nan_to_num()), key
+
+    # What is logged, alpha and cosines included.
+    (expected,), (on_first, on_second) = told(tmp_path, "one"), told(two, name)
+    assert on_first["evaluation"] == pytest.approx(on_second["evaluation"], rel=0, abs=0, nan_ok=True)
+    assert on_first["evaluation"] == pytest.approx(expected["evaluation"], rel=1e-5, abs=1e-6, nan_ok=True)
+    assert len(on_first["log"]) == len(expected["log"])
+    for found, entry in zip(on_first["log"], expected["log"], strict=True):
+        timeless = {key: value for key, value in entry.items() if "runtime" not in key and "second" not in key}
+        assert {key: found[key] for key in timeless} == pytest.approx(timeless, rel=1e-5, abs=1e-6, nan_ok=True)
+        assert name == "weighted sum" or "loss" not in entry or "balance/alpha/left" in entry
 
 
-def test_a_streaming_step_of_two_processes_leaves_both_with_one_direction(tmp_path):
-    settings = {"balance_every": 1, "balance_fraction": 0.5, "timestep_fraction": 1.0}
-    first, second = run(tmp_path / "two", 2, **settings)
-    for name, value in first.items():
-        assert value.equal(second[name]) and value.isfinite().all(), name
-    assert first["1"].norm() > 0
+def test_a_reward_may_apply_on_one_process_only(two) -> None:
+    first, second = tensors(two, "every step")
+    red = [[part["advantages/0"][2].isfinite().any().item()] for part in (first, second)]
+    assert red == [[True], [False]] and first["active/0"].tolist() == [[True, True, True]]
 
 
-def test_a_reward_that_fails_on_one_process_stops_both_with_the_same_error(tmp_path):
-    assert run(tmp_path / "raise", 2, fails=True) == []
-    first, second = (file.read_text() for file in sorted((tmp_path / "raise").glob("rank*.txt")))
-    assert first == second and "`sees_nothing_on_rank_1` raised ConnectionError: scorer went away" in first
+def test_a_group_may_be_on_both_processes(two) -> None:
+    groups = [set((part["sample_ids/0"] // 4).tolist()) for part in tensors(two, "a group on both")]
+    assert groups == [{0, 1}, {1, 2}]
 
 
-def test_a_reward_that_fails_on_one_process_is_masked_there(tmp_path):
-    first, second = run(tmp_path / "mask", 2, fails=True, reward_failure="mask")
-    assert first["1"].equal(second["1"]) and first["1"].norm() > 0
+def test_an_evaluation_may_have_more_processes_than_images(two) -> None:
+    first, second = tensors(two, "accumulated")
+    assert first["evaluated"].shape == (4, 1) and first["evaluated"][0].isfinite().all()
+
+
+def test_each_process_holds_its_part_of_a_sharded_base(two) -> None:
+    whole, (first, second) = told(two, "every step")[0]["parameters held"], told(two, "sharded")
+    adapter = tensors(two, "sharded")[0]["change"].numel()
+    held = [part["parameters held"] - adapter for part in (first, second)]
+    assert sum(held) == pytest.approx(whole - adapter, rel=1e-3)
+    assert held[0] == pytest.approx(held[1], rel=1e-2)
+
+
+def test_a_streaming_step_leaves_both_with_one_direction(two) -> None:
+    first, second = tensors(two, "streaming")
+    for key in ("change", "old", "gradient/0", "gradient/1", "gradient/2", "gram/0", "gram/1", "gram/2"):
+        assert first[key].equal(second[key]) and first[key].isfinite().all() and first[key].norm() > 0, key
+
+
+def test_two_processes_resume_what_two_have_saved(two) -> None:
+    """In the middle of a generation batch, which each of them keeps a part of."""
+    whole, resumed = tensors(two, "uninterrupted"), tensors(two, "resumed")
+    assert (two / "uninterrupted" / "out" / "checkpoint-1" / "generation_batch_1.safetensors").is_file()
+    for rank in (0, 1):
+        assert "gradient/0" not in resumed[rank]
+        for key in ("gradient/1", "gradient/3", "change", "old", "average", "evaluated"):
+            assert resumed[rank][key].nan_to_num().equal(whole[rank][key].nan_to_num()), key
+
+
+def test_a_reward_that_fails_on_one_process_is_masked_there(two) -> None:
+    first, second = tensors(two, "masked")
+    assert first["advantages/0"].isfinite().all() and second["advantages/0"][1].isnan().all()
+    assert first["change"].equal(second["change"]) and first["change"].norm() > 0
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_both_processes_stop_with_the_error_of_one(two, name) -> None:
+    first, second = told(two, name)
+    assert first["error"] == second["error"] and ERRORS[name][1] in first["error"]
+    failed, other = (first, second) if name in ("picture", "save") else (second, first)
+    assert failed["cause"] != "None" and other["cause"] == "None"
+    saved = {file.name for file in (two / name / "out").glob("checkpoint-1/*")}
+    # In the first step there is nothing to save, and where saving fails nothing can be.
+    assert {"marble_state.safetensors", "trainer_state.json"} <= saved or name in ("reward", "nonsense", "save")

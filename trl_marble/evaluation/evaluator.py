@@ -4,7 +4,6 @@
 import hashlib
 import json
 from collections.abc import Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,7 +11,6 @@ import numpy as np
 import pandas as pd
 import torch
 from accelerate import PartialState
-from accelerate.utils import gather_object
 from datasets import Dataset
 from diffusers import DiffusionPipeline
 from PIL import Image
@@ -25,6 +23,7 @@ from ..data import validate_prompts
 from ..media import Sample
 from ..pipelines import FlowPipeline, edits_images, encode_distinct, find_adapter, load_pipeline, loaded_adapter
 from ..pipelines.quantization import first_values
+from ..processes import FailingTogether
 from ..rewards import PendingScores, RewardError, RewardFunc, RewardScorer
 from ..rewards.protocol import check_media
 from .contact_sheet import write_contact_sheet
@@ -124,16 +123,17 @@ def evaluate_pipeline(
     records = BatchRecords(folder)
     plan = _Plan(prompts, edits_images(flow, prompts, "prompts"), args)
 
-    with _failing_together(state):
+    together = FailingTogether()
+    with together.phase():
         if state.is_main_process:
             records.begin(settings)
     scorer.to(flow.device, torch.bfloat16 if args.bf16 else torch.float32)
     try:
-        with _failing_together(state), loaded_adapter(model, adapter):
+        with together.phase(), loaded_adapter(model, adapter):
             _evaluate_share(flow, scorer, plan, records, args, state)
     finally:
         scorer.close()
-    with _failing_together(state):
+    with together.phase():
         if state.is_main_process:
             _merge(settings, scorer.names, plan, records, args)
     return EvaluationResults.load(folder)
@@ -387,19 +387,3 @@ def _content(value: Any) -> str:
     if isinstance(value, Image.Image):
         return f"{value.mode} {value.size} {hashlib.sha256(value.tobytes()).hexdigest()}"
     return repr(value)
-
-
-@contextmanager
-def _failing_together(state: PartialState):
-    """Where one process fails, all do: nobody waits for one that has gone."""
-    failure: Exception | None = None
-    try:
-        yield
-    except Exception as error:
-        failure = error
-    messages = gather_object([None if failure is None else f"{type(failure).__name__}: {failure}"])
-    if failure is not None:
-        raise failure
-    for process, message in enumerate(messages):
-        if message is not None:
-            raise RuntimeError(f"Process {process} of {state.num_processes} failed with {message}")

@@ -11,6 +11,7 @@ from .offloading import offload_components
 from .policy import Policy, WeightShadow, adapters_disabled, compile_blocks
 from .quantization import quantization_config
 from .schedulers import check_flow_matching
+from .sharding import shard_base
 
 
 __all__ = [
@@ -36,6 +37,7 @@ __all__ = [
     "lora_config",
     "offload_components",
     "plain_lora_linears",
-    "row_digests",
     "quantization_config",
+    "row_digests",
+    "shard_base",
 ]

@@ -212,6 +212,11 @@ class WeightShadow:
             raise RuntimeError(f"{method} was called while these weights are swapped in; leave swapped_in() first.")
 
 
+def transformer_blocks(transformer: nn.Module) -> list[nn.Module]:
+    """The members of the module lists right below a transformer: most of its weights, in the order of their use."""
+    return [block for child in transformer.children() if isinstance(child, nn.ModuleList) for block in child]
+
+
 def compile_blocks(transformer: nn.Module, backend: str, mode: str | None = None) -> None:
     """
     Compile the transformer's blocks one by one, in place: all blocks of a kind are compiled once.
@@ -229,7 +234,7 @@ def compile_blocks(transformer: nn.Module, backend: str, mode: str | None = None
     Raises:
         `ValueError`: the transformer has no blocks.
     """
-    blocks = [block for child in transformer.children() if isinstance(child, nn.ModuleList) for block in child]
+    blocks = transformer_blocks(transformer)
     if not blocks:
         raise ValueError(f"{type(transformer).__name__} has no lists of blocks to compile; set torch_compile=False.")
     # Every kind of block is compiled for sampling, training, per-reward gradients and the base model, each again for

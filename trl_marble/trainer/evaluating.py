@@ -4,8 +4,9 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
 import torch
 from accelerate.utils import gather_object
 from datasets import Dataset
@@ -15,6 +16,8 @@ from ..evaluation import Evaluation
 from ..evaluation.diversity import group_diversity, thumbnails
 from ..media import Sample
 from ..pipelines import Conditioning, adapters_disabled, edits_images, encode_distinct
+from ..rewards import Scores
+from .reward_failures import count_failures
 from .sampling import sample_and_score
 from .seeding import Draw, derive_seed
 
@@ -26,7 +29,7 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class PolicyEvaluation:
     """
-    An evaluation and what else was measured on the way. The same on all processes, but for the velocity norm.
+    An evaluation and what else was measured on the way. The same on all processes.
 
     Args:
         evaluation ([`~trl_marble.evaluation.Evaluation`]):
@@ -34,12 +37,12 @@ class PolicyEvaluation:
         gallery_rewards (`dict[str, Tensor]`):
             Prompt of the gallery -> rewards of its images, of shape `[K, number of images]`.
         failed (`dict[str, int]`):
-            How many images each reward failed for.
+            How many images each reward failed for; empty where a failure raises.
         diversity (`float`):
             Mean over prompts of [`~trl_marble.evaluation.diversity.group_diversity`], in [0, 1]; NaN with one image a
             prompt.
         velocity_norm (`float`):
-            Norm of the policy's velocity relative to the base model's, on a batch of this process's images.
+            Norm of the policy's velocity relative to the base model's, on the first batch of images.
     """
 
     evaluation: Evaluation
@@ -74,59 +77,88 @@ def evaluate_policy(trainer: "MarbleNFTTrainer", dataset: Dataset) -> PolicyEval
     """
     args = trainer.args
     repeats = args.num_generations_eval
-    indices = range(len(dataset) * repeats)[args.process_index :: args.world_size]
-    rows = [dataset[i // repeats] for i in indices]
-    prompts = [row["prompt"] for row in rows]
-    columns = {name: [row[name] for row in rows] for name in dataset.column_names if name != "prompt"}
-    seeds = [derive_seed(args.seed, Draw.EVALUATION, i) for i in indices]
-    to_edit = columns["image"] if edits_images(trainer.flow, dataset, "eval_dataset") else None
-    conditioning, prompt_index = encode_distinct(trainer.flow, prompts, to_edit)
+    names = [name for scorer in trainer.scorers for name in scorer.names]
+    found, scores = _own_images(trainer, dataset)
+    with trainer.together.phase():
+        failed = {} if args.reward_failure == "raise" else count_failures(scores, names, trainer.accelerator)
+
+    images = sorted(gather_object(found), key=lambda image: image.number)
+    gallery: dict[str, list[Sample]] = {}
+    gallery_rewards: dict[str, list[Tensor]] = {}
+    for image in images:
+        if image.shown is not None:
+            prompt = dataset[image.number // repeats]["prompt"]
+            gallery.setdefault(prompt, []).append(image.shown)
+            gallery_rewards.setdefault(prompt, []).append(torch.tensor(image.rewards))
+    rewards = torch.tensor([image.rewards for image in images]).T
+    features = torch.stack([torch.from_numpy(image.thumbnail) for image in images])
+    diversity = group_diversity(features, torch.arange(len(images)) // repeats).mean().item()
+    policy, base = torch.tensor([image.velocity for image in images if image.velocity], dtype=torch.float64).sum(dim=0)
+    return PolicyEvaluation(
+        evaluation=Evaluation(trainer.state.global_step, names, rewards, gallery),
+        gallery_rewards={prompt: torch.stack(values, dim=1) for prompt, values in gallery_rewards.items()},
+        failed=failed,
+        diversity=diversity,
+        velocity_norm=(policy / base).sqrt().item(),
+    )
+
+
+class _EvaluatedImage(NamedTuple):
+    """What processes tell each other of an image: all but its pixels, unless it is shown in the gallery."""
+
+    number: int
+    rewards: list[float]
+    thumbnail: np.ndarray
+    shown: Sample | None
+    velocity: tuple[float, float] | None  # squared norms of the policy's and the base model's, where they are measured
+
+
+def _own_images(trainer: "MarbleNFTTrainer", dataset: Dataset) -> tuple[list[_EvaluatedImage], Scores]:
+    """Sample, score and measure the images of this process."""
+    args = trainer.args
+    num_images = len(dataset) * args.num_generations_eval
+    # All processes sample equally many, so that they call the transformer equally often: the last image fills up.
+    places_of_all = range(args.process_index, -(-num_images // args.world_size) * args.world_size, args.world_size)
+    indices = [min(i, num_images - 1) for i in places_of_all]
+    num_own = sum(i < num_images for i in places_of_all)
+    with trainer.together.phase():
+        rows = [dataset[i // args.num_generations_eval] for i in indices]
+        prompts = [row["prompt"] for row in rows]
+        columns = {name: [row[name] for row in rows] for name in dataset.column_names if name != "prompt"}
+        seeds = [derive_seed(args.seed, Draw.EVALUATION, i) for i in indices]
+        to_edit = columns["image"] if edits_images(trainer.flow, dataset, "eval_dataset") else None
+        conditioning, prompt_index = encode_distinct(trainer.flow, prompts, to_edit)
     batch_size = args.per_device_eval_batch_size
     samples = sample_and_score(
         trainer, trainer.scorers, conditioning, prompt_index, prompts, columns, seeds, batch_size
     )
-    norm = _relative_velocity_norm(
-        trainer, samples.latents[:batch_size], conditioning.select(prompt_index[:batch_size]), seeds
-    )
-
+    # Velocities of the first batch of all images, whichever processes they are on.
+    num_measured = -(-batch_size // args.world_size)
+    with trainer.together.phase(exchanges=args.base_is_sharded):
+        velocities = _squared_velocity_norms(
+            trainer, samples.latents[:num_measured], conditioning.select(prompt_index[:num_measured]), seeds
+        )
     # Images of the gallery: those of prompts spread over the dataset.
     shown = {(k * len(dataset)) // args.num_images_to_log for k in range(args.num_images_to_log)}
-    features = thumbnails(samples.images).numpy()
     found = [
-        (
-            i,
-            samples.rewards[:, place].tolist(),
-            features[place],
-            samples.images[place] if i // repeats in shown else None,
+        _EvaluatedImage(
+            number=i,
+            rewards=samples.scores.rewards[:, place].tolist(),
+            thumbnail=thumbnail,
+            shown=samples.images[place] if i // args.num_generations_eval in shown else None,
+            velocity=velocities[place] if i < batch_size else None,
         )
-        for place, i in enumerate(indices)
+        for place, (i, thumbnail) in enumerate(zip(indices, thumbnails(samples.images).numpy(), strict=True))
     ]
-    found = sorted(gather_object(found), key=lambda entry: entry[0])
-    gallery: dict[str, list[Sample]] = {}
-    gallery_rewards: dict[str, list[Tensor]] = {}
-    for i, values, _, image in found:
-        if image is not None:
-            prompt = dataset[i // repeats]["prompt"]
-            gallery.setdefault(prompt, []).append(image)
-            gallery_rewards.setdefault(prompt, []).append(torch.tensor(values))
-    rewards = torch.tensor([values for _, values, _, _ in found]).T
-    all_features = torch.stack([torch.from_numpy(thumbnail) for _, _, thumbnail, _ in found])
-    diversity = group_diversity(all_features, torch.arange(len(found)) // repeats).mean().item()
-    names = [name for scorer in trainer.scorers for name in scorer.names]
-    return PolicyEvaluation(
-        evaluation=Evaluation(trainer.state.global_step, names, rewards, gallery),
-        gallery_rewards={prompt: torch.stack(values, dim=1) for prompt, values in gallery_rewards.items()},
-        failed=samples.failed,
-        diversity=diversity,
-        velocity_norm=norm,
-    )
+    scores = samples.scores
+    return found[:num_own], Scores(scores.rewards[:, :num_own], scores.failed[:, :num_own], scores.errors)
 
 
 @torch.no_grad()
-def _relative_velocity_norm(
+def _squared_velocity_norms(
     trainer: "MarbleNFTTrainer", x0: Tensor, conditioning: Conditioning, seeds: Sequence[int]
-) -> float:
-    """Norm of the policy's velocity divided by the base model's, half way between image and noise."""
+) -> list[tuple[float, float]]:
+    """Squared norms of the policy's and the base model's velocities of each image, half way between it and noise."""
     x0 = x0.float()
     generators = [torch.Generator().manual_seed(seed) for seed in seeds[: len(x0)]]
     noise = torch.stack([torch.randn(x0.shape[1:], generator=g) for g in generators]).to(x0)
@@ -135,4 +167,5 @@ def _relative_velocity_norm(
         policy = trainer.model(x_t, t, conditioning)
         with adapters_disabled(trainer.flow.transformer):
             base = trainer.model(x_t, t, conditioning)
-    return (policy.float().norm() / base.float().norm()).item()
+    norms = [velocity.float().square().flatten(1).sum(dim=1).tolist() for velocity in (policy, base)]
+    return list(zip(*norms, strict=True))

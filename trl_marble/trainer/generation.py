@@ -86,3 +86,30 @@ def digest_of(prompts: Sequence[str], images: Sequence[Image.Image] | None = Non
             The images to be edited, one a sample.
     """
     return hashlib.sha256("".join(row_digests(prompts, images)).encode()).hexdigest()
+
+
+def training_order(num_samples: int, own: Sequence[int], num_updates: int, seed: int) -> Tensor:
+    """
+    The order in which a process trains on its samples of a generation batch.
+
+    Which optimizer step a sample belongs to does not depend on how many processes there are: of every `num_updates`
+    consecutive samples each step takes one, drawn at random. Within a step the order is random.
+
+    Args:
+        num_samples (`int`):
+            Size of the generation batch of all processes, a multiple of `num_updates`.
+        own (`Sequence[int]`):
+            The samples of this process: consecutive ones, beginning and ending at multiples of `num_updates`.
+        num_updates (`int`):
+            Number of optimizer steps of one pass over the generation batch.
+        seed (`int`):
+            The same for all processes.
+
+    Returns:
+        `Tensor` of shape `[len(own)]`, int64: places in `own`, those of the first optimizer step first.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    update = torch.rand(num_samples // num_updates, num_updates, generator=generator).argsort(dim=1).flatten()
+    place = torch.randperm(num_samples, generator=generator)
+    key = update * num_samples + place
+    return key[own[0] : own[-1] + 1].argsort()

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from numbers import Real
 from typing import Any, Literal, Self
 
+from accelerate.utils import is_torch_version, parse_flag_from_env
 from transformers import TrainingArguments
 
 from ..balance import OLD_POLICY_PRESETS
@@ -19,6 +20,8 @@ BALANCE_ON = ("loss", "advantage")
 AMORTIZATION = ("exact", "reference")
 SCALE_REWARDS = ("batch", "group", "none")
 REWARD_FAILURE = ("raise", "mask")
+
+PLAIN_PROCESSES = "Start plain processes, `accelerate launch --multi_gpu --num_processes N`"
 
 
 @dataclass(repr=False)  # the inherited one hides tokens
@@ -145,6 +148,14 @@ class MarbleConfig(TrainingArguments):
             are the ones that are evaluated, saved and pushed. `0.0` evaluates and saves the trained weights
             themselves.
 
+        > Parameters that control how processes share the work
+
+        shard_base (`bool`, *optional*, defaults to `False`):
+            Whether each process keeps only its part of the transformer's frozen weights (FSDP2), where the whole does
+            not fit one GPU. They travel between processes in every forward and backward pass. The adapter, its
+            gradients and the optimizer's state, which are small, stay whole on every process. Without effect with one
+            process. Needs PyTorch 2.7.
+
         > Parameters that control logging
 
         log_images (`bool`, *optional*, defaults to `True`):
@@ -262,6 +273,11 @@ class MarbleConfig(TrainingArguments):
     old_policy_preset: int = field(default=1, metadata={"help": "Schedule of the sampling policy: 0, 1 or 2."})
     weight_ema_decay: float = field(default=0.9, metadata={"help": "Upper limit of the averaged weights' decay."})
 
+    # Parameters that control how processes share the work
+    shard_base: bool = field(
+        default=False, metadata={"help": "Whether each process keeps only a part of the frozen transformer (FSDP2)."}
+    )
+
     # Parameters that control logging
     log_images: bool = field(default=True, metadata={"help": "Whether to save pictures of the run."})
     log_images_steps: int = field(
@@ -280,11 +296,13 @@ class MarbleConfig(TrainingArguments):
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
+        self._check_launch()
         super().__post_init__()
         self._check_choices()
         self._check_ranges()
         self._check_batches()
         self._check_inherited()
+        self._check_devices()
 
     def _check_choices(self) -> None:
         for name, choices in (
@@ -384,6 +402,39 @@ class MarbleConfig(TrainingArguments):
                 "`per_device_train_batch_size` and `rollout_batch_size` yourself."
             )
 
+    def _check_launch(self) -> None:
+        """Refuse ways of sharing the work under which the gradients would be wrong, before they are set up."""
+        if self.deepspeed or _is_set("ACCELERATE_USE_DEEPSPEED"):
+            raise ValueError(
+                "DeepSpeed is not supported: it reduces gradients and steps by itself, while here the gradients of "
+                f"each reward are added up over processes before they are balanced. {PLAIN_PROCESSES}, and set "
+                "`shard_base=True` if the base does not fit one GPU."
+            )
+        if self.fsdp or _is_set("ACCELERATE_USE_FSDP"):
+            raise ValueError(
+                "FSDP as `accelerate` and `transformers` set it up is not supported: it would shard the adapter too, "
+                f"and the gradients of each reward are needed whole. {PLAIN_PROCESSES}, and set `shard_base=True`: it "
+                "shards the frozen base, which is nearly all of the memory, by FSDP2."
+            )
+        if self.parallelism_config or _is_set("ACCELERATE_USE_PARALLELISM_CONFIG", "ACCELERATE_USE_MEGATRON_LM"):
+            raise ValueError(f"Tensor, context and pipeline parallelism are not supported. {PLAIN_PROCESSES}.")
+
+    def _check_devices(self) -> None:
+        if self.n_gpu > 1:
+            raise ValueError(
+                f"One process sees {self.n_gpu} GPUs and would use the first one only. {PLAIN_PROCESSES} to use N of "
+                "them, or choose one by the environment variable `CUDA_VISIBLE_DEVICES=0`."
+            )
+        if self.shard_base and self.torch_compile:
+            raise ValueError("`shard_base=True` and `torch_compile=True` do not work together; leave one of them out.")
+        if self.shard_base and is_torch_version("<", "2.7"):
+            raise ValueError("`shard_base=True` needs PyTorch 2.7 or newer.")
+
+    @property
+    def base_is_sharded(self) -> bool:
+        """Whether each process has a part of the frozen base only: `shard_base`, where there are several processes."""
+        return self.shard_base and self.world_size > 1
+
     @property
     def balances_gradients(self) -> bool:
         """Whether the aggregation needs one gradient for each reward."""
@@ -398,6 +449,11 @@ class MarbleConfig(TrainingArguments):
     def prompts_per_generation(self) -> int:
         """Number of prompts in one generation batch on all processes."""
         return self.generation_batch_size // self.num_generations
+
+
+def _is_set(*flags: str) -> bool:
+    """Whether `accelerate launch` has set any of these environment variables."""
+    return any(parse_flag_from_env(flag) for flag in flags)
 
 
 def _are_finite_numbers(values: Any) -> bool:

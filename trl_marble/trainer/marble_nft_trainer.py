@@ -49,18 +49,21 @@ from ..pipelines import (
     lora_config,
     offload_components,
     plain_lora_linears,
+    shard_base,
 )
+from ..processes import FailingTogether
 from ..rewards import RewardFunc, RewardScorer
 from ..rewards.protocol import check_media, reward_names, validate_reward_funcs
 from .callbacks import MarbleCallback
 from .checkpointing import base_fingerprint, copy_into, load_state, save_state
 from .evaluating import evaluate_policy
-from .generation import GenerationBatch, digest_of
+from .generation import GenerationBatch, digest_of, training_order
 from .live_table import LiveTableCallback, ProgressBar
 from .marble_config import MarbleConfig
 from .metrics import MetricBuffer
 from .pictures import RolloutRecord, log_evaluation, log_plots, log_rollout
 from .publishing import push_checkpoint, push_output, write_card
+from .reward_failures import count_failures
 from .sampling import sample_and_score
 from .seeding import Draw, derive_seed
 from .step_gradient import LossShares, StepGradient
@@ -201,11 +204,20 @@ class MarbleNFTTrainer(Trainer):
         for scorer in self.scorers:
             check_media(scorer.funcs, scorer.names, self.flow.family.output, type(self.pipeline).__name__)
         self.trainable = dict(add_trainable_adapter(self.pipeline, peft_config or lora_config(self.pipeline)))
+        self._fingerprint = base_fingerprint(self.flow.transformer)
+        if args.base_is_sharded:
+            shard_base(self.flow.transformer, self.trainable.values(), args.device)
         if args.offload_components:
             offload_components(self.pipeline, args.device)
         else:
             self.pipeline.to(args.device)
         self.flow.verify()
+        if args.shard_base and self.flow.splits_batches:
+            raise ValueError(
+                f"`shard_base=True` needs processes that call the transformer equally often, and "
+                f"{type(self.pipeline).__name__} is called once for every different time of a micro-batch. Set "
+                "`shard_base=False`."
+            )
         if args.torch_compile_backend is not None:  # `torch_compile` sets it, and is set by it
             compile_blocks(self.flow.transformer, args.torch_compile_backend, args.torch_compile_mode)
         super().__init__(
@@ -222,6 +234,7 @@ class MarbleNFTTrainer(Trainer):
         self.average = WeightShadow(self.trainable.items())
         self.schedule = BalanceSchedule(num_rewards, args.balance_every, args.balance_ema, args.normalize_gradients)
         self.metrics = MetricBuffer()
+        self.together = FailingTogether()
         linears = plain_lora_linears(self.flow.transformer, self.trainable)
         if linears is None and args.balances_gradients:
             logger.warning(
@@ -262,7 +275,6 @@ class MarbleNFTTrainer(Trainer):
         self.times = self.flow.training_times(args.num_inference_steps)
         self.num_times = max(1, int(len(self.times) * args.timestep_fraction))
         self._cycle_length = args.steps_per_generation * args.num_iterations
-        self._fingerprint = base_fingerprint(self.flow.transformer)
         self.evaluations: list[Evaluation] = []
         self._batch: GenerationBatch  # from the first micro-batch on
         self._conditioning: Conditioning | None = None  # of the generation batch; a resumed run makes it anew
@@ -312,6 +324,11 @@ class MarbleNFTTrainer(Trainer):
             is_training=True,
         )
 
+    def _wrap_model(self, model: nn.Module, training: bool = True, dataloader: Any = None) -> nn.Module:
+        if self.args.base_is_sharded:
+            return Policy(self.flow)  # another object, so that `Trainer` does not wrap it for DDP, which cannot shard
+        return super()._wrap_model(model, training, dataloader)
+
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:  # type: ignore[override]
         """
         Train, see [`~transformers.Trainer.train`].
@@ -320,6 +337,7 @@ class MarbleNFTTrainer(Trainer):
         resumed from there.
         """
         self._micro_step, self._saved_step = 0, 0
+        self.together = FailingTogether()
         self._latest_images_step = None
         self.metrics.clear()
         own_callbacks = [c for c in self.callback_handler.callbacks if isinstance(c, MarbleCallback)]
@@ -328,13 +346,25 @@ class MarbleNFTTrainer(Trainer):
         try:
             return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         except BaseException:
-            self._save_on_failure()
+            if self.args.world_size == 1 or self.together.failed:
+                self._save_on_failure()
+            else:
+                logger.error(
+                    f"Process {self.args.process_index} of {self.args.world_size} stopped alone after step "
+                    f"{self.state.global_step}. What was trained since the last checkpoint is not saved: that takes "
+                    "all processes."
+                )
             raise
         finally:
             for callback in own_callbacks:
                 callback.close()
             for scorer in self.scorers:
                 scorer.close()
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list, Any]:
+        """The rows of an optimizer step. Reading them may fail in one process, where a dataset reads files."""
+        with self.together.phase():
+            return super().get_batch_samples(*args, **kwargs)
 
     def training_step(  # type: ignore[override]
         self, model: nn.Module, inputs: list[dict[str, Any]], num_items_in_batch: Tensor | int | None = None
@@ -359,13 +389,17 @@ class MarbleNFTTrainer(Trainer):
         if place == 0:
             self._batch = self._generate(inputs, cycle)
         elif self._conditioning is None:
-            self._encode_again(inputs)
+            with self.together.phase():
+                self._encode_again(inputs)
         update = slot // self.args.gradient_accumulation_steps
-        if slot % self.args.gradient_accumulation_steps == 0:
-            self._begin_update(update)
-        loss = self._accumulate(slot, cycle, iteration)
-        if self.accelerator.sync_gradients:
-            self.step_gradient.finish()
+        is_last = self.accelerator.sync_gradients
+        with self.together.phase(exchanges=self.args.base_is_sharded, ask=is_last):
+            if slot % self.args.gradient_accumulation_steps == 0:
+                self._begin_update(update)
+            loss = self._accumulate(slot, cycle, iteration)
+        if is_last:
+            with self.together.phase():
+                self.step_gradient.finish()
         self._micro_step += 1
         return loss
 
@@ -378,13 +412,17 @@ class MarbleNFTTrainer(Trainer):
         sample_ids = range(self.args.process_index * len(rows), (self.args.process_index + 1) * len(rows))
         seeds = [derive_seed(self.args.seed, Draw.ROLLOUT, cycle, i) for i in sample_ids]
         to_edit = columns["image"] if self.edits else None
-        conditioning, prompt_index = encode_distinct(self.flow, prompts, to_edit)
+        with self.together.phase():
+            conditioning, prompt_index = encode_distinct(self.flow, prompts, to_edit)
         self._conditioning = conditioning
-
         with self.old_policy.swapped_in():
-            latents, images, rewards, failed = sample_and_score(
+            latents, images, scores = sample_and_score(
                 self, [self.scorer], conditioning, prompt_index, prompts, columns, seeds, self.args.rollout_batch_size
             )
+        rewards, failed = scores.rewards, {}
+        if self.args.reward_failure == "mask":
+            with self.together.phase():
+                failed = count_failures(scores, self.scorer.names, self.accelerator)
         all_rewards = self._gather(rewards.T).T
         groups = torch.arange(all_rewards.shape[1]) // self.args.num_generations
         self._record_rewards(all_rewards, failed)
@@ -402,17 +440,16 @@ class MarbleNFTTrainer(Trainer):
         )[:, sample_ids.start : sample_ids.stop]
 
         # Micro-batches hold samples of many prompts, in an order that resuming finds again.
-        generator = torch.Generator().manual_seed(
-            derive_seed(self.args.seed, Draw.ORDER, cycle, self.args.process_index)
-        )
-        order = torch.randperm(len(rows), generator=generator)
+        num_updates = self.args.steps_per_generation // self.args.gradient_accumulation_steps
+        order_seed = derive_seed(self.args.seed, Draw.ORDER, cycle)
+        order = training_order(self.args.generation_batch_size, sample_ids, num_updates, order_seed)
         advantages = advantages[:, order]
-        updates = advantages.chunk(self.args.steps_per_generation // self.args.gradient_accumulation_steps, dim=1)
+        updates = advantages.chunk(num_updates, dim=1)
         counts = torch.stack([(~part.isnan()).sum(dim=1) for part in updates])
         signals = torch.stack([(part.nan_to_num() != 0).sum(dim=1) for part in updates])
         scored = torch.stack([(~part.isnan()).any(dim=0).sum() for part in updates])
         device = self.args.device
-        self.metrics.record("drift/latent_rms", latents.float().square().mean().sqrt().item())
+        self.metrics.record("drift/latent_rms", _mean_rms(latents).item())
         return GenerationBatch(
             rows_digest=digest_of(prompts, to_edit),
             prompt_index=prompt_index[order].to(device),
@@ -510,7 +547,7 @@ class MarbleNFTTrainer(Trainer):
         with self.step_gradient.recording(place, len(x_t)):
             with self.compute_loss_context_manager():
                 velocity = self.model(x_t, t, conditioning)
-            self.metrics.record("drift/velocity_rms", velocity.detach().float().square().mean().sqrt())
+            self.metrics.record("drift/velocity_rms", _mean_rms(velocity.detach()))
             if old_velocity is None:
                 old_velocity = velocity.detach()
             losses = nft_losses(velocity, old_velocity, x_t, x0, t, self.args.nft_beta)
@@ -588,10 +625,11 @@ class MarbleNFTTrainer(Trainer):
         evaluation = result.evaluation
         self.evaluations.append(evaluation)
         metrics = result.metrics(metric_key_prefix, count_failures=self.args.reward_failure == "mask")
-        super().log(dict(metrics))
-        if self.args.log_images and self.is_world_process_zero():
-            names = evaluation.reward_names
-            log_evaluation(self, metric_key_prefix, names, evaluation.gallery, result.gallery_rewards)
+        with self.together.phase():
+            super().log(dict(metrics))
+            if self.args.log_images and self.is_world_process_zero():
+                names = evaluation.reward_names
+                log_evaluation(self, metric_key_prefix, names, evaluation.gallery, result.gallery_rewards)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
@@ -602,13 +640,15 @@ class MarbleNFTTrainer(Trainer):
             if "train_runtime" in logs and self.args.log_images and self.is_world_process_zero():
                 log_plots(self)  # training is over, and the trackers are still open
             return
-        super().log({**logs, **self.metrics.flush(self.accelerator)}, start_time)
-        # A run that was resumed inside a generation batch has sampled nothing yet.
-        if self._latest_rollout is not None and self.is_world_process_zero():
-            step, latest = self.state.global_step, self._latest_images_step
-            if latest is None or step - latest >= self.args.log_images_steps:
-                self._latest_images_step = step
-                log_rollout(self, self.scorer.names, self._latest_rollout, self.args.num_images_to_log)
+        recorded = self.metrics.flush(self.accelerator)
+        with self.together.phase():
+            super().log({**logs, **recorded}, start_time)
+            # A run that was resumed inside a generation batch has sampled nothing yet.
+            if self._latest_rollout is not None and self.is_world_process_zero():
+                step, latest = self.state.global_step, self._latest_images_step
+                if latest is None or step - latest >= self.args.log_images_steps:
+                    self._latest_images_step = step
+                    log_rollout(self, self.scorer.names, self._latest_rollout, self.args.num_images_to_log)
 
     def progress(self, what: str, total: int) -> ProgressBar:
         """
@@ -642,21 +682,22 @@ class MarbleNFTTrainer(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Write everything that a resumed run needs to end as the uninterrupted one does."""
         folder = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        folder.mkdir(parents=True, exist_ok=True)
-        if self.args.should_save:
-            tensors: dict[str, Mapping[str, Tensor]] = {
-                "current": self.trainable,
-                "old": self.old_policy.state_dict(),
-                "average": self.average.state_dict(),
-                "balance": self.schedule.state_dict(),
-            }
-            save_state(folder, tensors, self._identity())
-        if self._micro_step % self._cycle_length != 0:
-            self._batch.save(folder / self._batch_file())
-        super()._save_checkpoint(model, trial)
+        with self.together.phase():
+            folder.mkdir(parents=True, exist_ok=True)
+            if self.args.should_save:
+                tensors: dict[str, Mapping[str, Tensor]] = {
+                    "current": self.trainable,
+                    "old": self.old_policy.state_dict(),
+                    "average": self.average.state_dict(),
+                    "balance": self.schedule.state_dict(),
+                }
+                save_state(folder, tensors, self._identity())
+            if self._micro_step % self._cycle_length != 0:
+                self._batch.save(folder / self._batch_file())
+            super()._save_checkpoint(model, trial)
+            if self.args.log_images and self.args.should_save:
+                log_plots(self)
         self._saved_step = self.state.global_step
-        if self.args.log_images and self.args.should_save:
-            log_plots(self)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         folder = Path(resume_from_checkpoint)
@@ -705,6 +746,7 @@ class MarbleNFTTrainer(Trainer):
         if step in (0, self._saved_step):
             return
         self._micro_step = step * self.args.gradient_accumulation_steps
+        self.current_flos = 0  # of micro-batches that are lost; not every process counts as many
         try:
             self._save_checkpoint(self.model, trial=None)
         except Exception as error:
@@ -783,6 +825,11 @@ class _FollowPolicy(TrainerCallback):
 def _spread(values: Tensor) -> float:
     """Standard deviation, 0 where there is no value."""
     return values.std(correction=0).item() if len(values) else 0.0
+
+
+def _mean_rms(values: Tensor) -> Tensor:
+    """Root mean square of each sample, averaged over samples: the same however they are cut into batches."""
+    return values.float().square().flatten(1).mean(dim=1).sqrt().mean()
 
 
 def _held_out_scorer(eval_reward_funcs: Any, reward_funcs: Any, trained: RewardScorer) -> RewardScorer | None:

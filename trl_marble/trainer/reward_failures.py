@@ -1,8 +1,6 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
 """What becomes of a generation batch in which a reward failed."""
 
-from typing import Literal
-
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
@@ -14,28 +12,43 @@ from ..rewards import RewardError, Scores
 logger = logging.get_logger(__name__)
 
 
-def settle_failures(
-    scores: Scores, names: list[str], policy: Literal["raise", "mask"], accelerator: Accelerator
-) -> dict[str, int]:
+def raise_failures(scores: Scores) -> None:
     """
-    Raise for failed rewards on all processes alike, or count them.
+    Raise the first failure, if there is one: what `reward_failure="raise"` means.
+
+    Args:
+        scores ([`~trl_marble.rewards.Scores`]):
+            What the rewards said of this process's images.
+
+    Raises:
+        [`~trl_marble.rewards.RewardError`]: If any reward failed for any image.
+    """
+    if scores.errors:
+        # With the traceback of the reward.
+        raise RewardError(
+            f"{scores.errors[0]} What was trained so far is saved. To leave failed images out instead, set "
+            "`reward_failure='mask'`."
+        ) from scores.errors[0].__cause__
+
+
+def count_failures(scores: Scores, names: list[str], accelerator: Accelerator) -> dict[str, int]:
+    """
+    Count the failures that are left out, as `reward_failure="mask"` asks for.
 
     Args:
         scores ([`~trl_marble.rewards.Scores`]):
             What the rewards said of this process's images.
         names (`list[str]`):
             Of the rewards.
-        policy (`"raise"` or `"mask"`):
-            `MarbleConfig.reward_failure`.
         accelerator ([`~accelerate.Accelerator`]):
-            Tells the other processes.
+            Adds up over processes.
 
     Returns:
         `dict[str, int]`: How many images of all processes each reward failed for.
 
     Raises:
-        [`~trl_marble.rewards.RewardError`]: With `"raise"` if any reward failed for any image; with `"mask"` if one
-            has no value for any image of any process because it failed.
+        [`~trl_marble.rewards.RewardError`]: In all processes, if a reward has no value for any image of any process
+            because it failed.
     """
     own = torch.stack([scores.failed.sum(dim=1), (~scores.rewards.isnan()).sum(dim=1)])
     failed, valid = accelerator.reduce(own.to(accelerator.device), reduction="sum").tolist()
@@ -43,15 +56,9 @@ def settle_failures(
     if not any(failed):
         return counts
     message = gather_object([str(error) for error in scores.errors])[0]
-    # With the traceback of the reward where it is at hand.
-    cause = scores.errors[0].__cause__ if scores.errors else None
-    if policy == "raise":
-        raise RewardError(
-            f"{message} What was trained so far is saved. To leave failed images out instead, set "
-            "`reward_failure='mask'`."
-        ) from cause
     for name, number, number_valid in zip(names, failed, valid, strict=True):
         if number > 0 and number_valid == 0:
+            cause = scores.errors[0].__cause__ if scores.errors else None
             raise RewardError(
                 f"Reward `{name}` failed for all images it applies to. First failure: {message}"
             ) from cause

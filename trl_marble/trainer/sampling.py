@@ -10,7 +10,7 @@ from torch import Tensor
 from ..media import Sample
 from ..pipelines import Conditioning
 from ..rewards import PendingScores, RewardScorer, Scores
-from .reward_failures import settle_failures
+from .reward_failures import raise_failures
 
 
 if TYPE_CHECKING:
@@ -26,16 +26,13 @@ class Samples(NamedTuple):
             Clean latents x0.
         images (`list[PIL.Image.Image]` or `list[list[PIL.Image.Image]]`):
             What they look like: images, or videos.
-        rewards (`Tensor` of shape `[K, B]`, float32):
-            One row a reward, those of the first scorer first; NaN where a reward does not apply.
-        failed (`dict[str, int]`):
-            How many images of all processes each reward failed for.
+        scores ([`~trl_marble.rewards.Scores`]):
+            What the rewards said of them: one row a reward, those of the first scorer first.
     """
 
     latents: Tensor
     images: list[Sample]
-    rewards: Tensor
-    failed: dict[str, int]
+    scores: Scores
 
 
 @torch.no_grad()
@@ -71,13 +68,15 @@ def sample_and_score(
             Number of images that one call of the pipeline samples.
 
     Raises:
-        [`~trl_marble.rewards.RewardError`]: See `MarbleConfig.reward_failure`.
+        [`~trl_marble.rewards.RewardError`]: If a reward answered nonsense, or failed and `MarbleConfig.reward_failure`
+            is `"raise"`.
     """
     trainer.model.eval()
     latents: list[Tensor] = []
     images: list[Sample] = []
     pending: list[list[PendingScores]] = []
-    with trainer.progress("rollout", len(prompts)) as bar:
+    together, sharded = trainer.together, trainer.args.base_is_sharded
+    with together.phase(exchanges=sharded), trainer.progress("rollout", len(prompts)) as bar:
         for start in range(0, len(prompts), batch_size):
             part = slice(start, start + batch_size)
             with trainer.compute_loss_context_manager():
@@ -91,17 +90,17 @@ def sample_and_score(
             pending.append([scorer.submit(sampled, prompts[part], part_columns, trainer.state) for scorer in scorers])
             bar.update(len(sampled))
     scores: list[Scores] = []
-    with trainer.progress("rewards", len(prompts)) as bar:
+    with together.phase(), trainer.progress("rewards", len(prompts)) as bar:
         for waiting in pending:
             answers = [scorer.collect(part) for scorer, part in zip(scorers, waiting, strict=True)]
             scores.append(_stack(answers))
             bar.update(len(waiting[0].prompts))
-    for scorer in scorers:
-        scorer.release()
-    scored = Scores.concatenate(scores)
-    names = [name for scorer in scorers for name in scorer.names]
-    failed = settle_failures(scored, names, trainer.args.reward_failure, trainer.accelerator)
-    return Samples(torch.cat(latents), images, scored.rewards, failed)
+        for scorer in scorers:
+            scorer.release()
+        scored = Scores.concatenate(scores)
+        if trainer.args.reward_failure == "raise":
+            raise_failures(scored)
+    return Samples(torch.cat(latents), images, scored)
 
 
 def _stack(parts: Sequence[Scores]) -> Scores:

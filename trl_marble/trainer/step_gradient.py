@@ -152,18 +152,16 @@ class StepGradient:
 
     def _draw_measured(self, step: int) -> frozenset[int]:
         """
-        The micro-steps of this process that are measured, by their place in the step.
+        The micro-steps that are measured, by their place in the step.
 
-        A streaming step measures a random few of those of all processes, so all processes draw the same.
+        A streaming step measures a random few, the same ones on all processes: these go through a step in time.
         """
-        own = self.args.gradient_accumulation_steps * self._num_times
+        total = self.args.gradient_accumulation_steps * self._num_times
         if self._solves:
-            return frozenset(range(own))
-        total = own * self.args.world_size
+            return frozenset(range(total))
         generator = torch.Generator().manual_seed(derive_seed(self.args.seed, Draw.MEASURED, step))
         drawn = torch.randperm(total, generator=generator)[: max(1, round(self.args.balance_fraction * total))]
-        first = self.args.process_index * own
-        return frozenset(place - first for place in drawn.tolist() if first <= place < first + own)
+        return frozenset(drawn.tolist())
 
     # ---- Micro-batches ----
 
