@@ -9,7 +9,17 @@ from PIL import Image
 from trl_marble import MarbleConfig, MarbleNFTTrainer
 
 
-OWN = {"pipeline", "reward_funcs", "train_dataset", "eval_dataset", "peft_config", "callbacks", "weighting"}
+OWN = {
+    "pipeline",
+    "reward_funcs",
+    "train_dataset",
+    "eval_dataset",
+    "peft_config",
+    "callbacks",
+    "weighting",
+    "optimizers",
+    "eval_reward_funcs",
+}
 PROMPTS = ["a red dog", "a cat", "red hat", "tree", "big red", "sky"]
 
 

@@ -57,7 +57,7 @@ def test_checkpointing_that_gives_wrong_gradients_is_refused(tmp_path):
         max_sequence_length=call["max_sequence_length"],
         gradient_checkpointing=True,
     )
-    with pytest.raises(ValueError, match="wrong gradients for ChromaPipeline: .*Set gradient_checkpointing=False"):
+    with pytest.raises(ValueError, match="not to be trusted for ChromaPipeline: .*Set gradient_checkpointing=False"):
         trainer.train()
 
 

@@ -138,12 +138,13 @@ def without_samples(files: dict[str, bytes]) -> set[str]:
 
 ALWAYS = {"README.md", "model_card.json", "pytorch_lora_weights.safetensors", "balance.png"}
 CHECKPOINT = {
+    "manifest.json",
     "marble_state.json",
     "marble_state.safetensors",
-    "optimizer.pt",
+    "optimizer.safetensors",
     "pytorch_lora_weights.safetensors",
-    "rng_state.pth",
-    "scheduler.pt",
+    "random_state_0.safetensors",
+    "scheduler.safetensors",
     "trainer_state.json",
 }
 

@@ -1,13 +1,18 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
 """A run that stops and goes on ends as the run that never stopped, bit by bit."""
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import TrainerCallback
+from transformers.trainer_callback import ExportableState
 
 from trl_marble.rewards import RewardError
+from trl_marble.trainer.checkpoint_folder import DamagedCheckpointError, find_damage
 
 
 # Two optimizer steps a generation batch, two passes over it, three generation batches an epoch: checkpoints fall
@@ -33,7 +38,7 @@ def state_of(trainer):
     state |= {f"average {name}": value for name, value in trainer.average.state_dict().items()}
     state |= {f"balance {name}": value for name, value in trainer.schedule.state_dict().items()}
     for i, moments in enumerate(trainer.optimizer.state_dict()["state"].values()):
-        state |= {f"optimizer {i} {name}": value for name, value in moments.items()}
+        state |= {f"optimizer {i} {name}": torch.as_tensor(value) for name, value in moments.items()}
     return state
 
 
@@ -130,3 +135,174 @@ def test_a_checkpoint_without_the_optimizer_is_refused(make_trainer):
     trainer.train()
     with pytest.raises(FileNotFoundError, match="save_only_model"):
         make_trainer("resumed", **SETTINGS).train(resume_from_checkpoint=trainer.args.output_dir + "/checkpoint-1")
+
+
+# ---- Checkpoints that are not as they were written ----
+
+
+SHORT = SETTINGS | {"max_steps": 6}
+
+
+@pytest.fixture(scope="module")
+def short_run(tmp_path_factory):
+    """The folder of a whole run of six steps, not to be changed."""
+    return tmp_path_factory.mktemp("short") / "run"
+
+
+@pytest.fixture
+def saved(make_trainer, short_run, tmp_path):
+    """A copy of that folder."""
+    if not short_run.exists():
+        make_trainer(short_run, **SHORT).train()
+    return Path(shutil.copytree(short_run, tmp_path / "saved"))
+
+
+def assert_same_checkpoint(folder, other):
+    """The same weights, balance and optimizer, byte for byte."""
+    assert find_damage(folder) is None
+    name = "marble_state.safetensors"
+    assert (folder / name).read_bytes() == (other / name).read_bytes()
+    tensors, expected = (load_file(each / "optimizer.safetensors") for each in (folder, other))
+    assert tensors.keys() == expected.keys() and all(tensors[key].equal(expected[key]) for key in tensors)
+
+
+def test_resuming_takes_the_newest_whole_checkpoint_and_says_so(make_trainer, saved, short_run, caplog):
+    (saved / "checkpoint-6" / "scheduler.safetensors").unlink()
+    content = (saved / "checkpoint-5" / "optimizer.safetensors").read_bytes()
+    (saved / "checkpoint-5" / "optimizer.safetensors").write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    resumed = make_trainer(saved, **SHORT)
+    with pytest.raises(DamagedCheckpointError, match=f"optimizer.safetensors.*resume from `{saved}/checkpoint-4`"):
+        resumed.train(resume_from_checkpoint=str(saved / "checkpoint-5"))
+    resumed.train(resume_from_checkpoint=True)
+    (warning,) = [message for message in caplog.messages if "Passed over" in message]
+    assert "checkpoint-4`. Passed over: `checkpoint-6` (`scheduler.safetensors` is missing), `checkpoint-5`" in warning
+    for step in (5, 6):  # written anew
+        assert_same_checkpoint(saved / f"checkpoint-{step}", short_run / f"checkpoint-{step}")
+
+
+def test_pickles_are_neither_written_nor_read(make_trainer, saved, short_run):
+    checkpoint = saved / "checkpoint-3"
+    assert {path.suffix for path in checkpoint.iterdir()} == {".safetensors", ".json"}
+    for name in ("optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state.pth", "training_args.bin", "optimizer.bin"):
+        (checkpoint / name).write_bytes(b"no pickle, and no harm")
+    make_trainer("resumed", **SHORT).train(resume_from_checkpoint=str(checkpoint))
+    assert_same_checkpoint(saved.parent / "resumed" / "checkpoint-6", short_run / "checkpoint-6")
+
+
+# ---- What else goes on where it was ----
+
+
+def test_a_run_that_was_over_takes_no_step_more(make_trainer, saved, short_run):
+    """As after a kill between the last checkpoint and the end of the script."""
+    resumed = make_trainer(saved, **SHORT)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 6
+    resumed.save_model()
+    name = "pytorch_lora_weights.safetensors"
+    assert (saved / name).read_bytes() == (short_run / "checkpoint-6" / name).read_bytes()
+    assert len(list(saved.glob("checkpoint-*"))) == 6
+
+
+class Counts(TrainerCallback, ExportableState):
+    """A callback with a state."""
+
+    def __init__(self, first=0):
+        self.first, self.seen = first, []
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.seen.append(state.global_step)
+
+    def on_save(self, args, state, control, **kwargs):
+        assert find_damage(Path(args.output_dir) / f"checkpoint-{state.global_step}") is None
+
+    def state(self):
+        return {"args": {"first": self.first}, "attributes": {"seen": self.seen}}
+
+
+def test_callbacks_with_a_state_get_it_back(make_trainer, saved, short_run):
+    settings = SHORT | {"restore_callback_states_from_checkpoint": True}
+    whole = make_trainer("whole", callbacks=[Counts(1)], **settings)
+    whole.train()
+    assert_same_checkpoint(Path(whole.args.output_dir) / "checkpoint-6", short_run / "checkpoint-6")
+    resumed = make_trainer("resumed", callbacks=[Counts(1)], **settings)
+    resumed.train(resume_from_checkpoint=f"{whole.args.output_dir}/checkpoint-3")
+    (callback,) = [each for each in resumed.callback_handler.callbacks if isinstance(each, Counts)]
+    assert callback.first == 1 and callback.seen == [1, 2, 3, 4, 5, 6]
+    state = json.loads((Path(resumed.args.output_dir) / "checkpoint-6" / "trainer_state.json").read_text())
+    assert state["stateful_callbacks"]["Counts"] == [{"args": {"first": 1}, "attributes": {"seen": [*range(1, 7)]}}]
+
+
+def test_other_optimizers_and_schedules_go_on(make_trainer):
+    settings = SHORT | {"optim": "adafactor", "lr_scheduler_type": "cosine", "warmup_steps": 4}
+    whole = make_trainer("whole", **settings)
+    whole.train()
+    resumed = make_trainer("resumed", **settings)
+    resumed.train(resume_from_checkpoint=f"{whole.args.output_dir}/checkpoint-3")
+    assert_same_state(resumed, whole)
+    assert resumed.lr_scheduler.state_dict() == whole.lr_scheduler.state_dict()
+
+
+class Unsaveable(torch.optim.SGD):
+    def state_dict(self):
+        return super().state_dict() | {"seen": {1, 2}}
+
+
+def test_an_optimizer_that_only_pickle_could_save_is_named(make_trainer, tmp_path):
+    optimizer = Unsaveable([torch.nn.Parameter(torch.ones(1))], lr=0.1)
+    trainer = make_trainer("odd", optimizers=(optimizer, None), **SHORT)
+    with pytest.raises(TypeError, match="the optimizer Unsaveable cannot be saved: `state_dict...seen` is a set"):
+        trainer.train()
+    assert not list((tmp_path / "odd").glob("*checkpoint-*"))
+
+
+def test_the_best_checkpoint_is_kept_beside_the_newest(make_trainer, prompts):
+    values = iter([1.0, 3.0, 2.0, 1.5])
+
+    def judged(images, trainer_state, **kwargs):
+        return [float(i) for i in range(len(images))]
+
+    def seen_once_an_evaluation(images, **kwargs):
+        return [next(values)] * len(images)
+
+    trainer = make_trainer(
+        reward_funcs=[judged],
+        eval_reward_funcs=[seen_once_an_evaluation],
+        eval_dataset=prompts.select(range(2)),
+        num_generations_eval=1,
+        eval_strategy="steps",
+        eval_steps=1,
+        metric_for_best_model="rewards/seen_once_an_evaluation/mean",
+        greater_is_better=True,
+        **SETTINGS | {"max_steps": 4, "save_total_limit": 2},
+    )
+    trainer.train()
+    folder = Path(trainer.args.output_dir)
+    assert sorted(path.name for path in folder.glob("*checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
+    state = json.loads((folder / "checkpoint-4" / "trainer_state.json").read_text())
+    assert state["best_model_checkpoint"] == str(folder / "checkpoint-2") and state["best_metric"] == 3.0
+    state = json.loads((folder / "checkpoint-2" / "trainer_state.json").read_text())
+    assert state["best_model_checkpoint"] == str(folder / "checkpoint-2")
+
+
+def test_half_an_update_is_not_saved(make_trainer, caplog):
+    """Weights of step 3 and the averages of step 2 make no checkpoint."""
+
+    class Interrupts(TrainerCallback):
+        def on_optimizer_step(self, args, state, control, **kwargs):
+            if state.global_step == 2:
+                raise KeyboardInterrupt
+
+    trainer = make_trainer(callbacks=[Interrupts()], **SHORT | {"save_strategy": "no"})
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert "Training stopped inside an update" in caplog.text and "is saved in" not in caplog.text
+    assert not list(Path(trainer.args.output_dir).glob("*checkpoint-*"))
+
+
+def test_where_a_checkpoint_cannot_be_loaded_nothing_is_saved(make_trainer, saved):
+    """A trainer that has trained before is then neither what it was nor what was to be loaded."""
+    trainer = make_trainer("other", reward_funcs=[lambda images, **kwargs: [0.0] * len(images)], max_steps=1)
+    trainer.train()
+    with pytest.raises(ValueError, match="checkpoint-3` was written with rewards"):
+        trainer.train(resume_from_checkpoint=str(saved / "checkpoint-3"))
+    assert not list(Path(trainer.args.output_dir).glob("*checkpoint-*"))

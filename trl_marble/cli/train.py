@@ -174,24 +174,24 @@ def checkpoint_to_resume(args: "MarbleConfig") -> str | None:
 
     Args:
         args ([`MarbleConfig`]):
-            With the path of a checkpoint; `"latest"` or `"true"` for the latest one in the output folder; or nothing.
+            With the path of a checkpoint; `"latest"` or `"true"` for the newest whole one in the output folder; or
+            nothing.
 
     Returns:
         `str`: The checkpoint's folder, or `None` to begin anew.
 
     Raises:
-        `FileNotFoundError`: If there is no such folder.
+        `FileNotFoundError`: If there is no such folder, or no whole checkpoint.
+        `ValueError`: If the files of the checkpoint are not those that were written.
     """
-    from transformers.trainer_utils import get_last_checkpoint
+    from ..trainer.checkpoint_folder import check_checkpoint, newest_whole_checkpoint
 
-    wanted, folder = args.resume_from_checkpoint, Path(args.output_dir)
+    wanted = args.resume_from_checkpoint
     if wanted is None or wanted.lower() == "false":
         return None
     if wanted.lower() not in ("latest", "true"):
         if not Path(wanted).is_dir():
             raise FileNotFoundError(f"`resume_from_checkpoint` is {wanted!r}; there is no such folder.")
+        check_checkpoint(Path(wanted))  # before models are loaded
         return wanted
-    latest = get_last_checkpoint(str(folder)) if folder.is_dir() else None
-    if latest is None:
-        raise FileNotFoundError(f"There is no checkpoint in `{folder}`; leave out `resume_from_checkpoint`.")
-    return latest
+    return str(newest_whole_checkpoint(Path(args.output_dir)))

@@ -83,15 +83,19 @@ def save_adapter(
         state = own
     _check_same_layout(state, own, adapter_name)
 
+    # Under its name only when it is whole, also where the process ends meanwhile.
+    file, unfinished = folder / LORA_WEIGHT_NAME_SAFE, folder / f"tmp-{LORA_WEIGHT_NAME_SAFE}"
     pipeline.save_lora_weights(
         folder,
+        weight_name=unfinished.name,
         # safetensors writes no strided views.
         transformer_lora_layers={key: value.detach().cpu().contiguous() for key, value in state.items()},
         transformer_lora_adapter_metadata=_published_config(config),
         safe_serialization=True,
     )
-    sort_header(folder / LORA_WEIGHT_NAME_SAFE)
-    return folder / LORA_WEIGHT_NAME_SAFE
+    sort_header(unfinished)
+    os.replace(unfinished, file)
+    return file
 
 
 def _lora_config(pipeline: DiffusionPipeline, adapter_name: str) -> LoraConfig:

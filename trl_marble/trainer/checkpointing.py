@@ -1,5 +1,5 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
-"""What a checkpoint holds beside what `transformers` puts there, and the check that it belongs to the run."""
+"""What a checkpoint holds of this method, and the check that it belongs to the run."""
 
 import hashlib
 import json

@@ -71,7 +71,7 @@ class GenerationBatch:
         """
         with safe_open(path, framework="pt") as file:
             rows_digest = file.metadata()["rows"]
-            tensors = {name: file.get_tensor(name).to(device) for name in cls._TENSORS}
+            tensors = {name: file.get_tensor(name).to(device, copy=True) for name in cls._TENSORS}
         return cls(rows_digest=rows_digest, **tensors)
 
 

@@ -1,7 +1,6 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
 """The trainer, in the order of the data: prompts, rollout, rewards, advantages, gradients, update, adapter."""
 
-import tempfile
 import warnings
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
@@ -16,9 +15,9 @@ from huggingface_hub import CommitInfo
 from peft import LoraConfig
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from transformers import Trainer, TrainerCallback, TrainerState
+from transformers import TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, TrainOutput
+from transformers.trainer_utils import HubStrategy, TrainOutput
 from transformers.utils import logging
 
 from ..balance import (
@@ -55,12 +54,15 @@ from ..processes import FailingTogether
 from ..rewards import RewardFunc, RewardScorer
 from ..rewards.protocol import check_media, reward_names, validate_reward_funcs
 from .callbacks import MarbleCallback
+from .checkpoint_folder import check_writable
+from .checkpointed_trainer import OPTIMIZER_FILE, CheckpointedTrainer
 from .checkpointing import base_fingerprint, copy_into, load_state, save_state
 from .evaluating import evaluate_policy
 from .generation import GenerationBatch, digest_of, training_order
 from .live_table import LiveTableCallback, ProgressBar
 from .marble_config import MarbleConfig
 from .metrics import MetricBuffer
+from .out_of_memory import rollout_advice, update_advice
 from .pictures import RolloutRecord, log_evaluation, log_plots, log_rollout
 from .publishing import push_checkpoint, push_output, write_card
 from .reward_failures import count_failures
@@ -72,7 +74,7 @@ from .step_gradient import LossShares, StepGradient
 logger = logging.get_logger(__name__)
 
 
-class MarbleNFTTrainer(Trainer):
+class MarbleNFTTrainer(CheckpointedTrainer):
     """
     Trainer for flow-matching pipelines against several rewards at once: MARBLE
     (https://huggingface.co/papers/2605.06507) on DiffusionNFT (https://huggingface.co/papers/2509.16117).
@@ -136,8 +138,7 @@ class MarbleNFTTrainer(Trainer):
     model: Policy
     train_dataset: Dataset
     eval_dataset: Dataset | None
-    hub_model_id: Any  # transformers sets these two later than where it declares them as `None`
-    push_in_progress: Any
+    hub_model_id: Any  # transformers sets it later than where it declares it as `None`
 
     def __init__(
         self,
@@ -163,7 +164,7 @@ class MarbleNFTTrainer(Trainer):
         if eval_dataset is not None:
             validate_prompts(eval_dataset, "eval_dataset")
         self.source_weights = source_weights(train_dataset)
-        _check_writable(Path(args.output_dir))
+        check_writable(Path(args.output_dir))
 
         self.scorer = RewardScorer(reward_funcs, args.reward_timeout)
         self.held_out_scorer = _held_out_scorer(eval_reward_funcs, reward_funcs, self.scorer)
@@ -282,7 +283,6 @@ class MarbleNFTTrainer(Trainer):
         self._latest_rollout: RolloutRecord | None = None
         self._latest_images_step: int | None = None
         self._silent_rewards: set[str] = set()
-        self._saved_step = 0
 
     @property
     def held_out_names(self) -> list[str]:
@@ -335,9 +335,22 @@ class MarbleNFTTrainer(Trainer):
 
         If training stops by an exception, what was trained so far is saved as a checkpoint first, and training can be
         resumed from there.
+
+        Args:
+            resume_from_checkpoint (`str` or `bool`, *optional*):
+                The folder of a checkpoint to go on from, or `True` for the newest whole one in `args.output_dir`.
+                Checkpoints that were damaged since they were written, or not written to their end, are then told of
+                in a warning and passed over.
+            kwargs:
+                See [`~transformers.Trainer.train`].
+
+        Raises:
+            `FileNotFoundError`: If there is no checkpoint to resume from.
+            `ValueError`: If the files of the checkpoint are not those that were written (the message names the newest
+                whole one), or if it belongs to another run.
+            `OSError`: If a checkpoint cannot be written, as on a full disk. Those before it are as they were.
         """
-        self._micro_step, self._saved_step = 0, 0
-        self.together = FailingTogether()
+        self._micro_step = 0
         self._latest_images_step = None
         self.metrics.clear()
         own_callbacks = [c for c in self.callback_handler.callbacks if isinstance(c, MarbleCallback)]
@@ -345,16 +358,6 @@ class MarbleNFTTrainer(Trainer):
             callback.open(self)
         try:
             return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
-        except BaseException:
-            if self.args.world_size == 1 or self.together.failed:
-                self._save_on_failure()
-            else:
-                logger.error(
-                    f"Process {self.args.process_index} of {self.args.world_size} stopped alone after step "
-                    f"{self.state.global_step}. What was trained since the last checkpoint is not saved: that takes "
-                    "all processes."
-                )
-            raise
         finally:
             for callback in own_callbacks:
                 callback.close()
@@ -393,12 +396,12 @@ class MarbleNFTTrainer(Trainer):
                 self._encode_again(inputs)
         update = slot // self.args.gradient_accumulation_steps
         is_last = self.accelerator.sync_gradients
-        with self.together.phase(exchanges=self.args.base_is_sharded, ask=is_last):
+        with self.together.phase(exchanges=self.args.base_is_sharded, ask=is_last), update_advice(self.args):
             if slot % self.args.gradient_accumulation_steps == 0:
                 self._begin_update(update)
             loss = self._accumulate(slot, cycle, iteration)
         if is_last:
-            with self.together.phase():
+            with self.together.phase(), update_advice(self.args):
                 self.step_gradient.finish()
         self._micro_step += 1
         return loss
@@ -412,12 +415,13 @@ class MarbleNFTTrainer(Trainer):
         sample_ids = range(self.args.process_index * len(rows), (self.args.process_index + 1) * len(rows))
         seeds = [derive_seed(self.args.seed, Draw.ROLLOUT, cycle, i) for i in sample_ids]
         to_edit = columns["image"] if self.edits else None
-        with self.together.phase():
+        batch_size = self.args.rollout_batch_size
+        with self.together.phase(), rollout_advice("rollout_batch_size", batch_size):
             conditioning, prompt_index = encode_distinct(self.flow, prompts, to_edit)
         self._conditioning = conditioning
-        with self.old_policy.swapped_in():
+        with self.old_policy.swapped_in(), rollout_advice("rollout_batch_size", batch_size):
             latents, images, scores = sample_and_score(
-                self, [self.scorer], conditioning, prompt_index, prompts, columns, seeds, self.args.rollout_batch_size
+                self, [self.scorer], conditioning, prompt_index, prompts, columns, seeds, batch_size
             )
         rewards, failed = scores.rewards, {}
         if self.args.reward_failure == "mask":
@@ -586,6 +590,7 @@ class MarbleNFTTrainer(Trainer):
         if self._micro_step % self._cycle_length == 0:
             flat, rate, maximum = OLD_POLICY_PRESETS[self.args.old_policy_preset]
             self.old_policy.lerp_(old_policy_decay(step, flat, rate, maximum))
+        self._between_steps = True
 
     # ---- Evaluation and logging ----
 
@@ -620,7 +625,10 @@ class MarbleNFTTrainer(Trainer):
         if dataset is None:
             raise ValueError("There is nothing to evaluate on: pass `eval_dataset` here or to the trainer.")
         validate_prompts(dataset, "eval_dataset")
-        with self.average.swapped_in():
+        with (
+            self.average.swapped_in(),
+            rollout_advice("per_device_eval_batch_size", self.args.per_device_eval_batch_size),
+        ):
             result = evaluate_policy(self, dataset)
         evaluation = result.evaluation
         self.evaluations.append(evaluation)
@@ -680,39 +688,37 @@ class MarbleNFTTrainer(Trainer):
                 save_adapter(self.pipeline, output_dir or self.args.output_dir)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Write everything that a resumed run needs to end as the uninterrupted one does."""
-        folder = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        super()._save_checkpoint(model, trial)
         with self.together.phase():
-            folder.mkdir(parents=True, exist_ok=True)
-            if self.args.should_save:
-                tensors: dict[str, Mapping[str, Tensor]] = {
-                    "current": self.trainable,
-                    "old": self.old_policy.state_dict(),
-                    "average": self.average.state_dict(),
-                    "balance": self.schedule.state_dict(),
-                }
-                save_state(folder, tensors, self._identity())
-            if self._micro_step % self._cycle_length != 0:
-                self._batch.save(folder / self._batch_file())
-            super()._save_checkpoint(model, trial)
             if self.args.log_images and self.args.should_save:
                 log_plots(self)
-        self._saved_step = self.state.global_step
+
+    def _write_run_state(self, folder: Path) -> None:
+        if self.args.should_save:
+            tensors: dict[str, Mapping[str, Tensor]] = {
+                "current": self.trainable,
+                "old": self.old_policy.state_dict(),
+                "average": self.average.state_dict(),
+                "balance": self.schedule.state_dict(),
+            }
+            save_state(folder, tensors, self._identity())
+        # By the step: a failure may have come some micro-batches after it.
+        if self.state.global_step * self.args.gradient_accumulation_steps % self._cycle_length != 0:
+            self._batch.save(folder / self._batch_file())
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         folder = Path(resume_from_checkpoint)
         groups = load_state(folder, self._identity())
-        for file in ("optimizer.pt", "scheduler.pt"):
-            if not (folder / file).is_file():
-                raise FileNotFoundError(
-                    f"`{folder}` has no `{file}`: nothing can be resumed from a checkpoint that was saved with "
-                    "`save_only_model=True`. Load its adapter with `load_lora_weights` instead."
-                )
+        if not (folder / OPTIMIZER_FILE).is_file():
+            raise FileNotFoundError(
+                f"`{folder}` has no `{OPTIMIZER_FILE}`: nothing can be resumed from a checkpoint that was saved with "
+                "`save_only_model=True`. Load its adapter with `load_lora_weights` instead."
+            )
         copy_into(self.trainable, groups["current"])
         self.old_policy.load_state_dict(groups["old"])
         self.average.load_state_dict(groups["average"])
         self.schedule.load_state_dict(groups["balance"])
-        step = self._saved_step = TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME)).global_step
+        step = TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME)).global_step
         self._micro_step = step * self.args.gradient_accumulation_steps
         if self._micro_step % self._cycle_length != 0:
             self._batch = GenerationBatch.load(folder / self._batch_file(), self.args.device)
@@ -738,21 +744,6 @@ class MarbleNFTTrainer(Trainer):
 
     def _batch_file(self) -> str:
         return f"generation_batch_{self.args.process_index}.safetensors"
-
-    def _save_on_failure(self) -> None:
-        """Save a checkpoint of the last whole optimizer step, if there is one that was not saved."""
-        step = self.state.global_step
-        folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
-        if step in (0, self._saved_step):
-            return
-        self._micro_step = step * self.args.gradient_accumulation_steps
-        self.current_flos = 0  # of micro-batches that are lost; not every process counts as many
-        try:
-            self._save_checkpoint(self.model, trial=None)
-        except Exception as error:
-            logger.error(f"Training failed, and saving step {step} to {folder} failed too: {error}")
-        else:
-            logger.warning(f"Training stopped after step {step}; it is saved in {folder}.")
 
     def create_model_card(  # type: ignore[override]
         self, model_name: str | None = None, **kwargs: Any
@@ -818,8 +809,16 @@ class _FollowPolicy(TrainerCallback):
         # Not every dataloader wrapper of `accelerate` forwards the epoch to the sampler.
         self.trainer._prompt_sampler.set_epoch(int(state.epoch or 0))
 
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        # Not by an event: callbacks that fail at the last one before the update leave a whole step behind.
+        self.trainer.bare_optimizer.register_step_pre_hook(self._begin_update)
+        self.trainer._between_steps = True
+
     def on_step_end(self, args, state, control, **kwargs) -> None:
         self.trainer._after_optimizer_step()
+
+    def _begin_update(self, optimizer, args, kwargs) -> None:
+        self.trainer._between_steps = False
 
 
 def _spread(values: Tensor) -> float:
@@ -858,14 +857,3 @@ def _as_list(funcs: Any) -> list[Any]:
 def _keep_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The data collator: rewards want the rows as they are."""
     return rows
-
-
-def _check_writable(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise OSError(
-            f"The output folder `{folder}` cannot be written ({error}); pass another `output_dir` to `MarbleConfig`."
-        ) from error

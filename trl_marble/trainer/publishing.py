@@ -3,6 +3,7 @@
 
 import dataclasses
 import importlib.metadata
+import os
 import shutil
 from concurrent.futures import Future
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from diffusers import DiffusionPipeline
 from huggingface_hub import CommitInfo, HfApi
 from transformers.trainer_utils import HubStrategy
-from transformers.utils import PushInProgress
+from transformers.utils import PushInProgress, logging
 
 import trl_marble
 
@@ -22,6 +23,8 @@ from ..media import sample_suffix, save_sample
 
 if TYPE_CHECKING:
     from .marble_nft_trainer import MarbleNFTTrainer
+
+logger = logging.get_logger(__name__)
 
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "datasets")
 CARD_SETTINGS = (
@@ -212,7 +215,9 @@ def push_checkpoint(trainer: "MarbleNFTTrainer", checkpoint: Path) -> None:
         return
     folder = Path(args.output_dir)
     for file in checkpoint.glob("pytorch_lora_weights*.safetensors"):
-        shutil.copy(file, folder / file.name)
+        unfinished = folder / f"tmp-{file.name}"
+        shutil.copy(file, unfinished)
+        os.replace(unfinished, folder / file.name)  # never half a file, nor one that changes while it is uploaded
     trainer.create_model_card(model_name=trainer.hub_model_id.split("/")[-1])
     trainer.callback_handler.on_push_begin(args, trainer.state, trainer.control)
     api = HfApi(token=args.hub_token)
@@ -228,10 +233,18 @@ def push_checkpoint(trainer: "MarbleNFTTrainer", checkpoint: Path) -> None:
         place = "last-checkpoint" if args.hub_strategy == HubStrategy.CHECKPOINT else checkpoint.name
         message += ", checkpoint"
         jobs.append(api.upload_folder(folder_path=checkpoint, path_in_repo=place, commit_message=message, **upload))
+    for job in jobs:
+        job.add_done_callback(_tell_failure)
     if trainer.push_in_progress is None or trainer.push_in_progress.is_done():
         trainer.push_in_progress = PushInProgress(jobs)
     else:
         trainer.push_in_progress.jobs.extend(jobs)
+
+
+def _tell_failure(job: Future[CommitInfo]) -> None:
+    """`transformers` waits for uploads and does not look at what became of them."""
+    if not job.cancelled() and (error := job.exception()) is not None:
+        logger.warning(f"A push to the Hub failed, and training goes on: {error}")
 
 
 def _source(pipeline: DiffusionPipeline) -> str | None:

@@ -10,6 +10,7 @@ from torch import Tensor
 from ..media import Sample
 from ..pipelines import Conditioning
 from ..rewards import PendingScores, RewardScorer, Scores
+from .out_of_memory import reward_advice
 from .reward_failures import raise_failures
 
 
@@ -90,7 +91,7 @@ def sample_and_score(
             pending.append([scorer.submit(sampled, prompts[part], part_columns, trainer.state) for scorer in scorers])
             bar.update(len(sampled))
     scores: list[Scores] = []
-    with together.phase(), trainer.progress("rewards", len(prompts)) as bar:
+    with together.phase(), reward_advice(), trainer.progress("rewards", len(prompts)) as bar:
         for waiting in pending:
             answers = [scorer.collect(part) for scorer, part in zip(scorers, waiting, strict=True)]
             scores.append(_stack(answers))

@@ -1,0 +1,187 @@
+# Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
+"""A `transformers.Trainer` whose checkpoints are whole and hold no pickles, and that saves one when training fails."""
+
+from abc import abstractmethod
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.optimizer import AcceleratedOptimizer
+from torch import nn
+from transformers import Trainer, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
+from transformers.utils import logging
+
+from ..processes import FailingTogether
+from .checkpoint_folder import (
+    CheckpointWriteError,
+    check_checkpoint,
+    newest_whole_checkpoint,
+    prune_checkpoints,
+    write_checkpoint,
+)
+from .random_state import random_state, set_random_state
+from .tensor_tree import load_tree, save_tree
+
+
+logger = logging.get_logger(__name__)
+
+OPTIMIZER_FILE = "optimizer.safetensors"
+SCHEDULER_FILE = "scheduler.safetensors"
+
+
+class CheckpointedTrainer(Trainer):
+    """
+    [`~transformers.Trainer`] that loses nothing: a checkpoint has its name only when all of it is on the disk, older
+    ones are deleted only after that, and resuming takes none that is not as it was written.
+
+    Everything is stored in safetensors and JSON. A subclass adds files of its own in `_write_run_state`, reads them in
+    `_load_from_checkpoint`, and says in `_between_steps` whether all that is trained is that of `state.global_step`.
+    """
+
+    model: Any
+    optimizer: Any  # what `transformers` declares leaves out that a run has them
+    lr_scheduler: Any
+    push_in_progress: Any = None
+    current_flos: Any  # set by `transformers`
+    together: FailingTogether
+    _saved_step = _resumed_step = 0
+    _between_steps = False
+
+    @property
+    def bare_optimizer(self) -> torch.optim.Optimizer:
+        """The optimizer without what `accelerate` wraps around it."""
+        return self.optimizer.optimizer if isinstance(self.optimizer, AcceleratedOptimizer) else self.optimizer
+
+    @abstractmethod
+    def _write_run_state(self, folder: Path) -> None:
+        """Write this process's part of what else a resumed run needs, as it is after `state.global_step` steps."""
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:  # type: ignore[override]
+        """Train from the start or from a whole checkpoint; if training stops by an exception, save one first."""
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = str(newest_whole_checkpoint(Path(self._get_output_dir(None))))
+        elif resume_from_checkpoint:
+            check_checkpoint(Path(resume_from_checkpoint))
+        self.together = FailingTogether()
+        self._resumed_step = 0
+        if resume_from_checkpoint:
+            state = TrainerState.load_from_json(str(Path(resume_from_checkpoint) / TRAINER_STATE_NAME))
+            self._resumed_step = state.global_step
+        self._saved_step, self._between_steps = self._resumed_step, False
+        try:
+            output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        except BaseException as error:
+            self._save_on_failure(error)
+            raise
+        if self._saved_step > 0:
+            self._settle(Path(self._get_output_dir(None)) / f"{PREFIX_CHECKPOINT_DIR}-{self._saved_step}")
+        return output
+
+    # ---- Writing ----
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Write everything that a resumed run needs to end as the uninterrupted one does, whole or not at all."""
+        self.store_flos()
+        run_folder, step = Path(self._get_output_dir(trial)), self.state.global_step
+        folder = run_folder / f"{PREFIX_CHECKPOINT_DIR}-{step}"
+        best_step = self.state.best_global_step
+        best = run_folder / f"{PREFIX_CHECKPOINT_DIR}-{best_step}"
+        if best_step and (best == folder or best.is_dir()):
+            self.state.best_model_checkpoint = str(best)
+        write_checkpoint(folder, self._write_checkpoint_files, makes_folder=self.args.should_save)
+        self._saved_step = step
+        self._prune(folder)
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(folder))
+
+    def _write_checkpoint_files(self, folder: Path) -> None:
+        """Write this process's part of a checkpoint."""
+        self.save_model(str(folder), _internal_call=True)
+        self._write_run_state(folder)
+        if self.args.should_save:
+            self._write_trainer_state(folder)
+        if not self.args.save_only_model:
+            self._write_optimizer(folder)
+
+    def _write_trainer_state(self, folder: Path) -> None:
+        """Write the step, the log, which checkpoint is best, and the states of the callbacks that have one."""
+        states: dict[str, Any] = {}
+        for callback in [*self.callback_handler.callbacks, self.control]:
+            if isinstance(callback, ExportableState):
+                states.setdefault(type(callback).__name__, []).append(callback.state())
+        self.state.stateful_callbacks = states  # type: ignore[assignment]
+        self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
+
+    def _write_optimizer(self, folder: Path) -> None:
+        if self.args.should_save:
+            optimizer, scheduler = self.bare_optimizer, self.lr_scheduler
+            save_tree(folder / OPTIMIZER_FILE, optimizer.state_dict(), f"the optimizer {type(optimizer).__name__}")
+            name = f"the learning rate scheduler {type(scheduler).__name__}"
+            save_tree(folder / SCHEDULER_FILE, scheduler.state_dict(), name)
+        save_tree(folder / self._random_file(), random_state(self.args.device), "the random generators")
+
+    def _random_file(self) -> str:
+        return f"random_state_{self.args.process_index}.safetensors"
+
+    def _prune(self, newest: Path) -> None:
+        """Delete old checkpoints, now that a newer one is whole; not while one of them may be being pushed."""
+        if self.args.should_save and (self.push_in_progress is None or self.push_in_progress.is_done()):
+            best = self.state.best_model_checkpoint
+            keep = {newest} if best is None else {newest, Path(best)}
+            prune_checkpoints(newest.parent, self.args.save_total_limit, keep)
+
+    def _settle(self, newest: Path) -> None:
+        """Do after the last step what a run that was killed right after its last checkpoint has not done."""
+        took_no_step = self._saved_step == self._resumed_step == self.state.global_step
+        if took_no_step and self.args.push_to_hub and newest.is_dir():
+            self._push_from_checkpoint(str(newest))
+            self._finish_current_push()
+        self._prune(newest)  # all pushes have ended
+
+    def _save_on_failure(self, error: BaseException) -> None:
+        """Save a checkpoint of the last whole optimizer step, if there is one that was not saved."""
+        step = self.state.global_step
+        if step in (0, self._saved_step) or isinstance(error, CheckpointWriteError):
+            return
+        if not self._between_steps:
+            logger.warning("Training stopped inside an update or while a checkpoint was read: nothing can be saved.")
+            return
+        if self.args.world_size > 1 and not self.together.failed:
+            # The other processes may be anywhere, and would be waited for without end.
+            logger.error(
+                f"Process {self.args.process_index} of {self.args.world_size} stopped alone after step {step}. What "
+                "was trained since the last checkpoint is not saved: that takes all processes."
+            )
+            return
+        self.current_flos = 0  # of micro-batches that are lost; not every process counts as many
+        folder = Path(self._get_output_dir(None)) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
+        try:
+            self._save_checkpoint(self.model, trial=None)
+        except Exception as failure:
+            logger.error(f"Training failed, and saving step {step} to {folder} failed too: {failure}")
+        else:
+            logger.warning(f"Training stopped after step {step}; it is saved in {folder}.")
+
+    # ---- Reading ----
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """Not if training was over at the checkpoint: `transformers` looks only after a step, and takes one more."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            self.optimizer.load_state_dict(load_tree(Path(checkpoint) / OPTIMIZER_FILE))
+            self.lr_scheduler.load_state_dict(load_tree(Path(checkpoint) / SCHEDULER_FILE))
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            set_random_state(load_tree(Path(checkpoint) / self._random_file()), self.args.device)
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        """Nothing: there is no loss scaling, and `transformers` would read a pickle."""
