@@ -89,7 +89,7 @@ class Fault(TrainerCallback):
     """Breaks something of one process after the first optimizer step."""
 
     def __init__(self, name, trainer):
-        self.name, self.trainer, self.broken = name, trainer, False
+        self.name, self.trainer, self.broken, self.overflowed = name, trainer, False, False
         if name == "row":
             trainer.train_dataset.set_transform(self.read)
 
@@ -105,6 +105,8 @@ class Fault(TrainerCallback):
             self.trainer.pipeline.vae.decoder.register_forward_hook(self.fail)
         elif self.name == "update" and not main:
             self.trainer.flow.transformer.register_forward_hook(self.fail_with_gradients)
+        elif self.name in ("latent", "loss") and not main:
+            self.trainer.flow.transformer.register_forward_hook(self.overflow)
         elif self.name == "save" and main and state.global_step == 2:
             self.trainer._save = self.fail
         elif self.name == "picture" and main:
@@ -114,6 +116,15 @@ class Fault(TrainerCallback):
 
     def fail(self, *args, **kwargs):
         raise OSError("no space left")
+
+    def overflow(self, module, inputs, output):
+        """Of the first sample, once: while the next images are sampled, or in the update."""
+        if self.overflowed or output[0].requires_grad != (self.name == "loss"):
+            return None
+        self.overflowed = True
+        factor = torch.ones(len(output[0]), 1, 1, 1)
+        factor[0] = torch.nan
+        return (output[0] * factor, *output[1:])
 
     def fail_with_gradients(self, *args, **kwargs):
         if torch.is_grad_enabled():

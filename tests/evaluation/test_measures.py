@@ -5,9 +5,11 @@ import math
 
 import evaluate
 import pytest
+import torch
 from PIL import Image
 
 from trl_marble.evaluation import PromptDiversity, RewardMean, WinRate, thumbnails
+from trl_marble.evaluation.diversity import group_diversity
 
 
 def test_mean_of_a_reward() -> None:
@@ -26,6 +28,13 @@ def test_win_rate() -> None:
     counted = WinRate().compute(predictions1=[0.1, 0.5, 0.4], predictions2=[0.2, 0.5, 0.3], groups=[0, 0, 1])
     assert (counted["wins"], counted["ties"], counted["losses"]) == (1, 1, 1)
     assert counted["win_rate"] == 0.5 and counted["p_value"] == 1
+
+
+def test_images_without_features_do_not_count_for_the_diversity() -> None:
+    features = torch.tensor([[0.0, 0.0], [0.6, 0.8], [torch.nan, torch.nan], [0.3, 0.1], [torch.nan, torch.nan]])
+    groups = torch.tensor([0, 0, 0, 1, 1])
+    diversity = group_diversity(features, groups)
+    assert diversity[0].item() == pytest.approx(0.5**0.5) and diversity[1].isnan()
 
 
 def test_diversity_shows_a_collapse() -> None:

@@ -126,6 +126,18 @@ def test_state_that_does_not_fit_is_refused(trained, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_weights_that_are_not_finite_are_refused_and_the_earlier_file_stays(trained, tmp_path, value):
+    file = save_adapter(trained, tmp_path)
+    earlier = file.read_bytes()
+    state = {key: tensor.clone() for key, tensor in adapter_state(trained).items()}
+    key = list(state)[1]
+    state[key][0, 0] = value
+    with pytest.raises(ValueError, match=f"`{key}` of the adapter 'default' is not finite"):
+        save_adapter(trained, tmp_path, state)
+    assert file.read_bytes() == earlier
+
+
 def test_missing_adapter_is_named(trained, tmp_path):
     with pytest.raises(ValueError, match="no adapter 'ema' .*has: 'default'"):
         save_adapter(trained, tmp_path, adapter_name="ema")

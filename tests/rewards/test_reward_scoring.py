@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from trl_marble.rewards import ModelReward, RewardError, RewardScorer, Scores
+from trl_marble.rewards import InfiniteRewardError, ModelReward, RewardError, RewardScorer, Scores
 
 
 # A test that would wait for ever fails after this many seconds instead.
@@ -207,6 +207,21 @@ def test_a_raised_error_is_told_with_the_reward_and_the_prompts(scorer, is_async
     for part in (f"`{func.__name__}`", "KeyError", "no detector", "2 images", "'a cat'", "'a dog'"):
         assert part in str(error)
     assert isinstance(error, RewardError) and isinstance(error.__cause__, KeyError)
+
+
+@pytest.mark.parametrize("kind", [list, np.array, torch.tensor])
+@pytest.mark.parametrize("value", [math.inf, -math.inf, 1e39])
+def test_an_infinite_number_is_the_failure_of_one_image(scorer, kind, value) -> None:
+    def unbounded(images, **kwargs):
+        return kind([0.5, value]) if kind is list else kind([0.5, math.copysign(math.inf, value)])
+
+    made = scorer(ok, unbounded)
+    scores = made.collect(made.submit(IMAGES, PROMPTS, {}, None))
+    assert scores.failed.tolist() == [[False, False], [False, True]]
+    assert scores.rewards[1, 0] == 0.5 and scores.rewards[1, 1].isnan()
+    (error,) = scores.errors
+    assert isinstance(error, InfiniteRewardError)
+    assert "`unbounded` returned float" in str(error) and "'a dog'" in str(error)
 
 
 def test_an_exception_in_the_place_of_a_number_is_the_failure_of_one_image(scorer) -> None:

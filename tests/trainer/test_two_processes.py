@@ -8,6 +8,7 @@ shows that these leave nothing behind in which the next exchange would get stuck
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -70,12 +71,19 @@ ERRORS = {
     ),
     "save": ({"fault": "save", "save_strategy": "steps", "save_steps": 2}, "no space left"),
 }
+# What is not finite on one process, and what both say of it.
+NONFINITE = {
+    "latent": r"latents of 1 of 8 sampled images are not finite, first for the prompt .* on process 1",
+    "loss": r"1 of 16 losses \(of a sample at a timestep\) are not finite, first that of sample .* on process 1",
+}
 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("two")
     given = EQUAL | ALONE | {name: settings for name, (settings, _) in ERRORS.items()}
+    for name in NONFINITE:
+        given |= {name: {"fault": name}, f"{name} masked": {"fault": name, "on_nonfinite": "mask"}}
     given = {name: {"per_device_train_batch_size": 4} | settings for name, settings in given.items()}
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     run = subprocess.run(
@@ -190,3 +198,13 @@ def test_both_processes_stop_with_the_error_of_one(two, name) -> None:
     saved = {file.name for file in (two / name / "out").glob("checkpoint-1/*")}
     # In the first step there is nothing to save, and where saving fails nothing can be.
     assert {"marble_state.safetensors", "trainer_state.json"} <= saved or name in ("reward", "nonsense", "save")
+
+
+@pytest.mark.parametrize("name", NONFINITE)
+def test_what_is_not_finite_on_one_process_stops_both_or_is_left_out_there(two, name) -> None:
+    first, second = told(two, name)
+    assert first["error"] == second["error"] and re.search(NONFINITE[name], first["error"])
+    assert (two / name / "out" / "checkpoint-1" / "manifest.json").is_file()
+    first, second = tensors(two, f"{name} masked")
+    for key in ("gradient/0", "gradient/1", "gradient/2", "change", "old", "average"):
+        assert first[key].equal(second[key]) and first[key].isfinite().all() and first[key].norm() > 0, key

@@ -46,7 +46,7 @@ def group_diversity(features: Tensor, groups: Tensor) -> Tensor:
 
     Args:
         features (`Tensor` of shape `[N, D]`):
-            What of the images counts, such as [`thumbnails`].
+            What of the images counts, such as [`thumbnails`]. Images whose features are NaN are left out.
         groups (`Tensor` of shape `[N]`, int64):
             The group of each image, such as the number of its prompt, from 0 on.
 
@@ -57,7 +57,7 @@ def group_diversity(features: Tensor, groups: Tensor) -> Tensor:
     """
     values = []
     for group in range(int(groups.max()) + 1):
-        members = features[groups == group].double()
+        members = features[(groups == group) & ~features.isnan().any(dim=1)].double()
         distances = torch.pdist(members) / members.shape[1] ** 0.5
         values.append(distances.mean())  # of nothing: NaN
     return torch.stack(values)

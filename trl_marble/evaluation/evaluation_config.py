@@ -40,10 +40,10 @@ class EvaluationConfig:
             Whether to sample in bfloat16. A pipeline given by name is loaded in it, one given as an object runs under
             autocast. Rewards that are models score in it, unless they chose their own dtype.
         reward_failure (`str`, *optional*, defaults to `"raise"`):
-            What happens where a reward raises, takes too long, or answers an exception for an image. `"raise"`: the
-            evaluation stops with an error that names the reward, the prompt and the cause; what was scored is kept.
-            `"mask"`: the images count as ones that the reward does not apply to, and how many they are is reported; it
-            stops only if a reward fails for every image that it applies to.
+            What happens where a reward raises, takes too long, or answers an exception or an infinite number for an
+            image. `"raise"`: the evaluation stops with an error that names the reward, the prompt and the cause; what
+            was scored is kept. `"mask"`: the images count as ones that the reward does not apply to, and how many
+            they are is reported; it stops only if a reward fails for every image that it applies to.
         reward_timeout (`float`, *optional*):
             Longest time in seconds to wait for a reward's answer about one batch. Defaults to waiting for ever.
 

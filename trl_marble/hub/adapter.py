@@ -71,7 +71,8 @@ def save_adapter(
         `Path`: the file that was written.
 
     Raises:
-        `ValueError`: where the transformer has no adapter of that name, or `state` has other keys or shapes than it.
+        `ValueError`: where the transformer has no adapter of that name, `state` has other keys or shapes than it, or
+            a weight is not finite; an earlier file is left as it is.
         `NotADirectoryError`: where `folder` is a file.
     """
     folder = Path(folder)
@@ -82,6 +83,12 @@ def save_adapter(
     if state is None:
         state = own
     _check_same_layout(state, own, adapter_name)
+    for key, value in state.items():
+        if not value.isfinite().all():
+            raise ValueError(
+                f"`{key}` of the adapter {adapter_name!r} is not finite, so it is not saved. Go back to an earlier "
+                "checkpoint, and look for what overflowed: the learning rate, or float16."
+            )
 
     # Under its name only when it is whole, also where the process ends meanwhile.
     file, unfinished = folder / LORA_WEIGHT_NAME_SAFE, folder / f"tmp-{LORA_WEIGHT_NAME_SAFE}"

@@ -12,7 +12,7 @@ from .loading import KNOWN_REWARDS, load_reward
 from .model_reward import ModelReward
 from .ocr import OCRAccuracy
 from .pickscore import PickScore
-from .protocol import RewardError, RewardFunc, reward_names, reward_tensor
+from .protocol import InfiniteRewardError, RewardError, RewardFunc, reward_names, reward_tensor
 from .remote import RemoteReward
 from .scoring import PendingScores, RewardScorer, Scores
 from .vlm_judge import VLMJudge
@@ -26,6 +26,7 @@ __all__ = [
     "GenEval",
     "HPSv2",
     "ImageReward",
+    "InfiniteRewardError",
     "ModelReward",
     "OCRAccuracy",
     "PendingScores",

@@ -39,6 +39,10 @@ class RewardError(RuntimeError):
     """A reward function failed or returned something that is not a reward."""
 
 
+class InfiniteRewardError(RewardError):
+    """A reward function returned a number for an image that is infinite, or too large for float32."""
+
+
 def reward_names(reward_funcs: Sequence[RewardFunc]) -> list[str]:
     """
     Names that tell the rewards of a run apart.
@@ -156,7 +160,8 @@ def reward_tensor(values: Any, name: str, prompts: Sequence[str]) -> Tensor:
         `Tensor` of shape `[B]`, float32: NaN where the reward does not apply, and where it gave an exception.
 
     Raises:
-        [`RewardError`]: If the number of values is wrong, a value is not a number, or a value is infinite.
+        [`RewardError`]: If the number of values is wrong, a value is not a number, or a value is infinite
+            ([`InfiniteRewardError`]).
     """
     if isinstance(values, Tensor | np.ndarray):
         values = values.tolist()
@@ -181,14 +186,50 @@ def reward_tensor(values: Any, name: str, prompts: Sequence[str]) -> Tensor:
                 f"Reward `{name}` returned {_short(value)} for the prompt {prompt!r}; a reward is a number, or `None` "
                 "where it does not apply."
             )
-        size: Any = abs(value)
-        if size > FLOAT32_MAX:
-            raise RewardError(
-                f"Reward `{name}` returned {_short(value)} for the prompt {prompt!r}; a reward must be finite in "
-                "float32. Return `None` where it does not apply, or bound it."
-            )
+        if _is_infinite(value):
+            raise _infinite(value, name, prompt)
         numbers[i] = float(value)
     return numbers
+
+
+def errors_for_infinite(values: Any, name: str, prompts: Sequence[str]) -> Any:
+    """
+    What a reward returned, with infinite numbers taken for failures of their images.
+
+    Args:
+        values (`Sequence[float | None]`, `np.ndarray` or `Tensor`):
+            The answer.
+        name (`str`):
+            Name of the reward, for messages.
+        prompts (`Sequence[str]`):
+            The prompts of the images, for messages.
+
+    Returns:
+        `list`: The answer with an [`InfiniteRewardError`] in the place of each number that is not finite in float32
+        (NaN apart). The answer as it is where it is not one value an image, which [`reward_tensor`] refuses.
+    """
+    if isinstance(values, Tensor | np.ndarray):
+        values = values.tolist()
+    if not isinstance(values, Sequence) or isinstance(values, str | bytes) or len(values) != len(prompts):
+        return values
+    return [
+        _infinite(value, name, prompt) if _is_infinite(value) else value
+        for value, prompt in zip(values, prompts, strict=True)
+    ]
+
+
+def _is_infinite(value: Any) -> bool:
+    if isinstance(value, Tensor) and value.numel() == 1:
+        value = value.item()
+    size: Any = abs(value) if isinstance(value, Real) else 0
+    return size > FLOAT32_MAX
+
+
+def _infinite(value: Any, name: str, prompt: str) -> InfiniteRewardError:
+    return InfiniteRewardError(
+        f"Reward `{name}` returned {_short(value)} for the prompt {prompt!r}; a reward must be finite in float32. "
+        "Return `None` where it does not apply, or bound it."
+    )
 
 
 def _short(value: Any) -> str:

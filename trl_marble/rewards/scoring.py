@@ -16,7 +16,16 @@ from torch import Tensor
 from ..media import Sample, to_tensor
 from .frame_reward import FrameReward
 from .model_reward import ModelReward
-from .protocol import RewardError, RewardFunc, most_common_prompts, reward_names, reward_tensor, validate_reward_funcs
+from .protocol import (
+    InfiniteRewardError,
+    RewardError,
+    RewardFunc,
+    errors_for_infinite,
+    most_common_prompts,
+    reward_names,
+    reward_tensor,
+    validate_reward_funcs,
+)
 
 
 class PendingScores(NamedTuple):
@@ -113,7 +122,8 @@ class RewardScorer:
         Wait for scores.
 
         A reward fails for all images of a call by raising or by taking too long, and for single images by answering
-        an exception in the place of a number. Both are told in the result, so that the caller can decide.
+        an exception, or an infinite number ([`InfiniteRewardError`]), in the place of a number. All are told in the
+        result, so that the caller can decide.
 
         Raises:
             [`RewardError`]: If a reward answered what is neither a reward nor a failure: that is a mistake in it.
@@ -126,10 +136,11 @@ class RewardScorer:
                 rows.append(torch.full((len(pending.prompts),), torch.nan))
                 failed.append(torch.ones(len(pending.prompts), dtype=torch.bool))
                 continue
+            answer = errors_for_infinite(answer, name, pending.prompts)
             rows.append(reward_tensor(answer, name, pending.prompts))
             failed.append(torch.tensor([isinstance(value, Exception) for value in answer]))
             errors += [
-                _failure(name, value, [prompt])
+                value if isinstance(value, InfiniteRewardError) else _failure(name, value, [prompt])
                 for value, prompt in zip(answer, pending.prompts, strict=True)
                 if isinstance(value, Exception)
             ]

@@ -38,6 +38,8 @@ class PolicyEvaluation:
             Prompt of the gallery -> rewards of its images, of shape `[K, number of images]`.
         failed (`dict[str, int]`):
             How many images each reward failed for; empty where a failure raises.
+        nonfinite_latents (`int` or `None`):
+            How many images have latents that are not finite; `None` where that raises.
         diversity (`float`):
             Mean over prompts of [`~trl_marble.evaluation.diversity.group_diversity`], in [0, 1]; NaN with one image a
             prompt.
@@ -48,6 +50,7 @@ class PolicyEvaluation:
     evaluation: Evaluation
     gallery_rewards: dict[str, Tensor]
     failed: dict[str, int]
+    nonfinite_latents: int | None
     diversity: float
     velocity_norm: float
 
@@ -56,6 +59,8 @@ class PolicyEvaluation:
         metrics = {f"{prefix}_drift/velocity_norm": self.velocity_norm}
         if not math.isnan(self.diversity):
             metrics[f"{prefix}_drift/diversity"] = self.diversity
+        if self.nonfinite_latents is not None:
+            metrics[f"{prefix}_nonfinite/latents"] = self.nonfinite_latents
         for row, (name, (mean, error)) in zip(self.evaluation.rewards, self.evaluation.summary().items(), strict=True):
             key = f"{prefix}_rewards/{name}"
             valid = 1 - row.isnan().float().mean().item()
@@ -78,9 +83,9 @@ def evaluate_policy(trainer: "MarbleNFTTrainer", dataset: Dataset) -> PolicyEval
     args = trainer.args
     repeats = args.num_generations_eval
     names = [name for scorer in trainer.scorers for name in scorer.names]
-    found, scores = _own_images(trainer, dataset)
+    found, scores, nonfinite_latents = _own_images(trainer, dataset)
     with trainer.together.phase():
-        failed = {} if args.reward_failure == "raise" else count_failures(scores, names, trainer.accelerator)
+        failed = count_failures(scores, names, trainer.accelerator) if args.masks_rewards else {}
 
     images = sorted(gather_object(found), key=lambda image: image.number)
     gallery: dict[str, list[Sample]] = {}
@@ -92,12 +97,13 @@ def evaluate_policy(trainer: "MarbleNFTTrainer", dataset: Dataset) -> PolicyEval
             gallery_rewards.setdefault(prompt, []).append(torch.tensor(image.rewards))
     rewards = torch.tensor([image.rewards for image in images]).T
     features = torch.stack([torch.from_numpy(image.thumbnail) for image in images])
-    diversity = group_diversity(features, torch.arange(len(images)) // repeats).mean().item()
+    diversity = group_diversity(features, torch.arange(len(images)) // repeats).nanmean().item()
     policy, base = torch.tensor([image.velocity for image in images if image.velocity], dtype=torch.float64).sum(dim=0)
     return PolicyEvaluation(
         evaluation=Evaluation(trainer.state.global_step, names, rewards, gallery),
         gallery_rewards={prompt: torch.stack(values, dim=1) for prompt, values in gallery_rewards.items()},
         failed=failed,
+        nonfinite_latents=nonfinite_latents if args.on_nonfinite == "mask" else None,
         diversity=diversity,
         velocity_norm=(policy / base).sqrt().item(),
     )
@@ -113,8 +119,8 @@ class _EvaluatedImage(NamedTuple):
     velocity: tuple[float, float] | None  # squared norms of the policy's and the base model's, where they are measured
 
 
-def _own_images(trainer: "MarbleNFTTrainer", dataset: Dataset) -> tuple[list[_EvaluatedImage], Scores]:
-    """Sample, score and measure the images of this process."""
+def _own_images(trainer: "MarbleNFTTrainer", dataset: Dataset) -> tuple[list[_EvaluatedImage], Scores, int]:
+    """Sample, score and measure the images of this process; how many of all processes are not finite."""
     args = trainer.args
     num_images = len(dataset) * args.num_generations_eval
     # All processes sample equally many, so that they call the transformer equally often: the last image fills up.
@@ -132,6 +138,8 @@ def _own_images(trainer: "MarbleNFTTrainer", dataset: Dataset) -> tuple[list[_Ev
     samples = sample_and_score(
         trainer, trainer.scorers, conditioning, prompt_index, prompts, columns, seeds, batch_size
     )
+    with trainer.together.phase():
+        nonfinite_latents = trainer.nonfinite.settle_latents(samples.finite[:num_own], prompts[:num_own])
     # Velocities of the first batch of all images, whichever processes they are on.
     num_measured = -(-batch_size // args.world_size)
     with trainer.together.phase(exchanges=args.base_is_sharded):
@@ -140,6 +148,7 @@ def _own_images(trainer: "MarbleNFTTrainer", dataset: Dataset) -> tuple[list[_Ev
         )
     # Images of the gallery: those of prompts spread over the dataset.
     shown = {(k * len(dataset)) // args.num_images_to_log for k in range(args.num_images_to_log)}
+    features = thumbnails(samples.images).masked_fill(~samples.finite[:, None], torch.nan).numpy()
     found = [
         _EvaluatedImage(
             number=i,
@@ -148,10 +157,11 @@ def _own_images(trainer: "MarbleNFTTrainer", dataset: Dataset) -> tuple[list[_Ev
             shown=samples.images[place] if i // args.num_generations_eval in shown else None,
             velocity=velocities[place] if i < batch_size else None,
         )
-        for place, (i, thumbnail) in enumerate(zip(indices, thumbnails(samples.images).numpy(), strict=True))
+        for place, (i, thumbnail) in enumerate(zip(indices, features, strict=True))
     ]
     scores = samples.scores
-    return found[:num_own], Scores(scores.rewards[:, :num_own], scores.failed[:, :num_own], scores.errors)
+    own_scores = Scores(scores.rewards[:, :num_own], scores.failed[:, :num_own], scores.errors)
+    return found[:num_own], own_scores, nonfinite_latents
 
 
 @torch.no_grad()

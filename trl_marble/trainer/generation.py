@@ -29,6 +29,8 @@ class GenerationBatch:
             Place of each sample in the generation batch of all processes: the seed of its training noise.
         latents (`Tensor` of shape `[B, ...]`):
             Clean latents x0.
+        finite (`Tensor` of shape `[B]`, bool):
+            Which samples have latents at all: those that were sampled as NaN or infinite are left out, and 0 here.
         advantages (`Tensor` of shape `[K, B]`, float32):
             NaN where a reward does not apply.
         counts (`Tensor` of shape `[U, K]`, int64):
@@ -45,13 +47,24 @@ class GenerationBatch:
     prompt_index: Tensor
     sample_ids: Tensor
     latents: Tensor
+    finite: Tensor
     advantages: Tensor
     counts: Tensor
     active: Tensor
     scored: Tensor
     weighted_sum: Tensor
 
-    _TENSORS = ("prompt_index", "sample_ids", "latents", "advantages", "counts", "active", "scored", "weighted_sum")
+    _TENSORS = (
+        "prompt_index",
+        "sample_ids",
+        "latents",
+        "finite",
+        "advantages",
+        "counts",
+        "active",
+        "scored",
+        "weighted_sum",
+    )
 
     def save(self, path: Path) -> None:
         """Write it to a safetensors file. The embeddings are computed again from the rows when training goes on."""

@@ -20,6 +20,7 @@ BALANCE_ON = ("loss", "advantage")
 AMORTIZATION = ("exact", "reference")
 SCALE_REWARDS = ("batch", "group", "none")
 REWARD_FAILURE = ("raise", "mask")
+ON_NONFINITE = ("raise", "mask")
 
 PLAIN_PROCESSES = "Start plain processes, `accelerate launch --multi_gpu --num_processes N`"
 
@@ -95,6 +96,15 @@ class MarbleConfig(TrainingArguments):
             was trained is saved, and training stops with an error that names the reward, the prompt and the cause.
             `"mask"`: the images are treated as ones that the reward does not apply to and counted in
             `rewards/<name>/failed`; training stops only if a reward fails for every image of a generation batch.
+        on_nonfinite (`str`, *optional*, defaults to `"raise"`):
+            What happens where a number is NaN or infinite: a sampled latent, an infinite reward (a reward that is NaN
+            does not apply), the loss of a sample, or a gradient. `reward_failure` is about rewards that give no
+            answer, this setting about numbers that are none. `"raise"`: nothing of the optimizer step is used, what
+            was trained before it is saved, and training stops with an error that names what is not finite, where it
+            arose, and what to change. `"mask"`: the image is left out of every reward, a sample out of the optimizer
+            step at that timestep, a reward out of the step's balance, or the step is skipped; each is counted in
+            `nonfinite/*` (an infinite reward in `rewards/<name>/failed`), and training stops only if nothing is left,
+            or after ten skipped steps on end. No weights that are not finite are ever saved.
         reward_timeout (`float`, *optional*):
             Longest time in seconds to wait for a reward's answer about one rollout batch, counted from when all
             images of the generation batch are sampled. Defaults to waiting for ever.
@@ -244,6 +254,9 @@ class MarbleConfig(TrainingArguments):
     reward_failure: Literal["raise", "mask"] = field(
         default="raise", metadata={"help": "What to do where a reward fails: 'raise' or 'mask'."}
     )
+    on_nonfinite: Literal["raise", "mask"] = field(
+        default="raise", metadata={"help": "What to do where a number is NaN or infinite: 'raise' or 'mask'."}
+    )
     reward_timeout: float | None = field(
         default=None, metadata={"help": "Longest time in seconds to wait for a reward's answer."}
     )
@@ -311,6 +324,7 @@ class MarbleConfig(TrainingArguments):
             ("amortization", AMORTIZATION),
             ("scale_rewards", SCALE_REWARDS),
             ("reward_failure", REWARD_FAILURE),
+            ("on_nonfinite", ON_NONFINITE),
             ("old_policy_preset", tuple(OLD_POLICY_PRESETS)),
         ):
             value = getattr(self, name)
@@ -427,6 +441,11 @@ class MarbleConfig(TrainingArguments):
             )
         if self.shard_base and self.torch_compile:
             raise ValueError("`shard_base=True` and `torch_compile=True` do not work together; leave one of them out.")
+        if self.shard_base and self.on_nonfinite == "mask":
+            raise ValueError(
+                "`shard_base=True` needs processes that call the transformer equally often, and with "
+                "`on_nonfinite='mask'` one that has nothing finite does not; leave one of them out."
+            )
         if self.shard_base and is_torch_version("<", "2.7"):
             raise ValueError("`shard_base=True` needs PyTorch 2.7 or newer.")
 
@@ -439,6 +458,11 @@ class MarbleConfig(TrainingArguments):
     def balances_gradients(self) -> bool:
         """Whether the aggregation needs one gradient for each reward."""
         return self.multi_objective_aggregation in ("marble", "equal")
+
+    @property
+    def masks_rewards(self) -> bool:
+        """Whether there may be images that a reward failed for, or for which it is infinite, and training goes on."""
+        return "mask" in (self.reward_failure, self.on_nonfinite)
 
     @property
     def generation_batch_size(self) -> int:

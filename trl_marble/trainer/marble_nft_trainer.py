@@ -62,6 +62,7 @@ from .generation import GenerationBatch, digest_of, training_order
 from .live_table import LiveTableCallback, ProgressBar
 from .marble_config import MarbleConfig
 from .metrics import MetricBuffer
+from .nonfinite import NonFiniteGuard, finite_mean, refuse_nonfinite, refuse_nonfinite_run
 from .out_of_memory import rollout_advice, update_advice
 from .pictures import RolloutRecord, log_evaluation, log_plots, log_rollout
 from .publishing import push_checkpoint, push_output, write_card
@@ -257,6 +258,7 @@ class MarbleNFTTrainer(CheckpointedTrainer):
                 "micro-batch, and each step that solves the balancing problem takes one backward pass a reward. With "
                 "`per_device_train_batch_size=1` and more accumulation it takes two in all."
             )
+        self.nonfinite = NonFiniteGuard(args, self.accelerator, self.scorer.names, self.metrics)
         self.step_gradient = StepGradient(
             args,
             self.accelerator,
@@ -266,6 +268,7 @@ class MarbleNFTTrainer(CheckpointedTrainer):
             self.weighting,
             self.scorer.names,
             self.metrics,
+            self.nonfinite,
         )
         self._has_dropout = any(isinstance(m, nn.Dropout) and m.p > 0 for m in self.flow.transformer.modules())
 
@@ -395,12 +398,18 @@ class MarbleNFTTrainer(CheckpointedTrainer):
             with self.together.phase():
                 self._encode_again(inputs)
         update = slot // self.args.gradient_accumulation_steps
+        prompts = [row["prompt"] for row in inputs]
         is_last = self.accelerator.sync_gradients
         with self.together.phase(exchanges=self.args.base_is_sharded, ask=is_last), update_advice(self.args):
             if slot % self.args.gradient_accumulation_steps == 0:
-                self._begin_update(update)
+                self._begin_update(update, prompts)
             loss = self._accumulate(slot, cycle, iteration)
         if is_last:
+            with self.together.phase():
+                left_out = self.nonfinite.settle()
+            with self.together.phase(), update_advice(self.args):
+                if left_out is not None:
+                    self._repeat_update(slot, cycle, iteration, prompts, left_out)
             with self.together.phase(), update_advice(self.args):
                 self.step_gradient.finish()
         self._micro_step += 1
@@ -420,17 +429,22 @@ class MarbleNFTTrainer(CheckpointedTrainer):
             conditioning, prompt_index = encode_distinct(self.flow, prompts, to_edit)
         self._conditioning = conditioning
         with self.old_policy.swapped_in(), rollout_advice("rollout_batch_size", batch_size):
-            latents, images, scores = sample_and_score(
+            latents, images, finite, scores = sample_and_score(
                 self, [self.scorer], conditioning, prompt_index, prompts, columns, seeds, batch_size
             )
+        with self.together.phase():
+            number_nonfinite = self.nonfinite.settle_latents(finite, prompts)
+        if self.args.on_nonfinite == "mask":
+            self.metrics.record("nonfinite/latents", number_nonfinite)
         rewards, failed = scores.rewards, {}
-        if self.args.reward_failure == "mask":
+        if self.args.masks_rewards:
             with self.together.phase():
                 failed = count_failures(scores, self.scorer.names, self.accelerator)
         all_rewards = self._gather(rewards.T).T
         groups = torch.arange(all_rewards.shape[1]) // self.args.num_generations
         self._record_rewards(all_rewards, failed)
-        self.metrics.record("drift/diversity", group_diversity(self._gather(thumbnails(images)), groups).mean().item())
+        features = self._gather(thumbnails(images).masked_fill(~finite[:, None], torch.nan))
+        self.metrics.record("drift/diversity", group_diversity(features, groups).nanmean().item())
         if self.args.log_images:
             sources = None if "source" not in columns else gather_object([str(source) for source in columns["source"]])
             self._latest_rollout = RolloutRecord(prompts, images, rewards, all_rewards, sources)
@@ -453,12 +467,13 @@ class MarbleNFTTrainer(CheckpointedTrainer):
         signals = torch.stack([(part.nan_to_num() != 0).sum(dim=1) for part in updates])
         scored = torch.stack([(~part.isnan()).any(dim=0).sum() for part in updates])
         device = self.args.device
-        self.metrics.record("drift/latent_rms", _mean_rms(latents).item())
+        self.metrics.record("drift/latent_rms", _mean_rms(latents[finite.to(device)]).item())
         return GenerationBatch(
             rows_digest=digest_of(prompts, to_edit),
             prompt_index=prompt_index[order].to(device),
             sample_ids=torch.tensor(sample_ids)[order],
             latents=latents[order.to(device)],
+            finite=finite[order],
             advantages=advantages.to(device),
             counts=self.accelerator.reduce(counts.to(device), reduction="sum"),
             active=self.accelerator.reduce(signals.to(device), reduction="sum") > 0,
@@ -485,7 +500,7 @@ class MarbleNFTTrainer(CheckpointedTrainer):
     def _record_rewards(self, rewards: Tensor, failed: dict[str, int]) -> None:
         for name, row in zip(self.scorer.names, rewards, strict=True):
             valid = row[~row.isnan()]
-            if self.args.reward_failure == "mask":
+            if self.args.masks_rewards:
                 self.metrics.record(f"rewards/{name}/failed", failed[name])
             self.metrics.record(f"rewards/{name}/valid", len(valid) / len(row))
             self.metrics.record(f"rewards/{name}/mean", valid.mean().item() if len(valid) else float("nan"))
@@ -509,11 +524,21 @@ class MarbleNFTTrainer(CheckpointedTrainer):
 
     # ---- Per-reward gradients and the update ----
 
-    def _begin_update(self, update: int) -> None:
-        """Start an optimizer step."""
+    def _begin_update(self, update: int, prompts: list[str], left_out: Tensor | None = None) -> None:
+        """Start an optimizer step, with samples left out at some timesteps where it is taken again."""
+        self.nonfinite.begin(self.state.global_step, self._batch, prompts, update, self.num_times, left_out)
         # With dropout a forward pass for training is not one of the old policy, whatever the weights.
         self._on_policy = not self._has_dropout and self.old_policy.equals_live()
         self.step_gradient.begin(self.state.global_step, self._batch, update, self.num_times, self._on_policy)
+
+    def _repeat_update(self, last_slot: int, cycle: int, iteration: int, prompts: list[str], left_out: Tensor) -> None:
+        """Accumulate the gradients of an optimizer step anew, without what was not finite."""
+        update = last_slot // self.args.gradient_accumulation_steps
+        self.model.zero_grad()
+        self._begin_update(update, prompts, left_out)
+        with self.metrics.paused():
+            for slot in range(update * self.args.gradient_accumulation_steps, last_slot + 1):
+                self._accumulate(slot, cycle, iteration)
 
     def _accumulate(self, slot: int, cycle: int, iteration: int) -> Tensor:
         """Add the gradients of one micro-batch, over its timesteps."""
@@ -538,7 +563,9 @@ class MarbleNFTTrainer(CheckpointedTrainer):
                 noise = torch.stack([torch.randn(x0.shape[1:], generator=g) for g in generators]).to(x0)
                 t_ = t.view(-1, *[1] * (x0.ndim - 1))
                 x_t = (1 - t_) * x0 + t_ * noise
-                loss += self._backward(x_t, x0, t, conditioning, shares, place)
+                used = self.nonfinite.without_left_out(place, x_t, x0, t, conditioning, shares)
+                if used is not None:
+                    loss += self._backward(*used, place)
                 bar.update()
         # `Trainer` averages over processes what here is each process's share of a sum.
         return loss * self.args.world_size
@@ -558,6 +585,7 @@ class MarbleNFTTrainer(CheckpointedTrainer):
             divergence = None
             if base_velocity is not None:
                 divergence = (velocity.float() - base_velocity.float()).square().flatten(1).mean(dim=1)
+            self.nonfinite.note(place, t, losses, divergence)
             return self.step_gradient.backward(losses, divergence, shares)
 
     @torch.no_grad()
@@ -632,7 +660,7 @@ class MarbleNFTTrainer(CheckpointedTrainer):
             result = evaluate_policy(self, dataset)
         evaluation = result.evaluation
         self.evaluations.append(evaluation)
-        metrics = result.metrics(metric_key_prefix, count_failures=self.args.reward_failure == "mask")
+        metrics = result.metrics(metric_key_prefix, count_failures=self.args.masks_rewards)
         with self.together.phase():
             super().log(dict(metrics))
             if self.args.log_images and self.is_world_process_zero():
@@ -683,11 +711,13 @@ class MarbleNFTTrainer(CheckpointedTrainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """Write the adapter with the averaged weights; nothing else is needed to use it, and nothing is pickled."""
+        refuse_nonfinite("averaged weights", self.average.state_dict())
         if self.args.should_save:
             with self.average.swapped_in():
                 save_adapter(self.pipeline, output_dir or self.args.output_dir)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        refuse_nonfinite_run(self)  # before anything is written
         super()._save_checkpoint(model, trial)
         with self.together.phase():
             if self.args.log_images and self.args.should_save:
@@ -827,8 +857,8 @@ def _spread(values: Tensor) -> float:
 
 
 def _mean_rms(values: Tensor) -> Tensor:
-    """Root mean square of each sample, averaged over samples: the same however they are cut into batches."""
-    return values.float().square().flatten(1).mean(dim=1).sqrt().mean()
+    """Root mean square of each finite sample, averaged over samples: the same however they are cut into batches."""
+    return finite_mean(values.float().square().flatten(1).mean(dim=1).sqrt())
 
 
 def _held_out_scorer(eval_reward_funcs: Any, reward_funcs: Any, trained: RewardScorer) -> RewardScorer | None:

@@ -2,6 +2,8 @@
 """Values recorded during optimizer steps, until they are logged."""
 
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from accelerate import Accelerator
@@ -15,6 +17,7 @@ class MetricBuffer:
 
     def __init__(self) -> None:
         self._values: dict[str, list[float | Tensor]] = defaultdict(list)
+        self._is_paused = False
 
     def record(self, name: str, value: float | Tensor) -> None:
         """
@@ -26,7 +29,17 @@ class MetricBuffer:
             value (`float` or `Tensor` of shape `[]`):
                 A tensor is not read before it is logged, so that nothing waits for the device.
         """
-        self._values[name].append(value)
+        if not self._is_paused:
+            self._values[name].append(value)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Record nothing inside the context: what is done there was measured before."""
+        self._is_paused = True
+        try:
+            yield
+        finally:
+            self._is_paused = False
 
     def clear(self) -> None:
         """Forget everything recorded since the last call of [`flush`]."""

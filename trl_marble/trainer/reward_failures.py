@@ -6,34 +6,39 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from transformers.utils import logging
 
-from ..rewards import RewardError, Scores
+from ..rewards import InfiniteRewardError, RewardError, Scores
+from .marble_config import MarbleConfig
 
 
 logger = logging.get_logger(__name__)
 
 
-def raise_failures(scores: Scores) -> None:
+def raise_failures(scores: Scores, args: MarbleConfig) -> None:
     """
-    Raise the first failure, if there is one: what `reward_failure="raise"` means.
+    Raise the first failure that ends training, if there is one.
 
     Args:
         scores ([`~trl_marble.rewards.Scores`]):
             What the rewards said of this process's images.
+        args ([`MarbleConfig`]):
+            `on_nonfinite` says what an infinite reward means, `reward_failure` every other failure.
 
     Raises:
-        [`~trl_marble.rewards.RewardError`]: If any reward failed for any image.
+        [`~trl_marble.rewards.RewardError`]: If a reward failed for any image and the setting says so.
     """
-    if scores.errors:
-        # With the traceback of the reward.
-        raise RewardError(
-            f"{scores.errors[0]} What was trained so far is saved. To leave failed images out instead, set "
-            "`reward_failure='mask'`."
-        ) from scores.errors[0].__cause__
+    for error in scores.errors:
+        setting = "on_nonfinite" if isinstance(error, InfiniteRewardError) else "reward_failure"
+        if getattr(args, setting) == "raise":
+            # With the traceback of the reward.
+            raise RewardError(
+                f"{error} What was trained so far is saved. To leave failed images out instead, set "
+                f"`{setting}='mask'`."
+            ) from error.__cause__
 
 
 def count_failures(scores: Scores, names: list[str], accelerator: Accelerator) -> dict[str, int]:
     """
-    Count the failures that are left out, as `reward_failure="mask"` asks for.
+    Count the failures that are left out, as `reward_failure="mask"` or `on_nonfinite="mask"` asks for.
 
     Args:
         scores ([`~trl_marble.rewards.Scores`]):

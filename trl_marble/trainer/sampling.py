@@ -24,15 +24,18 @@ class Samples(NamedTuple):
 
     Args:
         latents (`Tensor` of shape `[B, ...]`):
-            Clean latents x0.
+            Clean latents x0, all 0 where they are not finite.
         images (`list[PIL.Image.Image]` or `list[list[PIL.Image.Image]]`):
             What they look like: images, or videos.
+        finite (`Tensor` of shape `[B]`, bool, on the CPU):
+            Which samples have finite latents. No reward is asked about the others.
         scores ([`~trl_marble.rewards.Scores`]):
             What the rewards said of them: one row a reward, those of the first scorer first.
     """
 
     latents: Tensor
     images: list[Sample]
+    finite: Tensor
     scores: Scores
 
 
@@ -75,6 +78,7 @@ def sample_and_score(
     trainer.model.eval()
     latents: list[Tensor] = []
     images: list[Sample] = []
+    finite: list[Tensor] = []
     pending: list[list[PendingScores]] = []
     together, sharded = trainer.together, trainer.args.base_is_sharded
     with together.phase(exchanges=sharded), trainer.progress("rollout", len(prompts)) as bar:
@@ -85,29 +89,38 @@ def sample_and_score(
                     conditioning.select(prompt_index[part]), seeds[part], trainer.args.num_inference_steps
                 )
             sampled = list(rollout.images)
-            latents.append(rollout.latents)
+            is_finite = rollout.latents.flatten(1).isfinite().all(dim=1)
+            latents.append(torch.where(is_finite.view(-1, *[1] * (rollout.latents.ndim - 1)), rollout.latents, 0.0))
+            finite.append(is_finite.cpu())
             images.extend(sampled)
-            part_columns = {name: values[part] for name, values in columns.items()}
-            pending.append([scorer.submit(sampled, prompts[part], part_columns, trainer.state) for scorer in scorers])
+            shown = finite[-1].nonzero().flatten().tolist()
+            shown_columns = {name: [values[start + i] for i in shown] for name, values in columns.items()}
+            shown_prompts = [prompts[start + i] for i in shown]
+            pending.append(
+                [
+                    scorer.submit([sampled[i] for i in shown], shown_prompts, shown_columns, trainer.state)
+                    for scorer in (scorers if shown else [])
+                ]
+            )
             bar.update(len(sampled))
     scores: list[Scores] = []
     with together.phase(), reward_advice(), trainer.progress("rewards", len(prompts)) as bar:
-        for waiting in pending:
-            answers = [scorer.collect(part) for scorer, part in zip(scorers, waiting, strict=True)]
-            scores.append(_stack(answers))
-            bar.update(len(waiting[0].prompts))
+        for waiting, was_shown in zip(pending, finite, strict=True):
+            answers = [scorer.collect(part) for scorer, part in zip(scorers, waiting, strict=False)]
+            scores.append(_stack(answers, was_shown, sum(len(scorer) for scorer in scorers)))
+            bar.update(len(was_shown))
         for scorer in scorers:
             scorer.release()
         scored = Scores.concatenate(scores)
-        if trainer.args.reward_failure == "raise":
-            raise_failures(scored)
-    return Samples(torch.cat(latents), images, scored)
+        raise_failures(scored, trainer.args)
+    return Samples(torch.cat(latents), images, torch.cat(finite), scored)
 
 
-def _stack(parts: Sequence[Scores]) -> Scores:
-    """What several scorers said of the same images, as one."""
-    return Scores(
-        torch.cat([part.rewards for part in parts]),
-        torch.cat([part.failed for part in parts]),
-        [error for part in parts for error in part.errors],
-    )
+def _stack(parts: Sequence[Scores], was_shown: Tensor, num_rewards: int) -> Scores:
+    """What several scorers said of the images that they were shown, as one, and nothing of the other images."""
+    rewards = torch.full((num_rewards, len(was_shown)), torch.nan)
+    failed = torch.zeros(rewards.shape, dtype=torch.bool)
+    if parts:
+        rewards[:, was_shown] = torch.cat([part.rewards for part in parts])
+        failed[:, was_shown] = torch.cat([part.failed for part in parts])
+    return Scores(rewards, failed, [error for part in parts for error in part.errors])

@@ -32,6 +32,7 @@ from ..balance import (
 from .generation import GenerationBatch
 from .marble_config import MarbleConfig
 from .metrics import MetricBuffer
+from .nonfinite import NonFiniteGuard, finite_mean, finite_sum
 from .seeding import Draw, derive_seed
 
 
@@ -61,6 +62,25 @@ class LossShares(NamedTuple):
     penalty: float
     scored_rewards: Tensor
 
+    def select(self, samples: Tensor) -> "LossShares":
+        """
+        The shares of some samples, as they are.
+
+        Args:
+            samples (`Tensor` of shape `[b]`, int64):
+                Which of the micro-batch.
+        """
+
+        def chosen(shares: SampleCoefficients) -> SampleCoefficients:
+            return SampleCoefficients(*(part[..., samples.to(part.device)] for part in shares))
+
+        return self._replace(
+            whole=chosen(self.whole),
+            balanced=chosen(self.balanced),
+            mixed=None if self.mixed is None else chosen(self.mixed),
+            anchor=None if self.anchor is None else chosen(self.anchor),
+        )
+
 
 class StepGradient:
     """
@@ -89,6 +109,8 @@ class StepGradient:
             Of the rewards, for the metrics.
         metrics ([`MetricBuffer`]):
             Where to record them.
+        guard ([`NonFiniteGuard`]):
+            Says what gradients that are not finite mean.
     """
 
     def __init__(
@@ -101,10 +123,11 @@ class StepGradient:
         weighting: Callable[[Tensor], Tensor],
         names: list[str],
         metrics: MetricBuffer,
+        guard: NonFiniteGuard,
     ) -> None:
         self.args, self.accelerator, self.schedule, self.weighting = args, accelerator, schedule, weighting
         self.parameters, self.linears = parameters, linears
-        self.names, self.metrics = names, metrics
+        self.names, self.metrics, self.guard = names, metrics, guard
         self._rows: GradientRows | None = None  # while a step is measured
         self._recorder: GradientRows | None = None  # the same, while a micro-step of it is
         self._solution: Harmonization | None = None  # of this step, until the step is whole
@@ -254,17 +277,28 @@ class StepGradient:
             total.backward()
 
         with torch.no_grad():
-            reward_losses = shares.whole.positive @ losses.positive + shares.whole.negative @ losses.negative
-            loss = reward_losses.sum() / shares.scored_rewards
+            whole = shares.whole
+            loss = finite_sum(whole.positive * losses.positive + whole.negative * losses.negative)
+            loss = loss / shares.scored_rewards
             if divergence is not None:
-                loss = loss + self.args.beta * shares.penalty * divergence.sum()
-                self.metrics.record("kl", divergence.mean())
+                loss = loss + self.args.beta * shares.penalty * finite_sum(divergence)
+                self.metrics.record("kl", finite_mean(divergence))
             return loss
 
     # ---- The direction ----
 
     def finish(self) -> None:
-        """Add up the gradients of all processes, and leave the update's direction in `.grad`."""
+        """
+        Add up the gradients of all processes, and leave the update's direction in `.grad`: none if it is not finite.
+
+        Raises:
+            `FloatingPointError`: See `MarbleConfig.on_nonfinite`.
+        """
+        self._set_direction()
+        if not self.guard.settle_direction(self.parameters):
+            self._solution = None
+
+    def _set_direction(self) -> None:
         if self._rows is None:
             if self.accelerator.num_processes > 1:
                 total = flatten_gradients([p.grad for p in self.parameters], self.parameters)
@@ -277,12 +311,15 @@ class StepGradient:
             rows[-1] += flatten_gradients([p.grad for p in self.parameters], self.parameters)
         rows = self.accelerator.reduce(rows, reduction="sum")
         gradients, shared = rows[:-1], rows[-1]
-        solution = harmonize(gram_matrix(gradients), self.weighting, self.args.normalize_gradients, self._active)
+        gram = gram_matrix(gradients)
+        norms = gram.diagonal().sqrt()
+        gram = self.guard.settle_rewards(gradients, gram)
+        solution = harmonize(gram, self.weighting, self.args.normalize_gradients, self._active)
         self._solution = solution
         weights = solution.weights if self._weights is None else self._weights
         assign_gradients(shared + weights.to(gradients) @ gradients, self.parameters)
         self._log_alpha(solution.alpha if self._solves else self.schedule.alpha)
-        for name, norm in zip(self.names, solution.norms.tolist(), strict=True):
+        for name, norm in zip(self.names, norms.where(norms.isfinite(), torch.nan).tolist(), strict=True):
             self.metrics.record(f"balance/grad_norm/{name}", norm)
         for prefix, w in (("balance", weights), ("balance/weighted_sum", self._batch.weighted_sum)):
             for key, value in balance_diagnostics(solution.gram, w, solution.active).items():
