@@ -9,12 +9,16 @@ BIN := .venv/bin
 PYTEST := OMP_NUM_THREADS=1 .venv/bin/pytest
 INSTALLED := .venv/.installed
 
-.PHONY: demo test slow docs lint clean help
+AUDIT := build/audit
+
+.PHONY: demo test slow fuzz audit docs lint clean help
 
 help:
 	@echo "make demo   train ShapeWorld against five rewards; results in runs/demo/"
 	@echo "make test   lint rules and the tests"
 	@echo "make slow   the tests that are left out of 'make test' because they take long"
+	@echo "make fuzz   many more examples for the tests that feed the parsers with anybody's bytes"
+	@echo "make audit  known vulnerabilities of the versions in constraints.txt; needs pypi.org"
 	@echo "make docs   the documentation as a static site in build/site/"
 	@echo "make lint   ruff (rules and format) and mypy"
 	@echo "make clean  remove the environment, caches and builds; runs/ is kept"
@@ -28,6 +32,17 @@ test: $(INSTALLED)
 
 slow: $(INSTALLED)
 	$(PYTEST) tests -m slow
+
+fuzz: $(INSTALLED)
+	$(PYTEST) tests/safety/test_fuzz.py --hypothesis-profile=long
+
+# In an environment of its own, so that the audit's tool is not among what is audited. `--strict`: without it a version
+# that PyPI says nothing of is passed over, and a machine that does not reach PyPI finds no vulnerabilities.
+audit:
+	@test -n "$(PYTHON)" || { echo "No Python of version 3.11 or newer was found; name it: make PYTHON=/path/to/python audit"; exit 1; }
+	test -x $(AUDIT)/bin/pip-audit || { "$(PYTHON)" -m venv $(AUDIT) && $(AUDIT)/bin/pip install --quiet pip-audit==2.10.1; }
+	@$(AUDIT)/bin/pip-audit --strict --no-deps --disable-pip -r constraints.txt || { \
+		echo "The audit failed: a version has a known vulnerability (listed above), or https://pypi.org/pypi/ could not be asked."; exit 1; }
 
 docs: $(INSTALLED)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --site-dir build/site

@@ -17,6 +17,7 @@ from hypothesis import settings  # noqa: E402
 
 torch.set_num_threads(1)
 settings.register_profile("shared machine", deadline=None)  # an example's time says how busy the machine is
+settings.register_profile("long", deadline=None, max_examples=2000)  # `make fuzz`
 settings.load_profile("shared machine")
 
 

@@ -117,7 +117,7 @@ def open_sample(file: Path) -> Sample:
         file (`Path`):
             A file whose ending is that of [`sample_suffix`].
     """
-    with Image.open(file) as opened:
+    with Image.open(file, formats=["PNG", "WEBP"]) as opened:  # other decoders are never asked
         if opened.format != "WEBP":
             return opened.convert("RGB")
         video: Video = []

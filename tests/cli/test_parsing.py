@@ -108,7 +108,7 @@ def test_environment_variables_of_the_file_are_set(parse, monkeypatch):
         ("name: [a\n", "is not YAML: while parsing a flow sequence"),
         ("", "holds no settings"),
         ("- name\n", "holds no settings"),
-        ("name: a\nenv: 3\n", "`env` in .* is 3"),
+        ("name: a\nenv: 3\n", "`env` in .* is no mapping; write variables"),
     ],
 )
 def test_a_file_that_is_no_configuration_is_refused(parse, text, message):

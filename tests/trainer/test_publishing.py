@@ -108,6 +108,7 @@ class Published:
     hub: LocalHub
     folder: Path
     seen: dict[str, Any]
+    printed: str
 
     def files(self, strategy: str) -> dict[str, bytes]:
         return self.hub.files[f"me/{strategy}"]
@@ -127,9 +128,9 @@ def published(tmp_path_factory) -> Iterator[Published]:
         base = [path for path in (folder / "base").rglob("*") if path.is_file()]
         hub.files[BASE] = {str(path.relative_to(folder / "base")): path.read_bytes() for path in base}
         hub.commits[BASE] = ["The base pipeline"]
-        output = hub.run(TRAIN, str(folder), *STRATEGIES, home=folder / "home").stdout
-        seen = json.loads(output.split("SEEN ")[1].splitlines()[0])
-        yield Published(hub, folder, seen)
+        process = hub.run(TRAIN, str(folder), *STRATEGIES, home=folder / "home")
+        seen = json.loads(process.stdout.split("SEEN ")[1].splitlines()[0])
+        yield Published(hub, folder, seen, process.stdout + process.stderr)
 
 
 def without_samples(files: dict[str, bytes]) -> set[str]:
@@ -189,6 +190,14 @@ def test_no_settings_are_pickled_and_no_token_or_path_is_published(published) ->
             assert not path.endswith("training_args.bin")
             assert TOKEN.encode() not in content, path
             assert str(published.folder).encode() not in content, path
+
+
+def test_the_token_is_in_nothing_that_a_run_writes_or_prints(published) -> None:
+    files = [path for path in published.folder.rglob("*") if path.is_file()]
+    written = {path.suffix for path in files} | {path.name.split(".")[0] for path in files}
+    assert {".json", ".md", ".safetensors", ".png", "events"} <= written  # cards, checkpoints and a tracker's log
+    assert [path for path in files if TOKEN.encode() in path.read_bytes()] == []
+    assert "bright" in published.printed and TOKEN not in published.printed
 
 
 def test_a_push_that_the_configuration_did_not_name(published) -> None:

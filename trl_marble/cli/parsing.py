@@ -3,6 +3,7 @@
 
 import argparse
 import os
+import re
 from inspect import get_annotations
 from pathlib import Path
 from typing import Any, NoReturn, get_type_hints
@@ -11,6 +12,11 @@ import yaml
 from trl import TrlParser
 
 from .errors import UsageError
+
+
+# What PyYAML lets through from below: for a date like 2024-13-45, a tag before a value that it does not fit, an
+# integer of thousands of digits, or deep nesting.
+CONSTRUCTORS_RAISE = (ValueError, LookupError, AttributeError, TypeError, OverflowError, RecursionError)
 
 
 def read_config(words: list[str]) -> tuple[dict[str, Any], list[str]]:
@@ -25,7 +31,8 @@ def read_config(words: list[str]) -> tuple[dict[str, Any], list[str]]:
         `tuple[dict[str, Any], list[str]]`: The settings of the file, empty where there is none, and the other words.
 
     Raises:
-        [`UsageError`]: If there is no such file, or its content is not a YAML mapping.
+        [`UsageError`]: If there is no such file, its content is not a YAML mapping or has aliases, or `env` holds what
+            no environment variable can be.
     """
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     finder.add_argument("--config")
@@ -38,16 +45,47 @@ def read_config(words: list[str]) -> tuple[dict[str, Any], list[str]]:
     if not path.is_file():
         raise UsageError(f"`--config {found.config}`: there is no such file")
     try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        config = yaml.load(path.read_text(encoding="utf-8"), Loader=_PlainLoader)
+        repr(config)  # raises for an integer of thousands of digits, which no message and no command line could have
+    except (yaml.YAMLError, *CONSTRUCTORS_RAISE) as error:
         raise UsageError(f"`{path}` is not YAML: {error}") from error
     if not isinstance(config, dict) or not all(isinstance(key, str) for key in config):
         raise UsageError(f"`{path}` holds no settings; write one `option: value` a line")
-    environment = config.pop("env", {})
-    if not isinstance(environment, dict):
-        raise UsageError(f"`env` in `{path}` is {environment!r}; write variables with their values below it")
-    os.environ.update({name: str(value) for name, value in environment.items()})
+    os.environ.update(_environment(config.pop("env", {}), path))
     return config, others
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """
+    Builds nothing but plain values, and refuses aliases: a few lines of them can stand for a billion values, which a
+    message that quotes the value would write out.
+    """
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            event = self.peek_event()
+            raise yaml.composer.ComposerError(
+                None, None, f"`*{event.anchor}` is an alias; write the value itself", event.start_mark
+            )
+        return super().compose_node(parent, index)
+
+
+def _environment(variables: Any, path: Path) -> dict[str, str]:
+    """The variables of `env`, checked. No message quotes a value: tokens stand here."""
+    if not isinstance(variables, dict):
+        raise UsageError(f"`env` in `{path}` is no mapping; write variables with their values below it")
+    for name, value in variables.items():
+        if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+            raise UsageError(f"`env` in `{path}` has the variable {name!r}; a name is of letters, digits and `_`")
+        if value is None or isinstance(value, list | dict):
+            raise UsageError(f"`{name}` of `env` in `{path}` needs one value")
+        try:
+            usable = b"\0" not in os.fsencode(str(value))
+        except ValueError:  # a number of thousands of digits, or half of a surrogate pair
+            usable = False
+        if not usable:
+            raise UsageError(f"`{name}` of `env` in `{path}` has a value that no environment variable can have")
+    return {name: str(value) for name, value in variables.items()}
 
 
 class ConfigParser(TrlParser):
@@ -120,6 +158,8 @@ class ConfigParser(TrlParser):
             built = self.parse_args_into_dataclasses(words, return_remaining_strings=True, look_for_args_file=False)
         except (ValueError, TypeError) as error:
             raise UsageError(str(error)) from error
+        except (OSError, ImportError, OverflowError) as error:  # a file or package that an option needs, or infinity
+            raise UsageError(f"the options cannot be used ({type(error).__name__}: {error})") from error
         return built[: len(list(self.dataclass_types))]
 
     def _show_inherited_last(self, kind: type) -> None:

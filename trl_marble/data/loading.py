@@ -168,14 +168,20 @@ def _load_json(file: Path, column: str) -> Dataset:
                 f"The column `{key}` of `{file}` has values of the types {', '.join(sorted(kinds))}; write all of "
                 "them as one type, for example as strings."
             )
-    return Dataset.from_dict(columns)
+    try:
+        return Dataset.from_dict(columns)
+    except (OverflowError, ValueError, TypeError) as error:
+        raise ValueError(f"`{file}` has a value that no table can hold ({error}); write it as a string.") from error
 
 
 def _parse(text: str, where: str) -> Any:
     try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
+        value = json.loads(text)
+        json.dumps(value, ensure_ascii=False).encode("utf-8")  # raises for half of a surrogate pair
+        _without_none(value)  # raises where it is nested too deeply for what is done with it below
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{where} is not JSON: {error}.") from error
+    return value
 
 
 def _load_csv(file: Path, column: str) -> Dataset:

@@ -53,7 +53,7 @@ def write_contact_sheet(
     path = Path(path)
     first = next(iter(evaluations.values()))
     columns = [column for column in ("source", "tag") if column in first.table]
-    with Image.open(first.folder / first.table["image"].iloc[0]) as image:
+    with Image.open(first.folder / first.table["image"].iloc[0], formats=["PNG", "WEBP"]) as image:
         size = image.size
     view = {
         "title": " / ".join(evaluations),

@@ -120,12 +120,15 @@ class BatchRecords:
         try:
             content = json.loads(file.read_text(encoding="utf-8"))
             images, digest = content["images"], content["digest"]
-        except (ValueError, KeyError, TypeError) as error:
+            records = [ImageRecord(**image) for image in images]
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(f"The record `{file}` is damaged ({error}).") from error
         if _digest(images) != digest:
             raise ValueError(f"The record `{file}` is damaged: its content does not fit its digest.")
-        records = [ImageRecord(**image) for image in images]
+        root = self.folder.resolve()
         for record in records:
+            if not is_within(root, record.file):
+                raise ValueError(f"The record `{file}` names the image {record.file!r}, which is not in the folder.")
             image_file = self.folder / record.file
             if not image_file.is_file() or file_digest(image_file) != record.sha256:
                 raise ValueError(f"The image `{image_file}` is missing or was changed since it was scored.")
@@ -165,6 +168,14 @@ class BatchRecords:
 
     def _file(self, batch: int) -> Path:
         return self.folder / "records" / f"batch_{batch:05d}.json"
+
+
+def is_within(folder: Path, name: str) -> bool:
+    """Whether a relative path leads to a place in a folder (which is given resolved), links followed."""
+    try:
+        return (folder / name).resolve().is_relative_to(folder)
+    except (ValueError, TypeError, OSError):  # no path: no text, a zero byte in it, too long, or a link to itself
+        return False
 
 
 def file_digest(file: Path) -> str:

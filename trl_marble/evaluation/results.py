@@ -17,7 +17,7 @@ from rich.text import Text
 
 from .formatting import format_with_error
 from .measures import RewardMean
-from .records import write_atomically
+from .records import is_within, write_atomically
 from .statistics import clustered_mean
 
 
@@ -25,6 +25,20 @@ from .statistics import clustered_mean
 NUMBER_COLUMNS = ("index", "prompt_index", "generation", "seed")
 TEXT_COLUMNS = ("prompt", "image", "source", "tag")
 GROUP_COLUMNS = ("source", "tag")
+# Settings that are read again, with their types in JSON.
+SETTINGS: dict[str, Any] = {
+    "pipeline": str,
+    "pipeline_class": str,
+    "adapter": str | None,
+    "adapter_digest": str | None,
+    "num_prompts": int,
+    "num_generations": int,
+    "seed": int,
+    "num_inference_steps": int,
+    "guidance_scale": int | float,
+    "resolution": int | None,
+    "max_sequence_length": int | None,
+}
 NO_GROUP = "(none)"
 
 TABLE_FILE = "scores.csv"
@@ -89,12 +103,14 @@ class EvaluationResults:
             )
         try:
             content = json.loads((folder / SUMMARY_FILE).read_text(encoding="utf-8"))
+            _check_summary(content)
             names = content["reward_names"]
             settings, failed = content["settings"], content["failed"]
-            diversity = [math.nan if value is None else value for value in content["prompt_diversity"]]
+            diversity = [math.nan if value is None else float(value) for value in content["prompt_diversity"]]
             table = _read_table(folder / TABLE_FILE, names)
+            _check_images(folder, table["image"])
             images = settings["num_prompts"] * settings["num_generations"]
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
             raise ValueError(f"The evaluation in `{folder}` is damaged: {error}. Evaluate again.") from error
         if len(table) != images or table["prompt"].nunique() != len(diversity):
             raise ValueError(
@@ -223,6 +239,36 @@ def to_json(content: Mapping[str, Any]) -> bytes:
 def _mean_and_error(values: np.ndarray, groups: np.ndarray) -> tuple[float, float]:
     measured = RewardMean().compute(data=values, groups=groups)
     return measured["mean"], measured["standard_error"]
+
+
+def _check_summary(content: Any) -> None:
+    """Raise a `ValueError` where `evaluation.json` is not built as [`EvaluationResults.save`] builds it."""
+    if not isinstance(content, dict):
+        raise ValueError(f"`{SUMMARY_FILE}` is a {type(content).__name__}, not an object")
+    names, settings, failed, diversity = (
+        content[key] for key in ("reward_names", "settings", "failed", "prompt_diversity")
+    )
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names) or len(set(names)) < len(names):
+        raise ValueError("`reward_names` is no list of different texts")
+    if not isinstance(settings, dict):
+        raise ValueError("`settings` is no object")
+    for key in ("pipeline", "adapter", "num_prompts", "num_generations"):
+        settings[key]  # raises where it is missing
+    for key, kinds in SETTINGS.items():
+        if key in settings and (not isinstance(settings[key], kinds) or isinstance(settings[key], bool)):
+            raise ValueError(f"the setting `{key}` is {str(settings[key])[:80]!r}")
+    if not isinstance(failed, dict) or not all(type(failed[name]) is int for name in names):
+        raise ValueError("`failed` is no object with a number for each reward")
+    if not isinstance(diversity, list) or not all(value is None or type(value) in (int, float) for value in diversity):
+        raise ValueError("`prompt_diversity` is no list of numbers")
+
+
+def _check_images(folder: Path, images: pd.Series) -> None:
+    """Raise a `ValueError` where the table names a file outside the folder: it would be shown, and published."""
+    root = folder.resolve()
+    for name in images:
+        if not is_within(root, name):
+            raise ValueError(f"`{TABLE_FILE}` names the image {str(name)[:80]!r}, which is not in the folder")
 
 
 def _read_table(file: Path, reward_names: Sequence[str]) -> pd.DataFrame:

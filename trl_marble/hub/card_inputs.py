@@ -13,7 +13,8 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Any
+from types import UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 
 from ..evaluation.summary import BalanceSummary
 
@@ -178,11 +179,12 @@ class CardInputs:
 
         Raises:
             `FileNotFoundError`: there is no `model_card.json`.
-            `ValueError`: it is damaged, or of another version of this package.
+            `ValueError`: it is damaged, or of another version of this package: every field must have its type.
         """
         file = Path(folder) / INPUTS_FILE
         try:
             content = json.loads(file.read_text(encoding="utf-8"))
+            json.dumps(content, ensure_ascii=False).encode("utf-8")  # raises for half of a surrogate pair
             if content["balance"] is not None:
                 content["balance"] = BalanceSummary(**content["balance"])
             if content["diversity"] is not None:
@@ -192,8 +194,12 @@ class CardInputs:
             content["sources"] = {
                 source: [RewardRow(**row) for row in rows] for source, rows in content["sources"].items()
             }
-            return cls(**content)
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            inputs = cls(**content)
+            for name, hint in get_type_hints(cls).items():
+                if not _fits(getattr(inputs, name), hint):
+                    raise TypeError(f"`{name}` is {str(getattr(inputs, name))[:80]!r}")
+            return inputs
+        except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
             raise ValueError(
                 f"{file} cannot be read ({type(error).__name__}: {error}). It is damaged or of another version; "
                 "delete it, or write the card again with `trainer.create_model_card()`."
@@ -217,7 +223,7 @@ def public_name(source: str) -> str:
         return source
     name = re.split(r"[/\\]", str(source).rstrip("/\\"))[-1]
     # "." and "~" have no name of their own until they are looked up.
-    return name if name not in ("", ".", "..", "~") else Path(source).expanduser().resolve().name
+    return name if name not in ("", ".", "..", "~") else Path(os.path.expanduser(source)).resolve().name
 
 
 def is_absolute(path: str) -> bool:
@@ -233,6 +239,27 @@ def _public_setting(value: Any) -> Any:
     if isinstance(value, str | PurePosixPath | PureWindowsPath) and is_absolute(text):
         return public_name(text)
     return _PATH_IN_TEXT.sub(lambda match: public_name(match[0]), text)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value from JSON is of a type, as far as the dataclasses of this file use types."""
+    arguments = get_args(hint)
+    match get_origin(hint):
+        case kind if kind is UnionType:
+            return any(_fits(value, argument) for argument in arguments)
+        case kind if kind in (Mapping, dict):
+            return isinstance(value, Mapping) and all(
+                _fits(key, arguments[0]) and _fits(entry, arguments[1]) for key, entry in value.items()
+            )
+        case kind if kind is Sequence:
+            return isinstance(value, list | tuple) and all(_fits(entry, arguments[0]) for entry in value)
+    if hint is Any:
+        return True
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool) and float(value) is not None
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+        return isinstance(value, hint) and all(_fits(getattr(value, n), h) for n, h in get_type_hints(hint).items())
+    return isinstance(value, hint)
 
 
 def _without_nan(value: Any) -> Any:

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..pipelines import find_adapter
+from ..pipelines.adapters import adapter_metadata, find_adapter
 
 
 _LORA_KEY = re.compile(
@@ -71,7 +71,6 @@ def read_layers(adapter: str | os.PathLike) -> dict[str, LoraLayer]:
     file = find_adapter(os.fspath(adapter))
     try:
         with safe_open(file, "pt") as opened:
-            header = opened.metadata() or {}
             tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118 (it is no dictionary)
     except SafetensorError as error:
         raise ValueError(f"{file} is damaged or no safetensors file ({error}). Download or save it again.") from error
@@ -87,7 +86,7 @@ def read_layers(adapter: str | os.PathLike) -> dict[str, LoraLayer]:
         parts.setdefault(match["layer"], {})[match["part"]] = tensor
     if not parts:
         raise ValueError(f"{file} holds no tensors. Pass the file of a trained adapter.")
-    config = json.loads(header.get(LORA_ADAPTER_METADATA_KEY, "{}"))
+    config = adapter_metadata(file)
     return {layer: _lora_layer(file, layer, parts[layer], config) for layer in sorted(parts)}
 
 
@@ -140,7 +139,8 @@ def sort_header(file: Path) -> None:
 
 def _lora_layer(file: Path, layer: str, parts: Mapping[str, Tensor], config: Mapping[str, Any]) -> LoraLayer:
     """One layer with its scale, which is 1 where the file does not say."""
-    if parts.keys() != {"lora_A", "lora_B"} or parts["lora_A"].shape[0] != parts["lora_B"].shape[1]:
+    is_pair = parts.keys() == {"lora_A", "lora_B"} and all(part.ndim in (2, 4) for part in parts.values())
+    if not is_pair or parts["lora_A"].shape[0] != parts["lora_B"].shape[1] or 0 in parts["lora_A"].shape:
         shapes = ", ".join(f"{part} {tuple(tensor.shape)}" for part, tensor in sorted(parts.items()))
         raise ValueError(f"The layer {layer!r} in {file} has {shapes}, which is no pair of LoRA factors.")
     if not all(tensor.isfinite().all() for tensor in parts.values()):
@@ -149,6 +149,15 @@ def _lora_layer(file: Path, layer: str, parts: Mapping[str, Tensor], config: Map
     component, name = layer.split(".", 1)
     alpha = config.get(f"{component}.lora_alpha", rank)
     pattern = config.get(f"{component}.alpha_pattern", {})
-    alpha = pattern.get(get_pattern_key(list(pattern), name), alpha)
+    try:
+        alpha = pattern.get(get_pattern_key(list(pattern), name), alpha)
+        usable = math.isfinite(alpha) and not isinstance(alpha, bool)
+    except (AttributeError, TypeError, OverflowError, re.error):
+        usable = False
+    if not usable:
+        raise ValueError(
+            f"The metadata in {file} gives the layer {layer!r} no usable scale: alpha is {str(alpha)[:80]!r} and the "
+            f"pattern {str(pattern)[:80]!r}. Save the adapter again."
+        )
     scale = alpha / math.sqrt(rank) if config.get(f"{component}.use_rslora") else alpha / rank
     return LoraLayer(parts["lora_A"], parts["lora_B"], scale)

@@ -58,10 +58,13 @@ def build_model_card(inputs: CardInputs) -> ModelCard:
         `huggingface_hub.ModelCard`: write it with `card.save(...)`; `card.validate()` asks the Hub.
 
     Raises:
-        `ValueError`: where there is no reward, or an image's path is not relative.
+        `ValueError`: where there is no reward, an image's path is not relative, the pipeline's class is no name of a
+            class, or a setting that is an argument of its call is no number.
     """
     if not inputs.rewards:
         raise ValueError("`rewards` is empty. Pass one `RewardRow` for each reward that the adapter was trained on.")
+    if not inputs.pipeline_class.isidentifier():
+        raise ValueError(f"pipeline_class={inputs.pipeline_class!r} is no name of a class, which the example imports.")
     inputs = inputs.public()
     base = inputs.base_model
     on_hub = base is not None and is_hub_id(base)
@@ -73,15 +76,15 @@ def build_model_card(inputs: CardInputs) -> ModelCard:
         template_path=str(TEMPLATE),
         title=_text(inputs.repo_name),
         base=_base_link(base),
-        dataset=None if inputs.dataset_name is None else f"`{inputs.dataset_name}`",
-        aggregation=inputs.settings.get("multi_objective_aggregation", "marble"),
+        dataset=None if inputs.dataset_name is None else _code(inputs.dataset_name),
+        aggregation=_code(inputs.settings.get("multi_objective_aggregation", "marble")),
         num_trained=len(trained),
-        trained_names=", ".join(f"`{row.name}`" for row in trained),
+        trained_names=", ".join(_code(row.name) for row in trained),
         trained_here=inputs.trained_here,
         pipeline_class=inputs.pipeline_class,
-        base_source=base if on_hub else "path/to/the/base/pipeline",
-        base_comment="" if on_hub or base is None else f"  # {base}",
-        adapter_source=inputs.model_id or "path/to/this/folder",
+        base_source=_literal(base if base is not None and on_hub else "path/to/the/base/pipeline"),
+        base_comment="" if on_hub or base is None else f"  # {_one_line(base)}",
+        adapter_source=_literal(inputs.model_id or "path/to/this/folder"),
         call=_call(inputs),
         edits_images=_edits(inputs),
         makes_videos=_makes_videos(inputs),
@@ -90,14 +93,16 @@ def build_model_card(inputs: CardInputs) -> ModelCard:
         any_held_out=any(row.held_out for row in inputs.rewards),
         any_se=any(_measured(se) for row in everything for se in (row.before_se, row.after_se)),
         any_paired=any(_measured(row.change_se) for row in everything),
-        evaluated_on=inputs.evaluated_on or "the evaluation prompts",
+        evaluated_on=_sentence(inputs.evaluated_on or "the evaluation prompts"),
         sources=_sources_table(inputs.sources),
         before_after=None if inputs.before_after is None else _relative_url(inputs.before_after),
         balance=None if inputs.balance is None else _balance_cells(inputs.balance),
         balance_plot=None if inputs.balance_plot is None else _relative_url(inputs.balance_plot),
         gallery=_gallery_table(inputs.gallery),
-        settings=[(name, _setting(value)) for name, value in inputs.settings.items()],
-        framework_versions=list(inputs.framework_versions.items()),
+        settings=[(_code(name), _code(value)) for name, value in inputs.settings.items()],
+        framework_versions=[
+            (_sentence(name), _sentence(version)) for name, version in inputs.framework_versions.items()
+        ],
     )
     return ModelCard(ACCESS_TOKEN.sub(TOKEN_REMOVED, card.content))
 
@@ -210,6 +215,9 @@ def _call(inputs: CardInputs) -> str:
     """The arguments of the pipeline's call in the usage example."""
     prompt = inputs.gallery[0].prompt if inputs.gallery else "your prompt"
     arguments = {name: inputs.settings[name] for name in CALL_SETTINGS if inputs.settings.get(name) is not None}
+    for name, value in arguments.items():
+        if not isinstance(value, int | float):
+            raise ValueError(f"The setting {name!r} is {str(value)[:80]!r}; the example needs a number.")
     given = [f"{name}={value!r}" for name, value in _as_the_pipeline_has_it(arguments, inputs.pipeline_class).items()]
     text = json.dumps(prompt, ensure_ascii=False)
     if _edits(inputs):
@@ -266,13 +274,27 @@ def _makes_videos(inputs: CardInputs) -> bool:
 def _base_link(base: str | None) -> str:
     if base is None:
         return "a diffusers pipeline"
-    return f"[{base}](https://huggingface.co/{base})" if is_hub_id(base) else f"`{base}`"
+    return f"[{base}](https://huggingface.co/{base})" if is_hub_id(base) else _code(base)
 
 
-def _setting(value: Any) -> str:
-    """A setting's value for a table cell."""
-    text = str(value)
-    return "`" + text.replace("`", "'").replace("\n", " ").replace("|", "\\|") + "`" if text else "(empty)"
+def _code(value: Any) -> str:
+    """A name or value in the font of code, for a text or a table cell."""
+    text = _one_line(str(value))
+    return "`" + text.replace("`", "'").replace("|", "\\|") + "`" if text else "(empty)"
+
+
+def _literal(text: str) -> str:
+    """A text as Python has it, in double quotes."""
+    return json.dumps(text, ensure_ascii=False)
+
+
+def _sentence(text: str) -> str:
+    """A part of a sentence, in which names may stand in the font of code: no links, no HTML, no line breaks."""
+    return _one_line(re.sub(r"([\\\[\]])", r"\\\1", html.escape(text, quote=False)))
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
 
 
 def _text(value: str) -> str:

@@ -10,12 +10,15 @@ from urllib.parse import unquote, urlparse
 import yaml
 from huggingface_hub import CommitOperationAdd, HfApi, ModelCard
 
+from ..evaluation.records import is_within
 from .card_inputs import ACCESS_TOKEN, INPUTS_FILE, CardInputs, is_hub_id
 from .model_card import build_model_card
 
 
 CARD_FILE = "README.md"
 WEIGHTS = "pytorch_lora_weights*.safetensors"
+# What a card can show. A card that came with an adapter from elsewhere must not have other files published.
+PICTURES = frozenset({".apng", ".avif", ".gif", ".jpeg", ".jpg", ".mp4", ".png", ".svg", ".webm", ".webp"})
 
 # A Markdown image, with or without a title; and an HTML one.
 _IMAGE = re.compile(r"!\[(?:\\.|[^\]\\])*\]\(\s*<?([^)\s>]+)>?[^)]*\)|<img\b[^>]*\bsrc=[\"']([^\"']+)[\"']")
@@ -35,8 +38,8 @@ def published_files(folder: str | os.PathLike) -> list[str]:
 
     Raises:
         `FileNotFoundError`: the folder has no adapter or no card, or the card shows a picture that is not there.
-        `ValueError`: the card's metadata cannot be read, a picture lies outside the folder, or a text holds an access
-            token.
+        `ValueError`: the card's metadata cannot be read, what it shows is no picture, a file lies outside the folder
+            (a link may lead there), or a text holds an access token.
     """
     folder = Path(folder)
     weights = sorted(file.name for file in folder.glob(WEIGHTS))
@@ -51,6 +54,9 @@ def published_files(folder: str | os.PathLike) -> list[str]:
             "`trl_marble.hub.card_from_evaluations(folder, ...)`."
         )
     texts = [name for name in (CARD_FILE, INPUTS_FILE) if (folder / name).is_file()]
+    for name in (*weights, *texts):
+        if not is_within(folder.resolve(), name):
+            raise ValueError(f"{folder / name} is a link to a file outside the folder. Put the file itself there.")
     for name in texts:
         if ACCESS_TOKEN.search((folder / name).read_text(encoding="utf-8")):
             raise ValueError(f"{folder / name} holds an access token (hf_...). Remove it, and revoke the token.")
@@ -124,8 +130,10 @@ def _pictures(folder: Path) -> list[str]:
     """The pictures in the folder that the card shows."""
     paths = [unquote(url) for url in _shown_urls(folder / CARD_FILE) if not urlparse(url).scheme]
     for path in paths:
-        if not (folder / path).resolve().is_relative_to(folder.resolve()):
+        if not is_within(folder.resolve(), path):
             raise ValueError(f"The card shows {path!r}, which lies outside {str(folder)!r}. Copy it into the folder.")
+        if Path(path).suffix.lower() not in PICTURES:
+            raise ValueError(f"The card shows {path!r}, which is no picture by its name. Take it out of the card.")
         if not (folder / path).is_file():
             raise FileNotFoundError(f"The card shows {path!r}, which is not in {str(folder)!r}. Write the card again.")
     return [Path(path).as_posix() for path in paths]

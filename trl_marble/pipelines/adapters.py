@@ -1,20 +1,35 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
 """Finding a saved LoRA adapter, putting it on a pipeline, and taking it off again."""
 
+import json
 import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
+from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY, LORA_WEIGHT_NAME_SAFE
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.utils import logging
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from peft import LoraConfig
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from .loading import load_pipeline
+
+
+# Fields of a LoRA's configuration that say how its weights are used, or nothing that is done on loading. Others must
+# have their defaults: there are some that import a module by name (`megatron_core`), change the base weights before
+# the adapter's come (`init_lora_weights="pissa"`) or repeat layers of the model (`layer_replication`).
+_PLAIN_FIELDS = frozenset(
+    "r lora_alpha rank_pattern alpha_pattern target_modules exclude_modules layers_to_transform layers_pattern "
+    "use_rslora use_dora lora_bias bias lora_dropout fan_in_fan_out inference_mode "
+    "peft_type task_type peft_version revision base_model_name_or_path auto_mapping".split()
+)
+_PLAIN_INITIALIZATIONS = (True, False, "gaussian")  # which the adapter's weights replace
 
 
 def find_adapter(adapter: str | Path) -> Path:
@@ -53,6 +68,31 @@ def find_adapter(adapter: str | Path) -> Path:
         ) from error
 
 
+def adapter_metadata(file: str | Path) -> dict[str, Any]:
+    """
+    The LoRA configuration in an adapter's file: `"<component>.<field>"` -> value, empty where the file has none.
+
+    Args:
+        file (`str` or `Path`):
+            A safetensors file.
+
+    Raises:
+        `ValueError`: the file is damaged or no safetensors file, or its configuration is no JSON object.
+    """
+    try:
+        with safe_open(file, "pt") as opened:
+            header = opened.metadata() or {}
+    except SafetensorError as error:
+        raise ValueError(f"{file} is damaged or no safetensors file ({error}). Download or save it again.") from error
+    try:
+        metadata = json.loads(header.get(LORA_ADAPTER_METADATA_KEY, "{}"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"The metadata in {file} is not JSON ({error}). Download or save it again.") from error
+    if not isinstance(metadata, dict):
+        raise ValueError(f"The metadata in {file} is a {type(metadata).__name__}, not a JSON object. Save it again.")
+    return metadata
+
+
 def load_adapter(
     pipeline: str | os.PathLike | DiffusionPipeline,
     adapter: str | os.PathLike,
@@ -83,9 +123,9 @@ def load_adapter(
 
     Raises:
         `OSError`: there is no adapter at that place.
-        `ValueError`: the file is no safetensors file, was made for another model or holds values that are not finite;
-            `weight` is not finite; or the pipeline has an adapter of that name, or cannot have one (`"half"` and other
-            methods of modules, names with dots).
+        `ValueError`: the file is no safetensors file, was made for another model, holds values that are not finite or
+            has metadata that asks for more than plain LoRA; `weight` is not finite; or the pipeline has an adapter of
+            that name, or cannot have one (`"half"` and other methods of modules, names with dots).
     """
     if not math.isfinite(weight):
         raise ValueError(f"weight={weight} is not finite. Pass a number such as 1.0.")
@@ -102,6 +142,15 @@ def load_adapter(
             f"adapter_name={adapter_name!r} cannot be the name of a module ({error}). Pass another, such as 'default'."
         ) from error
     file = str(find_adapter(os.fspath(adapter)))
+    for key, value in adapter_metadata(file).items():
+        field = key.rpartition(".")[2]
+        plain = field in _PLAIN_FIELDS or (field == "init_lora_weights" and value in _PLAIN_INITIALIZATIONS)
+        if not plain and value != LoraConfig().to_dict().get(field):
+            raise ValueError(
+                f"The metadata of the adapter `{adapter}` sets {key!r} to {str(value)[:80]!r}, which is more than "
+                "plain LoRA and is not loaded: it could change the pipeline beyond the adapter's own weights. Ask its "
+                "author for an adapter without it."
+            )
     state = pipeline.lora_state_dict(file, use_safetensors=True)
     _check_fits(pipeline, state, str(adapter))
     verbosity = logging.get_verbosity()

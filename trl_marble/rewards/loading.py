@@ -28,7 +28,8 @@ def load_reward(name: str) -> Callable:
     Args:
         name (`str`):
             A key of `KNOWN_REWARDS`, or the dotted path of a callable, such as `"my_rewards.brightness"`. A class is
-            called without arguments and must give a reward.
+            called without arguments and must give a reward. The module is imported, which runs its code: never take
+            the name from someone you would not run a program of.
 
     Returns:
         `Callable`: The reward.
@@ -38,7 +39,7 @@ def load_reward(name: str) -> Callable:
     """
     path = KNOWN_REWARDS.get(name.lower(), name)
     module_name, _, attribute = path.rpartition(".")
-    if not module_name:
+    if not module_name or not all(part.isidentifier() for part in path.split(".")):
         nearest = difflib.get_close_matches(name.lower(), KNOWN_REWARDS, n=1)
         hint = f"Did you mean {nearest[0]!r}? " if nearest else ""
         raise ValueError(

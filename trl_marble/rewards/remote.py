@@ -6,6 +6,7 @@ import io
 import json
 import math
 import random
+import threading
 import time
 from typing import Any, NoReturn
 from urllib.parse import quote, urlsplit
@@ -17,6 +18,8 @@ from .protocol import FLOAT32_MAX, RewardError
 
 
 LARGEST_ANSWER = 2**24  # bytes; far more than the values of any batch
+# What is sent, and what may come back: uncompressed, so that its size is that of what was received.
+PLAIN_JSON = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
 PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA")  # that a PNG file gives back bit for bit
 
 
@@ -156,17 +159,30 @@ class RemoteReward:
 
     def _exchange(self, client: httpx2.Client, body: bytes, deadline: float) -> tuple[int, bytes]:
         path = f"{self.url}/score/{quote(self.name, safe='')}"
-        headers = {"Content-Type": "application/json"} | bearer(self._token)
+        headers = PLAIN_JSON | bearer(self._token)
         left = max(deadline - time.monotonic(), 0.001)
-        with client.stream("POST", path, content=body, headers=headers, timeout=left) as response:
-            answer = bytearray()
-            for chunk in response.iter_raw():
-                answer += chunk
-                if len(answer) > LARGEST_ANSWER:
-                    raise RewardError(f"The reward server at {self.url} answered more than {LARGEST_ANSWER} bytes.")
-                if time.monotonic() > deadline:
-                    raise httpx2.ReadTimeout("the answer came too slowly")
-            return response.status_code, bytes(answer)
+        # The client's own timeout is for one piece of the answer, and its head may come in many.
+        hang_up = threading.Timer(left + 0.1, client.close)
+        hang_up.daemon = True
+        hang_up.start()
+        try:
+            with client.stream("POST", path, content=body, headers=headers, timeout=left) as response:
+                answer = bytearray()
+                for chunk in response.iter_raw():
+                    answer += chunk
+                    if len(answer) > LARGEST_ANSWER:
+                        raise RewardError(
+                            f"The reward server at {self.url} answered more than {LARGEST_ANSWER} bytes."
+                        )
+                    if time.monotonic() > deadline:
+                        raise httpx2.ReadTimeout("the answer came too slowly")
+                return response.status_code, bytes(answer)
+        except httpx2.TransportError as error:
+            if time.monotonic() < deadline:
+                raise
+            raise httpx2.ReadTimeout("the answer came too slowly") from error
+        finally:
+            hang_up.cancel()
 
     def _values(self, status: int, answer: bytes, number: int) -> list[float | Exception | None]:
         """The values in an answer, checked."""

@@ -66,8 +66,9 @@ class RewardServer:
     An HTTP server that computes rewards. `with RewardServer(...) as server:` serves from a thread.
 
     A request is refused before its body is read if it lacks the token, asks for an unknown reward, or is too large.
-    Nothing is unpickled, and images are decoded as PNG only. Each reward scores one request at a time, on a thread of
-    its own; different rewards score at the same time. Rewards get `None` as `trainer_state`.
+    Nothing is unpickled; images are decoded as PNG only, and nothing but their pixels is kept. Each reward scores one
+    request at a time, on a thread of its own; different rewards score at the same time. Rewards get `None` as
+    `trainer_state`.
 
     The server speaks plain HTTP. Put a proxy with TLS in front of it, or an SSH tunnel, where others can listen.
 
@@ -281,7 +282,7 @@ def read_request(
             image.load()
         except Exception as error:  # a decoder may raise anything for a broken file
             raise _bad(f"Image {position} is a broken PNG file.") from error
-        images.append(image)
+        images.append(_only_pixels(image))
     return images, prompts, columns
 
 
@@ -305,6 +306,16 @@ def _open_png(file: str, position: int) -> Image.Image:
         ) from error
     except Exception as error:  # a decoder may raise anything for a broken file
         raise _bad(f"Image {position} is not a PNG file.") from error
+
+
+def _only_pixels(image: Image.Image) -> Image.Image:
+    """
+    The image without the file that it came from, and what that held beside pixels: a kilobyte of compressed text can
+    become a megabyte, over and over in one file.
+    """
+    pixels = image.copy()
+    pixels.info = {key: value for key, value in image.info.items() if key == "transparency"}
+    return pixels
 
 
 def _to_json(values: Any, name: str, prompts: list[str]) -> list[float | dict[str, str] | None]:

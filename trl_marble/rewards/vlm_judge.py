@@ -14,7 +14,17 @@ from PIL import Image
 
 from .model_reward import to_rgb
 from .protocol import RewardError
-from .remote import bearer, check_patience, check_secret, check_url, encode_png, redact, retry_delay, start_of
+from .remote import (
+    PLAIN_JSON,
+    bearer,
+    check_patience,
+    check_secret,
+    check_url,
+    encode_png,
+    redact,
+    retry_delay,
+    start_of,
+)
 
 
 # The names of the two criteria, the scale, 'Final Score:' and the last line are what UnifiedReward was trained to read
@@ -28,6 +38,7 @@ Weigh both criteria and assign a score from 1 to 5 after 'Final Score:'.
 Your task is provided as follows:
 Text Caption: [{prompt}]"""
 
+LARGEST_ANSWER = 2**22  # bytes; far more than a model writes about an image
 LONGEST_WAIT = 60.0  # seconds that a server's Retry-After is followed
 
 
@@ -195,12 +206,12 @@ class VLMJudge:
     async def _judge(self, client: httpx2.AsyncClient, image: Image.Image, prompt: str) -> float:
         """The value of one image, asked for until there is an answer."""
         body = await asyncio.to_thread(self._request, image, prompt)  # compression would stop the event loop
-        headers = {"Content-Type": "application/json"} | bearer(self._api_key)
+        headers = PLAIN_JSON | bearer(self._api_key)
         for attempt in range(1, self.max_retries + 2):
             delay = retry_delay(attempt)
             try:
                 async with asyncio.timeout(self.timeout):
-                    response = await client.post(f"{self.base_url}/chat/completions", content=body, headers=headers)
+                    response = await self._exchange(client, body, headers)
             except TimeoutError as error:
                 raise NoAnswerError(
                     f"The judge at {self.base_url} did not answer within {self.timeout:g} seconds. It hangs, or it is "
@@ -219,6 +230,19 @@ class VLMJudge:
             f"The judge at {self.base_url} did not answer (attempts: {attempt}; the last: "
             f"{redact(problem, self._api_key)})."
         )
+
+    async def _exchange(self, client: httpx2.AsyncClient, body: bytes, headers: dict[str, str]) -> httpx2.Response:
+        """The answer to a request, as it came over the line."""
+        async with client.stream(
+            "POST", f"{self.base_url}/chat/completions", content=body, headers=headers
+        ) as response:
+            content = bytearray()
+            async for chunk in response.aiter_raw():
+                content += chunk
+                if len(content) > LARGEST_ANSWER:
+                    raise UnscoredError(f"The judge at {self.base_url} answered more than {LARGEST_ANSWER} bytes.")
+        kept = {name: value for name, value in response.headers.items() if name == "retry-after"}
+        return httpx2.Response(response.status_code, headers=kept, content=bytes(content))
 
     def _request(self, image: Image.Image, prompt: str) -> bytes:
         picture = base64.b64encode(encode_png(to_rgb(image))).decode("ascii")

@@ -184,4 +184,4 @@ class CheckpointedTrainer(Trainer):
             set_random_state(load_tree(Path(checkpoint) / self._random_file()), self.args.device)
 
     def _load_scaler(self, checkpoint: str | None) -> None:
-        """Nothing: there is no loss scaling, and `transformers` would read a pickle."""
+        """Nothing: there is no loss scaling, and `transformers` would read a file that can run code."""
