@@ -41,30 +41,28 @@ from ..pipelines import (
     WeightShadow,
     adapters_disabled,
     add_trainable_adapter,
-    compile_blocks,
     edits_images,
     encode_distinct,
     load_pipeline,
     lora_config,
-    offload_components,
-    plain_lora_linears,
-    shard_base,
 )
 from ..processes import FailingTogether
 from ..rewards import RewardFunc, RewardScorer
-from ..rewards.protocol import check_media, reward_names, validate_reward_funcs
+from ..rewards.protocol import check_media
 from .callbacks import MarbleCallback
 from .checkpoint_folder import check_writable
 from .checkpointed_trainer import OPTIMIZER_FILE, CheckpointedTrainer
 from .checkpointing import base_fingerprint, copy_into, load_state, save_state
 from .evaluating import evaluate_policy
 from .generation import GenerationBatch, digest_of, training_order
+from .held_out import held_out_scorer
 from .live_table import LiveTableCallback, ProgressBar
 from .marble_config import MarbleConfig
 from .metrics import MetricBuffer
 from .nonfinite import NonFiniteGuard, finite_mean, refuse_nonfinite, refuse_nonfinite_run
 from .out_of_memory import rollout_advice, update_advice
 from .pictures import RolloutRecord, log_evaluation, log_plots, log_rollout
+from .preparation import measured_linears, place_base
 from .publishing import push_checkpoint, push_output, write_card
 from .reward_failures import count_failures
 from .sampling import sample_and_score
@@ -168,7 +166,7 @@ class MarbleNFTTrainer(CheckpointedTrainer):
         check_writable(Path(args.output_dir))
 
         self.scorer = RewardScorer(reward_funcs, args.reward_timeout)
-        self.held_out_scorer = _held_out_scorer(eval_reward_funcs, reward_funcs, self.scorer)
+        self.held_out_scorer = held_out_scorer(eval_reward_funcs, reward_funcs, self.scorer)
         if self.held_out_scorer is not None and eval_dataset is None:
             logger.warning(
                 f"Held-out rewards ({', '.join(self.held_out_names)}) are scored in evaluations only, and there is no "
@@ -207,21 +205,7 @@ class MarbleNFTTrainer(CheckpointedTrainer):
             check_media(scorer.funcs, scorer.names, self.flow.family.output, type(self.pipeline).__name__)
         self.trainable = dict(add_trainable_adapter(self.pipeline, peft_config or lora_config(self.pipeline)))
         self._fingerprint = base_fingerprint(self.flow.transformer)
-        if args.base_is_sharded:
-            shard_base(self.flow.transformer, self.trainable.values(), args.device)
-        if args.offload_components:
-            offload_components(self.pipeline, args.device)
-        else:
-            self.pipeline.to(args.device)
-        self.flow.verify()
-        if args.shard_base and self.flow.splits_batches:
-            raise ValueError(
-                f"`shard_base=True` needs processes that call the transformer equally often, and "
-                f"{type(self.pipeline).__name__} is called once for every different time of a micro-batch. Set "
-                "`shard_base=False`."
-            )
-        if args.torch_compile_backend is not None:  # `torch_compile` sets it, and is set by it
-            compile_blocks(self.flow.transformer, args.torch_compile_backend, args.torch_compile_mode)
+        place_base(self.flow, self.trainable.values(), args)
         super().__init__(
             model=Policy(self.flow),
             args=args,
@@ -237,27 +221,7 @@ class MarbleNFTTrainer(CheckpointedTrainer):
         self.schedule = BalanceSchedule(num_rewards, args.balance_every, args.balance_ema, args.normalize_gradients)
         self.metrics = MetricBuffer()
         self.together = FailingTogether()
-        linears = plain_lora_linears(self.flow.transformer, self.trainable)
-        if linears is None and args.balances_gradients:
-            logger.warning(
-                "The adapter is not plain LoRA on linear layers, so each step that solves the balancing problem takes "
-                "one backward pass a reward. Plain LoRA (no DoRA, no convolutions) takes two in all."
-            )
-        if not self.flow.is_listed:
-            linears = None  # whether every layer sees a row a sample is tested for the table only
-            logger.warning(
-                f"{type(self.pipeline).__name__} is not among the pipeline classes that are tested. Its velocities "
-                "are those of its own denoising steps; each step that solves the balancing problem takes one backward "
-                "pass a reward."
-            )
-        elif (self.flow.splits_batches or self.edits) and args.per_device_train_batch_size > 1:
-            linears = None  # no call of the transformer sees the whole micro-batch, see `WeightedBackward`
-            one = "sample" if self.flow.family.one_sample or self.edits else "time"
-            logger.warning(
-                f"{type(self.pipeline).__name__} holds one {one} a call, so the transformer runs more than once for a "
-                "micro-batch, and each step that solves the balancing problem takes one backward pass a reward. With "
-                "`per_device_train_batch_size=1` and more accumulation it takes two in all."
-            )
+        linears = measured_linears(self.flow, self.trainable, self.edits, args)
         self.nonfinite = NonFiniteGuard(args, self.accelerator, self.scorer.names, self.metrics)
         self.step_gradient = StepGradient(
             args,
@@ -859,29 +823,6 @@ def _spread(values: Tensor) -> float:
 def _mean_rms(values: Tensor) -> Tensor:
     """Root mean square of each finite sample, averaged over samples: the same however they are cut into batches."""
     return finite_mean(values.float().square().flatten(1).mean(dim=1).sqrt())
-
-
-def _held_out_scorer(eval_reward_funcs: Any, reward_funcs: Any, trained: RewardScorer) -> RewardScorer | None:
-    """Calls the held-out rewards, whose names are told from those of the trained ones as two of one list are."""
-    given = _as_list(eval_reward_funcs)
-    if not given:
-        return None
-    funcs = validate_reward_funcs(given, "eval_reward_funcs")
-    for func, entry, name in zip(funcs, given, reward_names(funcs), strict=True):
-        # A name makes a new object each time.
-        if func in trained.funcs or isinstance(entry, str) and entry in _as_list(reward_funcs):
-            raise ValueError(
-                f"`eval_reward_funcs` has `{name}`, which `reward_funcs` has too; held-out rewards are those that are "
-                "not trained on. Leave it out: evaluations score the rewards that are trained on anyway."
-            )
-    scorer = RewardScorer(funcs, trained.timeout)
-    scorer.names = reward_names([*trained.funcs, *funcs])[len(trained) :]
-    return scorer
-
-
-def _as_list(funcs: Any) -> list[Any]:
-    """No reward, one or several, as a list."""
-    return [funcs] if callable(funcs) or isinstance(funcs, str) else list(funcs or [])
 
 
 def _keep_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
