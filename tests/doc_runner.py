@@ -49,11 +49,12 @@ SMALL_TRAINING = {
     "eval_steps": 1,
     "save_steps": 1,
     "logging_steps": 1,
-    "resolution": 16,
+    "height": 16,
+    "width": 16,
 }
-SMALL_EVALUATION = {"num_generations": 4, "num_inference_steps": 2, "batch_size": 8, "resolution": 16}
+SMALL_EVALUATION = {"num_generations": 4, "num_inference_steps": 2, "batch_size": 8, "height": 16, "width": 16}
 # Left as they are where a page does not set them, because nothing is the smallest there is.
-ONLY_IF_GIVEN = ("eval_steps", "resolution", "steps_per_generation", "rollout_batch_size")
+ONLY_IF_GIVEN = ("eval_steps", "height", "width", "steps_per_generation", "rollout_batch_size")
 EVALUATED_PROMPTS = 6
 
 # What a program gets besides the arguments that are shown; of two values the later one counts.
@@ -78,7 +79,7 @@ trl-marble demo --seed 1 --output_dir runs/dark
 """,
     "docs/troubleshooting.md": """
 trl-marble train --model stabilityai/stable-diffusion-3.5-medium --prompts captions.txt --rewards clipscore \\
-    --resolution 512 --output_dir sd3.5m-marble
+    --height 512 --width 512 --output_dir sd3.5m-marble
 """,
 }
 MY_REWARDS = """
@@ -258,7 +259,7 @@ def at_tiny_size(sample: Callable[..., Any]) -> Callable[..., Any]:
     def small(self: Any, *args: Any, **kwargs: Any) -> Any:
         for side in ("height", "width"):
             if (kwargs.get(side) or 0) > 100:
-                kwargs[side] = SMALL_TRAINING["resolution"]
+                kwargs[side] = SMALL_TRAINING[side]
         return sample(self, *args, **kwargs)
 
     return small

@@ -94,11 +94,13 @@ class Model:
         conditioning (`dict[str, tuple[int, ...]]`):
             Shapes of the embeddings of one prompt.
         latents (`tuple[int, ...]`):
-            Shape of one noisy latent at `resolution`, as the transformer sees it.
+            Shape of one noisy latent of that height and width, as the transformer sees it.
         decoded (`tuple[int, ...]`):
-            Shape of one latent at `resolution`, as the VAE sees it.
-        resolution (`int`):
-            Height and width in pixels.
+            Shape of one latent of that height and width, as the VAE sees it.
+        height (`int`, *optional*, defaults to `512`):
+            Height of the images in pixels.
+        width (`int`, *optional*, defaults to `512`):
+            Width of the images in pixels.
     """
 
     pipeline: Callable[[SchedulerMixin], DiffusionPipeline]
@@ -106,7 +108,8 @@ class Model:
     conditioning: dict[str, tuple[int, ...]]
     latents: tuple[int, ...]
     decoded: tuple[int, ...]
-    resolution: int = 512
+    height: int = 512
+    width: int = 512
 
 
 def sd35_medium(scheduler: SchedulerMixin) -> DiffusionPipeline:
@@ -235,7 +238,8 @@ MODELS = {
         {"prompt_embeds": (24, 64), "pooled_prompt_embeds": (64,)},
         (4, 32, 32),
         (4, 32, 32),
-        resolution=64,
+        height=64,
+        width=64,
     ),
     "sd3.5m": Model(
         sd35_medium,
@@ -397,7 +401,7 @@ class Step:
         self.model, self.pipeline, self.device = model, pipeline, torch.device(device)
         for component in (pipeline.transformer, pipeline.vae):
             component.to_empty(device=self.device)
-        self.flow = FlowPipeline(pipeline, model.resolution, model.resolution)
+        self.flow = FlowPipeline(pipeline, model.height, model.width)
         self.dtype = self.flow.dtype
         self.policy = Policy(self.flow)
         trainable = {name: p for name, p in pipeline.transformer.named_parameters() if p.requires_grad}
@@ -592,7 +596,8 @@ def main() -> None:
     for name in args.models:
         model = MODELS[name]
         where = "" if args.device is None else f", measured on {torch.cuda.get_device_name(args.device)}"
-        table = Table(title=f"{name}, {model.resolution} pixels, {args.rewards} rewards, GB: computed{where}")
+        size = f"{model.height} x {model.width} pixels"
+        table = Table(title=f"{name}, {size}, {args.rewards} rewards, GB: computed{where}")
         columns = ("encode", "rollout", "decode", "update")
         for column in ("setting", "transformer", "encoders, VAE", "adapter", *columns, "peak"):
             table.add_column(column, justify="left" if column == "setting" else "right", no_wrap=True)

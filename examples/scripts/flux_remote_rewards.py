@@ -20,7 +20,8 @@ On the trainer's:
 accelerate launch --num_processes 8 examples/scripts/flux_remote_rewards.py \\
     --output_dir flux-marble \\
     --prompts prompts.txt \\
-    --resolution 512 \\
+    --height 512 \\
+    --width 512 \\
     --guidance_scale 3.5 \\
     --bf16 \\
     --gradient_checkpointing \\

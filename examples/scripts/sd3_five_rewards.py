@@ -13,7 +13,8 @@ With the settings of the paper: the defaults of `MarbleConfig`, but for how ofte
 ```bash
 accelerate launch --num_processes 8 examples/scripts/sd3_five_rewards.py \\
     --output_dir sd3.5m-marble \\
-    --resolution 512 \\
+    --height 512 \\
+    --width 512 \\
     --bf16 \\
     --gradient_accumulation_steps 18 \\
     --balance_every 10 \\

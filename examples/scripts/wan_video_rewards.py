@@ -13,6 +13,8 @@ Settings to start from for eight GPUs with 80 GB, 16 prompts x 8 videos of two s
 accelerate launch --num_processes 8 examples/scripts/wan_video_rewards.py \\
     --output_dir wan2.1-marble \\
     --prompts prompts.txt \\
+    --height 480 \\
+    --width 832 \\
     --num_frames 33 \\
     --num_generations 8 \\
     --num_inference_steps 20 \\
@@ -26,7 +28,7 @@ accelerate launch --num_processes 8 examples/scripts/wan_video_rewards.py \\
     --max_steps 300
 ```
 
-Wan makes 4k + 1 frames. Videos have the pipeline's own size of 832 x 480: `--resolution` would make them square.
+Wan makes 4k + 1 frames, and its 1.3B was made for videos of 832 x 480.
 """
 
 from dataclasses import dataclass, field

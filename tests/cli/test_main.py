@@ -52,8 +52,8 @@ def test_version_and_bare_command(capsys):
     [
         (["train", "--config", "nowhere.yaml"], "`--config nowhere.yaml`: there is no such file"),
         (["train", "--model", "base"], "the following arguments are required: --prompts, --rewards"),
-        (["train", "--config", "run.yaml", "--resoluton", "8"], "`--resoluton`; did you mean `--resolution`?"),
-        (["train", "--config", "run.yaml", "--resoluton=8"], "`--resoluton`; did you mean `--resolution`?"),
+        (["train", "--config", "run.yaml", "--heigth", "8"], "`--heigth`; did you mean `--height`?"),
+        (["train", "--config", "run.yaml", "--heigth=8"], "`--heigth`; did you mean `--height`?"),
         (["train", "--config", "typo.yaml"], "`--max_step`; did you mean `--max_steps`?"),
         (["train", "--config", "run.yaml", "--num_proceses", "2"], "did you mean `--num_processes`?"),
         (["train", "--config", "run.yaml", "--max_steps", "1", "more"], "unexpected 'more'"),

@@ -23,7 +23,8 @@ def config(folder) -> EvaluationConfig:
         num_generations=2,
         num_inference_steps=2,
         batch_size=4,
-        resolution=16,
+        height=16,
+        width=16,
         guidance_scale=3.5,
         max_sequence_length=24,
     )

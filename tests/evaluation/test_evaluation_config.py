@@ -14,7 +14,8 @@ from trl_marble.evaluation import EvaluationConfig
         ({"num_generations": 2.5}, "`num_generations` is 2.5"),
         ({"seed": -1}, "`seed` is -1"),
         ({"num_inference_steps": True}, "`num_inference_steps` is True"),
-        ({"resolution": 0}, "leave it out to use the pipeline's own size"),
+        ({"height": 0}, "`height` is 0; .* leave it out to use the pipeline's own"),
+        ({"width": 2.5}, "`width` is 2.5; .* leave it out to use the pipeline's own"),
         ({"batch_size": 0}, "`batch_size` is 0"),
         ({"guidance_scale": float("nan")}, "`guidance_scale` is nan"),
         ({"reward_failure": "ignore"}, "'ignore'; it must be one of 'raise', 'mask'"),
@@ -28,7 +29,7 @@ def test_bad_settings(settings, message) -> None:
 
 
 def test_a_parser_of_the_command_line_reads_it() -> None:
-    words = "--output_dir out --adapter me/lora --resolution 64 --bf16 --reward_failure mask --reward_timeout 1.5"
+    words = "--output_dir out --adapter me/lora --height 48 --width 64 --bf16 --reward_timeout 1.5"
     (config,) = HfArgumentParser(EvaluationConfig).parse_args_into_dataclasses(words.split())
-    wanted = {"adapter": "me/lora", "resolution": 64, "bf16": True, "reward_failure": "mask", "reward_timeout": 1.5}
+    wanted = {"adapter": "me/lora", "height": 48, "width": 64, "bf16": True, "reward_timeout": 1.5}
     assert config == EvaluationConfig("out", **wanted)

@@ -17,7 +17,7 @@ from trl_marble.pipelines import FlowPipeline
 from trl_marble.rewards import FrameReward
 
 
-SIZE = {"resolution": 16, "num_frames": 9, "num_generations": 2}
+SIZE = {"height": 16, "width": 32, "num_frames": 9, "num_generations": 2}
 
 
 def motion(videos, **kwargs):
@@ -62,7 +62,7 @@ def test_the_files_are_the_videos_that_were_scored(base):
 
 
 def test_the_files_are_bit_by_bit_what_the_pipeline_made(base):
-    flow = FlowPipeline(tiny_wan(), 16, 16, 1.0, 16, num_frames=9)
+    flow = FlowPipeline(tiny_wan(), 16, 32, 1.0, 16, num_frames=9)
     seed = int(base.table["seed"][3])
     conditioning = flow.encode([base.table["prompt"][3]])
     (made,) = flow.rollout(conditioning, [seed], 2).images
@@ -128,7 +128,7 @@ class _Images(HTMLParser):
 def test_the_page_plays_the_videos(base):
     images = _Images((base.folder / "contact_sheet.html").read_text()).sources
     assert [image["src"] for image in images] == base.table["image"].tolist()
-    assert {(image["width"], image["height"]) for image in images} == {("16", "16")}
+    assert {(image["width"], image["height"]) for image in images} == {("32", "16")}
     for image in images:
         with Image.open(base.folder / image["src"]) as opened:
             assert opened.n_frames == 9 and opened.info["loop"] == 0

@@ -17,7 +17,8 @@ def test_the_command_in_the_docstring_is_the_papers_step(script, tmp_path):
     command = command_in_docstring(script, tmp_path)
     _, args = parse(script, *command, "--use_cpu")
     assert args.generation_batch_size * 8 == 48 * 24  # on eight devices
-    assert (args.balance_every, args.balance_on, args.resolution, args.bf16) == (10, "loss", 512, True)
+    assert (args.balance_every, args.balance_on, args.bf16) == (10, "loss", True)
+    assert (args.height, args.width) == (512, 512)
 
 
 def test_the_configuration_for_one_small_gpu(script, tmp_path):

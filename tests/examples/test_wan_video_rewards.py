@@ -19,7 +19,7 @@ def test_the_command_in_the_docstring_is_one_that_the_script_takes(script, tmp_p
     command = command_in_docstring(script, tmp_path)
     script_args, args = parse(script, *command, "--use_cpu")
     assert args.generation_batch_size * 8 == 16 * 8 and args.num_generations == 8  # on eight devices
-    assert args.num_frames % 4 == 1 and args.resolution is None and script_args.num_scored_frames == 4
+    assert (args.height, args.width, args.num_frames % 4) == (480, 832, 1) and script_args.num_scored_frames == 4
 
 
 def test_its_rewards_of_videos_pull_against_each_other(script):
@@ -43,7 +43,8 @@ def test_the_script_trains_and_leaves_an_adapter_with_a_card(script, tmp_path, m
         "prompts": tmp_path / "prompts.txt",
         "num_scored_frames": 2,
         "output_dir": tmp_path / "run",
-        "resolution": 16,
+        "height": 16,
+        "width": 32,
         "num_frames": 9,
         "per_device_train_batch_size": 4,
         "gradient_accumulation_steps": 1,

@@ -5,6 +5,7 @@ import warnings
 
 import pytest
 import tiny
+import tiny_edits
 import tiny_families
 import torch
 from diffusers import (
@@ -634,6 +635,22 @@ def test_refuses_guidance_that_a_distilled_pipeline_would_ignore(name):
 def test_refuses_a_length_that_the_pipeline_has_no_argument_for():
     with pytest.raises(ValueError, match="max_sequence_length=64 would be ignored: ErnieImagePipeline has no such"):
         FlowPipeline(tiny_families.TINY["ErnieImagePipeline"][0](), max_sequence_length=64)
+
+
+@pytest.mark.parametrize(("given", "size"), [({"height": 16}, (1024, 16)), ({"width": 16}, (16, 1024))])
+def test_of_height_and_width_what_is_left_out_is_the_pipelines_own(given, size):
+    # Krea 2, as many pipelines, has a number as default and fails at `None`.
+    make, call = tiny_families.TINY["Krea2Pipeline"]
+    flow = FlowPipeline(make(), **given, max_sequence_length=call["max_sequence_length"])
+    (image,) = flow.rollout(flow.encode(["a red cat"]), [0], 1).images
+    assert image.size == size
+
+
+@pytest.mark.parametrize("make", [tiny_edits.tiny_flux_kontext, tiny_edits.tiny_bria_fibo_edit])
+def test_refuses_one_side_where_the_pipeline_would_change_it(make):
+    with pytest.raises(ValueError, match="height=None, width=64: .* would not keep one .* Give both or neither"):
+        FlowPipeline(make(), width=64)
+    assert FlowPipeline(make()).height is None
 
 
 def test_refuses_latents_of_another_size_where_the_pipeline_packs_its_own():

@@ -159,7 +159,8 @@ def trainer_of(pipeline: DiffusionPipeline, tmp_path, **settings):
     return small_trainer(
         tmp_path,
         pipeline=pipeline,
-        resolution=call["height"],
+        height=call["height"],
+        width=call["width"],
         max_sequence_length=call["max_sequence_length"],
         learning_rate=1e-2,
         balance_every=1,

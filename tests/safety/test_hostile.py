@@ -244,7 +244,7 @@ def test_a_record_that_leads_out_of_its_folder_is_refused(tmp_path):
 
 def test_images_of_an_evaluation_are_decoded_as_png_only(adapter, tmp_path):
     results = made_results(tmp_path / "results", {"bright": [0.1, 0.2]}, adapter="x")
-    results.settings.update(adapter_digest=None, num_inference_steps=1, guidance_scale=1.0, resolution=None)
+    results.settings.update(adapter_digest=None, num_inference_steps=1, guidance_scale=1.0)
     for file in results.table["image"]:
         (tmp_path / "results" / file).write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
     folder = tmp_path / "run"

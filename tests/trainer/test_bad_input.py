@@ -99,7 +99,8 @@ def test_a_prompt_that_is_too_long_is_said_once(tmp_path) -> None:
         ({"multi_objective_aggregation": "mgda"}, ValueError, "is 'mgda'; it must be one of 'marble', 'equal'"),
         ({"reward_weights": [1.0]}, ValueError, r"has 1 values \(\[1.0\]\) for 2 rewards \(bright, blue\); pass one"),
         ({"reward_weights": [1.0, 2.0, 3.0]}, ValueError, "has 3 values .* for 2 rewards"),
-        ({"resolution": 15}, ValueError, "15"),
+        ({"height": 15, "width": 16}, ValueError, "15"),
+        ({"height": 16, "width": 15}, ValueError, "15"),
     ],
 )
 def test_impossible_settings_are_refused(tmp_path, settings, error, message) -> None:

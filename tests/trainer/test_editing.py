@@ -14,7 +14,7 @@ from trl_marble.trainer import step_gradient
 from trl_marble.trainer.seeding import Draw, derive_seed
 
 
-KONTEXT = {"resolution": 16, "guidance_scale": 3.5, "max_sequence_length": 24}
+KONTEXT = {"height": 16, "width": 16, "guidance_scale": 3.5, "max_sequence_length": 24}
 # Checkpoints inside a generation batch (1, 3) and between two (2).
 RESUMING = {"steps_per_generation": 2, "max_steps": 4, "save_strategy": "steps", "save_steps": 1}
 
@@ -138,7 +138,7 @@ def test_evaluation_edits_the_images_of_its_dataset(tmp_path):
 
 def test_images_that_are_missing_are_refused_before_anything_is_sampled(tmp_path):
     with_images, without = edit_set(), edit_set().remove_columns("image")
-    qwen = {"pipeline": tiny_qwen_image_edit(), "resolution": 16, "max_sequence_length": None}
+    qwen = {"pipeline": tiny_qwen_image_edit(), "height": 16, "width": 16, "max_sequence_length": None}
     with pytest.raises(ValueError, match="QwenImageEditPipeline edits images, but `train_dataset` has no column"):
         small_trainer(tmp_path, train_dataset=without, **qwen)
     with pytest.raises(ValueError, match="QwenImageEditPipeline edits images, but `eval_dataset` has no column"):

@@ -92,7 +92,8 @@ def test_an_unknown_setting_that_is_near_to_none_is_refused() -> None:
         ({"per_device_train_batch_size": 0}, ["is 0", "at least 1"]),
         ({"per_device_eval_batch_size": 0}, ["is 0", "at least 1"]),
         ({"gradient_accumulation_steps": 0}, ["is 0", "at least 1"]),
-        ({"resolution": 0}, ["is 0", "leave it out"]),
+        ({"height": 0}, ["`height` is 0", "leave it out"]),
+        ({"width": -8}, ["`width` is -8", "leave it out"]),
         ({"max_sequence_length": -1}, ["is -1", "leave it out"]),
         ({"nft_beta": 0.0}, ["is 0.0", "greater than 0"]),
         ({"nft_beta": math.nan}, ["is nan", "finite"]),
@@ -142,12 +143,15 @@ def test_settings_at_the_edge_are_taken(settings) -> None:
 
 
 def test_the_command_line_sets_every_kind_of_setting() -> None:
-    command = "--output_dir out --use_cpu --num_generations 4 --resolution 64 --nft_beta 0.5 --scale_rewards group"
+    command = (
+        "--output_dir out --use_cpu --num_generations 4 --height 48 --width 64 --nft_beta 0.5 --scale_rewards group"
+    )
     command += " --reward_weights 1 2.5 --normalize_gradients false --log_images false --steps_per_generation 288"
     (parsed,) = HfArgumentParser(MarbleConfig).parse_args_into_dataclasses(command.split())
     expected = config(
         num_generations=4,
-        resolution=64,
+        height=48,
+        width=64,
         nft_beta=0.5,
         scale_rewards="group",
         reward_weights=[1.0, 2.5],

@@ -15,7 +15,8 @@ def test_times_of_their_own_give_the_per_reward_gradients_of_single_samples(tmp_
     trainer = small_trainer(
         tmp_path,
         pipeline=make(),
-        resolution=call["height"],
+        height=call["height"],
+        width=call["width"],
         max_sequence_length=call["max_sequence_length"],
         balance_every=1,
     )
@@ -53,7 +54,8 @@ def test_checkpointing_that_gives_wrong_gradients_is_refused(tmp_path):
     trainer = small_trainer(
         tmp_path,
         pipeline=make(),
-        resolution=call["height"],
+        height=call["height"],
+        width=call["width"],
         max_sequence_length=call["max_sequence_length"],
         gradient_checkpointing=True,
     )
@@ -66,4 +68,4 @@ def test_their_base_is_not_sharded(tmp_path):
     with pytest.raises(
         ValueError, match="`shard_base=True` needs processes that call .*AuraFlowPipeline is called once"
     ):
-        small_trainer(tmp_path, pipeline=make(), resolution=call["height"], shard_base=True)
+        small_trainer(tmp_path, pipeline=make(), height=call["height"], width=call["width"], shard_base=True)

@@ -23,7 +23,7 @@ def motion(videos, **kwargs):
 
 
 def video_trainer(output_dir, **overrides):
-    settings = {"resolution": 16, "num_frames": 9, "num_generations_eval": 2, "balance_every": 1}
+    settings = {"height": 16, "width": 32, "num_frames": 9, "num_generations_eval": 2, "balance_every": 1}
     settings |= {"pipeline": tiny_wan(), "reward_funcs": [motion, FrameReward(bright, num_frames=3)]}
     return small_trainer(output_dir, **(settings | overrides))
 
@@ -104,7 +104,7 @@ def test_the_card_plays_its_videos_and_says_how_to_make_one(trained, tmp_path):
     video = trained.evaluations[-1].gallery[prompt_set()["prompt"][0]][0]
     read = open_sample(folder / "images" / "sample_0.webp")
     assert len(read) == 9 and np.abs(np.subtract(read[4], video[4], dtype=float)).mean() < 12
-    assert "height=16, width=16, num_frames=9" in card
+    assert "height=16, width=32, num_frames=9" in card
     # The example, as a reader runs it.
     code = card.split("```python\n")[1].split("```")[0]
     tiny_wan().save_pretrained(tmp_path / "base")

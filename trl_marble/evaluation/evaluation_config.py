@@ -27,8 +27,10 @@ class EvaluationConfig:
         guidance_scale (`float`, *optional*, defaults to `1.0`):
             Guidance scale, as in training: `1.0` samples without classifier-free guidance, whatever the pipeline's own
             argument for that is; guidance-distilled pipelines are given the value as it is.
-        resolution (`int`, *optional*):
-            Height and width of the images in pixels. Defaults to the pipeline's own size.
+        height (`int`, *optional*):
+            Height of the images or videos in pixels. Defaults to the pipeline's own.
+        width (`int`, *optional*):
+            Width of the images or videos in pixels. Defaults to the pipeline's own.
         num_frames (`int`, *optional*):
             Number of frames of a video, for pipelines of videos. Defaults to the pipeline's own number.
         max_sequence_length (`int`, *optional*):
@@ -61,7 +63,8 @@ class EvaluationConfig:
     guidance_scale: float = field(
         default=1.0, metadata={"help": "Guidance scale; 1.0 is without classifier-free guidance."}
     )
-    resolution: int | None = field(default=None, metadata={"help": "Height and width of the images in pixels."})
+    height: int | None = field(default=None, metadata={"help": "Height of the images or videos in pixels."})
+    width: int | None = field(default=None, metadata={"help": "Width of the images or videos in pixels."})
     num_frames: int | None = field(default=None, metadata={"help": "Number of frames of a video."})
     max_sequence_length: int | None = field(default=None, metadata={"help": "Maximum number of prompt tokens."})
     batch_size: int = field(default=8, metadata={"help": "Number of images sampled and scored together."})
@@ -80,7 +83,8 @@ class EvaluationConfig:
             "num_generations": (1, "evaluation needs an image a prompt"),
             "seed": (0, "seeds are not negative"),
             "num_inference_steps": (1, "sampling needs a step"),
-            "resolution": (1, "leave it out to use the pipeline's own size"),
+            "height": (1, "leave it out to use the pipeline's own"),
+            "width": (1, "leave it out to use the pipeline's own"),
             "num_frames": (1, "leave it out to use the pipeline's own number"),
             "max_sequence_length": (1, "leave it out to use the pipeline's own"),
             "batch_size": (1, "a call of the pipeline needs an image"),

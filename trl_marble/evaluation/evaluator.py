@@ -109,8 +109,8 @@ def evaluate_pipeline(
         model.to(state.device)
     flow = FlowPipeline(
         model,
-        args.resolution,
-        args.resolution,
+        args.height,
+        args.width,
         args.guidance_scale,
         args.max_sequence_length,
         num_frames=args.num_frames,
@@ -353,7 +353,8 @@ def _settings(
         "seed": args.seed,
         "num_inference_steps": args.num_inference_steps,
         "guidance_scale": float(args.guidance_scale),
-        "resolution": args.resolution,
+        "height": args.height,
+        "width": args.width,
         "num_frames": args.num_frames,
         "max_sequence_length": args.max_sequence_length,
         "bf16": args.bf16,

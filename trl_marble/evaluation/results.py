@@ -36,7 +36,8 @@ SETTINGS: dict[str, Any] = {
     "seed": int,
     "num_inference_steps": int,
     "guidance_scale": int | float,
-    "resolution": int | None,
+    "height": int | None,
+    "width": int | None,
     "max_sequence_length": int | None,
 }
 NO_GROUP = "(none)"

@@ -99,8 +99,6 @@ def _known_inputs(folder: Path, results: EvaluationResults) -> CardInputs:
     if (folder / INPUTS_FILE).is_file():
         return CardInputs.load(folder)
     settings = {name: value for name, value in results.settings.items() if name in CALL_SETTINGS}
-    if results.settings["resolution"] is not None:
-        settings |= {"height": results.settings["resolution"], "width": results.settings["resolution"]}
     return CardInputs(
         repo_name=folder.absolute().name,
         rewards=[],

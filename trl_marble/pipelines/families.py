@@ -70,6 +70,8 @@ class Family:
             The denoising loop holds one time for the whole batch: velocities at different times are different calls.
         one_sample (`bool`, *optional*, defaults to `False`):
             `__call__` can hold one sample only: velocities and rollouts take one call a sample.
+        needs_both_sides (`bool`, *optional*, defaults to `False`):
+            `__call__` makes another height or width than it is given if the other of the two is left out.
         output (`"image"` or `"video"`, *optional*, defaults to `"image"`):
             What the pipeline makes.
         num_frames_argument (`str`, *optional*, defaults to `"num_frames"`):
@@ -98,6 +100,7 @@ class Family:
     arguments: Mapping[str, Any] = field(default_factory=dict)
     one_time: bool = False
     one_sample: bool = False
+    needs_both_sides: bool = False
     output: Literal["image", "video"] = "image"
     num_frames_argument: str = "num_frames"
     takes_image: Literal["no", "optional", "required"] = "no"
@@ -195,6 +198,7 @@ FAMILIES: tuple[Family, ...] = (
         encoded_names=("prompt_embeds", "pooled_prompt_embeds", None),
         guidance="embedded",
         lora_target_modules=(*FLUX_LAYERS, "proj_mlp"),  # DreamBooth LoRA for Flux Kontext
+        needs_both_sides=True,  # it scales what there is to a million pixels
         takes_image="optional",
         long_text_encoder="text_encoder_2",
         long_text_tokenizer="tokenizer_2",
@@ -307,6 +311,7 @@ FAMILIES: tuple[Family, ...] = (
         encoded_names=None,
         guidance="classifier_free",
         lora_target_modules=JOINT_ATTENTION,
+        needs_both_sides=True,  # it takes both from the image
         takes_image="optional",
         empty_prompt='{"edit_instruction": ""}',
     ),

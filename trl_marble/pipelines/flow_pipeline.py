@@ -75,8 +75,9 @@ class FlowPipeline:
     Raises:
         `TypeError`: `pipeline` is not a `DiffusionPipeline`.
         `ValueError`: the pipeline is not flow matching, has no `transformer` or two of them for different times, or
-            is of a class that is known not to work; `guidance_scale` is below 1 or would be ignored; or the pipeline
-            knows no `max_sequence_length` or no `num_frames`.
+            is of a class that is known not to work; `guidance_scale` is below 1 or would be ignored; the pipeline
+            would change a height or width that is given alone; or it knows no `max_sequence_length` or no
+            `num_frames`.
     """
 
     def __init__(
@@ -109,6 +110,11 @@ class FlowPipeline:
         family = find_family(pipeline)
         self.is_listed = family is not None
         self.family = family or assumed_family(pipeline)
+        if self.family.needs_both_sides and (height is None) != (width is None):
+            raise ValueError(
+                f"height={height}, width={width}: {type(pipeline).__name__} would not keep one without the other. "
+                "Give both or neither."
+            )
         self.height = height
         self.width = width
         self.guidance_scale = guidance_scale
@@ -423,13 +429,16 @@ class FlowPipeline:
         family = self.family
         arguments = {
             **family.arguments,
-            "height": self.height,
-            "width": self.width,
             "max_sequence_length": self.max_sequence_length,
         }
+        # Only what is given: many pipelines have a number as default and fail at `None`.
+        if self.height is not None:
+            arguments["height"] = self.height
+        if self.width is not None:
+            arguments["width"] = self.width
         if self.height is not None and self.width is not None:
             arguments["max_area"] = self.height * self.width  # Flux Kontext scales every size to it, or to a million
-        if self.num_frames is not None:  # most pipelines have a number in place of `None`
+        if self.num_frames is not None:
             arguments[family.num_frames_argument] = self.num_frames
         if guided:  # beside embeddings the text must be None, which is not every pipeline's default
             arguments["negative_prompt"] = [""] * len(conditioning) if family.encoded_names is None else None

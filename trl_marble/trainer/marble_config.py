@@ -50,8 +50,10 @@ class MarbleConfig(TrainingArguments):
             Guidance scale of the rollouts. `1.0` samples without classifier-free guidance, as DiffusionNFT does,
             whatever the pipeline's own argument for that is (0 for Z-Image and Krea 2, whose values are 1 lower);
             less is refused. Guidance-distilled pipelines (Flux, Flux.2) are given the value as it is.
-        resolution (`int`, *optional*):
-            Height and width of the images in pixels. Defaults to the pipeline's own default size. The paper uses 512.
+        height (`int`, *optional*):
+            Height of the images or videos in pixels. Defaults to the pipeline's own. The paper uses 512.
+        width (`int`, *optional*):
+            Width of the images or videos in pixels. Defaults to the pipeline's own. The paper uses 512.
         num_frames (`int`, *optional*):
             Number of frames of a video, for pipelines of videos. Defaults to the pipeline's own number.
         max_sequence_length (`int`, *optional*):
@@ -210,8 +212,11 @@ class MarbleConfig(TrainingArguments):
     num_generations: int = field(default=24, metadata={"help": "Number of images sampled for each prompt."})
     num_inference_steps: int = field(default=25, metadata={"help": "Number of solver steps of a rollout."})
     guidance_scale: float = field(default=1.0, metadata={"help": "Guidance scale of the rollouts."})
-    resolution: int | None = field(
-        default=None, metadata={"help": "Height and width of the images. Defaults to the pipeline's own size."}
+    height: int | None = field(
+        default=None, metadata={"help": "Height of the images or videos in pixels. Defaults to the pipeline's own."}
+    )
+    width: int | None = field(
+        default=None, metadata={"help": "Width of the images or videos in pixels. Defaults to the pipeline's own."}
     )
     num_frames: int | None = field(
         default=None, metadata={"help": "Number of frames of a video. Defaults to the pipeline's own number."}
@@ -345,7 +350,8 @@ class MarbleConfig(TrainingArguments):
             "gradient_accumulation_steps": (1, "1 takes an optimizer step after each micro-batch"),
             "rollout_batch_size": (1, "leave it out to use `num_generations`"),
             "steps_per_generation": (1, "leave it out to use `gradient_accumulation_steps`"),
-            "resolution": (1, "leave it out to use the pipeline's own size"),
+            "height": (1, "leave it out to use the pipeline's own"),
+            "width": (1, "leave it out to use the pipeline's own"),
             "num_frames": (1, "leave it out to use the pipeline's own number"),
             "max_sequence_length": (1, "leave it out to use the pipeline's own"),
         }

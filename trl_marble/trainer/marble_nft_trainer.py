@@ -192,8 +192,8 @@ class MarbleNFTTrainer(CheckpointedTrainer):
         self.pipeline = load_pipeline(pipeline)
         self.flow = FlowPipeline(
             self.pipeline,
-            args.resolution,
-            args.resolution,
+            args.height,
+            args.width,
             args.guidance_scale,
             args.max_sequence_length,
             num_frames=args.num_frames,

@@ -25,8 +25,8 @@ def rollout_advice(setting: str, batch_size: int) -> Iterator[None]:
     """
     with _advice(
         f"Sampling images ran out of memory: set a smaller `{setting}` (it is {batch_size}; the images stay the same "
-        "up to rounding) or a smaller `resolution`, or move rewards off the device (`offload=True` in those that are "
-        "models, or a reward server)."
+        "up to rounding) or a smaller `height` and `width`, or move rewards off the device (`offload=True` in those "
+        "that are models, or a reward server)."
     ):
         yield
 

@@ -30,6 +30,8 @@ PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "dataset
 CARD_SETTINGS = (
     "num_inference_steps",
     "guidance_scale",
+    "height",
+    "width",
     "num_frames",
     "max_sequence_length",
     "num_generations",
@@ -257,8 +259,6 @@ def _card_settings(trainer: "MarbleNFTTrainer") -> dict[str, Any]:
     args = trainer.args
     config = trainer.flow.transformer.peft_config["default"]
     settings = {name: getattr(args, name) for name in CARD_SETTINGS}
-    if args.resolution is not None:
-        settings |= {"height": args.resolution, "width": args.resolution}
     if not trainer.flow.is_listed:  # the card cannot look its guidance up
         settings |= trainer.flow.family.guidance_arguments(settings.pop("guidance_scale"))
     settings |= {"optimizer_steps": trainer.state.global_step, "processes": args.world_size}
