@@ -65,7 +65,7 @@ def test_evaluations_keep_videos_and_score_them(trained):
     before, after = trained.evaluations
     assert before.rewards.shape == (2, 12) and not before.rewards.isnan().any()
     video = after.gallery[prompt_set()["prompt"][0]][0]
-    assert isinstance(video, list) and len(video) == 9 and video[0].size == (16, 16)
+    assert isinstance(video, list) and len(video) == 9 and video[0].size == (32, 16)
     first = [videos[0] for videos in after.gallery.values()]
     assert motion(first) == pytest.approx([after.rewards[0, i].item() for i in (0, 6)])  # of prompts 0 and 3
     assert bright([video[0], video[4], video[8]]) != [bright(video[:1])[0]] * 3
