@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 from tiny_edits import edit_image, edit_set, tiny_flux_kontext
 
-from trl_marble.evaluation import EvaluationConfig, evaluate_pipeline
+from trl_marble.evaluation import EvaluationConfig, EvaluationResults, evaluate_pipeline
 from trl_marble.pipelines import FlowPipeline
 
 
@@ -46,6 +46,8 @@ def test_every_image_is_an_edit_of_its_row_and_the_evaluation_is_continued_as_it
         conditioning = flow.encode([row["prompt"]], [row["image"]])
         (edited,) = flow.rollout(conditioning, [record.seed], 2).images
         assert Image.open(results.folder / record.image).tobytes() == edited.tobytes()
+    assert results.groups.tolist() == [0, 0, 1, 1, 2, 2] and len(results.prompt_diversity) == 3
+    assert EvaluationResults.load(tmp_path).groups.tolist() == [0, 0, 1, 1, 2, 2]
     evaluate_pipeline(pipeline, note, edit_set().select(ROWS), config(tmp_path))  # the same images, as other objects
     assert len(scored) == 6
 

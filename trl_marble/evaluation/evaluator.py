@@ -118,10 +118,10 @@ def evaluate_pipeline(
     check_media(scorer.funcs, scorer.names, flow.family.output, type(model).__name__)
     flow.verify()
     adapter = None if args.adapter is None else find_adapter(args.adapter)
-    settings = _settings(pipeline, flow, adapter, scorer.names, prompts, args)
+    plan = _Plan(prompts, edits_images(flow, prompts, "prompts"), args)
+    settings = _settings(pipeline, flow, adapter, scorer.names, plan, args)
     folder = Path(args.output_dir)
     records = BatchRecords(folder)
-    plan = _Plan(prompts, edits_images(flow, prompts, "prompts"), args)
 
     together = FailingTogether()
     with together.phase():
@@ -295,7 +295,7 @@ def _merge(
             )
     diversity = PromptDiversity().compute(
         features=torch.stack([record.thumbnail_features() for record in scored]).numpy(),
-        groups=group_numbers(table["prompt"]),
+        groups=group_numbers(table["prompt_index" if plan.edits else "prompt"]),
     )
     results = EvaluationResults(
         folder=records.folder,
@@ -334,7 +334,7 @@ def _settings(
     flow: FlowPipeline,
     adapter: Path | None,
     reward_names: list[str],
-    prompts: Dataset,
+    plan: _Plan,
     args: EvaluationConfig,
 ) -> dict[str, Any]:
     """What every score depends on, and what was evaluated."""
@@ -347,8 +347,9 @@ def _settings(
         "pipeline_digest": _pipeline_digest(model),
         "adapter_digest": None if adapter is None else file_digest(adapter),
         "rewards": reward_names,
-        "num_prompts": len(prompts),
-        "prompts_digest": _prompts_digest(prompts),
+        "num_prompts": len(plan.prompts),
+        "prompts_digest": _prompts_digest(plan.prompts),
+        "edits_images": plan.edits,
         "num_generations": args.num_generations,
         "seed": args.seed,
         "num_inference_steps": args.num_inference_steps,

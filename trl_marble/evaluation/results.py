@@ -53,7 +53,8 @@ class EvaluationResults:
     A pipeline's images on a prompt set, and what every reward says of each of them.
 
     Standard errors are taken over prompts, because the images of one prompt are not independent, see
-    [`~trl_marble.evaluation.clustered_mean`]. A prompt is a text: rows of the prompt set with the same text are one.
+    [`~trl_marble.evaluation.clustered_mean`]. A prompt is a text: rows of the prompt set with the same text are one,
+    unless they are instructions to edit images, where each row has an image of its own.
 
     Args:
         folder (`Path`):
@@ -113,11 +114,11 @@ class EvaluationResults:
             images = settings["num_prompts"] * settings["num_generations"]
         except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
             raise ValueError(f"The evaluation in `{folder}` is damaged: {error}. Evaluate again.") from error
-        if len(table) != images or table["prompt"].nunique() != len(diversity):
+        num_groups = table[_group_column(settings)].nunique()
+        if len(table) != images or num_groups != len(diversity):
             raise ValueError(
-                f"The evaluation in `{folder}` is damaged: `{TABLE_FILE}` has {len(table)} images of "
-                f"{table['prompt'].nunique()} prompts, `{SUMMARY_FILE}` says {images} of {len(diversity)}. Evaluate "
-                "again."
+                f"The evaluation in `{folder}` is damaged: `{TABLE_FILE}` has {len(table)} images of {num_groups} "
+                f"prompts, `{SUMMARY_FILE}` says {images} of {len(diversity)}. Evaluate again."
             )
         return cls(folder, settings, names, table, failed, diversity)
 
@@ -141,7 +142,7 @@ class EvaluationResults:
     @property
     def groups(self) -> np.ndarray:
         """The prompt of each image, shape `[N]`, numbered from 0 on in the order in which the prompts first come."""
-        return group_numbers(self.table["prompt"])
+        return group_numbers(self.table[_group_column(self.settings)])
 
     def summary(self) -> dict[str, tuple[float, float]]:
         """
@@ -240,6 +241,11 @@ def to_json(content: Mapping[str, Any]) -> bytes:
 def _mean_and_error(values: np.ndarray, groups: np.ndarray) -> tuple[float, float]:
     measured = RewardMean().compute(data=values, groups=groups)
     return measured["mean"], measured["standard_error"]
+
+
+def _group_column(settings: Mapping[str, Any]) -> str:
+    """What tells prompts apart: their texts, or, where they edit images, the rows of the prompt set."""
+    return "prompt_index" if settings.get("edits_images") else "prompt"
 
 
 def _check_summary(content: Any) -> None:
