@@ -143,9 +143,10 @@ class Bench:
         """Gradients and optimizer, on the latest generation batch."""
         trainer = self.trainer
         trainer.state.global_step = 0 if solves else 1
-        trainer._begin_update(0)
+        trainer._begin_update(0, [row["prompt"] for row in self.rows])
         for slot in range(trainer.args.gradient_accumulation_steps):
             trainer._accumulate(slot, 0, 0)
+        trainer.nonfinite.settle()
         trainer.step_gradient.finish()
         torch.nn.utils.clip_grad_norm_(trainer.parameters, 1.0)
         trainer.optimizer.step()
