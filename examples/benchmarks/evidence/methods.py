@@ -1,0 +1,163 @@
+# Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
+"""What is compared: the methods of the main table, and the variants of the ablations.
+
+Two things that one may miss here. Nash-MTL is no function of the Gram matrix (it remembers the steps before), so it
+cannot take MGDA's place as a weighting. And the package has neither a Gram matrix between halves of a batch nor one in
+the optimizer's metric; once it has a setting for them, a row of `ABLATIONS` is all that they need.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from typing import Any
+
+from torch import Tensor
+
+from trl_marble.cli.demo import DEMO_SETTINGS
+from trl_marble.shapeworld import reward_funcs
+
+
+REWARDS = tuple(reward.__name__ for reward in reward_funcs())
+
+# Rewards are added so that a specialist's and a general one take turns: the first K of them are a mixed set.
+MIXED_ORDER = ("composition", "coverage", "reader", "centring", "calm")
+
+
+@dataclass(frozen=True)
+class Method:
+    """
+    One way to train the pipeline.
+
+    Args:
+        label (`str`):
+            Its name in tables and pictures.
+        stages (`tuple[tuple[str, ...], ...]`, *optional*, defaults to one stage with all rewards):
+            The rewards of each stage. Stages follow one upon the other, each from the adapter of the one before, and
+            share the steps of a run. Without a stage nothing is trained.
+        settings (`Mapping[str, Any]`, *optional*, defaults to none):
+            Settings of `MarbleConfig`, beside those that all methods share.
+        weighting (`str`, *optional*, defaults to `"mgda"`):
+            `"mgda"` or a name of `TORCHJD`.
+        tuned_as (`str`, *optional*):
+            The method whose learning rate is used. Defaults to a rate of its own.
+    """
+
+    label: str
+    stages: tuple[tuple[str, ...], ...] = (REWARDS,)
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    weighting: str = "mgda"
+    tuned_as: str | None = None
+
+    @property
+    def rewards(self) -> tuple[str, ...]:
+        """All rewards that any stage trains on, in the order of `REWARDS`."""
+        trained = {name for stage in self.stages for name in stage}
+        return tuple(name for name in REWARDS if name in trained)
+
+
+BASE = "base"
+WEIGHTED_SUM: dict[str, Any] = {"multi_objective_aggregation": "sum_then_normalize"}
+# Advantages are normalized in their groups, as its paper has it (docs/papers.md).
+GDPO: dict[str, Any] = {"multi_objective_aggregation": "normalize_then_sum", "scale_rewards": "group"}
+# With the code published with MARBLE, between two solves the advantages are mixed by the smoothed alpha.
+REFERENCE: dict[str, Any] = {"balance_every": 10, "balance_on": "loss", "amortization": "reference"}
+
+SPECIALISTS = {name: f"specialist_{name}" for name in REWARDS}
+
+METHODS: dict[str, Method] = {
+    BASE: Method("not trained", stages=()),
+    # With one reward all aggregations are one; that of the weighted sum takes one backward pass less.
+    **{key: Method(f"{name} alone", ((name,),), WEIGHTED_SUM) for name, key in SPECIALISTS.items()},
+    "weighted_sum": Method("weighted sum", settings=WEIGHTED_SUM),
+    "gdpo": Method("GDPO", settings=GDPO),
+    "equal": Method("equal alpha", settings={"multi_objective_aggregation": "equal"}),
+    "sequential": Method("one after the other", tuple((name,) for name in REWARDS), WEIGHTED_SUM),
+    "marble": Method("MARBLE, N = 1"),
+    "marble_10": Method("MARBLE, N = 10", settings={"balance_every": 10}),
+    "marble_reference": Method("MARBLE, published code", settings=REFERENCE),
+}
+
+
+def _ema(decay: float) -> Method:
+    # With N = 1 the moving average is not used, so its decay matters with N = 10.
+    settings = {"balance_every": 10, "balance_ema": decay}
+    return Method(f"MARBLE, N = 10, rho = {decay:g}", settings=settings, tuned_as="marble_10")
+
+
+def _few_rewards(count: int) -> dict[str, Method]:
+    stages = (MIXED_ORDER[:count],)
+    return {
+        f"marble_{count}_rewards": Method(f"MARBLE, K = {count}", stages, tuned_as="marble"),
+        f"sum_{count}_rewards": Method(f"weighted sum, K = {count}", stages, WEIGHTED_SUM, tuned_as="weighted_sum"),
+    }
+
+
+# One forward pass of a step of the demo: all of its images, each at one of its timesteps.
+FORWARD_PASSES = round(DEMO_SETTINGS["num_inference_steps"] * DEMO_SETTINGS["timestep_fraction"])
+MICRO_BATCH = 32  # images; the published code had 9 on each GPU
+MICRO_BATCHES = DEMO_SETTINGS["per_device_train_batch_size"] // MICRO_BATCH
+
+# Groups of variants, each beside the method of `METHODS` that it changes one thing of.
+ABLATIONS: dict[str, dict[str, Method]] = {
+    # 0.7 is that of the main table.
+    "Smoothing of alpha": {f"ema_{round(100 * rho):02d}": _ema(rho) for rho in (0.0, 0.1, 0.3, 0.5, 0.9)},
+    "What is balanced": {
+        "on_loss": Method("MARBLE, N = 1, whole losses", settings={"balance_on": "loss"}, tuned_as="marble"),
+        "on_loss_10": Method(
+            "MARBLE, N = 10, whole losses",
+            settings={"balance_every": 10, "balance_on": "loss"},
+            tuned_as="marble_10",
+        ),
+    },
+    # What is measured on part of a step is used from the next one on (through the moving average), not at once.
+    "What of the step the Gram matrix sees": {
+        "gram_forward": Method(
+            "one forward pass", settings={"balance_fraction": 1 / FORWARD_PASSES}, tuned_as="marble"
+        ),
+        "gram_micro_batch": Method(
+            f"one micro-batch of {MICRO_BATCH} images at one timestep",
+            settings={
+                "per_device_train_batch_size": MICRO_BATCH,
+                "gradient_accumulation_steps": MICRO_BATCHES,
+                "balance_fraction": 1 / (FORWARD_PASSES * MICRO_BATCHES),
+            },
+            tuned_as="marble",
+        ),
+    },
+    "Weighting": {
+        "upgrad": Method("UPGrad", weighting="upgrad", tuned_as="marble"),
+        "cagrad": Method("CAGrad", weighting="cagrad", tuned_as="marble"),
+    },
+    "Scale of GDPO's advantages": {
+        "gdpo_batch": Method("GDPO, scaled by the batch", settings={**GDPO, "scale_rewards": "batch"}, tuned_as="gdpo")
+    },
+    "Number of rewards": {key: method for count in (2, 3, 4) for key, method in _few_rewards(count).items()},
+}
+VARIANTS = {key: method for group in ABLATIONS.values() for key, method in group.items()}
+
+# The weightings of TorchJD, and what has to be installed for them.
+TORCHJD: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
+    "upgrad": ("UPGradWeighting", {}, ("torchjd", "qpsolvers")),
+    "cagrad": ("CAGradWeighting", {"c": 0.5}, ("torchjd", "cvxpy")),
+}
+
+
+def find_method(name: str) -> Method:
+    """The method or the variant of that name."""
+    return METHODS[name] if name in METHODS else VARIANTS[name]
+
+
+def missing_packages(method: Method) -> list[str]:
+    """What the method needs and is not installed."""
+    needed = TORCHJD[method.weighting][2] if method.weighting in TORCHJD else ()
+    return [package for package in needed if find_spec(package) is None]
+
+
+def make_weighting(method: Method) -> str | Callable[[Tensor], Tensor]:
+    """What `MarbleNFTTrainer(weighting=...)` takes."""
+    if method.weighting not in TORCHJD:
+        return method.weighting
+    import torchjd.aggregation
+
+    name, arguments, _ = TORCHJD[method.weighting]
+    return getattr(torchjd.aggregation, name)(**arguments)

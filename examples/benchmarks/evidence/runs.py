@@ -1,0 +1,326 @@
+# Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
+"""One run: a method trained with one learning rate and one seed, then scored on prompts that are the same for all."""
+
+import json
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from diffusers import DiffusionPipeline
+from transformers import TrainerCallback
+
+from trl_marble import MarbleConfig, MarbleNFTTrainer
+from trl_marble.cli.demo import DEMO_SETTINGS
+from trl_marble.evaluation import EvaluationConfig, EvaluationResults, evaluate_pipeline
+from trl_marble.evaluation.records import write_atomically
+from trl_marble.shapeworld import load_pipeline, load_prompts, reward_funcs
+
+from .methods import BASE, find_method, make_weighting
+
+
+# Optimizer steps of a run, for every method: five for each stage of the sequential one.
+STEPS = 25
+LEARNING_RATES = (6e-4, 1.2e-3, 2.4e-3)
+SEEDS = (1, 2, 3)
+TUNING_SEED = 0
+
+# What all methods share, whatever their own settings.
+SHARED_SETTINGS: dict[str, Any] = {
+    key: DEMO_SETTINGS[key]
+    for key in (
+        "lr_scheduler_type",
+        "num_generations",
+        "per_device_train_batch_size",
+        "gradient_accumulation_steps",
+        "rollout_batch_size",
+        "num_inference_steps",
+        "timestep_fraction",
+        "beta",
+    )
+}
+QUICK_SETTINGS = SHARED_SETTINGS | {
+    "num_generations": 4,
+    "per_device_train_batch_size": 16,
+    "rollout_batch_size": 16,
+    "num_inference_steps": 2,
+}
+
+# Learning rates are chosen on prompts that are trained on, so that those of the test split have no part in the choice.
+TUNING, MAIN = "tuning", "main"
+PROMPTS_OF_A_SOURCE = 16
+# Seed of the evaluation's images, the same for all methods and seeds of training.
+EVALUATION_SEED = 0
+STAGE_SEEDS = 100  # between the orders of the prompts of two stages of a run, so that these do not begin alike
+# Small evaluations during the training, for the curves.
+CURVE_STEPS, CURVE_IMAGES = 5, 8
+
+REPORT_FILE = "report.json"
+PLAN_FILE = "run.json"
+LOG_FILE = "log.txt"
+PROGRESS_FILE = "steps.txt"
+HISTORY_FILE = "history.json"
+
+
+@dataclass(frozen=True)
+class Scale:
+    """
+    How large runs and evaluations are; the same for all that is compared.
+
+    Args:
+        steps (`int`, *optional*, defaults to `STEPS`):
+            Optimizer steps of a run, at least as many as the method has stages.
+        images (`int`, *optional*, defaults to `48`):
+            Images for each prompt of the test split.
+        tuning_images (`int`, *optional*, defaults to `16`):
+            Images for each prompt that learning rates are chosen on.
+        quick (`bool`, *optional*, defaults to `False`):
+            Whether everything is as small as it can be: a test of the plumbing that measures nothing.
+    """
+
+    steps: int = STEPS
+    images: int = 48
+    tuning_images: int = 16
+    quick: bool = False
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Settings of `MarbleConfig` that all methods share."""
+        return QUICK_SETTINGS if self.quick else SHARED_SETTINGS
+
+    def prompts(self, phase: str) -> Dataset:
+        """The prompts that the runs of a phase are scored on, as many of each source."""
+        limit = 1 if self.quick else PROMPTS_OF_A_SOURCE
+        rows = load_prompts("train" if phase == TUNING else "test")
+        places: dict[str, list[int]] = {}
+        for place, source in enumerate(rows["source"]):
+            places.setdefault(source, []).append(place)
+        # Spread over each source: its first prompts are all of one kind.
+        return rows.select([own[i * len(own) // limit] for own in places.values() for i in range(limit)])
+
+
+QUICK = Scale(steps=2, images=2, tuning_images=2, quick=True)
+
+
+@dataclass(frozen=True)
+class Run:
+    """
+    One training and its evaluation.
+
+    Args:
+        phase (`str`):
+            `TUNING` or `MAIN` (ablations are `MAIN` too): which prompts it is scored on.
+        method (`str`):
+            A name of `METHODS` or `VARIANTS`.
+        learning_rate (`float`):
+            Peak learning rate.
+        seed (`int`):
+            Seed of the training.
+        scale ([`Scale`]):
+            How large it is.
+    """
+
+    phase: str
+    method: str
+    learning_rate: float
+    seed: int
+    scale: Scale
+
+    @property
+    def name(self) -> str:
+        """Of its folder within the output folder, and in the progress display."""
+        if self.method == BASE:
+            return f"{self.phase}/{BASE}"
+        return f"{self.phase}/{self.method}/lr-{self.learning_rate:g}/seed-{self.seed}"
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps over all stages."""
+        return self.scale.steps if find_method(self.method).stages else 0
+
+    @property
+    def images(self) -> int:
+        """Images that it samples for each prompt that it is scored on, those for the curves included."""
+        if self.phase == TUNING:
+            return self.scale.tuning_images
+        curves = (1 + self.steps // CURVE_STEPS) * min(CURVE_IMAGES, self.scale.images) if self.steps else 0
+        return self.scale.images + curves
+
+    def plan(self) -> dict[str, Any]:
+        """Everything that its result depends on, as it is written to its folder."""
+        method = find_method(self.method)
+        return {
+            **asdict(self),
+            "stages": [list(stage) for stage in method.stages],
+            "weighting": method.weighting,
+            "settings": {**self.scale.settings, **method.settings},
+        }
+
+    def is_finished(self, output_dir: Path) -> bool:
+        """
+        Whether its report is there.
+
+        Raises:
+            `ValueError`: if the folder holds a run of the same name with other settings.
+        """
+        folder = output_dir / self.name
+        if (folder / PLAN_FILE).is_file():
+            found, wanted = json.loads((folder / PLAN_FILE).read_text()), self.plan()
+            differing = [
+                f"`{key}` is {found.get(key)} there and {wanted.get(key)} here"
+                for key in {**wanted, **found}
+                if found.get(key) != wanted.get(key)
+            ]
+            if differing:
+                raise ValueError(
+                    f"`{folder}` holds another run: {'; '.join(differing)}. Choose another `--output_dir`, or delete "
+                    "that folder."
+                )
+        return (folder / REPORT_FILE).is_file()
+
+
+def base_run(phase: str, scale: Scale) -> Run:
+    """The evaluation of the pipeline before any training; it is needed once a phase."""
+    return Run(phase, BASE, 0.0, 0, scale)
+
+
+def split_steps(steps: int, stages: int) -> list[int]:
+    """
+    The steps of each stage, as equal as can be, the first ones longer by one where it does not come out even.
+
+    Raises:
+        `ValueError`: if there are fewer steps than stages.
+    """
+    if stages and steps < stages:
+        raise ValueError(f"{steps} steps cannot be shared by {stages} stages; train at least one step a stage.")
+    return [steps // stages + (stage < steps % stages) for stage in range(stages)]
+
+
+def execute(run: Run, output_dir: Path) -> None:
+    """
+    Train and score, and leave `report.json` when all is done. What an interrupted run left is gone on with: from its
+    last checkpoint, or from its last batch of images.
+    """
+    folder = output_dir / run.name
+    write_atomically(folder / PLAN_FILE, json.dumps(run.plan(), indent=2).encode())
+    method = find_method(run.method)
+    start, start_of_cpu = time.monotonic(), time.process_time()
+    histories: list[list[dict[str, Any]]] = []
+    pipeline = load_pipeline()
+    done = 0
+    for number, steps in enumerate(split_steps(run.steps, len(method.stages))):
+        stage = folder / f"stage-{number + 1}"
+        if not (stage / HISTORY_FILE).is_file():
+            _train_stage(run, number, steps, stage, pipeline, _Progress(folder / PROGRESS_FILE, done))
+            pipeline = load_pipeline()  # the trainer's has its adapter as it was trained, not as it is saved
+            for earlier in range(number):
+                _fuse(pipeline, folder / f"stage-{earlier + 1}")
+        histories.append(json.loads((stage / HISTORY_FILE).read_text()))
+        _fuse(pipeline, stage)
+        done += steps
+    trained = time.monotonic()
+    prompts = run.scale.prompts(run.phase)
+    config = EvaluationConfig(
+        str(folder / "evaluation"),
+        num_generations=run.scale.tuning_images if run.phase == TUNING else run.scale.images,
+        num_inference_steps=run.scale.settings["num_inference_steps"],
+        seed=EVALUATION_SEED,
+        batch_size=DEMO_SETTINGS["per_device_eval_batch_size"],
+    )
+    evaluate_pipeline(pipeline, [*reward_funcs()], prompts, config)
+    report = {
+        "plan": run.plan(),
+        "history": list(_joined(histories)),
+        # Of the last attempt, where a run was interrupted.
+        "training_seconds": trained - start,
+        "cpu_seconds": time.process_time() - start_of_cpu,
+        "evaluation_seconds": time.monotonic() - trained,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
+    write_atomically(folder / REPORT_FILE, json.dumps(report, indent=2).encode())
+
+
+def load_report(run: Run, output_dir: Path) -> dict[str, Any]:
+    """The report of a finished run."""
+    return json.loads((output_dir / run.name / REPORT_FILE).read_text())
+
+
+def load_scores(run: Run, output_dir: Path) -> EvaluationResults:
+    """The rewards of all its held-out images."""
+    return EvaluationResults.load(output_dir / run.name / "evaluation")
+
+
+def _train_stage(
+    run: Run, number: int, steps: int, folder: Path, pipeline: DiffusionPipeline, progress: TrainerCallback
+) -> None:
+    """Train one adapter on the pipeline as it is now; its history, which makes the stage complete, comes last."""
+    method = find_method(run.method)
+    config = MarbleConfig(
+        str(folder),
+        **(run.scale.settings | dict(method.settings)),
+        learning_rate=run.learning_rate,
+        max_steps=steps,
+        seed=run.seed,
+        data_seed=run.seed + STAGE_SEEDS * number,
+        use_cpu=True,  # on whatever machine: what is compared is compared on the same
+        save_steps=5,
+        save_total_limit=1,
+        eval_strategy="no" if run.phase == TUNING else "steps",
+        eval_steps=CURVE_STEPS,
+        eval_on_start=run.phase != TUNING and number == 0,
+        num_generations_eval=min(CURVE_IMAGES, run.scale.images),
+        per_device_eval_batch_size=DEMO_SETTINGS["per_device_eval_batch_size"],
+        report_to="none",
+        log_images=False,
+        disable_tqdm=True,
+    )
+    by_name = {reward.__name__: reward for reward in reward_funcs()}
+    trainer = MarbleNFTTrainer(
+        pipeline,
+        reward_funcs=[by_name.pop(name) for name in method.stages[number]],
+        eval_reward_funcs=list(by_name.values()),  # all others: curves have every reward
+        args=config,
+        train_dataset=load_prompts("train"),
+        eval_dataset=run.scale.prompts(run.phase),
+        weighting=make_weighting(method),
+        callbacks=[progress],
+    )
+    try:
+        trainer.train(resume_from_checkpoint=any(folder.glob("checkpoint-*")))
+    except FileNotFoundError as error:  # a checkpoint, and none that is whole
+        raise FileNotFoundError(f"{error} Delete `{folder}` to train this stage anew.") from error
+    trainer.save_model()
+    write_atomically(folder / HISTORY_FILE, json.dumps(trainer.state.log_history).encode())
+    for checkpoint in folder.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
+
+
+def _fuse(pipeline: DiffusionPipeline, adapter: Path) -> None:
+    """Make an adapter part of the pipeline, so that another one can follow it."""
+    pipeline.load_lora_weights(adapter)
+    pipeline.fuse_lora(components=["transformer"])
+    pipeline.unload_lora_weights()
+
+
+def _joined(histories: list[list[dict[str, Any]]]) -> Iterator[dict[str, Any]]:
+    """The logs of all stages, in steps of the whole run."""
+    offset = 0
+    for history in histories:
+        for row in history:
+            yield row | {"step": row["step"] + offset}
+        offset += max((row["step"] for row in history), default=0)
+
+
+class _Progress(TrainerCallback):
+    """Tells the process that started the run how many steps it has done."""
+
+    def __init__(self, file: Path, done: int) -> None:
+        self.file, self.done = file, done
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        write_atomically(self.file, str(self.done + state.global_step).encode())

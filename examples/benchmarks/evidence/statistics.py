@@ -1,0 +1,188 @@
+# Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
+"""The figures of the comparison, from how much each reward changed for each seed. Pure functions of arrays.
+
+There are two standard errors. That over seeds says how much another training would differ, on the same held-out
+prompts. That over prompts says how much other held-out prompts would change the mean of the trainings that there are.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import numpy as np
+
+from trl_marble.evaluation import clustered_mean
+from trl_marble.evaluation.summary import SIGNIFICANT
+
+
+class Estimate(NamedTuple):
+    """
+    A mean over seeds.
+
+    Args:
+        mean (`float`):
+            In the unit of the values.
+        seed_error (`float`):
+            Its standard error over seeds; NaN with one seed.
+        prompt_error (`float`, *optional*, defaults to NaN):
+            Its standard error over held-out prompts; NaN where it was not taken.
+    """
+
+    mean: float
+    seed_error: float
+    prompt_error: float = math.nan
+
+
+class WorstReward(NamedTuple):
+    """
+    The reward of which a method reached least.
+
+    Args:
+        reward (`int` or `None`):
+            Its place; `None` where no specialist raised its reward for certain.
+        fraction (`float`):
+            The method's change of it divided by its specialist's.
+        seed_error (`float`):
+            Standard error of the fraction over seeds (jackknife); NaN with one seed.
+    """
+
+    reward: int | None
+    fraction: float
+    seed_error: float
+
+
+def mean_over_seeds(values: np.ndarray) -> Estimate:
+    """
+    Mean and standard error over seeds.
+
+    Args:
+        values (`np.ndarray` of shape `[S]`):
+            One value a seed.
+    """
+    values = np.asarray(values, dtype=float)
+    error = values.std(ddof=1) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    return Estimate(float(values.mean()), float(error))
+
+
+def mean_change(differences: np.ndarray, groups: np.ndarray) -> Estimate:
+    """
+    The change of one reward with both of its standard errors.
+
+    Args:
+        differences (`np.ndarray` of shape `[S, N]`):
+            Reward of each held-out image after a training minus that of the untrained pipeline's image of the same
+            prompt and noise, for each seed; NaN where the reward does not apply (the same images for all seeds).
+        groups (`np.ndarray` of shape `[N]`, integers):
+            The prompt of each image.
+    """
+    means = np.array([clustered_mean(row, groups)[0] for row in differences])
+    _, prompt_error = clustered_mean(differences.mean(axis=0), groups)
+    return mean_over_seeds(means)._replace(prompt_error=prompt_error)
+
+
+def composites(changes: np.ndarray) -> list[Estimate]:
+    """
+    The composite score of each method as in MARBLE (https://huggingface.co/papers/2605.06507), with its spread.
+
+    Each reward's column is put in z-scores by the mean and the standard deviation over the methods of the changes
+    averaged over seeds; a method's score is the mean of its z-scores. A change is a mean reward minus the same number
+    for all methods, so its z-scores are those of the mean rewards, and the scores are those of
+    [`~trl_marble.evaluation.composite_scores`]. The error over seeds is that of each seed's distance from the mean of
+    the methods of that seed, on the same scale: what a seed does to all methods alike is no error of their order.
+
+    Args:
+        changes (`np.ndarray` of shape `[M, S, K]`):
+            Of M methods, S seeds and K rewards.
+    """
+    averages = changes.mean(axis=1)
+    spread = averages.std(axis=0)
+    equal = np.ptp(averages, axis=0) <= 1e-12 * np.abs(averages).max(axis=0)
+    scores = np.where(equal, 0.0, (changes - changes.mean(axis=0)) / np.where(equal, 1.0, spread))
+    return [mean_over_seeds(row) for row in scores.mean(axis=2)]
+
+
+def upper_bound_is_known(specialist: Estimate) -> bool:
+    """
+    Whether a specialist raised its reward by at least two standard errors, over seeds as over prompts. What it did
+    not raise for certain is no bound to be divided by.
+    """
+    errors = [error for error in (specialist.seed_error, specialist.prompt_error) if not math.isnan(error)]
+    return specialist.mean > 0 and all(specialist.mean >= SIGNIFICANT * error for error in errors)
+
+
+def reached_fractions(changes: np.ndarray, bounds: np.ndarray) -> np.ndarray:
+    """
+    How much of the upper bound a method reached: its mean change over seeds divided by that of the specialist.
+
+    The ratio is of means over seeds, not the mean of ratios, which one seed with a poor specialist would decide.
+
+    Args:
+        changes (`np.ndarray` of shape `[S, K]`):
+            Of the method.
+        bounds (`np.ndarray` of shape `[S, K]`):
+            Of each reward, that of the specialist that trains on it alone; NaN where the bound is not known.
+
+    Returns:
+        `np.ndarray` of shape `[K]`: 0 is the untrained pipeline, 1 the specialist; negative where the reward fell, NaN
+        where the bound is not known.
+    """
+    return changes.mean(axis=0) / bounds.mean(axis=0)
+
+
+def worst_reward(changes: np.ndarray, bounds: np.ndarray) -> WorstReward:
+    """
+    The least of the fractions of the upper bounds that a method reached.
+
+    Rewards differ in how far they can rise at all, with this pipeline and these steps: the least change would be that
+    of the reward with the least room, whatever the method. The specialist, with the same prompts and steps, says how
+    much room there is, so a fraction of 1 would mean that no reward paid for any other.
+
+    Args:
+        changes (`np.ndarray` of shape `[S, K]`):
+            Of the method, for the rewards that it trains on.
+        bounds (`np.ndarray` of shape `[S, K]`):
+            See [`reached_fractions`].
+    """
+    fractions = reached_fractions(changes, bounds)
+    if np.isnan(fractions).all():
+        return WorstReward(None, math.nan, math.nan)
+    place = int(np.nanargmin(fractions))
+    seeds = len(changes)
+    if seeds < 2:
+        return WorstReward(place, float(fractions[place]), math.nan)
+    # Which reward is the worst may differ without one of the seeds: that belongs to the error.
+    kept = [np.arange(seeds) != left_out for left_out in range(seeds)]
+    least = np.array([np.nanmin(reached_fractions(changes[k], bounds[k])) for k in kept])
+    error = math.sqrt((seeds - 1) / seeds * float(np.square(least - least.mean()).sum()))
+    return WorstReward(place, float(fractions[place]), error)
+
+
+def gain(changes: Mapping[str, float], spreads: Mapping[str, float]) -> float:
+    """
+    What learning rates are chosen by: the mean over rewards of the change in standard deviations of the reward.
+
+    Args:
+        changes (`Mapping[str, float]`):
+            Reward -> mean change, for the rewards that the method trains on.
+        spreads (`Mapping[str, float]`):
+            Reward -> standard deviation over the untrained pipeline's images of the same prompts. Where it is 0 (all
+            of them have the same reward) the change counts in the reward's own unit.
+    """
+    return float(np.mean([change / (spreads[name] or 1.0) for name, change in changes.items()]))
+
+
+def best_rate(gains: Mapping[float, float]) -> float:
+    """
+    The learning rate with the greatest gain; of equal ones the least.
+
+    Args:
+        gains (`Mapping[float, float]`):
+            Learning rate -> gain.
+
+    Raises:
+        `ValueError`: if no gain is a number.
+    """
+    known = {rate: value for rate, value in sorted(gains.items()) if not math.isnan(value)}
+    if not known:
+        raise ValueError(f"No learning rate of {sorted(gains)} has a gain that is a number; look at the runs' scores.")
+    return max(known, key=lambda rate: known[rate])

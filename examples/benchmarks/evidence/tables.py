@@ -1,0 +1,207 @@
+# Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
+"""The report's tables, in Markdown."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from trl_marble.evaluation import EvaluationResults
+from trl_marble.evaluation.formatting import format_p_value, format_percentage
+
+from .methods import BASE, METHODS, REWARDS, SPECIALISTS, find_method
+from .runs import Run, Scale
+from .statistics import Estimate
+
+
+if TYPE_CHECKING:
+    from .report import MethodResult
+
+
+ABSENT = "–"
+
+
+def markdown(
+    main: Mapping[str, MethodResult],
+    ablations: Mapping[str, Mapping[str, MethodResult]],
+    gains: Mapping[str, Mapping[float, float]],
+    rates: Sequence[float],
+    base: EvaluationResults,
+    runs: Mapping[str, Sequence[Run]],
+    scale: Scale,
+    unfinished: Sequence[str],
+) -> str:
+    """The whole report but for its pictures; see [`write_report`] for the arguments."""
+    seeds = sorted({run.seed for own in runs.values() for run in own})
+    parts = ["# Comparison of methods\n"]
+    if scale.quick:
+        parts.append("**A test of the plumbing: runs of this size measure nothing.**\n")
+    parts.append(
+        f"{scale.steps} optimizer steps a run, seeds {', '.join(map(str, seeds))}. Evaluated on "
+        f"{base.settings['num_prompts']} held-out prompts with {base.settings['num_generations']} images each, from "
+        "the same noise for every method and seed. Changes are to the untrained pipeline.\n"
+    )
+    if unfinished:
+        parts.append(f"Not in here, because not all of its seeds are finished: {', '.join(unfinished)}.\n")
+    if gains:
+        parts += ["## Learning rates\n", _rates_table(gains, rates)]
+    parts += ["## Change of each reward\n", _ERRORS, _changes_table(main)]
+    parts += ["## Mean of each reward\n", _means_table(main, base)]
+    if any(result.fractions is not None for result in main.values()):
+        parts += ["## Fraction of the upper bound\n", _FRACTIONS, _fractions_table(main)]
+    for opponent in (BASE, "weighted_sum"):
+        rows = {name: result for name, result in main.items() if opponent in result.wins}
+        if rows:
+            parts += [f"## Win rate against: {find_method(opponent).label}\n", _WINS, _wins_table(rows, opponent)]
+    parts += ["## Cosines\n", _COSINES, _cosines_table(main)]
+    for title, rows in ablations.items():
+        parts += [f"## Ablation: {title.lower()}\n", _changes_table(rows)]
+        if any(result.worst is not None for result in rows.values()):
+            parts.append(_fractions_table(rows))
+        parts.append(_cosines_table(rows))
+    return "\n".join(parts)
+
+
+_ERRORS = (
+    "Mean over seeds ± its standard error over seeds / over held-out prompts. Composite: mean over rewards of the "
+    "z-scores among the methods that train on several rewards, ± standard error over seeds.\n"
+)
+_FRACTIONS = (
+    "Change divided by that of the specialist (means over seeds): 0 is the untrained pipeline, 1 what training on "
+    "that reward alone reached with the same prompts and steps. Worst: the least of them among the rewards that the "
+    "method trains on, ± jackknife standard error over seeds. A reward whose specialist did not raise it by two "
+    "standard errors has no bound.\n"
+)
+_WINS = (
+    "Share of the images, of all seeds, that have the higher reward than the other's of the same prompt and noise, "
+    "ties counted half; p of the sign test with one vote a prompt.\n"
+)
+_COSINES = (
+    "Between the update and each reward's gradient, in the steps of all seeds that measured them; methods that do not "
+    "take gradients apart measure none. Not taken: what the weighted sum of the same gradients would have had in "
+    "these very steps.\n"
+)
+
+
+def cosine_figures(histories: Sequence[Sequence[Mapping[str, Any]]]) -> dict[str, float] | None:
+    """
+    The cosines of all steps that measured them.
+
+    Args:
+        histories (`Sequence[Sequence[Mapping[str, Any]]]`):
+            What was logged, for each seed.
+
+    Returns:
+        `dict` with `steps`, the number of these; `lowest` and `mean_of_lowest`, of the worst reward of each step;
+        `mean`, over rewards too; `conflict`, the share of the steps that go against a reward; `not_taken_lowest` and
+        `not_taken_conflict`, of the weighted sum. `None` where no step measured any.
+    """
+    rows = [row for history in histories for row in history if math.isfinite(row.get("balance/cos_min", math.nan))]
+    if not rows:
+        return None
+    lowest = np.array([row["balance/cos_min"] for row in rows])
+    other = "balance/weighted_sum"
+    return {
+        "steps": len(rows),
+        "lowest": float(lowest.min()),
+        "mean_of_lowest": float(lowest.mean()),
+        "mean": float(np.mean([row["balance/cos_mean"] for row in rows])),
+        "conflict": float(np.mean([row["balance/conflict"] for row in rows])),
+        "not_taken_lowest": float(np.nanmin([row[f"{other}/cos_min"] for row in rows])),
+        "not_taken_conflict": float(np.mean([row[f"{other}/conflict"] for row in rows])),
+    }
+
+
+def _changes_table(results: Mapping[str, MethodResult]) -> str:
+    rows = []
+    for result in results.values():
+        cells = [_estimate(result.estimates[reward], sign=True) for reward in REWARDS]
+        composite = ABSENT if result.composite is None else _estimate(result.composite, sign=True, digits=2)
+        rows.append([result.label, f"{result.learning_rate:g}", *cells, composite])
+    return _table(["method", "learning rate", *REWARDS, "composite"], rows)
+
+
+def _means_table(results: Mapping[str, MethodResult], base: EvaluationResults) -> str:
+    before = base.summary()
+    rows = [[METHODS[BASE].label, *(f"{before[reward][0]:.3f}" for reward in REWARDS), ABSENT]]
+    for result in results.values():
+        # Of the same images of both, so that the mean is that of the method.
+        cells = [f"{before[reward][0] + result.estimates[reward].mean:.3f}" for reward in REWARDS]
+        rows.append([result.label, *cells, f"{result.seconds / 60:.1f}"])
+    return _table(["method", *REWARDS, "minutes of training, curves included"], rows)
+
+
+def _fractions_table(results: Mapping[str, MethodResult]) -> str:
+    rows = []
+    for name, result in results.items():
+        if result.fractions is None or name in SPECIALISTS.values():
+            continue
+        cells = [_number(result.fractions[reward], ".2f") for reward in REWARDS]
+        worst = ABSENT
+        if result.worst is not None and result.worst.reward is not None:
+            number = Estimate(result.worst.fraction, result.worst.seed_error)
+            worst = f"{_estimate(number, digits=2)} ({REWARDS[result.worst.reward]})"
+        rows.append([result.label, *cells, worst])
+    return _table(["method", *REWARDS, "worst"], rows)
+
+
+def _wins_table(results: Mapping[str, MethodResult], opponent: str) -> str:
+    rows = []
+    for result in results.values():
+        wins = [result.wins[opponent][reward] for reward in REWARDS]
+        rows.append([result.label, *(f"{format_percentage(w.win_rate)}{_p_value(w.p_value)}" for w in wins)])
+    return _table(["method", *REWARDS], rows)
+
+
+def _cosines_table(results: Mapping[str, MethodResult]) -> str:
+    rows = []
+    for result in results.values():
+        figures = cosine_figures(result.histories)
+        if figures is None or len(result.trained) < 2:
+            continue
+        cosines = [figures[key] for key in ("lowest", "mean_of_lowest", "mean")]
+        shown = [f"{value:+.2f}" for value in cosines] + [format_percentage(figures["conflict"])]
+        not_taken = [f"{figures['not_taken_lowest']:+.2f}", format_percentage(figures["not_taken_conflict"])]
+        rows.append([result.label, str(figures["steps"]), *shown, *not_taken])
+    header = ["method", "steps", "lowest", "mean of each step's lowest", "mean", "steps in conflict"]
+    return _table([*header, "not taken: lowest", "not taken: steps in conflict"], rows)
+
+
+def _rates_table(gains: Mapping[str, Mapping[float, float]], rates: Sequence[float]) -> str:
+    text = (
+        "Chosen once a method, with a seed that nothing else uses and on prompts of the train split, by the mean over "
+        "the method's rewards of the change in standard deviations of the untrained pipeline's images. The chosen one "
+        "is bold; one at the edge of the grid may not be the best that there is.\n\n"
+    )
+    rows = []
+    for name, found in gains.items():
+        best = max(found, key=lambda rate: found[rate]) if len(found) == len(rates) else None
+        cells = [_number(found.get(rate, math.nan), "+.3f") for rate in rates]
+        cells = [f"**{cell}**" if rate == best else cell for rate, cell in zip(rates, cells, strict=True)]
+        at_edge = best is not None and best in (min(rates), max(rates))
+        rows.append([find_method(name).label, *cells, "yes" if at_edge else "no" if best is not None else ABSENT])
+    return text + _table(["method", *(f"{rate:g}" for rate in rates), "at the edge"], rows)
+
+
+def _estimate(value: Estimate, sign: bool = False, digits: int = 3) -> str:
+    shown = f"{value.mean:{'+' if sign else ''}.{digits}f} ± {_number(value.seed_error, f'.{digits}f')}"
+    return shown if math.isnan(value.prompt_error) else f"{shown} / {value.prompt_error:.{digits}f}"
+
+
+def _number(value: float, form: str) -> str:
+    return ABSENT if math.isnan(value) else f"{value:{form}}"
+
+
+def _p_value(value: float) -> str:
+    if math.isnan(value):  # no prompt changed
+        return ""
+    shown = format_p_value(value)
+    return f" (p {shown})" if shown.startswith("<") else f" (p = {shown})"
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [header, ["---", *("--:" for _ in header[1:])], *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"

@@ -1,0 +1,300 @@
+# Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
+"""The comparison of methods: its figures by hand, its runs in small, and its command from nothing to a report."""
+
+import json
+import math
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from example_scripts import EXAMPLES
+from rich.console import Console
+
+from trl_marble import MarbleConfig
+from trl_marble.evaluation import EvaluationConfig, clustered_mean, composite_scores, evaluate_pipeline
+from trl_marble.shapeworld import load_pipeline, reward_funcs
+
+
+FOLDER = EXAMPLES / "benchmarks"
+sys.path.append(str(FOLDER))
+import compare  # noqa: E402
+from evidence import methods, report, runs, statistics, workers  # noqa: E402
+from evidence.runs import MAIN, QUICK, TUNING, Run  # noqa: E402
+
+
+NAN = math.nan
+
+
+# ---- Figures ----
+
+
+def test_mean_over_seeds():
+    mean, error, prompt_error = statistics.mean_over_seeds(np.array([1.0, 2.0, 6.0]))
+    assert mean == 3 and error == pytest.approx(math.sqrt(7 / 3)) and math.isnan(prompt_error)
+    assert math.isnan(statistics.mean_over_seeds(np.array([1.0])).seed_error)
+
+
+def test_a_change_has_an_error_over_seeds_and_one_over_prompts():
+    groups = np.array([0, 0, 1, 1, 2])
+    differences = np.array([[1.0, 3.0, 2.0, 2.0, NAN], [3.0, 5.0, 8.0, 8.0, NAN]])
+    change = statistics.mean_change(differences, groups)
+    assert change.mean == 4 and change.seed_error == pytest.approx(2)
+    # Prompts 0 and 1 changed by 3 and 5 on average over seeds; prompt 2 does not have the reward.
+    assert change.prompt_error == pytest.approx(1)
+    assert change.prompt_error == clustered_mean(np.array([2.0, 4.0, 5.0, 5.0, NAN]), groups)[1]
+
+
+def test_composites_are_those_of_the_package_with_an_error():
+    changes = np.random.default_rng(0).normal(size=(4, 3, 5))
+    changes[:, :, 4] = 0.25  # a reward in which all are equal
+    found = statistics.composites(changes)
+    means = {str(m): dict(enumerate(row)) for m, row in enumerate(changes.mean(axis=1) + np.arange(5))}
+    assert [score.mean for score in found] == pytest.approx(list(composite_scores(means).values()))
+    spread = changes[:, :, :4].mean(axis=1).std(axis=0)
+    by_seed = ((changes[0] - changes.mean(axis=0))[:, :4] / spread).sum(axis=1) / 5
+    assert found[0].seed_error == pytest.approx(by_seed.std(ddof=1) / math.sqrt(3))
+
+
+def test_worst_reward_is_the_least_fraction_of_the_specialists():
+    # The third reward rises least, and is the one of which most of what is possible was reached.
+    changes = np.array([[0.10, 0.30, 0.02], [0.20, 0.10, 0.02]])
+    bounds = np.array([[0.20, 0.60, 0.02], [0.40, 0.60, 0.02]])
+    assert statistics.reached_fractions(changes, bounds) == pytest.approx([0.5, 1 / 3, 1])
+    worst = statistics.worst_reward(changes, bounds)
+    assert worst.reward == 1 and worst.fraction == pytest.approx(1 / 3)
+    # Without one seed the least is 1/6 (the second reward), without the other it is 1/2.
+    assert worst.seed_error == pytest.approx(math.sqrt(0.5 * 2 * (1 / 6) ** 2))
+    assert math.isnan(statistics.worst_reward(changes[:1], bounds[:1]).seed_error)
+
+
+def test_the_jackknife_is_the_standard_error_where_bounds_are_constant():
+    changes = np.array([[0.1], [0.2], [0.6]])
+    worst = statistics.worst_reward(changes, np.full((3, 1), 2.0))
+    assert worst.seed_error == pytest.approx(statistics.mean_over_seeds(changes[:, 0]).seed_error / 2)
+
+
+def test_a_reward_without_a_bound_has_no_part_in_the_worst():
+    changes, bounds = np.array([[-1.0, 0.1]]), np.array([[NAN, 0.2]])
+    assert statistics.worst_reward(changes, bounds).reward == 1
+    nothing = statistics.worst_reward(changes[:, :1], bounds[:, :1])
+    assert nothing.reward is None and math.isnan(nothing.fraction)
+
+
+@pytest.mark.parametrize(
+    ("estimate", "known"),
+    [
+        ((0.2, 0.1, 0.1), True),
+        ((0.2, 0.11, 0.1), False),
+        ((0.2, 0.1, 0.11), False),
+        ((0.2, NAN, 0.1), True),
+        ((-0.2, 0.1, 0.1), False),
+        ((0.0, NAN, NAN), False),
+    ],
+)
+def test_a_bound_is_a_rise_of_two_standard_errors_of_both_kinds(estimate, known):
+    assert statistics.upper_bound_is_known(statistics.Estimate(*estimate)) is known
+
+
+def test_a_learning_rate_is_chosen_by_gain_in_standard_deviations():
+    assert statistics.gain({"a": 0.2, "b": 0.1}, {"a": 0.4, "b": 0.05}) == pytest.approx(1.25)
+    assert statistics.gain({"a": 0.2, "b": 0.1}, {"a": 0.4, "b": 0.0}) == pytest.approx(0.3)
+    assert statistics.best_rate({1e-3: 0.1, 2e-3: 0.3, 4e-3: NAN, 5e-4: 0.3}) == 5e-4
+    with pytest.raises(ValueError, match="No learning rate"):
+        statistics.best_rate({1e-3: NAN})
+
+
+def test_only_methods_with_the_whole_grid_get_a_rate():
+    gains = {"marble": {1e-3: 0.1, 2e-3: 0.2}, "equal": {1e-3: 0.1}}
+    assert report.choose_rates(gains, [1e-3, 2e-3]) == {"marble": 2e-3}
+    assert report.choose_rates({}, [1e-3])["equal"] == 1e-3
+
+
+def method_result(name: str, changes: list[list[float]]) -> report.MethodResult:
+    """Of a method with these changes `[S, K]`, one image of each of two prompts."""
+    differences = np.repeat(np.array(changes)[:, None], 2, axis=1)
+    estimates = {
+        reward: statistics.mean_change(differences[:, :, k], np.arange(2)) for k, reward in enumerate(methods.REWARDS)
+    }
+    method = methods.find_method(name)
+    shared = {"learning_rate": 1e-3, "wins": {}, "histories": [], "seconds": 1.0, "results": []}
+    return report.MethodResult(
+        method.label, method.rewards, differences=differences, changes=np.array(changes), estimates=estimates, **shared
+    )
+
+
+def test_methods_are_measured_by_the_specialists():
+    # Specialist k raises its reward by 0.1 (k + 1), but for the last, who fails on one seed.
+    specialists = {}
+    for k, key in enumerate(methods.SPECIALISTS.values()):
+        changes = np.zeros((2, 5))
+        changes[:, k] = [0.1 * (k + 1), 0.1 * (k + 1) if k < 4 else -0.4]
+        specialists[key] = method_result(key, changes.tolist())
+    results = {
+        "marble": method_result("marble", [[0.05, 0.05, 0.15, 0.2, -1.0]] * 2),
+        "sum_2_rewards": method_result("sum_2_rewards", [[0.05, -0.5, 0.06, 0.2, 0.0]] * 2),
+    }
+    completed = report.compare_with_specialists({**specialists, **results}, specialists)
+    assert list(completed["marble"].fractions.values()) == pytest.approx([0.5, 0.25, 0.5, 0.5, NAN], nan_ok=True)
+    assert completed["marble"].worst[:2] == pytest.approx((1, 0.25))
+    # This one trains on `composition` and `coverage`, the first and the third reward.
+    assert completed["sum_2_rewards"].worst[:2] == pytest.approx((2, 0.2))
+    assert completed["specialist_calm"].worst is None and completed["specialist_calm"].composite is None
+    assert completed["marble"].composite.mean == pytest.approx(-completed["sum_2_rewards"].composite.mean)
+    del specialists["specialist_calm"]
+    assert report.compare_with_specialists(results, specialists)["marble"].worst is None
+
+
+# ---- Methods and runs ----
+
+
+@pytest.mark.parametrize("name", [name for name in (*methods.METHODS, *methods.VARIANTS) if name != methods.BASE])
+def test_settings_of_every_method_fit_together(name, tmp_path):
+    method = methods.find_method(name)
+    for scale in (runs.Scale(), QUICK):
+        config = MarbleConfig(str(tmp_path), use_cpu=True, **{**scale.settings, **method.settings})
+        # Whatever is varied, a step has the images of all others.
+        if not scale.quick:
+            assert config.generation_batch_size == 256
+    if name in methods.VARIANTS:
+        parent = methods.METHODS[method.tuned_as]
+        assert (method.settings, method.stages, method.weighting) != (parent.settings, parent.stages, parent.weighting)
+
+
+def test_stages_share_the_steps():
+    assert runs.split_steps(25, 5) == [5, 5, 5, 5, 5]
+    assert runs.split_steps(8, 3) == [3, 3, 2]
+    assert runs.split_steps(25, 0) == []
+    with pytest.raises(ValueError, match="2 steps cannot be shared by 5 stages"):
+        runs.split_steps(2, 5)
+
+
+def test_learning_rates_are_not_chosen_on_held_out_prompts():
+    tuning, main = (runs.Scale().prompts(phase) for phase in (TUNING, MAIN))
+    assert len(set(tuning["prompt"])) == len(set(main["prompt"])) == 48
+    assert not set(tuning["prompt"]) & set(main["prompt"])
+    for prompts in (tuning, main):
+        assert {source: list(prompts["source"]).count(source) for source in set(prompts["source"])} == {
+            "compositional": 16,
+            "glyph": 16,
+            "free": 16,
+        }
+
+
+def test_a_run_goes_on_from_its_last_stage(tmp_path):
+    run = Run(MAIN, "sequential", 1e-3, 1, replace(QUICK, steps=5))
+    runs.execute(run, tmp_path)
+    first = runs.load_scores(run, tmp_path).table[list(methods.REWARDS)].to_numpy()
+    history = runs.load_report(run, tmp_path)["history"]
+    assert [row["step"] for row in history if "loss" in row] == [1, 2, 3, 4, 5]
+    trained = [
+        {k for k in row if k.startswith("rewards/") and k.endswith("/mean")} for row in history if "loss" in row
+    ]
+    assert trained == [{f"rewards/{name}/mean"} for name in methods.REWARDS]
+
+    folder = tmp_path / run.name
+    kept = folder / "stage-4" / "pytorch_lora_weights.safetensors"
+    written = kept.stat().st_mtime_ns
+    for file in (folder / "report.json", folder / "stage-5" / "history.json"):
+        file.unlink()
+    for file in (folder / "evaluation").rglob("*.*"):
+        file.unlink()
+    assert not run.is_finished(tmp_path)
+    runs.execute(run, tmp_path)
+    assert run.is_finished(tmp_path) and kept.stat().st_mtime_ns == written
+    again = runs.load_scores(run, tmp_path).table[list(methods.REWARDS)].to_numpy()
+    np.testing.assert_array_equal(again, first)
+
+    # A folder with other settings is neither taken for finished nor trained over.
+    with pytest.raises(ValueError, match="`scale` is .* there and .* here"):
+        replace(run, scale=replace(run.scale, images=3)).is_finished(tmp_path)
+
+
+def test_what_is_scored_is_the_adapter_that_was_saved(tmp_path):
+    run = Run(MAIN, "equal", 1e-2, 1, QUICK)
+    runs.execute(run, tmp_path)
+    config = EvaluationConfig(
+        str(tmp_path / "adapter"),
+        adapter=str(tmp_path / run.name / "stage-1"),
+        num_generations=QUICK.images,
+        num_inference_steps=QUICK.settings["num_inference_steps"],
+        batch_size=128,
+    )
+    loaded = evaluate_pipeline(load_pipeline(), [*reward_funcs()], QUICK.prompts(MAIN), config)
+    base = evaluate_pipeline(
+        load_pipeline(),
+        [*reward_funcs()],
+        QUICK.prompts(MAIN),
+        replace(config, output_dir=str(tmp_path / "b"), adapter=None),
+    )
+    names = list(methods.REWARDS)
+    fused = runs.load_scores(run, tmp_path).table[names].to_numpy()
+    np.testing.assert_allclose(fused, loaded.table[names].to_numpy(), atol=2e-3)
+    assert np.nanmax(np.abs(fused - base.table[names].to_numpy())) > 1e-2  # it does something
+
+
+def test_a_run_that_fails_does_not_stop_the_others(tmp_path, monkeypatch):
+    for key in (*workers.ONE_THREAD, "TQDM_DISABLE"):  # are for the processes, not for the tests after this one
+        monkeypatch.setenv(key, "1")
+    broken, whole = Run(MAIN, "no_such_method", 1e-3, 1, QUICK), runs.base_run(MAIN, QUICK)
+    failed = workers.execute_all([broken, whole], tmp_path, 1, Console(quiet=True))
+    assert list(failed) == [broken] and "no_such_method" in failed[broken]
+    assert whole.is_finished(tmp_path)
+    assert "Traceback" in (tmp_path / broken.name / "log.txt").read_text()
+
+
+# ---- The command ----
+
+
+def test_from_nothing_to_a_report(tmp_path):
+    command = ["--quick", "--jobs", "1", "--output_dir", str(tmp_path)]
+    subprocess.run([sys.executable, FOLDER / "compare.py", *command], check=True)
+    folder = tmp_path / "report"
+    results = json.loads((folder / "results.json").read_text())
+    assert list(results["main"]) == ["weighted_sum", "marble"] and not results["unfinished"]
+    # Two methods are one standard deviation from their mean, on either side, in every reward that differs.
+    composites = [row["composite"]["mean"] for row in results["main"].values()]
+    assert sum(composites) == pytest.approx(0)
+    marble = results["main"]["marble"]
+    assert marble["cosines"]["steps"] == 2 and results["main"]["weighted_sum"]["cosines"] is None
+    assert set(marble["wins"]) == {"base", "weighted_sum"}
+    text = (folder / "report.md").read_text()
+    for name in ("curves.png", "changes.png", "cosines.png", "images.png"):
+        assert f"({name})" in text and (folder / name).stat().st_size > 5000
+    assert "MARBLE, N = 1" in text and "nan" not in text.lower()
+
+    # All is finished now, so that nothing is run.
+    reports = {file: file.stat().st_mtime_ns for file in tmp_path.glob("main/**/report.json")}
+    assert len(reports) == 3
+    compare.main(command)
+    assert {file: file.stat().st_mtime_ns for file in tmp_path.glob("main/**/report.json")} == reports
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["--seeds", "0", "1"], "leave it out"),
+        (["--seeds", "1", "1"], "count twice"),
+        (["--steps", "4", "--methods", "sequential"], "5 stages"),
+        (["--jobs", "0"], "at least one"),
+    ],
+)
+def test_commands_that_cannot_work_are_refused(arguments, complaint, capsys):
+    with pytest.raises(SystemExit):
+        compare.parse_args(arguments)
+    assert complaint in capsys.readouterr().err
+
+
+def test_the_main_stage_asks_for_learning_rates(tmp_path):
+    with pytest.raises(SystemExit, match="run the stage `tune` first"):
+        compare.main(["--stages", "main", "--methods", "marble", "--output_dir", str(tmp_path)])
+
+
+def test_a_dry_run_says_how_long_and_runs_nothing(tmp_path, capsys):
+    compare.main(["--dry_run", "--jobs", "2", "--output_dir", str(tmp_path / "out")])
+    shown = capsys.readouterr().out
+    # 12 methods with 3 rates or 3 seeds each, and the pipeline itself.
+    assert "tune: 0 of 37 runs are finished" in shown and "main: 0 of 37 runs are finished" in shown
+    assert not Path(tmp_path / "out").exists()
