@@ -27,6 +27,11 @@ def parse(script: ModuleType, *arguments: str) -> tuple[Any, ...]:
     return TrlParser((script.ScriptArguments, MarbleConfig)).parse_args_and_config(list(arguments))
 
 
+def as_options(values: dict[str, Any]) -> list[str]:
+    """A command line of `--name value` for each."""
+    return [text for name, value in values.items() for text in (f"--{name}", str(value))]
+
+
 def command_in_docstring(script: ModuleType, output_dir: Path) -> list[str]:
     """The arguments of the first command of the script's docstring, with another output folder."""
     name = Path(script.__file__).name

@@ -16,11 +16,9 @@ from datasets import Dataset, Features, Value
 from datasets import Image as ImageFeature
 from diffusers import (
     BriaFiboEditPipeline,
-    FlowMatchEulerDiscreteScheduler,
     FluxKontextPipeline,
     QwenImageEditPipeline,
     QwenImageEditPlusPipeline,
-    QwenImageTransformer2DModel,
 )
 from diffusers.pipelines.flux import pipeline_flux_kontext
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
@@ -31,6 +29,7 @@ from tiny_families import (
     TINY,
     _chat_tokenizer,
     _qwen25_vl,
+    _qwen_image_denoiser,
     _qwen_image_vae,
     tiny_bria_fibo,
 )
@@ -114,24 +113,7 @@ def _qwen_edit_parts(seed: int) -> dict[str, Any]:
         text_encoder.config.video_token_id = tokenizer.convert_tokens_to_ids("<|video_pad|>")
         text_encoder.config.vision_start_token_id = tokenizer.convert_tokens_to_ids("<|vision_start|>")
         return dict(
-            transformer=QwenImageTransformer2DModel(
-                patch_size=2,
-                in_channels=16,
-                out_channels=4,
-                num_layers=2,
-                attention_head_dim=16,
-                num_attention_heads=2,
-                joint_attention_dim=16,
-                axes_dims_rope=(8, 4, 4),
-            ).eval(),
-            scheduler=FlowMatchEulerDiscreteScheduler(
-                use_dynamic_shifting=True,
-                time_shift_type="exponential",
-                base_shift=0.5,
-                max_shift=0.9,
-                max_image_seq_len=8192,
-                shift_terminal=0.02,
-            ),
+            **_qwen_image_denoiser(),
             vae=_qwen_image_vae(),
             text_encoder=text_encoder,
             tokenizer=tokenizer,

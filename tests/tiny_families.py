@@ -165,28 +165,35 @@ def tiny_qwen_image(seed: int = 0) -> QwenImagePipeline:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return QwenImagePipeline(
-            transformer=QwenImageTransformer2DModel(
-                patch_size=2,
-                in_channels=16,
-                out_channels=4,
-                num_layers=2,
-                attention_head_dim=16,
-                num_attention_heads=2,
-                joint_attention_dim=16,
-                axes_dims_rope=(8, 4, 4),
-            ).eval(),
-            scheduler=FlowMatchEulerDiscreteScheduler(
-                use_dynamic_shifting=True,
-                time_shift_type="exponential",
-                base_shift=0.5,
-                max_shift=0.9,
-                max_image_seq_len=8192,
-                shift_terminal=0.02,
-            ),
+            **_qwen_image_denoiser(),
             vae=_qwen_image_vae(),
             text_encoder=_qwen25_vl(),
             tokenizer=_chat_tokenizer(),
         )
+
+
+def _qwen_image_denoiser() -> dict[str, Any]:
+    """The transformer and the scheduler."""
+    return dict(
+        transformer=QwenImageTransformer2DModel(
+            patch_size=2,
+            in_channels=16,
+            out_channels=4,
+            num_layers=2,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=16,
+            axes_dims_rope=(8, 4, 4),
+        ).eval(),
+        scheduler=FlowMatchEulerDiscreteScheduler(
+            use_dynamic_shifting=True,
+            time_shift_type="exponential",
+            base_shift=0.5,
+            max_shift=0.9,
+            max_image_seq_len=8192,
+            shift_terminal=0.02,
+        ),
+    )
 
 
 def _qwen_image_vae() -> AutoencoderKLQwenImage:
@@ -516,20 +523,7 @@ def tiny_kandinsky5(seed: int = 0) -> Kandinsky5T2IPipeline:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         pipeline = Kandinsky5T2IPipeline(
-            transformer=_without_zeros(
-                Kandinsky5Transformer3DModel(
-                    in_visual_dim=4,
-                    out_visual_dim=4,
-                    in_text_dim=16,
-                    in_text_dim2=32,
-                    time_dim=32,
-                    model_dim=32,
-                    ff_dim=32,
-                    num_text_blocks=1,
-                    num_visual_blocks=2,
-                    axes_dims=(8, 4, 4),
-                )
-            ).eval(),
+            transformer=_kandinsky5_transformer(),
             scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
             vae=_vae_of_factor_8(),
             text_encoder=_qwen25_vl(),
@@ -539,6 +533,23 @@ def tiny_kandinsky5(seed: int = 0) -> Kandinsky5T2IPipeline:
         )
         pipeline.resolutions = [(32, 32)]  # it takes the nearest of its own, of which the least is 1024 x 1024
         return pipeline
+
+
+def _kandinsky5_transformer() -> Kandinsky5Transformer3DModel:
+    return _without_zeros(
+        Kandinsky5Transformer3DModel(
+            in_visual_dim=4,
+            out_visual_dim=4,
+            in_text_dim=16,
+            in_text_dim2=32,
+            time_dim=32,
+            model_dim=32,
+            ff_dim=32,
+            num_text_blocks=1,
+            num_visual_blocks=2,
+            axes_dims=(8, 4, 4),
+        )
+    ).eval()
 
 
 def tiny_bria_fibo(seed: int = 0) -> BriaFiboPipeline:

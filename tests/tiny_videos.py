@@ -18,7 +18,6 @@ from diffusers import (
     HunyuanVideoPipeline,
     HunyuanVideoTransformer3DModel,
     Kandinsky5T2VPipeline,
-    Kandinsky5Transformer3DModel,
     LTXConditionPipeline,
     LTXPipeline,
     LTXVideoTransformer3DModel,
@@ -38,9 +37,9 @@ from tiny_families import (
     _chat_tokenizer,
     _gemma2,
     _gemma_tokenizer,
+    _kandinsky5_transformer,
     _qwen25_vl,
     _umt5,
-    _without_zeros,
 )
 from transformers import CLIPTextModel, LlamaConfig, LlamaModel
 
@@ -281,20 +280,7 @@ def tiny_kandinsky5_video(seed: int = 0) -> Kandinsky5T2VPipeline:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return Kandinsky5T2VPipeline(
-            transformer=_without_zeros(
-                Kandinsky5Transformer3DModel(
-                    in_visual_dim=4,
-                    out_visual_dim=4,
-                    in_text_dim=16,
-                    in_text_dim2=32,
-                    time_dim=32,
-                    model_dim=32,
-                    ff_dim=32,
-                    num_text_blocks=1,
-                    num_visual_blocks=2,
-                    axes_dims=(8, 4, 4),
-                )
-            ).eval(),
+            transformer=_kandinsky5_transformer(),
             scheduler=FlowMatchEulerDiscreteScheduler(shift=5.0),
             vae=_hunyuan_video_vae(),
             text_encoder=_qwen25_vl(),

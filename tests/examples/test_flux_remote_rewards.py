@@ -7,7 +7,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
-from example_scripts import command_in_docstring, load_script, parse
+from example_scripts import as_options, command_in_docstring, load_script, parse
 from safetensors import safe_open
 
 from trl_marble.rewards.server import RewardServer
@@ -80,7 +80,7 @@ def test_the_script_trains_with_rewards_from_servers(script, tmp_path, judge, ti
             "max_sequence_length": 16,
             "report_to": "none",
         }
-        command = [text for name, value in arguments.items() for text in (f"--{name}", str(value))]
+        command = as_options(arguments)
         script.main(*parse(script, *command, "--use_cpu"))
     card = (tmp_path / "run" / "README.md").read_text()
     for name in ("PickScore", "ImageReward", "VLMJudge", "OCRAccuracy"):

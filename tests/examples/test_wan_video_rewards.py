@@ -5,7 +5,7 @@ import functools
 
 import pytest
 import torch
-from example_scripts import command_in_docstring, load_script, parse
+from example_scripts import as_options, command_in_docstring, load_script, parse
 from tiny_scorers import five_rewards
 from tiny_videos import tiny_wan
 
@@ -54,7 +54,7 @@ def test_the_script_trains_and_leaves_an_adapter_with_a_card(script, tmp_path, m
         "max_sequence_length": 16,
         "report_to": "none",
     }
-    command = [text for name, value in arguments.items() for text in (f"--{name}", str(value))]
+    command = as_options(arguments)
     script.main(*parse(script, *command, "--use_cpu", "--gradient_checkpointing"))
     card = (tmp_path / "run" / "README.md").read_text()
     for name in ("PickScore", "HPSv2", "motion", "smoothness"):

@@ -240,8 +240,8 @@ def _edits(inputs: CardInputs) -> bool:
 
 def _takes_image(inputs: CardInputs) -> str:
     """Whether the pipeline takes images to edit, as `Family.takes_image` has it."""
-    kinds = {family.pipeline_class.__name__: family.takes_image for family in FAMILIES}
-    return kinds.get(inputs.pipeline_class, "no")
+    family = _family(inputs.pipeline_class)
+    return "no" if family is None else family.takes_image
 
 
 def _as_the_pipeline_has_it(arguments: Mapping[str, Any], pipeline_class: str) -> dict[str, Any]:
