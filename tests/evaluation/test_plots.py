@@ -7,7 +7,8 @@ from matplotlib.colors import to_rgb
 from PIL import Image
 
 from trl_marble.evaluation import before_after_grid, image_grid, plot_balance, plot_rewards
-from trl_marble.evaluation.plots import NOT_TAKEN, PALETTE, TAKEN, plot_histograms
+from trl_marble.evaluation.figures import NOT_TAKEN, TAKEN
+from trl_marble.evaluation.plots import PALETTE, plot_histograms
 
 
 RED, GREEN, BLUE, YELLOW = (200, 10, 10), (10, 200, 10), (10, 10, 200), (200, 200, 10)

@@ -1,167 +1,23 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
-"""The pictures of a run: grids of its images, the balance between its rewards, and the rewards themselves.
-
-Figures are made without pyplot, so nothing here touches a display or the state of the caller's own plots. They have an
-opaque light background and read on light and dark pages alike.
-"""
+"""Plots of a run: the balance between its rewards, and the rewards themselves."""
 
 import math
 import os
-import textwrap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
-from PIL import Image
 
-from ..media import PAPER, Sample, film_strip, save_sample
+from ..media import PAPER
+from .figures import CONFLICT, FAINT, INK, NOT_TAKEN, RULE, TAKEN, new_figure, save_figure
 
 
 # Okabe and Ito's palette, told apart under the common kinds of colour blindness; its yellow and black are left out.
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#7A7A7A")
-INK = "#1F2328"
-FAINT = "#656D76"
-RULE = "#D0D7DE"
-TAKEN, NOT_TAKEN, CONFLICT = "#0072B2", "#D55E00", "#FBE3DC"
-
-DPI = 150
-# Mean width of a character of the default font, in font sizes.
-CHARACTER_WIDTH = 0.56
-# Size of the text under an image in sizes of the other text, and height of a line of it in cells.
-CAPTION_SCALE, CAPTION_LINE = 0.78, 0.105
-# Width of some frames of a video side by side, and their least height, in cells.
-STRIP_WIDTH, STRIP_HEIGHT = 3, 0.6
-
-
-def image_grid(
-    rows: Sequence[Sequence[Sample]],
-    row_labels: Sequence[str],
-    path: str | os.PathLike,
-    *,
-    column_labels: Sequence[str] | None = None,
-    captions: Sequence[Sequence[str]] | None = None,
-    cell: int = 160,
-    title: str | None = None,
-) -> Path:
-    """
-    Write rows of images with a label before each row, such as the samples of each prompt.
-
-    A video is shown by four of its frames side by side; the same grid with the videos playing is written beside the
-    file, as a WebP of the same name.
-
-    Args:
-        rows (`Sequence[Sequence[PIL.Image.Image]]` or `Sequence[Sequence[list[PIL.Image.Image]]]`):
-            The images or videos, row by row. Rows may differ in length, images in size; each is scaled to its cell.
-        row_labels (`Sequence[str]`):
-            One label a row, wrapped to the space there is.
-        path (`str` or `os.PathLike`):
-            The file to write, its format after its suffix; folders are made.
-        column_labels (`Sequence[str]`, *optional*):
-            One label a column, such as the rewards or seeds.
-        captions (`Sequence[Sequence[str]]`, *optional*):
-            What is written under each image, such as its rewards; one or more lines, as long as the cell is wide.
-        cell (`int`, *optional*, defaults to `160`):
-            Width and height of a cell in pixels; frames side by side have three times the width.
-        title (`str`, *optional*):
-            A line above all.
-
-    Returns:
-        `Path`: the file.
-
-    Raises:
-        `ValueError`: where there is no image, or the labels are not as many as the rows or columns, or the captions
-            not as many as the images.
-    """
-    _check_grid("rows", rows, "row_labels", row_labels)
-    if captions is not None and [len(row) for row in captions] != [len(row) for row in rows]:
-        raise ValueError(
-            f"`captions` has rows of {[len(row) for row in captions]}, `rows` of {[len(row) for row in rows]} images. "
-            "Pass one caption for each image."
-        )
-    columns = max(map(len, rows))
-    if column_labels is not None and len(column_labels) != columns:
-        raise ValueError(f"`column_labels` has {len(column_labels)} labels for {columns} columns. Pass one for each.")
-    caption_lines = max((text.count("\n") + 1 for row in captions or () for text in row), default=0)
-
-    def draw(still: Callable[[Sample], Image.Image], size: tuple[int, int]) -> _GridLayout:
-        has_labels = column_labels is not None
-        layout = _GridLayout(cell, size, [columns], len(rows), title is not None, has_labels, caption_lines)
-        for row, samples in enumerate(rows):
-            layout.draw_row(row, row_labels[row], [[still(sample) for sample in samples]])
-        for row, texts in enumerate(captions or ()):
-            for column, text in enumerate(texts):
-                layout.write_caption(row, column, text)
-        if title is not None:
-            layout.write_title(title)
-        for column, label in enumerate(column_labels or ()):
-            layout.write_column_label(column, label)
-        return layout
-
-    return _save_grid(draw, cell, [sample for row in rows for sample in row], path)
-
-
-def before_after_grid(
-    prompts: Sequence[str],
-    before: Sequence[Sequence[Sample]],
-    after: Sequence[Sequence[Sample]],
-    path: str | os.PathLike,
-    *,
-    cell: int = 160,
-    title: str | None = None,
-) -> Path:
-    """
-    Write what training changed: for every prompt the images before it and, at their side, those after it. Videos are
-    shown as in [`image_grid`].
-
-    Args:
-        prompts (`Sequence[str]`):
-            One prompt a row.
-        before (`Sequence[Sequence[PIL.Image.Image]]` or `Sequence[Sequence[list[PIL.Image.Image]]]`):
-            The images or videos of each prompt before training.
-        after (`Sequence[Sequence[PIL.Image.Image]]` or `Sequence[Sequence[list[PIL.Image.Image]]]`):
-            Those of each prompt after training, as many as before, from the same seeds in the same order.
-        path (`str` or `os.PathLike`):
-            The file to write, its format after its suffix; folders are made.
-        cell (`int`, *optional*, defaults to `160`):
-            Width and height of a cell in pixels; frames side by side have three times the width.
-        title (`str`, *optional*):
-            A line above all.
-
-    Returns:
-        `Path`: the file.
-
-    Raises:
-        `ValueError`: where there is no image, or prompts and images do not pair up.
-    """
-    _check_grid("before", before, "prompts", prompts)
-    _check_grid("after", after, "prompts", prompts)
-    for prompt, first, second in zip(prompts, before, after, strict=True):
-        if len(first) != len(second):
-            raise ValueError(
-                f"{len(first)} images before and {len(second)} after for the prompt {prompt!r}. "
-                "Sample the same seeds twice."
-            )
-    columns = max(map(len, before))
-
-    def draw(still: Callable[[Sample], Image.Image], size: tuple[int, int]) -> _GridLayout:
-        layout = _GridLayout(cell, size, [columns, columns], len(prompts), title is not None, has_headers=True)
-        for row, prompt in enumerate(prompts):
-            layout.draw_row(row, prompt, [[still(sample) for sample in block[row]] for block in (before, after)])
-        if title is not None:
-            layout.write_title(title)
-        layout.write_block_header(0, "Before", FAINT)
-        layout.write_block_header(1, "After", TAKEN)
-        return layout
-
-    pairs = zip(before, after, strict=True)
-    return _save_grid(draw, cell, [sample for first, second in pairs for sample in (*first, *second)], path)
 
 
 def plot_balance(history: Sequence[Mapping[str, Any]], path: str | os.PathLike) -> Path:
@@ -207,7 +63,7 @@ def plot_balance(history: Sequence[Mapping[str, Any]], path: str | os.PathLike) 
     if len(steps) == 1:  # an area needs a width
         steps, weights = np.array([steps[0] - 0.5, steps[0] + 0.5]), np.repeat(weights, 2, axis=1)
 
-    figure = _figure(9.0, 5.4)
+    figure = new_figure(9.0, 5.4)
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[3, 2])
     colors = [_color(index) for index in range(len(names))]
     areas = top.stackplot(steps, weights, colors=colors, alpha=0.88, edgecolor=PAPER, linewidth=0.8)
@@ -237,7 +93,7 @@ def plot_balance(history: Sequence[Mapping[str, Any]], path: str | os.PathLike) 
     _style(bottom, "Worst cosine between the update and a reward's gradient", "cosine")
     bottom.set_xlabel("optimizer step", color=FAINT, fontsize=9)
     _side_legend(bottom, handles, labels, "direction (worst)", note="shaded: the step goes\nagainst some reward")
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def plot_rewards(history: Sequence[Mapping[str, Any]], path: str | os.PathLike) -> Path:
@@ -267,7 +123,7 @@ def plot_rewards(history: Sequence[Mapping[str, Any]], path: str | os.PathLike) 
         )
     columns = min(3, len(names))
     lines = math.ceil(len(names) / columns)
-    figure = _figure(3.3 * columns, 0.3 + 2.3 * lines)
+    figure = new_figure(3.3 * columns, 0.3 + 2.3 * lines)
     panels = figure.subplots(lines, columns, squeeze=False, sharex=True).flatten()
     for index, (axes, name) in enumerate(zip(panels, names, strict=False)):
         key = f"rewards/{name}/mean"
@@ -284,7 +140,7 @@ def plot_rewards(history: Sequence[Mapping[str, Any]], path: str | os.PathLike) 
     for index in range(max(0, len(names) - columns), len(names)):
         panels[index].tick_params(labelbottom=True)
         panels[index].set_xlabel("optimizer step", color=FAINT, fontsize=9)
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def plot_histograms(
@@ -321,7 +177,7 @@ def plot_histograms(
     known = sorted(set(sources or ()))
     columns = min(3, len(values))
     lines = math.ceil(len(values) / columns)
-    figure = _figure(3.3 * columns, 0.5 + 2.0 * lines)
+    figure = new_figure(3.3 * columns, 0.5 + 2.0 * lines)
     panels = figure.subplots(lines, columns, squeeze=False).flatten()
     for index, (axes, (name, row)) in enumerate(zip(panels, values.items(), strict=False)):
         finite = np.isfinite(row)
@@ -348,179 +204,7 @@ def plot_histograms(
         )
     if title is not None:
         figure.suptitle(title, x=0.02, ha="left", fontsize=10.5, color=FAINT, parse_math=False)
-    return _save(figure, path)
-
-
-class _GridLayout:
-    """
-    A page of image cells, addressed by block, row and column, with room for labels. Text and gaps scale with `cell`;
-    `size` is the width and height of a cell.
-
-    The images are put together pixel by pixel in one array, so that none is resampled by the plotting library, and
-    matplotlib writes the text over it.
-    """
-
-    def __init__(
-        self,
-        cell: int,
-        size: tuple[int, int],
-        blocks: list[int],
-        rows: int,
-        has_title: bool,
-        has_headers: bool,
-        caption_lines: int = 0,
-    ) -> None:
-        self.cell, self.size, self.blocks = cell, size, blocks
-        self.gap, self.margin, self.block_gap = round(0.06 * cell), round(0.16 * cell), round(0.3 * cell)
-        self.label_width = round(1.55 * cell)
-        self.font = 0.105 * cell  # in pixels
-        self.title_height = round(0.3 * cell) if has_title else 0
-        self.header_height = round(0.34 * cell) if has_headers else 0
-        # A little air below the last line parts it from the next row.
-        self.caption_height = round((CAPTION_LINE * caption_lines + 0.12) * cell) if caption_lines else 0
-        last = len(blocks) - 1
-        self.width = self.left(last, blocks[last]) - self.gap + self.margin
-        self.height = self.top(rows) - self.gap + self.margin
-        self.page = Image.new("RGB", (self.width, self.height), PAPER)
-        self.texts: list[tuple[float, float, str, dict[str, Any]]] = []
-        self.frames: list[tuple[int, int, int, int]] = []
-        self.rules: list[tuple[int, int, int, str]] = []
-
-    def left(self, block: int, column: int) -> int:
-        """The left edge of a cell in pixels."""
-        columns = sum(self.blocks[:block]) + column
-        return self.margin + self.label_width + block * self.block_gap + columns * (self.size[0] + self.gap)
-
-    def top(self, row: int) -> int:
-        """The upper edge of a row in pixels."""
-        height = self.size[1] + self.caption_height + self.gap
-        return self.margin + self.title_height + self.header_height + row * height
-
-    def draw_row(self, row: int, label: str, blocks: Sequence[Sequence[Image.Image]]) -> None:
-        width = int((self.label_width - 2 * self.gap) / (CHARACTER_WIDTH * self.font))
-        fitting = int(self.size[1] / (1.35 * self.font))
-        lines = textwrap.wrap(label, width, max_lines=min(6, fitting), placeholder=" …")
-        middle = self.top(row) + self.size[1] / 2
-        self.texts.append((self.margin, middle, "\n".join(lines), {"va": "center", "linespacing": 1.35}))
-        for block, images in enumerate(blocks):
-            for column, image in enumerate(images):
-                scale = min(self.size[0] / image.width, self.size[1] / image.height)
-                size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
-                x = self.left(block, column) + (self.size[0] - size[0]) // 2
-                y = self.top(row) + (self.size[1] - size[1]) // 2
-                self.page.paste(image.convert("RGB").resize(size, Image.Resampling.LANCZOS), (x, y))
-                self.frames.append((x, y, *size))
-
-    def write_caption(self, row: int, column: int, text: str) -> None:
-        width = int(self.size[0] / (CHARACTER_WIDTH * CAPTION_SCALE * self.font))
-        lines = [line if len(line) <= width else line[: width - 1] + "…" for line in text.split("\n")]
-        style = {"va": "baseline", "color": FAINT, "scale": CAPTION_SCALE}
-        # Line by line: matplotlib's own distance between two lines depends on their letters.
-        for number, line in enumerate(lines, start=1):
-            y = self.top(row) + self.size[1] + CAPTION_LINE * number * self.cell
-            self.texts.append((self.left(0, column), y, line, style))
-
-    def write_title(self, text: str) -> None:
-        y = self.margin + 0.1 * self.cell
-        self.texts.append((self.margin, y, text, {"va": "center", "weight": "bold", "scale": 1.3}))
-
-    def write_column_label(self, column: int, text: str) -> None:
-        width = int(self.size[0] / (CHARACTER_WIDTH * self.font))
-        x, y = self.left(0, column) + self.size[0] / 2, self.top(0) - 0.08 * self.cell
-        text = textwrap.fill(text, width, max_lines=2, placeholder=" …")
-        self.texts.append((x, y, text, {"va": "bottom", "ha": "center", "color": FAINT}))
-
-    def write_block_header(self, block: int, text: str, color: str) -> None:
-        left, right = self.left(block, 0), self.left(block, self.blocks[block]) - self.gap
-        y = self.top(0) - round(0.1 * self.cell)
-        style = {"va": "bottom", "weight": "bold", "color": color, "scale": 1.15}
-        self.texts.append((left, y - 0.05 * self.cell, text, style))
-        self.rules.append((left, right, y, color))
-
-    def save(self, path: str | os.PathLike) -> Path:
-        return _save(self._draw(), path)
-
-    def save_playing(self, samples: Sequence[Sample], path: Path) -> None:
-        """The page with the videos among the samples, those of its cells in order, playing where they are."""
-        figure = self._draw()
-        canvas = FigureCanvasAgg(figure)
-        canvas.draw()
-        page = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
-        videos = [(at, each) for at, each in zip(self.frames, samples, strict=True) if isinstance(each, list)]
-        pages = []
-        for time in range(max(len(video) for _, video in videos)):
-            pages.append(page.copy())
-            for (x, y, width, height), video in videos:
-                frame = video[min(time, len(video) - 1)].convert("RGB")  # one that has ended stands still
-                small = frame.resize((width, height), Image.Resampling.LANCZOS, reducing_gap=2.0)  # much faster
-                pages[-1].paste(small, (x, y))
-        save_sample(pages, path, lossless=False)
-
-    def _draw(self) -> Figure:
-        figure = Figure(figsize=(self.width / DPI, self.height / DPI), dpi=DPI, facecolor=PAPER)
-        FigureCanvasAgg(figure)
-        axes = figure.add_axes((0, 0, 1, 1))
-        axes.set_axis_off()
-        axes.imshow(np.asarray(self.page), extent=(0, self.width, self.height, 0), interpolation="nearest")
-        for x, y, width, height in self.frames:
-            edges = ([x, x + width, x + width, x, x], [y, y, y + height, y + height, y])
-            axes.plot(*edges, color=RULE, linewidth=0.6)
-        point = 72 / DPI  # of a pixel
-        for left, right, ruled, color in self.rules:
-            axes.plot([left, right], [ruled, ruled], color=color, linewidth=0.014 * self.cell * point)
-        for text_x, text_y, text, style in self.texts:
-            size = self.font * style.get("scale", 1.0) * point
-            style = {"color": INK} | {key: value for key, value in style.items() if key != "scale"}
-            # Prompts are text as it stands, not mathematics between dollar signs.
-            axes.text(text_x, text_y, text, fontsize=size, parse_math=False, **style)
-        axes.set_xlim(0, self.width)
-        axes.set_ylim(self.height, 0)
-        return figure
-
-
-def _save_grid(
-    draw: Callable[[Callable[[Sample], Image.Image], tuple[int, int]], _GridLayout],
-    cell: int,
-    samples: Sequence[Sample],
-    path: str | os.PathLike,
-) -> Path:
-    """
-    Write a grid, and beside one of videos the same grid with the videos playing.
-
-    Args:
-        draw (`Callable`):
-            Lays the grid out, given what a sample looks like on paper, and the width and height of a cell.
-        cell (`int`):
-            Width and height of a cell that shows one image.
-        samples (`Sequence[PIL.Image.Image]` or `Sequence[list[PIL.Image.Image]]`):
-            The samples in the order in which `draw` lays them out.
-        path (`str` or `os.PathLike`):
-            The file to write.
-    """
-    strips = [film_strip(sample) for sample in samples if isinstance(sample, list)]
-    if not strips:
-        return draw(film_strip, (cell, cell)).save(path)
-    width = STRIP_WIDTH * cell
-    needed = max(round(width * strip.height / strip.width) for strip in strips)
-    path = draw(film_strip, (width, min(cell, max(needed, round(STRIP_HEIGHT * cell))))).save(path)
-    draw(_first_frame, (cell, cell)).save_playing(samples, path.with_suffix(".webp"))
-    return path
-
-
-def _first_frame(sample: Sample) -> Image.Image:
-    return sample[0] if isinstance(sample, list) else sample
-
-
-def _check_grid(
-    rows_argument: str, rows: Sequence[Sequence[Sample]], labels_argument: str, labels: Sequence[str]
-) -> None:
-    if len(rows) != len(labels):
-        raise ValueError(
-            f"`{labels_argument}` has {len(labels)} entries, `{rows_argument}` has {len(rows)} rows. "
-            "Pass one for each row."
-        )
-    if not any(rows):
-        raise ValueError(f"`{rows_argument}` has no image. Pass at least one row with one image.")
+    return save_figure(figure, path)
 
 
 def _names(history: Sequence[Mapping[str, Any]], prefix: str, suffix: str) -> list[str]:
@@ -549,14 +233,6 @@ def _running_mean(values: np.ndarray, window: int) -> np.ndarray:
 
 def _color(index: int) -> str:
     return PALETTE[index % len(PALETTE)]
-
-
-def _figure(width: float, height: float) -> Figure:
-    """An empty figure of a size in inches."""
-    layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12)
-    figure = Figure(figsize=(width, height), dpi=DPI, facecolor=PAPER, layout=layout)
-    FigureCanvasAgg(figure)
-    return figure
 
 
 def _style(axes: Axes, title: str, unit: str | None) -> None:
@@ -600,10 +276,3 @@ def _side_legend(
     if note is not None:
         style: dict[str, Any] = {"fontsize": 8.5, "color": NOT_TAKEN, "va": "bottom", "linespacing": 1.3}
         axes.text(1.03, 0.0, note, transform=axes.transAxes, **style)
-
-
-def _save(figure: Figure, path: str | os.PathLike) -> Path:
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=DPI, facecolor=PAPER)
-    return path

@@ -16,7 +16,8 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 from trl_marble.evaluation import EvaluationResults, image_grid
-from trl_marble.evaluation.plots import FAINT, INK, NOT_TAKEN, PALETTE, RULE, TAKEN
+from trl_marble.evaluation.figures import FAINT, INK, NOT_TAKEN, RULE, TAKEN
+from trl_marble.evaluation.plots import PALETTE
 from trl_marble.media import PAPER
 
 from .methods import BASE, METHODS, REWARDS, SPECIALISTS
