@@ -14,11 +14,12 @@ AUDIT := build/audit
 # The comparison of methods, from nothing; an interrupted one goes on where it was.
 EVIDENCE := runs/compare
 
-.PHONY: demo evidence test slow fuzz audit docs lint clean help
+.PHONY: demo evidence ablations test slow fuzz audit docs lint clean help
 
 help:
 	@echo "make demo   train ShapeWorld against five rewards; results in runs/demo/"
 	@echo "make evidence  compare methods on ShapeWorld, 4.5 hours on two cores; tables and pictures in $(EVIDENCE)/report/"
+	@echo "make ablations  the same, and what else was tried: 3.5 hours more"
 	@echo "make test   lint rules and the tests"
 	@echo "make slow   the tests that are left out of 'make test' because they take long"
 	@echo "make fuzz   many more examples for the tests that feed the parsers with anybody's bytes"
@@ -32,6 +33,11 @@ demo: $(INSTALLED)
 
 evidence: $(INSTALLED)
 	$(BIN)/python examples/benchmarks/compare.py --output_dir $(EVIDENCE)
+
+# Some of the variants need packages that nothing else does.
+ablations: evidence
+	$(BIN)/python -m pip install --disable-pip-version-check "torchjd[cagrad,nash_mtl]" qpsolvers -c constraints.txt
+	$(BIN)/python examples/benchmarks/compare.py --stages ablations report --output_dir $(EVIDENCE)
 
 test: $(INSTALLED)
 	$(BIN)/ruff check

@@ -10,18 +10,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from example_scripts import EXAMPLES
 from rich.console import Console
 
-from trl_marble import MarbleConfig
+from trl_marble import MarbleConfig, MarbleNFTTrainer
+from trl_marble.balance import assign_gradients
 from trl_marble.evaluation import EvaluationConfig, clustered_mean, composite_scores, evaluate_pipeline
-from trl_marble.shapeworld import load_pipeline, reward_funcs
+from trl_marble.shapeworld import load_pipeline, load_prompts, reward_funcs
 
 
 FOLDER = EXAMPLES / "benchmarks"
 sys.path.append(str(FOLDER))
 import compare  # noqa: E402
 from evidence import methods, report, runs, statistics, workers  # noqa: E402
+from evidence.experiments import EXPERIMENTS  # noqa: E402
 from evidence.runs import MAIN, QUICK, TUNING, Run  # noqa: E402
 
 
@@ -160,7 +163,8 @@ def test_settings_of_every_method_fit_together(name, tmp_path):
             assert config.generation_batch_size == 256
     if name in methods.VARIANTS:
         parent = methods.METHODS[method.tuned_as]
-        assert (method.settings, method.stages, method.weighting) != (parent.settings, parent.stages, parent.weighting)
+        varied = ("settings", "stages", "weighting", "experiment")
+        assert any(getattr(method, key) != getattr(parent, key) for key in varied)
 
 
 def test_stages_share_the_steps():
@@ -243,6 +247,63 @@ def test_a_run_that_fails_does_not_stop_the_others(tmp_path, monkeypatch):
     assert list(failed) == [broken] and "no_such_method" in failed[broken]
     assert whole.is_finished(tmp_path)
     assert "Traceback" in (tmp_path / broken.name / "log.txt").read_text()
+
+
+# ---- Experiments ----
+
+
+def logged_steps(name: str, folder: Path) -> list[dict]:
+    run = Run(MAIN, name, 1e-2, 1, QUICK)
+    runs.execute(run, folder)
+    return [row for row in runs.load_report(run, folder)["history"] if "loss" in row]
+
+
+def test_experiments_have_the_gradients_of_marble_and_weigh_them_in_their_own_way(tmp_path):
+    plain, halves, metric = (logged_steps(name, tmp_path) for name in ("marble", "cross_gram", "optimizers_metric"))
+    norms = [key for key in plain[0] if key.startswith("balance/grad_norm/") and plain[0][key] > 0]
+    assert len(norms) >= 3
+    for steps in (halves, metric):
+        assert {key: steps[0][key] for key in norms} == pytest.approx({key: plain[0][key] for key in norms}, rel=1e-4)
+        assert steps[0]["balance/cos_min"] != pytest.approx(plain[0]["balance/cos_min"], abs=1e-4)
+    assert any(row[f"experiment/signal/{norms[0].split('/')[-1]}"] != 1 for row in halves)
+    # The shortest direction in the optimizer's metric is the one of which the least cosine there is the greatest.
+    for row in metric:
+        assert row["experiment/step_taken/cos_min"] > row["experiment/step_plain/cos_min"]
+        assert row["experiment/step_taken/conflict"] == 0
+
+
+def test_the_optimizers_metric_is_that_of_its_next_step(tmp_path):
+    """What `P` scales a gradient by is how far AdamW goes along it, where momentum and weight decay have no part."""
+    trainer = MarbleNFTTrainer(
+        load_pipeline(),
+        reward_funcs=[*reward_funcs()],
+        args=MarbleConfig(str(tmp_path), use_cpu=True, weight_decay=0.0, adam_beta1=0.0, **QUICK.settings),
+        train_dataset=load_prompts("train"),
+    )
+    step = EXPERIMENTS["optimizers_metric"](trainer)
+    trainer.create_optimizer_and_scheduler(num_training_steps=2)
+    rate = trainer.optimizer.param_groups[0]["lr"]
+    for seed in (0, 1):
+        generator = torch.Generator().manual_seed(seed)
+        gradient = torch.cat([torch.randn(p.numel(), generator=generator) for p in trainer.parameters])
+        expected = step._preconditioner(gradient) * gradient
+        before = torch.cat([p.detach().flatten() for p in trainer.parameters])
+        assign_gradients(gradient, trainer.parameters)
+        trainer.optimizer.step()
+        moved = (before - torch.cat([p.detach().flatten() for p in trainer.parameters])) / rate
+        torch.testing.assert_close(moved, expected.float(), rtol=1e-3, atol=1e-3)
+
+
+def test_nash_mtl_of_a_gram_matrix_is_that_of_its_gradients():
+    """Without the package that it comes from: any function of inner products will do."""
+
+    class Inner:
+        def __init__(self, n_tasks: int) -> None:
+            self.weighting = lambda rows: (rows @ rows.T).sum(dim=1) * n_tasks
+
+    gradients = torch.randn(3, 50, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    gram = gradients @ gradients.T
+    torch.testing.assert_close(methods._nash_mtl(Inner)(gram), gram.sum(dim=1) * 3)
 
 
 # ---- The command ----

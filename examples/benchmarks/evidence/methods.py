@@ -1,9 +1,8 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
 """What is compared: the methods of the main table, and the variants of the ablations.
 
-Two things that one may miss here. Nash-MTL is no function of the Gram matrix (it remembers the steps before), so it
-cannot take MGDA's place as a weighting. And the package has neither a Gram matrix between halves of a batch nor one in
-the optimizer's metric; once it has a setting for them, a row of `ABLATIONS` is all that they need.
+The Gram matrix between halves of a batch and that in the optimizer's metric are no settings of the package: they are
+made in `experiments.py`.
 """
 
 from collections.abc import Callable, Mapping
@@ -11,6 +10,7 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from trl_marble.cli.demo import DEMO_SETTINGS
@@ -38,6 +38,8 @@ class Method:
             Settings of `MarbleConfig`, beside those that all methods share.
         weighting (`str`, *optional*, defaults to `"mgda"`):
             `"mgda"` or a name of `TORCHJD`.
+        experiment (`str`, *optional*):
+            A name of `EXPERIMENTS`. Defaults to none.
         tuned_as (`str`, *optional*):
             The method whose learning rate is used. Defaults to a rate of its own.
     """
@@ -46,6 +48,7 @@ class Method:
     stages: tuple[tuple[str, ...], ...] = (REWARDS,)
     settings: Mapping[str, Any] = field(default_factory=dict)
     weighting: str = "mgda"
+    experiment: str | None = None
     tuned_as: str | None = None
 
     @property
@@ -127,6 +130,11 @@ ABLATIONS: dict[str, dict[str, Method]] = {
     "Weighting": {
         "upgrad": Method("UPGrad", weighting="upgrad", tuned_as="marble"),
         "cagrad": Method("CAGrad", weighting="cagrad", tuned_as="marble"),
+        "nash_mtl": Method("Nash-MTL", weighting="nash_mtl", tuned_as="marble"),
+    },
+    "Gram matrix": {
+        "cross_gram": Method("between halves of the step", experiment="cross_gram", tuned_as="marble"),
+        "optimizers_metric": Method("in AdamW's metric", experiment="optimizers_metric", tuned_as="marble"),
     },
     "Scale of GDPO's advantages": {
         "gdpo_batch": Method("GDPO, scaled by the batch", settings={**GDPO, "scale_rewards": "batch"}, tuned_as="gdpo")
@@ -139,6 +147,7 @@ VARIANTS = {key: method for group in ABLATIONS.values() for key, method in group
 TORCHJD: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
     "upgrad": ("UPGradWeighting", {}, ("torchjd", "qpsolvers")),
     "cagrad": ("CAGradWeighting", {"c": 0.5}, ("torchjd", "cvxpy")),
+    "nash_mtl": ("NashMTL", {}, ("torchjd", "cvxpy", "ecos")),
 }
 
 
@@ -160,4 +169,22 @@ def make_weighting(method: Method) -> str | Callable[[Tensor], Tensor]:
     import torchjd.aggregation
 
     name, arguments, _ = TORCHJD[method.weighting]
-    return getattr(torchjd.aggregation, name)(**arguments)
+    make = getattr(torchjd.aggregation, name)
+    return _nash_mtl(make) if method.weighting == "nash_mtl" else make(**arguments)
+
+
+def _nash_mtl(make: Callable[..., Any]) -> Callable[[Tensor], Tensor]:
+    """
+    Nash-MTL as a weighting of the Gram matrix. TorchJD's takes the gradients, of which it uses only inner products:
+    any rows that have them will do. It starts from its last solution, so there is one for each number of gradients.
+    """
+    made: dict[int, Callable[[Tensor], Tensor]] = {}
+
+    def weights(gram: Tensor) -> Tensor:
+        size = len(gram)
+        if size not in made:
+            made[size] = make(n_tasks=size).weighting
+        values, vectors = torch.linalg.eigh(gram.double())
+        return made[size](vectors * values.clamp(min=0).sqrt()).to(gram)
+
+    return weights

@@ -20,6 +20,7 @@ from trl_marble.evaluation import EvaluationConfig, EvaluationResults, evaluate_
 from trl_marble.evaluation.records import write_atomically
 from trl_marble.shapeworld import load_pipeline, load_prompts, reward_funcs
 
+from .experiments import EXPERIMENTS
 from .methods import BASE, find_method, make_weighting
 
 
@@ -157,6 +158,7 @@ class Run:
             **asdict(self),
             "stages": [list(stage) for stage in method.stages],
             "weighting": method.weighting,
+            "experiment": method.experiment,
             "settings": {**self.scale.settings, **method.settings},
         }
 
@@ -290,11 +292,15 @@ def _train_stage(
         weighting=make_weighting(method),
         callbacks=[progress],
     )
+    if method.experiment is not None:
+        trainer.step_gradient = EXPERIMENTS[method.experiment](trainer)
     try:
         trainer.train(resume_from_checkpoint=any(folder.glob("checkpoint-*")))
     except FileNotFoundError as error:  # a checkpoint, and none that is whole
         raise FileNotFoundError(f"{error} Delete `{folder}` to train this stage anew.") from error
     trainer.save_model()
+    if run.phase == MAIN:
+        trainer.create_model_card(model_name=f"shapeworld-{run.method.replace('_', '-')}-seed-{run.seed}")
     write_atomically(folder / HISTORY_FILE, json.dumps(trainer.state.log_history).encode())
     for checkpoint in folder.glob("checkpoint-*"):
         shutil.rmtree(checkpoint)
