@@ -36,7 +36,8 @@ evidence: $(INSTALLED)
 
 # Some of the variants need packages that nothing else does.
 ablations: evidence
-	$(BIN)/python -m pip install --disable-pip-version-check "torchjd[cagrad,nash_mtl]" qpsolvers -c constraints.txt
+	$(BIN)/python -m pip install --disable-pip-version-check "torchjd[cagrad,nash_mtl]" qpsolvers \
+		-c constraints.txt -c examples/benchmarks/ablations_constraints.txt
 	$(BIN)/python examples/benchmarks/compare.py --stages ablations report --output_dir $(EVIDENCE)
 
 test: $(INSTALLED)
