@@ -50,6 +50,19 @@ def test_a_change_has_an_error_over_seeds_and_one_over_prompts():
     assert change.prompt_error == clustered_mean(np.array([2.0, 4.0, 5.0, 5.0, NAN]), groups)[1]
 
 
+def test_methods_are_compared_seed_by_seed():
+    groups = np.array([0, 0, 1])
+    differences = np.zeros((2, 3, 2))
+    differences[:, :, 0] = [[0.1, 0.3, 0.4], [0.3, 0.5, 0.6]]
+    differences[:, :, 1] = [[NAN, NAN, -0.1], [NAN, NAN, 0.3]]  # applies to the second prompt only
+    gap = statistics.compare_changes(differences, groups, np.array([0.1, 0.2]))
+    assert [estimate.mean for estimate in gap.rewards] == pytest.approx([0.4 - 0.5 / 15, 0.1])
+    assert gap.rewards[0].seed_error == pytest.approx(0.1) and gap.rewards[1].seed_error == pytest.approx(0.2)
+    assert gap.mean.mean == pytest.approx((gap.rewards[0].mean / 0.1 + 0.5) / 2)
+    # Of the seeds: (first / 0.1 + second / 0.2) / 2, which differ by (2 + 2) / 2.
+    assert gap.mean.seed_error == pytest.approx(1)
+
+
 def test_composites_are_those_of_the_package_with_an_error():
     changes = np.random.default_rng(0).normal(size=(4, 3, 5))
     changes[:, :, 4] = 0.25  # a reward in which all are equal
@@ -122,7 +135,7 @@ def method_result(name: str, changes: list[list[float]]) -> report.MethodResult:
         reward: statistics.mean_change(differences[:, :, k], np.arange(2)) for k, reward in enumerate(methods.REWARDS)
     }
     method = methods.find_method(name)
-    shared = {"learning_rate": 1e-3, "wins": {}, "histories": [], "seconds": 1.0, "results": []}
+    shared = {"learning_rate": 1e-3, "wins": {}, "gaps": {}, "histories": [], "results": []}
     return report.MethodResult(
         method.label, method.rewards, differences=differences, changes=np.array(changes), estimates=estimates, **shared
     )

@@ -18,8 +18,10 @@ from .methods import ABLATIONS, BASE, METHODS, REWARDS, SPECIALISTS, VARIANTS, f
 from .runs import MAIN, TUNING, Run, Scale, base_run, load_report, load_scores
 from .statistics import (
     Estimate,
+    Gap,
     WorstReward,
     best_rate,
+    compare_changes,
     composites,
     gain,
     mean_change,
@@ -49,10 +51,10 @@ class MethodResult:
             Reward -> its change, with both standard errors.
         wins (`dict[str, dict[str, WinCount]]`):
             Name of the opponent -> reward -> how often the method's image was the better one, all seeds together.
+        gaps (`dict[str, Gap]`):
+            Name of another method -> how much more the rewards changed than with that one.
         histories (`list[list[dict]]`):
             What was logged, for each seed.
-        seconds (`float`):
-            Mean time of the training of one seed, with the evaluations for the curves.
         results (`list[EvaluationResults]`):
             The evaluation of each seed.
         composite (`Estimate` or `None`):
@@ -70,8 +72,8 @@ class MethodResult:
     changes: np.ndarray
     estimates: dict[str, Estimate]
     wins: dict[str, dict[str, WinCount]]
+    gaps: dict[str, Gap]
     histories: list[list[dict[str, Any]]]
-    seconds: float
     results: list[EvaluationResults]
     composite: Estimate | None = None
     fractions: dict[str, float] | None = None
@@ -126,14 +128,19 @@ def collect(runs: Mapping[str, Sequence[Run]], scale: Scale, output_dir: Path) -
             changes=np.nanmean(differences, axis=1),
             estimates={reward: mean_change(differences[:, :, k], groups) for k, reward in enumerate(REWARDS)},
             wins={},
+            gaps={},
             histories=[report["history"] for report in reports],
-            seconds=float(np.mean([report["training_seconds"] for report in reports])),
             results=results,
         )
+    spreads = np.nanstd(before, axis=0, ddof=1)
     for name, result in collected.items():
         for opponent in (BASE, "weighted_sum"):
             if opponent in after and opponent != name:
                 result.wins[opponent] = _pooled_wins(after[opponent], after[name], groups)
+        for other in {"weighted_sum", find_method(name).tuned_as} - {name}:
+            if other in collected and name not in SPECIALISTS.values():
+                differences = result.differences - collected[other].differences
+                result.gaps[other] = compare_changes(differences, groups, spreads)
     return collected
 
 
@@ -272,8 +279,12 @@ def _as_json(result: MethodResult) -> dict[str, Any]:
         "worst_reward": None
         if worst is None
         else worst._asdict() | {"reward": None if worst.reward is None else REWARDS[worst.reward]},
+        "gaps": {
+            other: {reward: estimate._asdict() for reward, estimate in zip(REWARDS, gap.rewards, strict=True)}
+            | {"mean_in_standard_deviations": gap.mean._asdict()}
+            for other, gap in result.gaps.items()
+        },
         "cosines": tables.cosine_figures(result.histories),
-        "training_seconds": result.seconds,
     }
 
 

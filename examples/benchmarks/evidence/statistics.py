@@ -51,6 +51,21 @@ class WorstReward(NamedTuple):
     seed_error: float
 
 
+class Gap(NamedTuple):
+    """
+    How much more the rewards changed with one method than with another of the same seeds.
+
+    Args:
+        rewards (`list[Estimate]`):
+            Of each reward, in its own unit.
+        mean ([`Estimate`]):
+            Their mean, each in standard deviations of the reward over the untrained pipeline's images.
+    """
+
+    rewards: list[Estimate]
+    mean: Estimate
+
+
 def mean_over_seeds(values: np.ndarray) -> Estimate:
     """
     Mean and standard error over seeds.
@@ -78,6 +93,26 @@ def mean_change(differences: np.ndarray, groups: np.ndarray) -> Estimate:
     means = np.array([clustered_mean(row, groups)[0] for row in differences])
     _, prompt_error = clustered_mean(differences.mean(axis=0), groups)
     return mean_over_seeds(means)._replace(prompt_error=prompt_error)
+
+
+def compare_changes(differences: np.ndarray, groups: np.ndarray, spreads: np.ndarray) -> Gap:
+    """
+    How much more the rewards changed with one method than with another. Runs of one seed share their prompts and the
+    noise of their images, so they are compared with each other.
+
+    Args:
+        differences (`np.ndarray` of shape `[S, N, K]`):
+            Reward of each held-out image after the one training minus that after the other.
+        groups (`np.ndarray` of shape `[N]`, integers):
+            The prompt of each image.
+        spreads (`np.ndarray` of shape `[K]`):
+            Standard deviation of each reward over the untrained pipeline's images. Where it is 0 (all of them have the
+            same reward) the difference counts in the reward's own unit.
+    """
+    rewards = [mean_change(differences[:, :, k], groups) for k in range(differences.shape[2])]
+    means = np.array([[clustered_mean(seed[:, k], groups)[0] for k in range(len(rewards))] for seed in differences])
+    units = np.where(spreads == 0, 1, spreads)
+    return Gap(rewards, mean_over_seeds((means / units).mean(axis=1)))
 
 
 def composites(changes: np.ndarray) -> list[Estimate]:

@@ -14,7 +14,7 @@ from trl_marble.evaluation.formatting import format_p_value, format_percentage
 
 from .methods import BASE, METHODS, REWARDS, SPECIALISTS, find_method
 from .runs import Run, Scale
-from .statistics import Estimate
+from .statistics import Estimate, Gap
 
 
 if TYPE_CHECKING:
@@ -52,6 +52,9 @@ def markdown(
     parts += ["## Mean of each reward\n", _means_table(main, base)]
     if any(result.fractions is not None for result in main.values()):
         parts += ["## Fraction of the upper bound\n", _FRACTIONS, _fractions_table(main)]
+    against_sum = {name: (result.label, result.gaps["weighted_sum"]) for name, result in main.items() if result.gaps}
+    if against_sum:
+        parts += ["## More than the weighted sum\n", _GAPS, _gaps_table(against_sum.values())]
     for opponent in (BASE, "weighted_sum"):
         rows = {name: result for name, result in main.items() if opponent in result.wins}
         if rows:
@@ -61,6 +64,12 @@ def markdown(
         parts += [f"## Ablation: {title.lower()}\n", _changes_table(rows)]
         if any(result.worst is not None for result in rows.values()):
             parts.append(_fractions_table(rows))
+        gaps = [
+            (f"{result.label} – {rows[parent].label}", result.gaps[parent])
+            for name, result in rows.items()
+            if (parent := find_method(name).tuned_as) in result.gaps
+        ]
+        parts.append(_gaps_table(gaps))
         parts.append(_cosines_table(rows))
     return "\n".join(parts)
 
@@ -74,6 +83,10 @@ _FRACTIONS = (
     "that reward alone reached with the same prompts and steps. Worst: the least of them among the rewards that the "
     "method trains on, ± jackknife standard error over seeds. A reward whose specialist did not raise it by two "
     "standard errors has no bound.\n"
+)
+_GAPS = (
+    "Difference between the changes of the same seed, mean over seeds ± its standard error over seeds / over held-out "
+    "prompts. Mean: over the rewards, each in standard deviations of the untrained pipeline's images.\n"
 )
 _WINS = (
     "Share of the images, of all seeds, that have the higher reward than the other's of the same prompt and noise, "
@@ -126,12 +139,12 @@ def _changes_table(results: Mapping[str, MethodResult]) -> str:
 
 def _means_table(results: Mapping[str, MethodResult], base: EvaluationResults) -> str:
     before = base.summary()
-    rows = [[METHODS[BASE].label, *(f"{before[reward][0]:.3f}" for reward in REWARDS), ABSENT]]
+    rows = [[METHODS[BASE].label, *(f"{before[reward][0]:.3f}" for reward in REWARDS)]]
     for result in results.values():
         # Of the same images of both, so that the mean is that of the method.
         cells = [f"{before[reward][0] + result.estimates[reward].mean:.3f}" for reward in REWARDS]
-        rows.append([result.label, *cells, f"{result.seconds / 60:.1f}"])
-    return _table(["method", *REWARDS, "minutes of training, curves included"], rows)
+        rows.append([result.label, *cells])
+    return _table(["method", *REWARDS], rows)
 
 
 def _fractions_table(results: Mapping[str, MethodResult]) -> str:
@@ -146,6 +159,14 @@ def _fractions_table(results: Mapping[str, MethodResult]) -> str:
             worst = f"{_estimate(number, digits=2)} ({REWARDS[result.worst.reward]})"
         rows.append([result.label, *cells, worst])
     return _table(["method", *REWARDS, "worst"], rows)
+
+
+def _gaps_table(gaps: Iterable[tuple[str, Gap]]) -> str:
+    rows = [
+        [label, *(_estimate(reward, sign=True) for reward in gap.rewards), _estimate(gap.mean, sign=True)]
+        for label, gap in gaps
+    ]
+    return _table(["", *REWARDS, "mean"], rows)
 
 
 def _wins_table(results: Mapping[str, MethodResult], opponent: str) -> str:
