@@ -10,10 +10,10 @@ python examples/benchmarks/compare.py
 ```
 
 The first stage, `tune`, chooses a learning rate for each method: every rate of the grid, with a seed that nothing else
-uses, scored on prompts of the train split. `main` trains each method with at least three seeds, among them one
-specialist for each reward, and scores all on the same held-out images. `ablations`, which has to be asked for, trains
-the variants with the learning rates of the methods that they vary. `report` writes tables and pictures of what is
-finished to `OUTPUT_DIR/report`.
+uses, scored on prompts of the train split; of the rates with which no reward fell, the one with the greatest gain.
+`main` trains each method with at least three seeds, among them one specialist for each reward, and scores all on the
+same held-out images. `ablations`, which has to be asked for, trains the variants with the learning rates of the
+methods that they vary. `report` writes tables and pictures of what is finished to `OUTPUT_DIR/report`.
 
 The evaluation is the same for all: prompts of the test split, noise from one seed. Every run has a folder of its own
 with its log, and runs as a process of one thread; as many run at once as there are cores. What is finished is not run

@@ -115,15 +115,25 @@ def test_a_bound_is_a_rise_of_two_standard_errors_of_both_kinds(estimate, known)
 
 
 def test_a_learning_rate_is_chosen_by_gain_in_standard_deviations():
-    assert statistics.gain({"a": 0.2, "b": 0.1}, {"a": 0.4, "b": 0.05}) == pytest.approx(1.25)
-    assert statistics.gain({"a": 0.2, "b": 0.1}, {"a": 0.4, "b": 0.0}) == pytest.approx(0.3)
-    assert statistics.best_rate({1e-3: 0.1, 2e-3: 0.3, 4e-3: NAN, 5e-4: 0.3}) == 5e-4
+    assert statistics.gain({"a": 0.2, "b": 0.1}, {"a": 0.4, "b": 0.05}) == pytest.approx((1.25, 0.5))
+    assert statistics.gain({"a": 0.2, "b": 0.1}, {"a": 0.4, "b": 0.0}) == pytest.approx((0.3, 0.1))
+    of = statistics.Gain
+    gains = {1e-3: of(0.1, 0.0), 2e-3: of(0.3, 0.1), 4e-3: of(NAN, NAN), 5e-4: of(0.3, 0.2)}
+    assert statistics.best_rate(gains) == 5e-4
     with pytest.raises(ValueError, match="No learning rate"):
-        statistics.best_rate({1e-3: NAN})
+        statistics.best_rate({1e-3: of(NAN, NAN)})
+
+
+def test_a_learning_rate_with_which_a_reward_fell_is_chosen_only_if_one_always_did():
+    of = statistics.Gain
+    gains = {1e-3: of(0.1, 0.0), 2e-3: of(0.2, 0.1), 4e-3: of(0.4, -0.01)}
+    assert statistics.best_rate(gains) == 2e-3
+    assert statistics.best_rate({rate: of(own.mean, -0.1) for rate, own in gains.items()}) == 4e-3
 
 
 def test_only_methods_with_the_whole_grid_get_a_rate():
-    gains = {"marble": {1e-3: 0.1, 2e-3: 0.2}, "equal": {1e-3: 0.1}}
+    of = statistics.Gain
+    gains = {"marble": {1e-3: of(0.1, 0.0), 2e-3: of(0.2, 0.0)}, "equal": {1e-3: of(0.1, 0.1)}}
     assert report.choose_rates(gains, [1e-3, 2e-3]) == {"marble": 2e-3}
     assert report.choose_rates({}, [1e-3])["equal"] == 1e-3
 

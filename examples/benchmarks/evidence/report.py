@@ -18,6 +18,7 @@ from .methods import ABLATIONS, BASE, METHODS, REWARDS, SPECIALISTS, VARIANTS, f
 from .runs import MAIN, TUNING, Run, Scale, base_run, load_report, load_scores
 from .statistics import (
     Estimate,
+    Gain,
     Gap,
     WorstReward,
     best_rate,
@@ -82,10 +83,10 @@ class MethodResult:
 
 def tuning_gains(
     methods: Sequence[str], rates: Sequence[float], seed: int, scale: Scale, output_dir: Path
-) -> dict[str, dict[float, float]]:
+) -> dict[str, dict[float, Gain]]:
     """Method -> learning rate -> gain, of the tuning runs that are finished."""
     base = base_run(TUNING, scale)
-    gains: dict[str, dict[float, float]] = {}
+    gains: dict[str, dict[float, Gain]] = {}
     for name in methods:
         for rate in rates:
             run = Run(TUNING, name, rate, seed, scale)
@@ -99,7 +100,7 @@ def tuning_gains(
     return gains
 
 
-def choose_rates(gains: Mapping[str, Mapping[float, float]], rates: Sequence[float]) -> dict[str, float]:
+def choose_rates(gains: Mapping[str, Mapping[float, Gain]], rates: Sequence[float]) -> dict[str, float]:
     """The learning rate of each method of which all rates have been tried; with one rate only there is no choice."""
     if len(rates) == 1:
         return {name: rates[0] for name in METHODS}
@@ -170,7 +171,7 @@ def compare_with_specialists(
 
 def write_report(
     runs: Mapping[str, Sequence[Run]],
-    gains: Mapping[str, Mapping[float, float]],
+    gains: Mapping[str, Mapping[float, Gain]],
     rates: Sequence[float],
     scale: Scale,
     output_dir: Path,
@@ -181,7 +182,7 @@ def write_report(
     Args:
         runs (`Mapping[str, Sequence[Run]]`):
             Method or variant -> its runs, one a seed.
-        gains (`Mapping[str, Mapping[float, float]]`):
+        gains (`Mapping[str, Mapping[float, Gain]]`):
             See [`tuning_gains`].
         rates (`Sequence[float]`):
             The learning rates that were tried.
@@ -225,7 +226,10 @@ def write_report(
     write_atomically(folder / "report.md", text.encode())
     content = {
         "scale": vars(scale),
-        "learning_rates": {"grid": list(rates), "gains": gains},
+        "learning_rates": {
+            "grid": list(rates),
+            "gains": {name: {rate: own._asdict() for rate, own in found.items()} for name, found in gains.items()},
+        },
         "base": {name: {"mean": mean, "prompt_error": error} for name, (mean, error) in base.summary().items()},
         "main": {name: _as_json(result) for name, result in main.items()},
         "ablations": {

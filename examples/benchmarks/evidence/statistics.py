@@ -192,9 +192,24 @@ def worst_reward(changes: np.ndarray, bounds: np.ndarray) -> WorstReward:
     return WorstReward(place, float(fractions[place]), error)
 
 
-def gain(changes: Mapping[str, float], spreads: Mapping[str, float]) -> float:
+class Gain(NamedTuple):
     """
-    What learning rates are chosen by: the mean over rewards of the change in standard deviations of the reward.
+    What learning rates are chosen by: the changes of the rewards that a method trains on, each in standard deviations.
+
+    Args:
+        mean (`float`):
+            Over the rewards.
+        least (`float`):
+            Of the reward that changed least.
+    """
+
+    mean: float
+    least: float
+
+
+def gain(changes: Mapping[str, float], spreads: Mapping[str, float]) -> Gain:
+    """
+    Mean and least change of the rewards in standard deviations.
 
     Args:
         changes (`Mapping[str, float]`):
@@ -203,21 +218,25 @@ def gain(changes: Mapping[str, float], spreads: Mapping[str, float]) -> float:
             Reward -> standard deviation over the untrained pipeline's images of the same prompts. Where it is 0 (all
             of them have the same reward) the change counts in the reward's own unit.
     """
-    return float(np.mean([change / (spreads[name] or 1.0) for name, change in changes.items()]))
+    units = [change / (spreads[name] or 1.0) for name, change in changes.items()]
+    return Gain(float(np.mean(units)), float(np.min(units)))
 
 
-def best_rate(gains: Mapping[float, float]) -> float:
+def best_rate(gains: Mapping[float, Gain]) -> float:
     """
-    The learning rate with the greatest gain; of equal ones the least.
+    The learning rate with the greatest mean gain among those with which no reward fell, or among all if one always
+    did; of equal ones the least. Nobody who wants several rewards would keep a rate that costs one of them.
 
     Args:
-        gains (`Mapping[float, float]`):
+        gains (`Mapping[float, Gain]`):
             Learning rate -> gain.
 
     Raises:
         `ValueError`: if no gain is a number.
     """
-    known = {rate: value for rate, value in sorted(gains.items()) if not math.isnan(value)}
+    known = {rate: value for rate, value in sorted(gains.items()) if not math.isnan(value.mean)}
     if not known:
         raise ValueError(f"No learning rate of {sorted(gains)} has a gain that is a number; look at the runs' scores.")
-    return max(known, key=lambda rate: known[rate])
+    without_loss = {rate: value for rate, value in known.items() if value.least >= 0}
+    candidates = without_loss or known
+    return max(candidates, key=lambda rate: candidates[rate].mean)

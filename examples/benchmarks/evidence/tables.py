@@ -14,7 +14,7 @@ from trl_marble.evaluation.formatting import format_p_value, format_percentage
 
 from .methods import BASE, METHODS, REWARDS, SPECIALISTS, find_method
 from .runs import Run, Scale
-from .statistics import Estimate, Gap
+from .statistics import Estimate, Gain, Gap, best_rate
 
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ ABSENT = "–"
 def markdown(
     main: Mapping[str, MethodResult],
     ablations: Mapping[str, Mapping[str, MethodResult]],
-    gains: Mapping[str, Mapping[float, float]],
+    gains: Mapping[str, Mapping[float, Gain]],
     rates: Sequence[float],
     base: EvaluationResults,
     runs: Mapping[str, Sequence[Run]],
@@ -191,16 +191,17 @@ def _cosines_table(results: Mapping[str, MethodResult]) -> str:
     return _table([*header, "not taken: lowest", "not taken: steps in conflict"], rows)
 
 
-def _rates_table(gains: Mapping[str, Mapping[float, float]], rates: Sequence[float]) -> str:
+def _rates_table(gains: Mapping[str, Mapping[float, Gain]], rates: Sequence[float]) -> str:
     text = (
-        "Chosen once a method, with a seed that nothing else uses and on prompts of the train split, by the mean over "
-        "the method's rewards of the change in standard deviations of the untrained pipeline's images. The chosen one "
-        "is bold; one at the edge of the grid may not be the best that there is.\n\n"
+        "Chosen once a method, with a seed that nothing else uses and on prompts of the train split: the greatest "
+        "mean of the changes of the method's rewards, in standard deviations of the untrained pipeline's images, "
+        "among the rates with which none of them fell. In brackets the reward that changed least. The chosen one is "
+        "bold; one at the edge of the grid may not be the best that there is.\n\n"
     )
     rows = []
     for name, found in gains.items():
-        best = max(found, key=lambda rate: found[rate]) if len(found) == len(rates) else None
-        cells = [_number(found.get(rate, math.nan), "+.3f") for rate in rates]
+        best = best_rate(found) if len(found) == len(rates) else None
+        cells = [f"{found[rate].mean:+.3f} ({found[rate].least:+.3f})" if rate in found else ABSENT for rate in rates]
         cells = [f"**{cell}**" if rate == best else cell for rate, cell in zip(rates, cells, strict=True)]
         at_edge = best is not None and best in (min(rates), max(rates))
         rows.append([find_method(name).label, *cells, "yes" if at_edge else "no" if best is not None else ABSENT])
