@@ -21,7 +21,7 @@ from trl_marble.evaluation.records import write_atomically
 from trl_marble.shapeworld import load_pipeline, load_prompts, reward_funcs
 
 from .experiments import EXPERIMENTS
-from .methods import BASE, find_method, make_weighting
+from .methods import BASE, METHODS, find_method, make_weighting
 
 
 # Optimizer steps of a run, for every method: five for each stage of the sequential one.
@@ -148,8 +148,13 @@ class Run:
         """Images that it samples for each prompt that it is scored on, those for the curves included."""
         if self.phase == TUNING:
             return self.scale.tuning_images
-        curves = (1 + self.steps // CURVE_STEPS) * min(CURVE_IMAGES, self.scale.images) if self.steps else 0
+        curves = (1 + self.steps // CURVE_STEPS) * min(CURVE_IMAGES, self.scale.images) if self.has_curves else 0
         return self.scale.images + curves
+
+    @property
+    def has_curves(self) -> bool:
+        """Whether small evaluations during the training make a curve: of what is trained for the main table."""
+        return self.phase == MAIN and self.method in METHODS and self.method != BASE
 
     def plan(self) -> dict[str, Any]:
         """Everything that its result depends on, as it is written to its folder."""
@@ -272,9 +277,9 @@ def _train_stage(
         use_cpu=True,  # on whatever machine: what is compared is compared on the same
         save_steps=5,
         save_total_limit=1,
-        eval_strategy="no" if run.phase == TUNING else "steps",
+        eval_strategy="steps" if run.has_curves else "no",
         eval_steps=CURVE_STEPS,
-        eval_on_start=run.phase != TUNING and number == 0,
+        eval_on_start=run.has_curves and number == 0,
         num_generations_eval=min(CURVE_IMAGES, run.scale.images),
         per_device_eval_batch_size=DEMO_SETTINGS["per_device_eval_batch_size"],
         report_to="none",
@@ -299,7 +304,7 @@ def _train_stage(
     except FileNotFoundError as error:  # a checkpoint, and none that is whole
         raise FileNotFoundError(f"{error} Delete `{folder}` to train this stage anew.") from error
     trainer.save_model()
-    if run.phase == MAIN:
+    if run.has_curves:
         trainer.create_model_card(model_name=f"shapeworld-{run.method.replace('_', '-')}-seed-{run.seed}")
     write_atomically(folder / HISTORY_FILE, json.dumps(trainer.state.log_history).encode())
     for checkpoint in folder.glob("checkpoint-*"):
