@@ -7,12 +7,14 @@ made in `experiments.py`.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from trl_marble.balance import mgda_weights
 from trl_marble.cli.demo import DEMO_SETTINGS
 from trl_marble.shapeworld import reward_funcs
 
@@ -37,7 +39,7 @@ class Method:
         settings (`Mapping[str, Any]`, *optional*, defaults to none):
             Settings of `MarbleConfig`, beside those that all methods share.
         weighting (`str`, *optional*, defaults to `"mgda"`):
-            `"mgda"` or a name of `TORCHJD`.
+            `"mgda"`, `"floor"` (MGDA with `FLOOR`) or a name of `TORCHJD`.
         experiment (`str`, *optional*):
             A name of `EXPERIMENTS`. Defaults to none.
         tuned_as (`str`, *optional*):
@@ -131,6 +133,7 @@ ABLATIONS: dict[str, dict[str, Method]] = {
         "upgrad": Method("UPGrad", weighting="upgrad", tuned_as="marble"),
         "cagrad": Method("CAGrad", weighting="cagrad", tuned_as="marble"),
         "nash_mtl": Method("Nash-MTL", weighting="nash_mtl", tuned_as="marble"),
+        "floor": Method("MGDA, every alpha at least 0.1", weighting="floor", tuned_as="marble"),
     },
     "Gram matrix": {
         "cross_gram": Method("between halves of the step", experiment="cross_gram", tuned_as="marble"),
@@ -142,6 +145,8 @@ ABLATIONS: dict[str, dict[str, Method]] = {
     "Number of rewards": {key: method for count in (2, 3, 4) for key, method in _few_rewards(count).items()},
 }
 VARIANTS = {key: method for group in ABLATIONS.values() for key, method in group.items()}
+
+FLOOR = 0.1  # half of what equal weights are
 
 # The weightings of TorchJD, and what has to be installed for them.
 TORCHJD: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
@@ -164,6 +169,8 @@ def missing_packages(method: Method) -> list[str]:
 
 def make_weighting(method: Method) -> str | Callable[[Tensor], Tensor]:
     """What `MarbleNFTTrainer(weighting=...)` takes."""
+    if method.weighting == "floor":
+        return partial(mgda_weights, floor=FLOOR)
     if method.weighting not in TORCHJD:
         return method.weighting
     import torchjd.aggregation
