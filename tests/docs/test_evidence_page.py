@@ -1,0 +1,46 @@
+# Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
+"""The evidence: what the page shows was written by the comparison, not by hand."""
+
+import json
+import re
+from pathlib import Path
+
+
+ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs" / "evidence.md"
+REPORT = ROOT / "docs" / "evidence" / "report.md"
+RESULTS = json.loads((ROOT / "docs" / "evidence" / "results.json").read_text())
+LABELS = {row["label"] for rows in (RESULTS["main"], *RESULTS["ablations"].values()) for row in rows.values()}
+
+
+def rows_of(path: Path) -> list[str]:
+    """The rows of all tables."""
+    return [line for line in path.read_text().splitlines() if line.startswith("| ") and "---" not in line]
+
+
+def rows_of_methods(path: Path) -> list[str]:
+    """Those that begin with a method."""
+    return [row for row in rows_of(path) if row.split("|")[1].strip() in LABELS]
+
+
+def test_every_row_of_the_page_is_one_of_the_reports():
+    assert len(rows_of_methods(PAGE)) >= 3
+    assert [row for row in rows_of(PAGE) if row not in rows_of(REPORT)] == []
+
+
+def test_every_result_in_the_readme_is_one_of_the_reports():
+    rows = rows_of_methods(ROOT / "README.md")
+    assert len(rows) >= 2 and set(rows) <= set(rows_of(REPORT))
+
+
+def test_the_report_is_that_of_the_results():
+    changes = {
+        row.split("|")[1].strip(): re.findall(r"[+-]\d\.\d{3} ± ", row)
+        for row in rows_of_methods(REPORT)
+        if row.count(" ± ") == 6
+    }
+    for result in RESULTS["main"].values():
+        means = [f"{change['mean']:+.3f} ± " for change in result["changes"].values()]
+        if result["composite"] is not None:
+            assert changes[result["label"]][:5] == means
+    assert not RESULTS["scale"]["quick"] and RESULTS["scale"]["steps"] == 25
