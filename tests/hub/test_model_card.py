@@ -97,7 +97,7 @@ def test_held_out_rewards_and_diversity_stand_in_the_table_and_are_explained():
     assert "Means over 512 images of 128 prompts, ±" in text
     assert "- *Held out*" in text and "- *Diversity*" in text
     # What the adapter was trained for does not name them.
-    assert "against 1 reward at once:\n`composition`. It" in card.content
+    assert "against one reward:\n`composition`. It" in card.content
     assert [(r.metric_type, r.metric_name) for r in card.data.eval_results] == [
         ("composition", "composition (before training: 0.7000)"),
         ("beauty", "beauty (held out, before training: 5.000)"),

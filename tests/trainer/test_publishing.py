@@ -18,7 +18,7 @@ from trainer_helpers import blue, bright, prompt_set, small_config, small_traine
 
 from trl_marble import MarbleNFTTrainer
 from trl_marble.hub import CardInputs, RewardRow, build_model_card
-from trl_marble.trainer.publishing import diversity_row, framework_versions, reward_rows
+from trl_marble.trainer.publishing import BALANCE_SETTINGS, diversity_row, framework_versions, reward_rows
 
 
 BASE = "me/tiny-sd3"
@@ -301,6 +301,8 @@ def test_a_run_with_nothing_to_balance_has_a_card(tmp_path, rewards, aggregation
     card = (tmp_path / "README.md").read_text()
     assert card_errors(card) == []
     assert ("balance.png" in card) == (tmp_path / "balance.png").is_file()
+    # What has no part in a run is not among its settings.
+    assert all((f"`{name}`" in card) == (aggregation == "marble") for name in BALANCE_SETTINGS)
 
 
 def test_held_out_rewards_and_diversity_are_in_the_card(tmp_path) -> None:
@@ -315,7 +317,7 @@ def test_held_out_rewards_and_diversity_are_in_the_card(tmp_path) -> None:
     trainer.train()
     trainer.create_model_card()
     card = (tmp_path / "README.md").read_text()
-    assert "against 1 reward at once:\n`bright`. It" in card
+    assert "against one reward:\n`bright`. It" in card
     (line,) = re.findall(r"^\| blue \(held out\) \|.*$", card, re.MULTILINE)
     (diversity,) = re.findall(r"^\| \*diversity within a prompt\* \|.*$", card, re.MULTILINE)
     assert "not measured" not in line + diversity and card_errors(card) == []

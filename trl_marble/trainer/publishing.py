@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 logger = logging.get_logger(__name__)
 
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "datasets")
+BALANCE_SETTINGS = ("balance_on", "balance_every", "balance_ema")
 CARD_SETTINGS = (
     "num_inference_steps",
     "guidance_scale",
@@ -37,9 +38,7 @@ CARD_SETTINGS = (
     "num_generations",
     "timestep_fraction",
     "multi_objective_aggregation",
-    "balance_on",
-    "balance_every",
-    "balance_ema",
+    *BALANCE_SETTINGS,
     "scale_rewards",
     "reward_weights",
     "nft_beta",
@@ -258,7 +257,8 @@ def _source(pipeline: DiffusionPipeline) -> str | None:
 def _card_settings(trainer: "MarbleNFTTrainer") -> dict[str, Any]:
     args = trainer.args
     config = trainer.flow.transformer.peft_config["default"]
-    settings = {name: getattr(args, name) for name in CARD_SETTINGS}
+    unused = () if args.balances_gradients else BALANCE_SETTINGS
+    settings = {name: getattr(args, name) for name in CARD_SETTINGS if name not in unused}
     if not trainer.flow.is_listed:  # the card cannot look its guidance up
         settings |= trainer.flow.family.guidance_arguments(settings.pop("guidance_scale"))
     settings |= {"optimizer_steps": trainer.state.global_step, "processes": args.world_size}
