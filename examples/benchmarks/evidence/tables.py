@@ -14,7 +14,7 @@ from trl_marble.evaluation.formatting import format_p_value, format_percentage
 
 from .methods import BASE, METHODS, REWARDS, SPECIALISTS, find_method
 from .runs import Run, Scale
-from .statistics import Estimate, Gain, Gap, best_rate
+from .statistics import Estimate, Gain, Gap, best_rate, mean_over_seeds
 
 
 if TYPE_CHECKING:
@@ -71,6 +71,7 @@ def markdown(
         ]
         parts.append(_gaps_table(gaps))
         parts.append(_cosines_table(rows))
+        parts += [_SIGNALS + _signals_table(result) for name, result in rows.items() if name == "cross_gram"]
     return "\n".join(parts)
 
 
@@ -91,6 +92,10 @@ _GAPS = (
 _WINS = (
     "Share of the images, of all seeds, that have the higher reward than the other's of the same prompt and noise, "
     "ties counted half; p of the sign test with one vote a prompt.\n"
+)
+_SIGNALS = (
+    "Share of the signal in a gradient's squared norm: inner product between the gradients of two halves of the "
+    "step's images, over the squared norm of the whole; mean over steps, ± standard error over seeds.\n\n"
 )
 _COSINES = (
     "Between the update and each reward's gradient, in the steps of all seeds that measured them; methods that do not "
@@ -189,6 +194,15 @@ def _cosines_table(results: Mapping[str, MethodResult]) -> str:
         rows.append([result.label, str(figures["steps"]), *shown, *not_taken])
     header = ["method", "steps", "lowest", "mean of each step's lowest", "mean", "steps in conflict"]
     return _table([*header, "not taken: lowest", "not taken: steps in conflict"], rows)
+
+
+def _signals_table(result: MethodResult) -> str:
+    cells = []
+    for reward in REWARDS:
+        key = f"experiment/signal/{reward}"
+        seeds = [np.nanmean([row[key] for row in history if key in row]) for history in result.histories]
+        cells.append(_estimate(mean_over_seeds(np.array(seeds)), digits=2))
+    return _table(["", *REWARDS], [["signal", *cells]])
 
 
 def _rates_table(gains: Mapping[str, Mapping[float, Gain]], rates: Sequence[float]) -> str:
