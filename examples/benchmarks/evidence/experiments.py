@@ -50,7 +50,6 @@ class _ExperimentalStep(StepGradient):
             own.guard,
         )
         self.trainer = trainer
-        self._other_gram: Tensor  # what is balanced by, `[K, K]`, from the start of `_set_direction` on
 
     def weigh(self, gram: Tensor) -> Tensor:
         """The weights of the normalized gradients that take part, whose Gram matrix is `gram`."""
@@ -84,21 +83,20 @@ class CrossGram(_ExperimentalStep):
         assert self._rows is not None
         first, second, shared = self._rows.gradients.split([len(self.names), len(self.names), 1])
         cross = 4 * first @ second.T  # the gradient of a half is half of the step's
-        self._other_gram = ((cross + cross.T) / 2).double()
+        cross = ((cross + cross.T) / 2).double()
         gradients = first + second
         squared_norms = gradients.square().sum(dim=1).double()
-        for name, signal, total in zip(self.names, self._other_gram.diagonal(), squared_norms, strict=True):
+        for name, signal, total in zip(self.names, cross.diagonal(), squared_norms, strict=True):
             self.metrics.record(f"experiment/signal/{name}", (signal / total).item())
-        least = (LEAST_SIGNAL * squared_norms).where(squared_norms > 0, 1)
-        norms = self._other_gram.diagonal().clone().maximum(least).sqrt()
-        self._other_gram = self._other_gram / norms.outer(norms)
-        self._other_gram.diagonal().fill_(1)
-        self._kept = self._taking_part(gradients)
+        kept = self._taking_part(gradients)
+        norms = cross.diagonal().maximum(LEAST_SIGNAL * squared_norms)[kept].sqrt()
+        cosines = cross[kept][:, kept] / norms.outer(norms)
+        self._cosines = cosines.fill_diagonal_(1)  # where the signal is too small to be told from noise too
         self._rows.gradients = torch.cat([gradients, shared])
         super()._set_direction()
 
     def weigh(self, gram: Tensor) -> Tensor:
-        return mgda_weights(nearest_positive(self._other_gram[self._kept][:, self._kept])).to(gram)
+        return mgda_weights(nearest_positive(self._cosines)).to(gram)
 
 
 class OptimizersMetric(_ExperimentalStep):
@@ -113,21 +111,20 @@ class OptimizersMetric(_ExperimentalStep):
     def _set_direction(self) -> None:
         assert self._rows is not None
         gradients = self._rows.gradients[:-1]
-        self._kept = self._taking_part(gradients)
-        kept = gradients[self._kept].double()
+        kept = gradients[self._taking_part(gradients)].double()
         norms = kept.norm(dim=1)
         units = kept / norms[:, None]
         plain = mgda_weights(gram_matrix(units))
         preconditioner = self._preconditioner(norms.mean() * plain @ units + self._rows.gradients[-1])
-        scaled = units * preconditioner.sqrt()
-        lengths = scaled.norm(dim=1)
-        alpha = mgda_weights(gram_matrix(scaled / lengths[:, None]))
+        metric_gram = gram_matrix(units * preconditioner.sqrt())
+        lengths = metric_gram.diagonal().sqrt()
+        alpha = mgda_weights(metric_gram / lengths.outer(lengths))
         # Of the gradients that have length 1 without `P`, in all as long as MGDA's.
         weights = alpha / lengths
         self._alpha = weights * (plain @ units).norm() / (weights @ units).norm()
         everything = torch.ones(len(kept), dtype=torch.bool)
         for name, chosen in (("plain", plain), ("taken", self._alpha)):
-            for key, value in balance_diagnostics(gram_matrix(scaled), chosen, everything).items():
+            for key, value in balance_diagnostics(metric_gram, chosen, everything).items():
                 self.metrics.record(f"experiment/step_{name}/{key}", value)
         super()._set_direction()
 
@@ -154,7 +151,8 @@ class OptimizersMetric(_ExperimentalStep):
 
 def nearest_positive(matrix: Tensor) -> Tensor:
     """
-    The positive semidefinite matrix next to a symmetric one: negative eigenvalues become 0.
+    The positive semidefinite matrix next to a symmetric one: negative eigenvalues become 0. Estimated inner products
+    may have them; [`mgda_weights`] takes them for a mistake.
 
     Args:
         matrix (`Tensor` of shape `[K, K]`):

@@ -138,8 +138,8 @@ def collect(runs: Mapping[str, Sequence[Run]], scale: Scale, output_dir: Path) -
         for opponent in (BASE, "weighted_sum"):
             if opponent in after and opponent != name:
                 result.wins[opponent] = _pooled_wins(after[opponent], after[name], groups)
-        for other in {"weighted_sum", find_method(name).tuned_as} - {name}:
-            if other in collected and name not in SPECIALISTS.values():
+        for other in dict.fromkeys(("weighted_sum", find_method(name).tuned_as)):
+            if other in collected and other != name and name not in SPECIALISTS.values():
                 differences = result.differences - collected[other].differences
                 result.gaps[other] = compare_changes(differences, groups, spreads)
     return collected

@@ -90,9 +90,12 @@ def mean_change(differences: np.ndarray, groups: np.ndarray) -> Estimate:
         groups (`np.ndarray` of shape `[N]`, integers):
             The prompt of each image.
     """
-    means = np.array([clustered_mean(row, groups)[0] for row in differences])
     _, prompt_error = clustered_mean(differences.mean(axis=0), groups)
-    return mean_over_seeds(means)._replace(prompt_error=prompt_error)
+    return mean_over_seeds(_seed_means(differences, groups))._replace(prompt_error=prompt_error)
+
+
+def _seed_means(differences: np.ndarray, groups: np.ndarray) -> np.ndarray:
+    return np.array([clustered_mean(row, groups)[0] for row in differences])
 
 
 def compare_changes(differences: np.ndarray, groups: np.ndarray, spreads: np.ndarray) -> Gap:
@@ -109,10 +112,10 @@ def compare_changes(differences: np.ndarray, groups: np.ndarray, spreads: np.nda
             Standard deviation of each reward over the untrained pipeline's images. Where it is 0 (all of them have the
             same reward) the difference counts in the reward's own unit.
     """
-    rewards = [mean_change(differences[:, :, k], groups) for k in range(differences.shape[2])]
-    means = np.array([[clustered_mean(seed[:, k], groups)[0] for k in range(len(rewards))] for seed in differences])
+    columns = np.moveaxis(differences, 2, 0)
+    means = np.stack([_seed_means(column, groups) for column in columns], axis=1)
     units = np.where(spreads == 0, 1, spreads)
-    return Gap(rewards, mean_over_seeds((means / units).mean(axis=1)))
+    return Gap([mean_change(column, groups) for column in columns], mean_over_seeds((means / units).mean(axis=1)))
 
 
 def composites(changes: np.ndarray) -> list[Estimate]:
