@@ -27,10 +27,10 @@ import pytest
 import torch
 from PIL import Image
 
-from trl_marble.rewards import RewardError, RewardScorer
-from trl_marble.rewards import server as server_module
+from trl_marble.rewards import RewardError, RewardScorer, server_http
 from trl_marble.rewards.remote import RemoteReward
-from trl_marble.rewards.server import TOKEN_VARIABLE, RewardServer, describe, main
+from trl_marble.rewards.server import TOKEN_VARIABLE, RewardServer, main
+from trl_marble.rewards.server_messages import describe
 
 
 TOKEN = "t0ken-very-secret-9876543210"
@@ -562,7 +562,7 @@ def test_a_client_that_goes_in_the_middle_of_its_body_is_no_reward_call():
 
 
 def test_connections_are_bounded_and_come_free_again(monkeypatch):
-    monkeypatch.setattr(server_module, "MAX_CONNECTIONS", 3)
+    monkeypatch.setattr(server_http, "MAX_CONNECTIONS", 3)
     with RewardServer(red, port=0, timeout=20) as server:
         address = ("127.0.0.1", int(server.url.rpartition(":")[2]))
         idle = [socket.create_connection(address) for _ in range(3)]

@@ -34,7 +34,8 @@ from trl_marble.hub import CardInputs, GalleryItem, RewardRow, build_model_card
 from trl_marble.hub.files import read_layers
 from trl_marble.rewards import RewardError, load_reward
 from trl_marble.rewards.remote import RemoteReward
-from trl_marble.rewards.server import RefusedError, RewardServer, read_request
+from trl_marble.rewards.server import RewardServer
+from trl_marble.rewards.server_messages import RefusedError, read_request
 from trl_marble.rewards.vlm_judge import parse_score
 
 

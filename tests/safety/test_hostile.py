@@ -40,7 +40,7 @@ from trl_marble.hub import (
 )
 from trl_marble.hub.files import read_layers
 from trl_marble.rewards import RemoteReward, RewardError, VLMJudge
-from trl_marble.rewards.server import read_request
+from trl_marble.rewards.server_messages import read_request
 from trl_marble.trainer import MarbleConfig
 
 

@@ -12,9 +12,7 @@ from weakref import WeakKeyDictionary
 import httpx2
 from PIL import Image
 
-from .model_reward import to_rgb
-from .protocol import RewardError
-from .remote import (
+from .http_client import (
     PLAIN_JSON,
     bearer,
     check_patience,
@@ -25,6 +23,8 @@ from .remote import (
     retry_delay,
     start_of,
 )
+from .model_reward import to_rgb
+from .protocol import RewardError
 
 
 # The names of the two criteria, the scale, 'Final Score:' and the last line are what UnifiedReward was trained to read

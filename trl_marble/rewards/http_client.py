@@ -1,0 +1,105 @@
+# Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
+"""What every reward that is asked over HTTP needs: what is sent, how long to try, and what no message may say."""
+
+import io
+import math
+import random
+from typing import NoReturn
+from urllib.parse import urlsplit
+
+from PIL import Image
+
+
+# What is sent, and what may come back: uncompressed, so that its size is that of what was received.
+PLAIN_JSON = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
+PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA")  # that a PNG file gives back bit for bit
+
+
+def encode_png(image: Image.Image) -> bytes:
+    """
+    The image as a PNG file.
+
+    Raises:
+        `ValueError`: If the image's mode is not one that PNG gives back bit for bit.
+    """
+    if image.mode not in PNG_MODES:
+        raise ValueError(
+            f"An image of mode {image.mode!r} cannot be sent as PNG without loss; convert it to one of {PNG_MODES}."
+        )
+    file = io.BytesIO()
+    image.save(file, format="PNG", compress_level=1)  # the default saves a tenth, for much more time
+    return file.getvalue()
+
+
+def refuse_constant(constant: str) -> NoReturn:
+    """Python's `json` would accept NaN and Infinity, which JSON does not have."""
+    raise ValueError(f"{constant} is not JSON")
+
+
+def retry_delay(attempt: int) -> float:
+    """Seconds to wait after attempt 1, 2, ...: doubles up to 8; jitter keeps clients from coming at once."""
+    return min(8.0, 0.25 * 2 ** (attempt - 1)) * random.uniform(0.5, 1.0)
+
+
+def bearer(secret: str | None) -> dict[str, str]:
+    """The header that carries a secret."""
+    return {"Authorization": f"Bearer {secret}"} if secret else {}
+
+
+def redact(text: str, secret: str | None) -> str:
+    """The text without the secret: a server may repeat it in what it answers."""
+    return text.replace(secret, "[secret]") if secret else text
+
+
+def start_of(text: str, length: int = 200) -> str:
+    """The start of a text, quoted, for messages."""
+    return repr(text if len(text) <= length else text[: length - 3] + "...")
+
+
+def check_secret(secret: str | None, argument: str) -> str | None:
+    """
+    The secret, `None` if it is empty. No message quotes it.
+
+    Raises:
+        `ValueError`: If an HTTP header cannot carry it.
+    """
+    # Here, because an HTTP library quotes the header that it refuses.
+    if secret and not (secret.isascii() and secret.isprintable() and " " not in secret):
+        raise ValueError(
+            f"`{argument}` has characters that an HTTP header cannot carry, often a line break or a space at its end. "
+            "Strip it, or choose one of letters, digits and punctuation."
+        )
+    return secret or None
+
+
+def check_url(url: str, argument: str) -> str:
+    """
+    The URL without a slash at its end.
+
+    Raises:
+        `ValueError`: If it is not `http(s)://host[:port][/path]`. Credentials in it are not quoted.
+    """
+    try:
+        parts = urlsplit(url)
+        valid = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port is None or parts.port > 0)
+    except ValueError:
+        raise ValueError(f"`{argument}` is not a URL; expected 'http://host:port'.") from None
+    if "@" in url or parts.query or parts.fragment:
+        raise ValueError(
+            f"`{argument}` must be 'http://host:port/path' and no more: no user, password or query. Secrets have an "
+            "argument of their own, which is kept out of logs."
+        )
+    if not valid:
+        raise ValueError(f"`{argument}` is {url!r}; expected 'http://host:port'.")
+    return url.rstrip("/")
+
+
+def check_patience(timeout: float, max_retries: int) -> None:
+    """
+    Raises:
+        `ValueError`: If the timeout is not a positive number of seconds, or the number of retries is negative.
+    """
+    if not 0 < timeout < math.inf:
+        raise ValueError(f"`timeout` is {timeout}; it must be a number of seconds greater than 0.")
+    if max_retries < 0:
+        raise ValueError(f"`max_retries` must be at least 0, got {max_retries}.")
