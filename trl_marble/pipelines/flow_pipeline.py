@@ -2,10 +2,9 @@
 """One way to condition, sample and differentiate any flow-matching diffusers pipeline."""
 
 import copy
-import functools
 import inspect
 import warnings
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import PIL.Image
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from .conditioning import Conditioning, Rows
 from .families import find_family
+from .overrides import giving, remembered
 from .quantization import base_dtype
 from .schedulers import (
     FLOW_MATCHING_SCHEDULERS,
@@ -369,7 +369,7 @@ class FlowPipeline:
         driver.set_progress_bar_config(disable=True)
         driver.scheduler = solver
         if self.family.encoded_names is None:
-            driver.encode_prompt = _remembered(driver.encode_prompt, conditioning)
+            driver.encode_prompt = remembered(driver.encode_prompt, conditioning)
         return driver
 
     def _sample(
@@ -397,7 +397,7 @@ class FlowPipeline:
         driver = self._driver(solver, conditioning)
         options: dict[str, Any] = {}
         if "prepare_latents" in dir(driver):  # else x_t in the layout that `__call__` takes is the loop's
-            driver.prepare_latents = _giving(driver.prepare_latents, x_t)
+            driver.prepare_latents = giving(driver.prepare_latents, x_t)
             options["generator"] = torch.Generator("cpu").manual_seed(0)  # not torch's global one
         else:
             options["latents"] = x_t.to(self.dtype)
@@ -548,46 +548,6 @@ class FlowPipeline:
             stacklevel=4,  # the caller of encode, beyond its no_grad decorator
         )
         self._warned_of_long_prompt = True
-
-
-def _remembered(encode_prompt: Callable[..., Any], conditioning: Conditioning) -> Callable[..., Any]:
-    """`encode_prompt` that runs once for the prompts of a conditioning, and never with gradients."""
-
-    @functools.wraps(encode_prompt)
-    def remember(*args: Any, **kwargs: Any) -> Any:
-        question = _without_rows((args, sorted(kwargs.items())))
-        answer = conditioning.answered(question)
-        if answer is None:
-            with torch.no_grad():
-                answer = encode_prompt(*args, **kwargs)
-            conditioning.keep_answer(question, answer)
-        return answer
-
-    return remember
-
-
-def _without_rows(value: Any) -> Hashable:
-    """What was asked about a conditioning: texts and settings. Its tensors and images are of its own rows."""
-    if isinstance(value, list | tuple):
-        return tuple(_without_rows(item) for item in value)
-    return type(value).__name__ if isinstance(value, Tensor | PIL.Image.Image) else repr(value)
-
-
-def _giving(prepare_latents: Callable[..., Any], x_t: Tensor) -> Callable[..., Any]:
-    """`prepare_latents` that gives x_t in the place of the first thing that it made: the latents to be denoised."""
-
-    @functools.wraps(prepare_latents)
-    def give(*args: Any, **kwargs: Any) -> Any:
-        output = prepare_latents(*args, **kwargs)
-        made, *others = output if isinstance(output, tuple) else (output,)
-        if made.shape != x_t.shape:
-            raise ValueError(
-                f"x_t is of shape {tuple(x_t.shape)}, but the pipeline's own latents are {tuple(made.shape)}. Pass "
-                "latents in the layout of `Rollout.latents`, of the height, width and frames of this object."
-            )
-        return (x_t.to(made), *others) if others else x_t.to(made)
-
-    return give
 
 
 def _given(values: dict[str, Any], parameters: Mapping[str, Any]) -> dict[str, Any]:
