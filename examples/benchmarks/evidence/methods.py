@@ -139,8 +139,10 @@ ABLATIONS: dict[str, dict[str, Method]] = {
         "cross_gram": Method("between halves of the step", experiment="cross_gram", tuned_as="marble"),
         "optimizers_metric": Method("in AdamW's metric", experiment="optimizers_metric", tuned_as="marble"),
     },
-    "Scale of GDPO's advantages": {
-        "gdpo_batch": Method("GDPO, scaled by the batch", settings={**GDPO, "scale_rewards": "batch"}, tuned_as="gdpo")
+    # The tables' GDPO scales by the group of a prompt, their MARBLE by the batch.
+    "Scale of the advantages": {
+        "gdpo_batch": Method("GDPO, by the batch", settings={**GDPO, "scale_rewards": "batch"}, tuned_as="gdpo"),
+        "marble_group": Method("MARBLE, N = 1, by the group", settings={"scale_rewards": "group"}, tuned_as="marble"),
     },
     "Number of rewards": {key: method for count in (2, 3, 4) for key, method in _few_rewards(count).items()},
 }
