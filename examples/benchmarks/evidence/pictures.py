@@ -60,28 +60,22 @@ def plot_curves(results: Mapping[str, MethodResult], path: Path) -> str:
 
 def plot_changes(results: Mapping[str, MethodResult], path: Path) -> str:
     """Change of every reward on held-out prompts, a panel a reward: mean over seeds, and each seed."""
-    figure = _figure(10.5, 0.9 + 0.3 * len(results))
+    several = [result for name, result in results.items() if name not in SPECIALISTS.values()]
+    places = np.arange(len(several))[::-1]
+    figure = _figure(10.5, 1.2 + 0.3 * len(several))
     panels = figure.subplots(1, len(REWARDS), sharey=True)
-    rows = list(results.values())
-    places = np.arange(len(rows))[::-1]
     for k, (axes, reward) in enumerate(zip(panels, REWARDS, strict=True)):
         axes.axvline(0, color=INK, linewidth=0.8, zorder=1)
-        for place, (name, result) in zip(places, results.items(), strict=True):
+        rows = [(result, place, TAKEN) for result, place in zip(several, places, strict=True)]
+        # Of a specialist only what it trains on: what it does to the others is off every scale.
+        if SPECIALISTS[reward] in results:
+            rows.append((results[SPECIALISTS[reward]], len(several), FAINT))
+        for result, place, color in rows:
             estimate = result.estimates[reward]
-            color = FAINT if name in SPECIALISTS.values() else TAKEN
-            filled = reward in result.trained
             error = 0.0 if math.isnan(estimate.seed_error) else estimate.seed_error
-            axes.errorbar(
-                estimate.mean,
-                place,
-                xerr=error,
-                fmt="o",
-                color=color,
-                markersize=5,
-                markerfacecolor=color if filled else PAPER,
-                linewidth=1.5,
-                zorder=3,
-            )
+            face = color if reward in result.trained else PAPER
+            style = {"fmt": "o", "color": color, "markersize": 5, "markerfacecolor": face, "linewidth": 1.5}
+            axes.errorbar(estimate.mean, place, xerr=error, **style, zorder=3)
             seeds = result.changes[:, k]
             axes.plot(seeds, np.full(len(seeds), place), "|", color=color, alpha=0.6, markersize=7, zorder=2)
         _style(axes, reward)
@@ -89,12 +83,12 @@ def plot_changes(results: Mapping[str, MethodResult], path: Path) -> str:
         axes.xaxis.set_major_locator(MaxNLocator(nbins=3))
         low, high = axes.get_xlim()
         axes.set_xlim(min(low, -LEAST_CHANGE), max(high, LEAST_CHANGE))
-    panels[0].set_ylim(-0.6, len(rows) - 0.4)
-    panels[0].set_yticks(places, [result.label for result in rows])
+    panels[0].set_ylim(-0.6, len(several) + 0.6)
+    panels[0].set_yticks([*places, len(several)], [*(result.label for result in several), "that reward alone"])
     _save(figure, path)
     return (
         "Change of each reward on held-out prompts: mean and standard error over seeds, and a stroke for each seed. "
-        "Grey: trained on one reward alone. Hollow: a reward that the method does not train on."
+        "Grey: trained on that reward alone. Hollow: a reward that the method does not train on."
     )
 
 
