@@ -34,7 +34,22 @@ ScoreFunction = Callable[[str, list[Image.Image], list[str], dict[str, list]], l
 
 @dataclass(frozen=True)
 class RequestLimits:
-    """Most bytes, images and pixels of all images of a request, and most seconds that it may take to arrive."""
+    """
+    How much a client may ask for at once.
+
+    Args:
+        max_bytes (`int`):
+            Largest body of a request.
+        max_images (`int`):
+            Largest number of images in a request.
+        max_pixels (`int`):
+            Largest number of pixels of all images of a request.
+        timeout (`float`):
+            Longest time in seconds that a request may take to arrive.
+
+    Raises:
+        `ValueError`: If a limit is not positive and finite.
+    """
 
     max_bytes: int
     max_images: int
@@ -48,7 +63,26 @@ class RequestLimits:
 
 
 class RewardHTTPServer(ThreadingHTTPServer):
-    """Listens, with a bounded number of connections, and remembers those whose request has not arrived yet."""
+    """
+    Listens, with a bounded number of connections, and remembers those whose request has not arrived yet.
+
+    Args:
+        score (`ScoreFunction`):
+            Scores what a request asks for. Called on the thread of the connection, of several at the same time.
+        names (`Sequence[str]`):
+            Names of the rewards that are served.
+        host (`str`):
+            Address to listen on.
+        port (`int`):
+            Port to listen on; 0 takes a free one.
+        token (`str`, *optional*):
+            What clients must know. With `None` everybody is heard.
+        limits ([`RequestLimits`]):
+            How much a client may ask for at once.
+
+    Raises:
+        `OSError`: If the address is taken.
+    """
 
     daemon_threads = False  # `server_close` waits for what is being answered
 
@@ -88,6 +122,7 @@ class RewardHTTPServer(ThreadingHTTPServer):
             self._connections.release()
 
     def arrived(self, request: socket.socket) -> None:
+        """Tell that the whole request of a connection has been read."""
         self._arriving.discard(request)
 
     def hang_up(self) -> None:

@@ -131,6 +131,21 @@ def _only_pixels(image: Image.Image) -> Image.Image:
 
 
 def encode_values(values: Any, name: str, prompts: list[str]) -> list[float | dict[str, str] | None]:
+    """
+    What a reward returned, as the answer's JSON has it.
+
+    Args:
+        values (`list`, `np.ndarray` or `torch.Tensor`):
+            One value an image: a number, `None` or NaN where the reward does not apply, or an exception where it
+            failed for that image alone.
+        name (`str`):
+            Name of the reward, for messages.
+        prompts (`list[str]`):
+            The prompts of the images.
+
+    Raises:
+        [`RewardError`]: If the values are not those of a reward, see `reward_tensor`.
+    """
     reward_tensor(values, name, prompts)  # raises for what is not a reward, as it would in the trainer
     encoded: list[float | dict[str, str] | None] = []
     for value in values.tolist() if isinstance(values, Tensor | np.ndarray) else values:
@@ -144,4 +159,5 @@ def encode_values(values: Any, name: str, prompts: list[str]) -> list[float | di
 
 
 def bad_request(reason: str) -> RefusedError:
+    """The refusal of a request that is not as it must be, to be raised; `reason` says what is wrong."""
     return RefusedError(HTTPStatus.BAD_REQUEST, reason)
