@@ -23,7 +23,7 @@ from trl_marble.shapeworld import load_pipeline, load_prompts, reward_funcs
 FOLDER = EXAMPLES / "benchmarks"
 sys.path.append(str(FOLDER))
 import compare  # noqa: E402
-from evidence import methods, report, runs, statistics, workers  # noqa: E402
+from evidence import methods, report, runs, statistics, tables, workers  # noqa: E402
 from evidence.experiments import EXPERIMENTS  # noqa: E402
 from evidence.runs import MAIN, QUICK, TUNING, Run  # noqa: E402
 
@@ -55,12 +55,14 @@ def test_methods_are_compared_seed_by_seed():
     differences = np.zeros((2, 3, 2))
     differences[:, :, 0] = [[0.1, 0.3, 0.4], [0.3, 0.5, 0.6]]
     differences[:, :, 1] = [[NAN, NAN, -0.1], [NAN, NAN, 0.3]]  # applies to the second prompt only
-    gap = statistics.compare_changes(differences, groups, np.array([0.1, 0.2]))
+    spreads = np.array([0.1, 0.2])
+    gap = statistics.compare_changes(differences, groups, spreads, [0, 1])
     assert [estimate.mean for estimate in gap.rewards] == pytest.approx([0.4 - 0.5 / 15, 0.1])
     assert gap.rewards[0].seed_error == pytest.approx(0.1) and gap.rewards[1].seed_error == pytest.approx(0.2)
     assert gap.mean.mean == pytest.approx((gap.rewards[0].mean / 0.1 + 0.5) / 2)
     # Of the seeds: (first / 0.1 + second / 0.2) / 2, which differ by (2 + 2) / 2.
     assert gap.mean.seed_error == pytest.approx(1)
+    assert statistics.compare_changes(differences, groups, spreads, [1]).mean[:2] == pytest.approx((0.5, 1))
 
 
 def test_composites_are_those_of_the_package_with_an_error():
@@ -168,7 +170,12 @@ def test_methods_are_measured_by_the_specialists():
     # This one trains on `composition` and `coverage`, the first and the third reward.
     assert completed["sum_2_rewards"].worst[:2] == pytest.approx((2, 0.2))
     assert completed["specialist_calm"].worst is None and completed["specialist_calm"].composite is None
-    assert completed["marble"].composite.mean == pytest.approx(-completed["sum_2_rewards"].composite.mean)
+    # Composites are for methods that train on the same rewards.
+    assert completed["marble"].composite is None
+    results["equal"] = method_result("equal", [[0.1] * 5] * 2)
+    del results["sum_2_rewards"]
+    completed = report.compare_with_specialists({**specialists, **results}, specialists)
+    assert completed["marble"].composite.mean == pytest.approx(-completed["equal"].composite.mean) != 0
     del specialists["specialist_calm"]
     assert report.compare_with_specialists(results, specialists)["marble"].worst is None
 
@@ -293,6 +300,9 @@ def test_experiments_have_the_gradients_of_marble_and_weigh_them_in_their_own_wa
     for row in metric:
         assert row["experiment/step_taken/cos_min"] > row["experiment/step_plain/cos_min"]
         assert row["experiment/step_taken/conflict"] == 0
+    table = tables._metric_table(replace(method_result("optimizers_metric", [[0.0] * 5]), histories=[metric]))
+    least = min(row["experiment/step_taken/cos_min"] for row in metric)
+    assert table.splitlines()[-1].startswith(f"| taken | {len(metric)} | {least:+.2f} |") and "| 0.0% |" in table
 
 
 def test_the_optimizers_metric_is_that_of_its_next_step(tmp_path):

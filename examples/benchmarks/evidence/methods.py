@@ -44,6 +44,8 @@ class Method:
             A name of `EXPERIMENTS`. Defaults to none.
         tuned_as (`str`, *optional*):
             The method whose learning rate is used. Defaults to a rate of its own.
+        beside (`str`, *optional*):
+            The method that an ablation compares it with. Defaults to `tuned_as`.
     """
 
     label: str
@@ -52,12 +54,18 @@ class Method:
     weighting: str = "mgda"
     experiment: str | None = None
     tuned_as: str | None = None
+    beside: str | None = None
 
     @property
     def rewards(self) -> tuple[str, ...]:
         """All rewards that any stage trains on, in the order of `REWARDS`."""
         trained = {name for stage in self.stages for name in stage}
         return tuple(name for name in REWARDS if name in trained)
+
+    @property
+    def opponent(self) -> str | None:
+        """What an ablation compares it with, seed by seed; `None` for a method of the main table."""
+        return self.beside or self.tuned_as
 
 
 BASE = "base"
@@ -90,10 +98,10 @@ def _ema(decay: float) -> Method:
 
 
 def _few_rewards(count: int) -> dict[str, Method]:
-    stages = (MIXED_ORDER[:count],)
+    stages, sum_key = (MIXED_ORDER[:count],), f"sum_{count}_rewards"
     return {
-        f"marble_{count}_rewards": Method(f"MARBLE, K = {count}", stages, tuned_as="marble"),
-        f"sum_{count}_rewards": Method(f"weighted sum, K = {count}", stages, WEIGHTED_SUM, tuned_as="weighted_sum"),
+        f"marble_{count}_rewards": Method(f"MARBLE, K = {count}", stages, tuned_as="marble", beside=sum_key),
+        sum_key: Method(f"weighted sum, K = {count}", stages, WEIGHTED_SUM, tuned_as="weighted_sum"),
     }
 
 

@@ -59,7 +59,8 @@ class MethodResult:
         results (`list[EvaluationResults]`):
             The evaluation of each seed.
         composite (`Estimate` or `None`):
-            See [`composites`], among the methods of its table; `None` for a specialist.
+            See [`composites`], among the methods of its table; `None` for a specialist, and where the methods do not
+            all train on the same rewards.
         fractions (`dict[str, float]` or `None`):
             Reward -> fraction of the upper bound, see [`reached_fractions`]; `None` where a specialist is missing.
         worst (`WorstReward` or `None`):
@@ -138,10 +139,11 @@ def collect(runs: Mapping[str, Sequence[Run]], scale: Scale, output_dir: Path) -
         for opponent in (BASE, "weighted_sum"):
             if opponent in after and opponent != name:
                 result.wins[opponent] = _pooled_wins(after[opponent], after[name], groups)
-        for other in dict.fromkeys(("weighted_sum", find_method(name).tuned_as)):
+        trained = [k for k, reward in enumerate(REWARDS) if reward in result.trained]
+        for other in dict.fromkeys(("weighted_sum", find_method(name).opponent)):
             if other in collected and other != name and name not in SPECIALISTS.values():
                 differences = result.differences - collected[other].differences
-                result.gaps[other] = compare_changes(differences, groups, spreads)
+                result.gaps[other] = compare_changes(differences, groups, spreads, trained)
     return collected
 
 
@@ -151,7 +153,7 @@ def compare_with_specialists(
     """Complete the methods of one table: their composite among each other, and what they reached of the bounds."""
     names = [name for name in results if name not in SPECIALISTS.values()]
     scores: dict[str, Estimate] = {}
-    if len(names) > 1:
+    if len(names) > 1 and len({results[name].trained for name in names}) == 1:
         stacked = np.stack([results[name].changes for name in names])
         scores = dict(zip(names, composites(stacked), strict=True))
     bounds = _bounds(specialists)

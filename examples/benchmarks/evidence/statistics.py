@@ -6,7 +6,7 @@ prompts. That over prompts says how much other held-out prompts would change the
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -59,7 +59,8 @@ class Gap(NamedTuple):
         rewards (`list[Estimate]`):
             Of each reward, in its own unit.
         mean ([`Estimate`]):
-            Their mean, each in standard deviations of the reward over the untrained pipeline's images.
+            The mean over those that the method trains on, each in standard deviations of the reward over the untrained
+            pipeline's images.
     """
 
     rewards: list[Estimate]
@@ -98,7 +99,7 @@ def _seed_means(differences: np.ndarray, groups: np.ndarray) -> np.ndarray:
     return np.array([clustered_mean(row, groups)[0] for row in differences])
 
 
-def compare_changes(differences: np.ndarray, groups: np.ndarray, spreads: np.ndarray) -> Gap:
+def compare_changes(differences: np.ndarray, groups: np.ndarray, spreads: np.ndarray, trained: Sequence[int]) -> Gap:
     """
     How much more the rewards changed with one method than with another. Runs of one seed share their prompts and the
     noise of their images, so they are compared with each other.
@@ -111,11 +112,14 @@ def compare_changes(differences: np.ndarray, groups: np.ndarray, spreads: np.nda
         spreads (`np.ndarray` of shape `[K]`):
             Standard deviation of each reward over the untrained pipeline's images. Where it is 0 (all of them have the
             same reward) the difference counts in the reward's own unit.
+        trained (`Sequence[int]`):
+            The places of the rewards that count in the mean.
     """
     columns = np.moveaxis(differences, 2, 0)
     means = np.stack([_seed_means(column, groups) for column in columns], axis=1)
     units = np.where(spreads == 0, 1, spreads)
-    return Gap([mean_change(column, groups) for column in columns], mean_over_seeds((means / units).mean(axis=1)))
+    mean = mean_over_seeds((means / units)[:, trained].mean(axis=1))
+    return Gap([mean_change(column, groups) for column in columns], mean)
 
 
 def composites(changes: np.ndarray) -> list[Estimate]:

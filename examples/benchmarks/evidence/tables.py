@@ -67,11 +67,12 @@ def markdown(
         gaps = [
             (f"{result.label} – {rows[parent].label}", result.gaps[parent])
             for name, result in rows.items()
-            if (parent := find_method(name).tuned_as) in result.gaps
+            if (parent := find_method(name).opponent) in result.gaps
         ]
         parts.append(_gaps_table(gaps))
         parts.append(_cosines_table(rows))
         parts += [_SIGNALS + _signals_table(result) for name, result in rows.items() if name == "cross_gram"]
+        parts += [_METRIC + _metric_table(result) for name, result in rows.items() if name == "optimizers_metric"]
     return "\n".join(parts)
 
 
@@ -87,7 +88,8 @@ _FRACTIONS = (
 )
 _GAPS = (
     "Difference between the changes of the same seed, mean over seeds ± its standard error over seeds / over held-out "
-    "prompts. Mean: over the rewards, each in standard deviations of the untrained pipeline's images.\n"
+    "prompts. Mean: over the rewards that the method trains on, each in standard deviations of the untrained "
+    "pipeline's images.\n"
 )
 _WINS = (
     "Share of the images, of all seeds, that have the higher reward than the other's of the same prompt and noise, "
@@ -96,6 +98,11 @@ _WINS = (
 _SIGNALS = (
     "Share of the signal in a gradient's squared norm: inner product between the gradients of two halves of the "
     "step's images, over the squared norm of the whole; mean over steps, ± standard error over seeds.\n\n"
+)
+_METRIC = (
+    "Cosines in AdamW's metric, which are those between each reward's gradient and what AdamW makes of the direction "
+    "(momentum aside), in the steps of this method: with the direction that is the shortest without the metric, and "
+    "with the one that was taken.\n\n"
 )
 _COSINES = (
     "Between the update and each reward's gradient, in the steps of all seeds that measured them; methods that do not "
@@ -203,6 +210,17 @@ def _signals_table(result: MethodResult) -> str:
         seeds = [np.nanmean([row[key] for row in history if key in row]) for history in result.histories]
         cells.append(_estimate(mean_over_seeds(np.array(seeds)), digits=2))
     return _table(["", *REWARDS], [["signal", *cells]])
+
+
+def _metric_table(result: MethodResult) -> str:
+    rows = []
+    for label, key in (("without the metric", "plain"), ("taken", "taken")):
+        steps = [row for history in result.histories for row in history if f"experiment/step_{key}/cos_min" in row]
+        lowest = [row[f"experiment/step_{key}/cos_min"] for row in steps]
+        conflict = [row[f"experiment/step_{key}/conflict"] for row in steps]
+        shown = [f"{value:+.2f}" for value in (min(lowest), np.mean(lowest))]
+        rows.append([label, str(len(steps)), *shown, format_percentage(float(np.mean(conflict)))])
+    return _table(["direction", "steps", "lowest", "mean of each step's lowest", "steps in conflict"], rows)
 
 
 def _rates_table(gains: Mapping[str, Mapping[float, Gain]], rates: Sequence[float]) -> str:
