@@ -116,17 +116,9 @@ ABLATIONS: dict[str, dict[str, Method]] = {
     "Smoothing of alpha": {f"ema_{round(100 * rho):02d}": _ema(rho) for rho in (0.0, 0.1, 0.3, 0.5, 0.9)},
     "What is balanced": {
         "on_loss": Method("MARBLE, N = 1, whole losses", settings={"balance_on": "loss"}, tuned_as="marble"),
-        "on_loss_10": Method(
-            "MARBLE, N = 10, whole losses",
-            settings={"balance_every": 10, "balance_on": "loss"},
-            tuned_as="marble_10",
-        ),
     },
     # What is measured on part of a step is used from the next one on (through the moving average), not at once.
     "What of the step the Gram matrix sees": {
-        "gram_forward": Method(
-            "one forward pass", settings={"balance_fraction": 1 / FORWARD_PASSES}, tuned_as="marble"
-        ),
         "gram_micro_batch": Method(
             f"one micro-batch of {MICRO_BATCH} images at one timestep",
             settings={
