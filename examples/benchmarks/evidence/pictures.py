@@ -21,6 +21,7 @@ from trl_marble.evaluation.plots import PALETTE
 from trl_marble.media import PAPER
 
 from .methods import BASE, METHODS, REWARDS, SPECIALISTS
+from .tables import steps_with_cosines
 
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ def plot_curves(results: Mapping[str, MethodResult], path: Path) -> str:
 
 def plot_changes(results: Mapping[str, MethodResult], path: Path) -> str:
     """Change of every reward on held-out prompts, a panel a reward: mean over seeds, and each seed."""
-    several = [result for name, result in results.items() if name not in SPECIALISTS.values()]
+    several = list(_several(results).values())
     places = np.arange(len(several))[::-1]
     figure = _figure(10.5, 1.2 + 0.3 * len(several))
     panels = figure.subplots(1, len(REWARDS), sharey=True)
@@ -73,9 +74,9 @@ def plot_changes(results: Mapping[str, MethodResult], path: Path) -> str:
         for result, place, color in rows:
             estimate = result.estimates[reward]
             error = 0.0 if math.isnan(estimate.seed_error) else estimate.seed_error
-            face = color if reward in result.trained else PAPER
-            style = {"fmt": "o", "color": color, "markersize": 5, "markerfacecolor": face, "linewidth": 1.5}
-            axes.errorbar(estimate.mean, place, xerr=error, **style, zorder=3)
+            axes.errorbar(
+                estimate.mean, place, xerr=error, fmt="o", color=color, markersize=5, linewidth=1.5, zorder=3
+            )
             seeds = result.changes[:, k]
             axes.plot(seeds, np.full(len(seeds), place), "|", color=color, alpha=0.6, markersize=7, zorder=2)
         _style(axes, reward)
@@ -88,20 +89,15 @@ def plot_changes(results: Mapping[str, MethodResult], path: Path) -> str:
     _save(figure, path)
     return (
         "Change of each reward on held-out prompts: mean and standard error over seeds, and a stroke for each seed. "
-        "Grey: trained on that reward alone. Hollow: a reward that the method does not train on."
+        "Grey: trained on that reward alone."
     )
 
 
 def plot_cosines(results: Mapping[str, MethodResult], path: Path) -> str:
     """The worst cosine of every step that measured it, beside that of the weighted sum that was not taken."""
     measured: list[tuple[str, np.ndarray, np.ndarray]] = []
-    for result in results.values():
-        rows = [
-            row
-            for history in result.histories
-            for row in history
-            if len(result.trained) > 1 and math.isfinite(row.get("balance/cos_min", math.nan))
-        ]
+    for result in _several(results).values():
+        rows = steps_with_cosines(result.histories)
         if rows:
             both = [
                 np.array([row[f"{prefix}/cos_min"] for row in rows]) for prefix in ("balance", "balance/weighted_sum")

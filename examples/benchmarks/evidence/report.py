@@ -81,6 +81,11 @@ class MethodResult:
     fractions: dict[str, float] | None = None
     worst: WorstReward | None = None
 
+    @property
+    def trained_places(self) -> list[int]:
+        """The places in `REWARDS` of the rewards that it trains on."""
+        return [k for k, reward in enumerate(REWARDS) if reward in self.trained]
+
 
 def tuning_gains(
     methods: Sequence[str], rates: Sequence[float], seed: int, scale: Scale, output_dir: Path
@@ -139,11 +144,10 @@ def collect(runs: Mapping[str, Sequence[Run]], scale: Scale, output_dir: Path) -
         for opponent in (BASE, "weighted_sum"):
             if opponent in after and opponent != name:
                 result.wins[opponent] = _pooled_wins(after[opponent], after[name], groups)
-        trained = [k for k, reward in enumerate(REWARDS) if reward in result.trained]
         for other in dict.fromkeys(("weighted_sum", find_method(name).opponent)):
             if other in collected and other != name and name not in SPECIALISTS.values():
                 differences = result.differences - collected[other].differences
-                result.gaps[other] = compare_changes(differences, groups, spreads, trained)
+                result.gaps[other] = compare_changes(differences, groups, spreads, result.trained_places)
     return collected
 
 
@@ -163,7 +167,7 @@ def compare_with_specialists(
             fractions = reached_fractions(result.changes, bounds)
             result = replace(result, fractions=dict(zip(REWARDS, fractions.tolist(), strict=True)))
         if bounds is not None and name in names:
-            trained = [k for k, reward in enumerate(REWARDS) if reward in result.trained]
+            trained = result.trained_places
             worst = worst_reward(result.changes[:, trained], bounds[:, trained])
             place = None if worst.reward is None else trained[worst.reward]
             result = replace(result, worst=worst._replace(reward=place))

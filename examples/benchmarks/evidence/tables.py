@@ -124,19 +124,41 @@ def cosine_figures(histories: Sequence[Sequence[Mapping[str, Any]]]) -> dict[str
         `mean`, over rewards too; `conflict`, the share of the steps that go against a reward; `not_taken_lowest` and
         `not_taken_conflict`, of the weighted sum. `None` where no step measured any.
     """
-    rows = [row for history in histories for row in history if math.isfinite(row.get("balance/cos_min", math.nan))]
+    rows = steps_with_cosines(histories)
     if not rows:
         return None
-    lowest = np.array([row["balance/cos_min"] for row in rows])
     other = "balance/weighted_sum"
     return {
         "steps": len(rows),
-        "lowest": float(lowest.min()),
-        "mean_of_lowest": float(lowest.mean()),
-        "mean": float(np.mean([row["balance/cos_mean"] for row in rows])),
-        "conflict": float(np.mean([row["balance/conflict"] for row in rows])),
+        **_direction_figures(rows, "balance"),
         "not_taken_lowest": float(np.nanmin([row[f"{other}/cos_min"] for row in rows])),
         "not_taken_conflict": float(np.mean([row[f"{other}/conflict"] for row in rows])),
+    }
+
+
+def steps_with_cosines(
+    histories: Sequence[Sequence[Mapping[str, Any]]], prefix: str = "balance"
+) -> list[Mapping[str, Any]]:
+    """
+    What was logged at the steps, of all seeds, that measured the cosines of a direction.
+
+    Args:
+        histories (`Sequence[Sequence[Mapping[str, Any]]]`):
+            What was logged, for each seed.
+        prefix (`str`, *optional*, defaults to `"balance"`):
+            What the names of the direction's figures begin with.
+    """
+    key = f"{prefix}/cos_min"
+    return [row for history in histories for row in history if math.isfinite(row.get(key, math.nan))]
+
+
+def _direction_figures(rows: Sequence[Mapping[str, Any]], prefix: str) -> dict[str, float]:
+    lowest = np.array([row[f"{prefix}/cos_min"] for row in rows])
+    return {
+        "lowest": float(lowest.min()),
+        "mean_of_lowest": float(lowest.mean()),
+        "mean": float(np.mean([row[f"{prefix}/cos_mean"] for row in rows])),
+        "conflict": float(np.mean([row[f"{prefix}/conflict"] for row in rows])),
     }
 
 
@@ -214,12 +236,11 @@ def _signals_table(result: MethodResult) -> str:
 
 def _metric_table(result: MethodResult) -> str:
     rows = []
-    for label, key in (("without the metric", "plain"), ("taken", "taken")):
-        steps = [row for history in result.histories for row in history if f"experiment/step_{key}/cos_min" in row]
-        lowest = [row[f"experiment/step_{key}/cos_min"] for row in steps]
-        conflict = [row[f"experiment/step_{key}/conflict"] for row in steps]
-        shown = [f"{value:+.2f}" for value in (min(lowest), np.mean(lowest))]
-        rows.append([label, str(len(steps)), *shown, format_percentage(float(np.mean(conflict)))])
+    for label, prefix in (("without the metric", "experiment/step_plain"), ("taken", "experiment/step_taken")):
+        steps = steps_with_cosines(result.histories, prefix)
+        figures = _direction_figures(steps, prefix)
+        cosines = [f"{figures[key]:+.2f}" for key in ("lowest", "mean_of_lowest")]
+        rows.append([label, str(len(steps)), *cosines, format_percentage(figures["conflict"])])
     return _table(["direction", "steps", "lowest", "mean of each step's lowest", "steps in conflict"], rows)
 
 
