@@ -17,9 +17,8 @@ methods that they vary. `report` writes tables and pictures of what is finished 
 
 The evaluation is the same for all: prompts of the test split, noise from one seed. Every run has a folder of its own
 with its log, and runs as a process of one thread; as many run at once as there are cores. What is finished is not run
-again, and what was interrupted goes on from its last checkpoint. On two cores `tune` took 1.8 hours and `main` 2.3;
-`ablations` takes about 4.4 (scaled from 56 of its 63 runs). A whole run's images and adapters are 20 MB of disk.
-`--dry_run` says what is to be done.
+again, and what was interrupted goes on from its last checkpoint. On two cores `tune` took 1.8 hours, `main` 2.3
+and `ablations` 4.2. A whole run's images and adapters are 20 MB of disk. `--dry_run` says what is to be done.
 """
 
 import argparse
