@@ -147,6 +147,9 @@ def steps_with_cosines(
             What was logged, for each seed.
         prefix (`str`, *optional*, defaults to `"balance"`):
             What the names of the direction's figures begin with.
+
+    Returns:
+        Their rows, as they were logged.
     """
     key = f"{prefix}/cos_min"
     return [row for history in histories for row in history if math.isfinite(row.get(key, math.nan))]
