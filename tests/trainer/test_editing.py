@@ -10,8 +10,8 @@ from tiny_edits import edit_image, edit_set, tiny_flux_kontext, tiny_qwen_image_
 from trainer_helpers import blue, bright, small_trainer
 
 from trl_marble.balance import SeparateBackward, WeightedBackward
+from trl_marble.evaluation.evaluator import image_seed
 from trl_marble.trainer import step_gradient
-from trl_marble.trainer.seeding import Draw, derive_seed
 
 
 KONTEXT = {"height": 16, "width": 16, "guidance_scale": 3.5, "max_sequence_length": 24}
@@ -132,8 +132,7 @@ def test_evaluation_edits_the_images_of_its_dataset(tmp_path):
     args, flow = trainer.args, trainer.flow
     for i, (edited, source) in enumerate(seen):
         conditioning = flow.encode([rows[i]["prompt"]], [source])
-        seed = derive_seed(args.seed, Draw.EVALUATION, i)
-        assert flow.rollout(conditioning, [seed], args.num_inference_steps).images[0] == edited
+        assert flow.rollout(conditioning, [image_seed(args.seed, i, 0)], args.num_inference_steps).images[0] == edited
 
 
 def test_images_that_are_missing_are_refused_before_anything_is_sampled(tmp_path):

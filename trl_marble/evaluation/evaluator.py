@@ -114,6 +114,7 @@ def evaluate_pipeline(
         args.guidance_scale,
         args.max_sequence_length,
         num_frames=args.num_frames,
+        autocast_dtype=torch.bfloat16 if args.bf16 else None,
     )
     check_media(scorer.funcs, scorer.names, flow.family.output, type(model).__name__)
     flow.verify()
@@ -244,10 +245,7 @@ def _sample(flow: FlowPipeline, scorer: RewardScorer, plan: _Plan, number: int, 
     seeds = [plan.image_seed(index) for index in indices]
     conditioning, index = encode_distinct(flow, texts, columns["image"] if plan.edits else None)
     device = flow.device
-    with (
-        torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
-        torch.autocast(device.type, torch.bfloat16, enabled=args.bf16),
-    ):
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seeds[0])  # for solvers that draw noise at every step
         images: list[Sample] = list(flow.rollout(conditioning.select(index), seeds, args.num_inference_steps).images)
     return _Sampled(number, images, scorer.submit(images, texts, columns, TrainerState()))

@@ -5,6 +5,7 @@ import copy
 import inspect
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, NamedTuple
 
 import PIL.Image
@@ -12,11 +13,12 @@ import torch
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
-from torch import Tensor
+from torch import Tensor, nn
 
 from .conditioning import Conditioning, Rows
 from .families import find_family
 from .overrides import giving, remembered
+from .precision import autocast_calls
 from .quantization import base_dtype
 from .schedulers import (
     FLOW_MATCHING_SCHEDULERS,
@@ -71,6 +73,9 @@ class FlowPipeline:
             Longest text in tokens, as the pipeline's argument of that name. Defaults to the pipeline's own.
         num_frames (`int`, *optional*):
             Number of frames of a video; diffusers rounds it to what the VAE can make. Defaults to the pipeline's own.
+        autocast_dtype (`torch.dtype`, *optional*):
+            What the transformer computes in under autocast, such as `torch.bfloat16`, at every call: rollouts and
+            velocities alike. The other components compute in their own dtype, and so does the transformer by default.
 
     Raises:
         `TypeError`: `pipeline` is not a `DiffusionPipeline`.
@@ -88,6 +93,7 @@ class FlowPipeline:
         guidance_scale: float = 1.0,
         max_sequence_length: int | None = None,
         num_frames: int | None = None,
+        autocast_dtype: torch.dtype | None = None,
     ):
         if not isinstance(pipeline, DiffusionPipeline):
             raise TypeError(
@@ -128,6 +134,7 @@ class FlowPipeline:
                 "it out."
             )
         self.num_frames = num_frames
+        self.autocast_dtype = autocast_dtype
         self._warned_of_long_prompt = False
         self._check_guidance()
 
@@ -165,6 +172,17 @@ class FlowPipeline:
         # The loop of the 5B of Wan 2.2 writes the time of the batch into every token.
         expands_time = bool(self.pipeline.config.get("expand_timesteps"))
         return self.family.one_time or self.family.one_sample or expands_time
+
+    def precision(self) -> AbstractContextManager[None]:
+        """
+        The context that all calls of the pipeline run in: with `autocast_dtype`, its transformer under autocast, and
+        so the one for unconditional predictions that some pipelines have beside it.
+        """
+        if self.autocast_dtype is None:
+            return nullcontext()
+        components = self.pipeline.components.items()
+        modules = [part for name, part in components if isinstance(part, nn.Module) and "transformer" in name]
+        return autocast_calls(modules, self.autocast_dtype)
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str], images: Sequence[PIL.Image.Image] | None = None) -> Conditioning:
@@ -262,10 +280,11 @@ class FlowPipeline:
         """
         The transformer's velocity `v = noise - data`, differentiable.
 
-        Gradients, autocast and gradient checkpointing follow the context of the call. Classifier-free guidance is
-        never used; a guidance-distilled transformer is given `guidance_scale`. Where the pipeline can hold only one
-        time (`Family.one_time`) or one sample (`Family.one_sample`, and any with an image to be edited), the
-        transformer runs once for every different time, or for every sample.
+        Gradients and gradient checkpointing follow the context of the call, and so does autocast where there is no
+        `autocast_dtype`. Classifier-free guidance is never used; a guidance-distilled transformer is given
+        `guidance_scale`. Where the pipeline can hold only one time (`Family.one_time`) or one sample
+        (`Family.one_sample`, and any with an image to be edited), the transformer runs once for every different time,
+        or for every sample.
 
         Args:
             x_t (`torch.Tensor` of shape `[batch, ...]`):
@@ -383,12 +402,13 @@ class FlowPipeline:
         """One call of the pipeline, as its users call it."""
         solver = self._fresh_solver(num_inference_steps, scheduler)
         latents = keep_samples(solver)
-        output = self._driver(solver, conditioning)(
-            **self.call_arguments(conditioning, guided=self._is_guided),
-            generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
-            num_inference_steps=num_inference_steps,
-            output_type=output_type,
-        )
+        with self.precision():
+            output = self._driver(solver, conditioning)(
+                **self.call_arguments(conditioning, guided=self._is_guided),
+                generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
+                num_inference_steps=num_inference_steps,
+                output_type=output_type,
+            )
         return Rollout(latents=latents[0], images=output[0])  # `images` or `frames`
 
     def _velocity_at(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
@@ -409,9 +429,10 @@ class FlowPipeline:
 
     def _call_with_gradients(self, driver: Any, conditioning: Conditioning, **options: Any) -> None:
         """The pipeline's `__call__` without its `no_grad` decorator and without classifier-free guidance."""
-        inspect.unwrap(type(driver).__call__)(
-            driver, **self.call_arguments(conditioning, guided=False), **options, output_type="latent"
-        )
+        with self.precision():
+            inspect.unwrap(type(driver).__call__)(
+                driver, **self.call_arguments(conditioning, guided=False), **options, output_type="latent"
+            )
 
     def call_arguments(self, conditioning: Conditioning, guided: bool = False) -> dict[str, Any]:
         """

@@ -209,13 +209,14 @@ def _plain_call(flow: "FlowPipeline", group: Sequence[int], **options: Any) -> t
     calls: list[None] = []
     handle = flow.transformer.register_forward_hook(lambda *_: calls.append(None))
     try:
-        driver(
-            **flow.call_arguments(Conditioning({"prompt": [PROMPTS[i] for i in group]})),
-            generator=[torch.Generator("cpu").manual_seed(SEEDS[i]) for i in group],
-            num_inference_steps=STEPS,
-            output_type="latent",
-            **options,
-        )
+        with flow.precision():
+            driver(
+                **flow.call_arguments(Conditioning({"prompt": [PROMPTS[i] for i in group]})),
+                generator=[torch.Generator("cpu").manual_seed(SEEDS[i]) for i in group],
+                num_inference_steps=STEPS,
+                output_type="latent",
+                **options,
+            )
     finally:
         handle.remove()
     return steps, len(calls)

@@ -14,12 +14,12 @@ from torch import Tensor
 
 from ..evaluation import Evaluation
 from ..evaluation.diversity import group_diversity, thumbnails
+from ..evaluation.evaluator import image_seed
 from ..media import Sample
 from ..pipelines import Conditioning, adapters_disabled, edits_images, encode_distinct
 from ..rewards import Scores
 from .reward_failures import count_failures
 from .sampling import sample_and_score
-from .seeding import Draw, derive_seed
 
 
 if TYPE_CHECKING:
@@ -131,7 +131,9 @@ def _own_images(trainer: "MarbleNFTTrainer", dataset: Dataset) -> tuple[list[_Ev
         rows = [dataset[i // args.num_generations_eval] for i in indices]
         prompts = [row["prompt"] for row in rows]
         columns = {name: [row[name] for row in rows] for name in dataset.column_names if name != "prompt"}
-        seeds = [derive_seed(args.seed, Draw.EVALUATION, i) for i in indices]
+        seeds = [
+            image_seed(args.seed, *divmod(i, args.num_generations_eval)) for i in indices
+        ]  # `evaluate_pipeline`'s
         to_edit = columns["image"] if edits_images(trainer.flow, dataset, "eval_dataset") else None
         conditioning, prompt_index = encode_distinct(trainer.flow, prompts, to_edit)
     batch_size = args.per_device_eval_batch_size
@@ -173,9 +175,8 @@ def _squared_velocity_norms(
     generators = [torch.Generator().manual_seed(seed) for seed in seeds[: len(x0)]]
     noise = torch.stack([torch.randn(x0.shape[1:], generator=g) for g in generators]).to(x0)
     x_t, t = (x0 + noise) / 2, torch.full((len(x0),), 0.5, device=x0.device)
-    with trainer.compute_loss_context_manager():
-        policy = trainer.model(x_t, t, conditioning)
-        with adapters_disabled(trainer.flow.transformer):
-            base = trainer.model(x_t, t, conditioning)
+    policy = trainer.model(x_t, t, conditioning)
+    with adapters_disabled(trainer.flow.transformer):
+        base = trainer.model(x_t, t, conditioning)
     norms = [velocity.float().square().flatten(1).sum(dim=1).tolist() for velocity in (policy, base)]
     return list(zip(*norms, strict=True))

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object, set_seed
+from accelerate.utils import AutocastKwargs, gather_object, set_seed
 from datasets import Dataset
 from diffusers import DiffusionPipeline
 from huggingface_hub import CommitInfo
@@ -197,6 +197,7 @@ class MarbleNFTTrainer(CheckpointedTrainer):
             args.guidance_scale,
             args.max_sequence_length,
             num_frames=args.num_frames,
+            autocast_dtype=torch.bfloat16 if args.bf16 else None,
         )
         self.edits = edits_images(self.flow, train_dataset, "train_dataset")
         if eval_dataset is not None:
@@ -215,6 +216,8 @@ class MarbleNFTTrainer(CheckpointedTrainer):
             callbacks=[_FollowPolicy(self), *(callbacks or [])],  # first: the others see the policies as they are now
             optimizers=optimizers,
         )
+        # Of `Policy.forward` only, and with a cache: the pipeline has a precision of its own for all of its calls.
+        self.accelerator.autocast_handler = AutocastKwargs(enabled=False)
         self.parameters = list(self.trainable.values())
         self.old_policy = WeightShadow(self.trainable.items())
         self.average = WeightShadow(self.trainable.items())
@@ -540,8 +543,7 @@ class MarbleNFTTrainer(CheckpointedTrainer):
         """Forward and backward passes for one noisy version of a micro-batch. Returns its share of the loss."""
         old_velocity, base_velocity = self._frozen_velocities(x_t, t, conditioning)
         with self.step_gradient.recording(place, len(x_t)):
-            with self.compute_loss_context_manager():
-                velocity = self.model(x_t, t, conditioning)
+            velocity = self.model(x_t, t, conditioning)
             self.metrics.record("drift/velocity_rms", _mean_rms(velocity.detach()))
             if old_velocity is None:
                 old_velocity = velocity.detach()
@@ -564,13 +566,12 @@ class MarbleNFTTrainer(CheckpointedTrainer):
         """
         old = base = None
         self.model.eval()
-        with self.compute_loss_context_manager():
-            if not self._on_policy:
-                with self.old_policy.swapped_in():
-                    old = self.model(x_t, t, conditioning)
-            if self.args.beta > 0:
-                with adapters_disabled(self.flow.transformer):
-                    base = self.model(x_t, t, conditioning)
+        if not self._on_policy:
+            with self.old_policy.swapped_in():
+                old = self.model(x_t, t, conditioning)
+        if self.args.beta > 0:
+            with adapters_disabled(self.flow.transformer):
+                base = self.model(x_t, t, conditioning)
         self.model.train()
         return old, base
 

@@ -84,10 +84,9 @@ def sample_and_score(
     with together.phase(exchanges=sharded), trainer.progress("rollout", len(prompts)) as bar:
         for start in range(0, len(prompts), batch_size):
             part = slice(start, start + batch_size)
-            with trainer.compute_loss_context_manager():
-                rollout = trainer.flow.rollout(
-                    conditioning.select(prompt_index[part]), seeds[part], trainer.args.num_inference_steps
-                )
+            rollout = trainer.flow.rollout(
+                conditioning.select(prompt_index[part]), seeds[part], trainer.args.num_inference_steps
+            )
             sampled = list(rollout.images)
             is_finite = rollout.latents.flatten(1).isfinite().all(dim=1)
             latents.append(torch.where(is_finite.view(-1, *[1] * (rollout.latents.ndim - 1)), rollout.latents, 0.0))

@@ -12,7 +12,6 @@ class Draw(IntEnum):
     ROLLOUT = 0
     TRAINING_NOISE = 1
     ORDER = 2
-    EVALUATION = 3
     MEASURED = 4
 
 
