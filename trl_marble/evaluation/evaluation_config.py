@@ -40,7 +40,8 @@ class EvaluationConfig:
             together. Images depend on it only by rounding.
         bf16 (`bool`, *optional*, defaults to `False`):
             Whether the transformer computes in bfloat16. A pipeline given by name is loaded in it; of one given as an
-            object the other components keep their dtype, as in training with `MarbleConfig.bf16`. Rewards that are models score in it, unless they chose their own dtype.
+            object the other components keep their dtype, as in training with `MarbleConfig.bf16`. Rewards that are
+            models score in it, unless they chose their own dtype.
         reward_failure (`str`, *optional*, defaults to `"raise"`):
             What happens where a reward raises, takes too long, or answers an exception or an infinite number for an
             image. `"raise"`: the evaluation stops with an error that names the reward, the prompt and the cause; what
