@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from datasets import Image as ImageFeature
 from PIL import Image
 from tiny_edits import edit_image, edit_set, tiny_flux_kontext, tiny_qwen_image_edit
 from trainer_helpers import blue, bright, small_trainer
@@ -158,3 +159,43 @@ def test_for_a_pipeline_of_text_alone_the_column_is_one_for_the_rewards(tmp_path
     trainer.train()
     assert len(seen) == 4 and all(isinstance(image, Image.Image) for image in seen)
     assert not trainer.edits
+
+
+@pytest.fixture
+def decoded(monkeypatch):
+    """The images of prompt sets that were decoded, one entry for each time."""
+    images, decode = [], ImageFeature.decode_example
+
+    def noted(self, value, *args, **kwargs):
+        images.append(decode(self, value, *args, **kwargs))
+        return images[-1]
+
+    monkeypatch.setattr(ImageFeature, "decode_example", noted)
+    return images
+
+
+def test_images_are_decoded_once_for_a_generation_batch(tmp_path, decoded):
+    """Not for each micro-batch, of which an optimizer step has six here, and not for each sample of a prompt."""
+    trainer = editing_trainer(
+        tmp_path,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=6,
+        num_generations=4,
+        num_iterations=2,
+        max_steps=4,
+    )
+    assert not decoded
+    trainer.train()
+    assert len(decoded) == 2 * 3, "two generation batches of three prompts"
+
+
+def test_an_evaluation_decodes_each_image_once(tmp_path, decoded):
+    trainer = editing_trainer(tmp_path, eval_dataset=edit_set(), num_generations_eval=3)
+    trainer.evaluate()
+    assert len(decoded) == 6
+
+
+def test_a_micro_batch_holds_row_numbers_only(tmp_path):
+    trainer = editing_trainer(tmp_path, gradient_accumulation_steps=3, num_generations=4)
+    batches = list(trainer.get_train_dataloader())
+    assert batches and all(type(row) is int for batch in batches for row in batch)

@@ -6,6 +6,7 @@ from .loading import load_prompts
 from .mixing import mix_prompts, source_weights
 from .prompt_sampler import RepeatPromptSampler
 from .prompts import validate_prompts
+from .rows import read_rows
 
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "load_prompts",
     "mix_prompts",
     "ocr_prompts",
+    "read_rows",
     "source_weights",
     "validate_prompts",
 ]

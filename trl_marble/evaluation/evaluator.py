@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from transformers import TrainerState
 from transformers.utils import logging
 
-from ..data import validate_prompts
+from ..data import read_rows, validate_prompts
 from ..media import Sample
 from ..pipelines import FlowPipeline, edits_images, encode_distinct, find_adapter, load_pipeline, loaded_adapter
 from ..pipelines.quantization import first_values
@@ -239,9 +239,8 @@ def _is_finished(records: BatchRecords, number: int) -> bool:
 @torch.no_grad()
 def _sample(flow: FlowPipeline, scorer: RewardScorer, plan: _Plan, number: int, args: EvaluationConfig) -> _Sampled:
     indices = plan.batches[number]
-    rows = [plan.prompts[plan.place(index)[0]] for index in indices]
-    texts = [row["prompt"] for row in rows]
-    columns = {name: [row[name] for row in rows] for name in plan.prompts.column_names if name != "prompt"}
+    columns = read_rows(plan.prompts, [plan.place(index)[0] for index in indices])
+    texts = columns.pop("prompt")
     seeds = [plan.image_seed(index) for index in indices]
     conditioning, index = encode_distinct(flow, texts, columns["image"] if plan.edits else None)
     device = flow.device

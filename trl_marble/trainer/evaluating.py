@@ -12,6 +12,7 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 from torch import Tensor
 
+from ..data import read_rows
 from ..evaluation import Evaluation
 from ..evaluation.diversity import group_diversity, thumbnails
 from ..evaluation.evaluator import image_seed
@@ -88,11 +89,12 @@ def evaluate_policy(trainer: "MarbleNFTTrainer", dataset: Dataset) -> PolicyEval
         failed = count_failures(scores, names, trainer.accelerator) if args.masks_rewards else {}
 
     images = sorted(gather_object(found), key=lambda image: image.number)
+    all_prompts = dataset["prompt"]
     gallery: dict[str, list[Sample]] = {}
     gallery_rewards: dict[str, list[Tensor]] = {}
     for image in images:
         if image.shown is not None:
-            prompt = dataset[image.number // repeats]["prompt"]
+            prompt = all_prompts[image.number // repeats]
             gallery.setdefault(prompt, []).append(image.shown)
             gallery_rewards.setdefault(prompt, []).append(torch.tensor(image.rewards))
     rewards = torch.tensor([image.rewards for image in images]).T
@@ -128,9 +130,8 @@ def _own_images(trainer: "MarbleNFTTrainer", dataset: Dataset) -> tuple[list[_Ev
     indices = [min(i, num_images - 1) for i in places_of_all]
     num_own = sum(i < num_images for i in places_of_all)
     with trainer.together.phase():
-        rows = [dataset[i // args.num_generations_eval] for i in indices]
-        prompts = [row["prompt"] for row in rows]
-        columns = {name: [row[name] for row in rows] for name in dataset.column_names if name != "prompt"}
+        columns = read_rows(dataset, [i // args.num_generations_eval for i in indices])
+        prompts = columns.pop("prompt")
         seeds = [
             image_seed(args.seed, *divmod(i, args.num_generations_eval)) for i in indices
         ]  # `evaluate_pipeline`'s

@@ -30,7 +30,7 @@ from ..balance import (
     weight_ema_decay,
     weighted_sum_weights,
 )
-from ..data import RepeatPromptSampler, source_weights, validate_prompts
+from ..data import RepeatPromptSampler, read_rows, source_weights, validate_prompts
 from ..evaluation import Evaluation
 from ..evaluation.diversity import group_diversity, thumbnails
 from ..hub import save_adapter
@@ -210,7 +210,7 @@ class MarbleNFTTrainer(CheckpointedTrainer):
         super().__init__(
             model=Policy(self.flow),
             args=args,
-            data_collator=_keep_rows,  # type: ignore[arg-type]
+            data_collator=list,  # type: ignore[arg-type]
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             callbacks=[_FollowPolicy(self), *(callbacks or [])],  # first: the others see the policies as they are now
@@ -248,6 +248,7 @@ class MarbleNFTTrainer(CheckpointedTrainer):
         self._cycle_length = args.steps_per_generation * args.num_iterations
         self.evaluations: list[Evaluation] = []
         self._batch: GenerationBatch  # from the first micro-batch on
+        self._prompts: list[str]  # of this process's samples of it
         self._conditioning: Conditioning | None = None  # of the generation batch; a resumed run makes it anew
         self._micro_step = 0
         self._latest_rollout: RolloutRecord | None = None
@@ -271,10 +272,11 @@ class MarbleNFTTrainer(CheckpointedTrainer):
 
     def get_train_dataloader(self):
         """
-        Batches of dataset rows: in each, this process's part of a generation batch.
+        Batches of row numbers: in each, this process's part of a generation batch.
 
         A generation batch comes once for every micro-batch that trains on it, so that epochs, steps and resuming are
-        counted as `transformers` does; only its first coming is rolled out.
+        counted as `transformers` does. Its rows are read once, when it is sampled: `transformers` holds all
+        micro-batches of an optimizer step at once.
         """
         self._prompt_sampler = RepeatPromptSampler(
             num_prompts=len(self.train_dataset),
@@ -287,7 +289,7 @@ class MarbleNFTTrainer(CheckpointedTrainer):
             source_weights=self.source_weights,
         )
         return self._get_dataloader(
-            dataset=self.train_dataset,
+            dataset=range(len(self.train_dataset)),  # type: ignore[arg-type]
             description="Training",
             batch_size=self.args.per_device_train_batch_size * self.args.steps_per_generation,
             sampler_fn=self._get_train_sampler,
@@ -334,13 +336,8 @@ class MarbleNFTTrainer(CheckpointedTrainer):
             for scorer in self.scorers:
                 scorer.close()
 
-    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list, Any]:
-        """The rows of an optimizer step. Reading them may fail in one process, where a dataset reads files."""
-        with self.together.phase():
-            return super().get_batch_samples(*args, **kwargs)
-
     def training_step(  # type: ignore[override]
-        self, model: nn.Module, inputs: list[dict[str, Any]], num_items_in_batch: Tensor | int | None = None
+        self, model: nn.Module, inputs: list[int], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
         """
         One micro-batch: sample and score if a generation batch begins, then accumulate gradients; the last micro-batch
@@ -349,8 +346,8 @@ class MarbleNFTTrainer(CheckpointedTrainer):
         Args:
             model (`nn.Module`):
                 The policy as `accelerate` wrapped it. Not called: gradients are reduced here, once for the whole step.
-            inputs (`list[dict[str, Any]]`):
-                Rows of the dataset: this process's part of the generation batch.
+            inputs (`list[int]`):
+                The rows of the dataset that are this process's part of the generation batch, by number.
             num_items_in_batch:
                 Not used.
 
@@ -365,18 +362,17 @@ class MarbleNFTTrainer(CheckpointedTrainer):
             with self.together.phase():
                 self._encode_again(inputs)
         update = slot // self.args.gradient_accumulation_steps
-        prompts = [row["prompt"] for row in inputs]
         is_last = self.accelerator.sync_gradients
         with self.together.phase(exchanges=self.args.base_is_sharded, ask=is_last), update_advice(self.args):
             if slot % self.args.gradient_accumulation_steps == 0:
-                self._begin_update(update, prompts)
+                self._begin_update(update)
             loss = self._accumulate(slot, cycle, iteration)
         if is_last:
             with self.together.phase():
                 left_out = self.nonfinite.settle()
             with self.together.phase(), update_advice(self.args):
                 if left_out is not None:
-                    self._repeat_update(slot, cycle, iteration, prompts, left_out)
+                    self._repeat_update(slot, cycle, iteration, left_out)
             with self.together.phase(), update_advice(self.args):
                 self.step_gradient.finish()
         self._micro_step += 1
@@ -384,10 +380,11 @@ class MarbleNFTTrainer(CheckpointedTrainer):
 
     # ---- Rollout, rewards, advantages ----
 
-    def _generate(self, rows: list[dict[str, Any]], cycle: int) -> GenerationBatch:
+    def _generate(self, rows: list[int], cycle: int) -> GenerationBatch:
         """Sample the rows' prompts with the old policy, score the images and compare them with their group."""
-        prompts = [row["prompt"] for row in rows]
-        columns = {name: [row[name] for row in rows] for name in rows[0] if name != "prompt"}
+        with self.together.phase():  # it may fail in one process, where a dataset reads files
+            columns = read_rows(self.train_dataset, rows)
+        self._prompts = prompts = columns.pop("prompt")
         sample_ids = range(self.args.process_index * len(rows), (self.args.process_index + 1) * len(rows))
         seeds = [derive_seed(self.args.seed, Draw.ROLLOUT, cycle, i) for i in sample_ids]
         to_edit = columns["image"] if self.edits else None
@@ -448,10 +445,11 @@ class MarbleNFTTrainer(CheckpointedTrainer):
             weighted_sum=self._weighted_sum(all_rewards),
         )
 
-    def _encode_again(self, rows: list[dict[str, Any]]) -> None:
+    def _encode_again(self, rows: list[int]) -> None:
         """Embeddings for a generation batch that was read from a checkpoint, of the same rows of the dataset."""
-        prompts = [row["prompt"] for row in rows]
-        to_edit = [row["image"] for row in rows] if self.edits else None
+        columns = read_rows(self.train_dataset, rows)
+        self._prompts = prompts = columns["prompt"]
+        to_edit = columns["image"] if self.edits else None
         if digest_of(prompts, to_edit) != self._batch.rows_digest:
             raise ValueError(
                 "The checkpoint was saved in the middle of a generation batch that was sampled from other rows than "
@@ -491,18 +489,18 @@ class MarbleNFTTrainer(CheckpointedTrainer):
 
     # ---- Per-reward gradients and the update ----
 
-    def _begin_update(self, update: int, prompts: list[str], left_out: Tensor | None = None) -> None:
+    def _begin_update(self, update: int, left_out: Tensor | None = None) -> None:
         """Start an optimizer step, with samples left out at some timesteps where it is taken again."""
-        self.nonfinite.begin(self.state.global_step, self._batch, prompts, update, self.num_times, left_out)
+        self.nonfinite.begin(self.state.global_step, self._batch, self._prompts, update, self.num_times, left_out)
         # With dropout a forward pass for training is not one of the old policy, whatever the weights.
         self._on_policy = not self._has_dropout and self.old_policy.equals_live()
         self.step_gradient.begin(self.state.global_step, self._batch, update, self.num_times, self._on_policy)
 
-    def _repeat_update(self, last_slot: int, cycle: int, iteration: int, prompts: list[str], left_out: Tensor) -> None:
+    def _repeat_update(self, last_slot: int, cycle: int, iteration: int, left_out: Tensor) -> None:
         """Accumulate the gradients of an optimizer step anew, without what was not finite."""
         update = last_slot // self.args.gradient_accumulation_steps
         self.model.zero_grad()
-        self._begin_update(update, prompts, left_out)
+        self._begin_update(update, left_out)
         with self.metrics.paused():
             for slot in range(update * self.args.gradient_accumulation_steps, last_slot + 1):
                 self._accumulate(slot, cycle, iteration)
@@ -824,8 +822,3 @@ def _spread(values: Tensor) -> float:
 def _mean_rms(values: Tensor) -> Tensor:
     """Root mean square of each finite sample, averaged over samples: the same however they are cut into batches."""
     return finite_mean(values.float().square().flatten(1).mean(dim=1).sqrt())
-
-
-def _keep_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The data collator: rewards want the rows as they are."""
-    return rows
