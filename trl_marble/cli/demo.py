@@ -53,7 +53,14 @@ def run_demo(output_dir: str, seed: int = 42, max_steps: int = DEMO_STEPS) -> No
     trainer = MarbleNFTTrainer(
         load_pipeline(),
         reward_funcs=[*reward_funcs()],
-        args=MarbleConfig(output_dir, seed=seed, max_steps=max_steps, eval_steps=max_steps, **DEMO_SETTINGS),
+        args=MarbleConfig(
+            output_dir,
+            overwrite_output_dir=True,
+            seed=seed,
+            max_steps=max_steps,
+            eval_steps=max_steps,
+            **DEMO_SETTINGS,
+        ),
         train_dataset=load_prompts("train"),
         eval_dataset=load_prompts("test"),
         callbacks=[LiveTableCallback()],

@@ -211,6 +211,79 @@ def _discard(folder: Path) -> None:
 # ---- Reading ----
 
 
+def find_checkpoint(wanted: str | bool | None, output_dir: Path) -> Path | None:
+    """
+    The checkpoint that `resume_from_checkpoint` means.
+
+    Args:
+        wanted (`str` or `bool`, *optional*):
+            The folder of a checkpoint; `True`, `"true"` or `"latest"` for the latest valid one in the output folder;
+            `"auto"` for the same where there is any checkpoint, so that one command begins a run and goes on with it;
+            `None`, `False` or `"false"` for none.
+        output_dir (`Path`):
+            The output folder of the run.
+
+    Returns:
+        `Path`: The checkpoint's folder, whose files are as they were written; or `None` to begin anew.
+
+    Raises:
+        `FileNotFoundError`: If there is no such folder, or no valid checkpoint.
+        [`DamagedCheckpointError`]: If the files of the checkpoint are not those that were written.
+    """
+    word = str(wanted).lower()
+    if wanted is None or word == "false" or (word == "auto" and not _checkpoints(output_dir)):
+        return None
+    if word in ("true", "latest", "auto"):
+        return newest_whole_checkpoint(output_dir)
+    check_checkpoint(Path(str(wanted)))
+    return Path(str(wanted))
+
+
+def make_way(output_dir: Path, resumed: Path | None, overwrite: bool, deletes: bool) -> None:
+    """
+    See that a run does not write its checkpoints among those of another run, whose latest would be taken for its own.
+
+    Args:
+        output_dir (`Path`):
+            The output folder of the run.
+        resumed (`Path`, *optional*):
+            The checkpoint that it resumes from.
+        overwrite (`bool`):
+            Whether to delete the checkpoints that it does not go on from: all others, or those after `resumed` where
+            that is one of them.
+        deletes (`bool`):
+            Whether this process deletes them: one a file system.
+
+    Raises:
+        `FileExistsError`: If there are such checkpoints and they are to be kept. Those after `resumed` in the same
+            folder are only warned of.
+    """
+    others = _checkpoints(output_dir)
+    goes_on = resumed is not None and resumed.absolute() in [folder.absolute() for folder in others]
+    if resumed is not None and goes_on:
+        others = [folder for folder in others if _step(folder) > _step(resumed)]
+    if not others:
+        return
+    names = ", ".join(folder.name for folder in others)
+    if overwrite:
+        for folder in others if deletes else []:
+            _discard(folder)
+    elif goes_on:
+        others = [folder for folder in others if find_damage(folder) is None]
+        if others and deletes:
+            logger.warning(
+                f"`{output_dir}` has checkpoints after the one that this run resumes from ({names}). Each is replaced "
+                "when this run comes to its step; until then the latest checkpoint is not one of this run. "
+                "`overwrite_output_dir=True` deletes them."
+            )
+    else:
+        raise FileExistsError(
+            f"`{output_dir}` has checkpoints of an earlier run ({names}). Go on with that run by "
+            "`resume_from_checkpoint=True`, choose another `output_dir`, or set `overwrite_output_dir=True` to delete "
+            "them."
+        )
+
+
 def check_checkpoint(folder: Path) -> None:
     """
     See that a checkpoint's files are those that were written, byte for byte.
@@ -309,5 +382,11 @@ def find_damage(folder: Path) -> str | None:
 
 def _checkpoints(output_dir: Path) -> list[Path]:
     """The folders named as checkpoints, by step."""
-    found = [(re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", path.name), path) for path in output_dir.glob("*")]
-    return [path for _, path in sorted((int(match[1]), path) for match, path in found if match and path.is_dir())]
+    name = rf"{PREFIX_CHECKPOINT_DIR}-\d+"
+    return sorted(
+        (path for path in output_dir.glob("*") if re.fullmatch(name, path.name) and path.is_dir()), key=_step
+    )
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
@@ -17,12 +18,24 @@ from transformers.utils import logging
 from ..processes import FailingTogether
 from .checkpoint_folder import (
     CheckpointWriteError,
-    check_checkpoint,
-    newest_whole_checkpoint,
+    find_checkpoint,
+    make_way,
     prune_checkpoints,
     write_checkpoint,
 )
+from .marble_config import MarbleConfig
 from .random_state import random_state, set_random_state
+from .run_settings import (
+    Changes,
+    SettingsFrom,
+    describe_changes,
+    describe_settings,
+    find_changes,
+    group_settings,
+    load_settings,
+    save_settings,
+    use_own_settings,
+)
 from .tensor_tree import load_tree, save_tree
 
 
@@ -41,12 +54,15 @@ class CheckpointedTrainer(Trainer):
     `_load_from_checkpoint`, and says in `_between_steps` whether all that is trained is that of `state.global_step`.
     """
 
+    args: MarbleConfig
     model: Any
     optimizer: Any  # what `transformers` declares leaves out that a run has them
     lr_scheduler: Any
     push_in_progress: Any = None
     current_flos: Any  # set by `transformers`
     together: FailingTogether
+    settings_history: list[SettingsFrom]
+    _changed_settings: Changes
     _saved_step = _resumed_step = 0
     _between_steps = False
 
@@ -60,16 +76,19 @@ class CheckpointedTrainer(Trainer):
         """Write this process's part of what else a resumed run needs, as it is after `state.global_step` steps."""
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:  # type: ignore[override]
-        """Train from the start or from a whole checkpoint; if training stops by an exception, save one first."""
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = str(newest_whole_checkpoint(Path(self._get_output_dir(None))))
-        elif resume_from_checkpoint:
-            check_checkpoint(Path(resume_from_checkpoint))
+        """Train from the start or from a valid checkpoint; if training stops by an exception, save one first."""
+        folder = Path(self._get_output_dir(None))
+        wanted = self.args.resume_from_checkpoint if resume_from_checkpoint is None else resume_from_checkpoint
+        checkpoint = find_checkpoint(wanted, folder)
+        resume_from_checkpoint = None if checkpoint is None else str(checkpoint)
+        make_way(folder, checkpoint, self.args.overwrite_output_dir, self.args.should_save)
         self.together = FailingTogether()
         self._resumed_step = 0
-        if resume_from_checkpoint:
-            state = TrainerState.load_from_json(str(Path(resume_from_checkpoint) / TRAINER_STATE_NAME))
+        self.settings_history, self._changed_settings = [SettingsFrom(0, describe_settings(self.args))], {}
+        if checkpoint is not None:
+            state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
             self._resumed_step = state.global_step
+            self._compare_settings(checkpoint)
         self._saved_step, self._between_steps = self._resumed_step, False
         try:
             output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
@@ -79,6 +98,19 @@ class CheckpointedTrainer(Trainer):
         if self._saved_step > 0:
             self._settle(Path(self._get_output_dir(None)) / f"{PREFIX_CHECKPOINT_DIR}-{self._saved_step}")
         return output
+
+    def _compare_settings(self, checkpoint: Path) -> None:
+        """Say where the run goes on, and with what that is not as it was."""
+        now, history = describe_settings(self.args), load_settings(checkpoint)
+        if history:
+            self._changed_settings = find_changes(history[-1].settings, now)
+            if self._changed_settings:
+                history.append(SettingsFrom(self._resumed_step, now))
+            self.settings_history = history
+        if self.is_world_process_zero():
+            changes = describe_changes(self._changed_settings)
+            told = f" These settings are not those that it was saved with: {changes}." if changes else ""
+            logger.warning(f"Resuming from `{checkpoint}`, step {self._resumed_step}.{told}")
 
     # ---- Writing ----
 
@@ -103,6 +135,7 @@ class CheckpointedTrainer(Trainer):
         self._write_run_state(folder)
         if self.args.should_save:
             self._write_trainer_state(folder)
+            save_settings(folder, self.settings_history)
         if not self.args.save_only_model:
             self._write_optimizer(folder)
 
@@ -118,9 +151,12 @@ class CheckpointedTrainer(Trainer):
     def _write_optimizer(self, folder: Path) -> None:
         if self.args.should_save:
             optimizer, scheduler = self.bare_optimizer, self.lr_scheduler
-            save_tree(folder / OPTIMIZER_FILE, optimizer.state_dict(), f"the optimizer {type(optimizer).__name__}")
-            name = f"the learning rate scheduler {type(scheduler).__name__}"
-            save_tree(folder / SCHEDULER_FILE, scheduler.state_dict(), name)
+            for file, what, part in (
+                (OPTIMIZER_FILE, "optimizer", optimizer),
+                (SCHEDULER_FILE, "learning rate scheduler", scheduler),
+            ):
+                kind = type(part).__name__
+                save_tree(folder / file, {"kind": kind, "state": part.state_dict()}, f"the {what} {kind}")
         save_tree(folder / self._random_file(), random_state(self.args.device), "the random generators")
 
     def _random_file(self) -> str:
@@ -175,9 +211,30 @@ class CheckpointedTrainer(Trainer):
             super()._run_epoch(*args, **kwargs)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is not None:
-            self.optimizer.load_state_dict(load_tree(Path(checkpoint) / OPTIMIZER_FILE))
-            self.lr_scheduler.load_state_dict(load_tree(Path(checkpoint) / SCHEDULER_FILE))
+        if checkpoint is None:
+            return
+        rate = self._changed_settings.get("learning_rate")
+        if rate is not None and not isinstance(self.lr_scheduler, LambdaLR):
+            raise ValueError(
+                f"`learning_rate` was {rate[0]} in `{checkpoint}` and is {rate[1]} in this run, but "
+                f"{type(self.lr_scheduler).__name__} goes on from the rate that it has come to. Resume with "
+                f"`learning_rate={rate[0]}`."
+            )
+        own = group_settings(self.bare_optimizer)
+        optimizer = load_tree(Path(checkpoint) / OPTIMIZER_FILE)
+        scheduler = load_tree(Path(checkpoint) / SCHEDULER_FILE)
+        self._check_kind(checkpoint, "optimizer", self.bare_optimizer, optimizer)
+        self._check_kind(checkpoint, "lr_scheduler", self.lr_scheduler, scheduler)
+        self.optimizer.load_state_dict(optimizer["state"])
+        self.lr_scheduler.load_state_dict(scheduler["state"])
+        use_own_settings(self.bare_optimizer, self.lr_scheduler, own)
+
+    def _check_kind(self, checkpoint: str, what: str, mine: Any, saved: dict[str, Any]) -> None:
+        if saved["kind"] != type(mine).__name__:
+            raise ValueError(
+                f"`{checkpoint}` was saved with the {what} {saved['kind']}, this run has {type(mine).__name__}, which "
+                "cannot go on from its state. Resume with the `optim` and `lr_scheduler_type` that it was saved with."
+            )
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is not None:

@@ -17,7 +17,7 @@ from ..pipelines.quantization import first_values
 
 STATE_FILE = "marble_state.safetensors"
 IDENTITY_FILE = "marble_state.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 def base_fingerprint(transformer: nn.Module) -> str:
@@ -93,7 +93,12 @@ def load_state(folder: Path, identity: Mapping[str, Any]) -> dict[str, dict[str,
         flat = load_file(folder / STATE_FILE)
     except (ValueError, TypeError, SafetensorError) as error:
         raise ValueError(f"`{folder}` is damaged ({error}); resume from an earlier checkpoint.") from error
-    for name, value in {"format_version": FORMAT_VERSION, **identity}.items():
+    if saved.get("format_version") != FORMAT_VERSION:
+        raise ValueError(
+            f"`{folder}` is of another version of trl_marble: its format is {saved.get('format_version')!r}, this "
+            f"version reads {FORMAT_VERSION}. Resume with that version, or load its adapter with `load_lora_weights`."
+        )
+    for name, value in identity.items():
         if saved.get(name) != value:
             raise ValueError(
                 f"`{folder}` was written with {name} = {saved.get(name)!r}, this run has {value!r}. Resume with what "

@@ -168,6 +168,12 @@ class MarbleConfig(TrainingArguments):
             gradients and the optimizer's state, which are small, stay whole on every process. Without effect with one
             process. Needs PyTorch 2.7.
 
+        > Parameters that control the output folder
+
+        overwrite_output_dir (`bool`, *optional*, defaults to `False`):
+            Whether to delete the checkpoints in `output_dir` that the run does not go on from. Without it a run that
+            starts anew among the checkpoints of an earlier one is refused.
+
         > Parameters that control logging
 
         log_images (`bool`, *optional*, defaults to `True`):
@@ -189,6 +195,9 @@ class MarbleConfig(TrainingArguments):
     # Parameters whose types or default values are overridden from TrainingArguments
     output_dir: str = field(
         default="trainer_output", metadata={"help": "Where the adapter, its card, checkpoints and pictures go."}
+    )
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "Whether to delete checkpoints of an earlier run in `output_dir`."}
     )
     learning_rate: float = field(default=3e-4, metadata={"help": "The initial learning rate for AdamW."})
     lr_scheduler_type: str = field(default="constant", metadata={"help": "The learning rate schedule."})
