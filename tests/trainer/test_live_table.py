@@ -159,3 +159,16 @@ def test_sparklines():
     assert sparkline([0, 1, 2, 3, 4, 5, 6, 7]) == "▁▂▃▄▅▆▇█"
     assert sparkline([0.0, 0.0, 1.0, 1.0], width=2) == "▁█"
     assert len(sparkline(list(range(1000)))) == 16
+
+
+def test_a_trainer_in_a_terminal_has_the_table(tmp_path, monkeypatch):
+    def tables(**settings):
+        trainer = small_trainer(tmp_path, **settings)
+        return [each for each in trainer.callback_handler.callbacks if isinstance(each, LiveTableCallback)]
+
+    assert not tables(disable_tqdm=False)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    assert len(tables(disable_tqdm=False)) == 1
+    own = LiveTableCallback(console(terminal=False))
+    assert tables(disable_tqdm=False, callbacks=[own]) == [own]
+    assert not tables(disable_tqdm=True)

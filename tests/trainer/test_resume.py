@@ -284,6 +284,36 @@ def test_the_best_checkpoint_is_kept_beside_the_newest(make_trainer, prompts):
     assert state["best_model_checkpoint"] == str(folder / "checkpoint-2")
 
 
+def test_the_best_checkpoint_is_loaded_at_the_end(make_trainer, prompts):
+    values = iter([1.0, 3.0, 2.0])
+
+    def judged(images, **kwargs):
+        return [float(i) for i in range(len(images))]
+
+    def seen_once_an_evaluation(images, **kwargs):
+        return [next(values)] * len(images)
+
+    trainer = make_trainer(
+        reward_funcs=[judged],
+        eval_reward_funcs=[seen_once_an_evaluation],
+        eval_dataset=prompts.select(range(2)),
+        num_generations_eval=1,
+        eval_strategy="steps",
+        eval_steps=1,
+        metric_for_best_model="rewards/seen_once_an_evaluation/mean",
+        load_best_model_at_end=True,
+        **SETTINGS | {"max_steps": 3},
+    )
+    trainer.train()
+    trainer.save_model()
+    folder = Path(trainer.args.output_dir)
+    best = load_file(folder / "checkpoint-2" / "pytorch_lora_weights.safetensors")
+    last = load_file(folder / "checkpoint-3" / "pytorch_lora_weights.safetensors")
+    saved = load_file(folder / "pytorch_lora_weights.safetensors")
+    assert all(torch.equal(saved[name], value) for name, value in best.items())
+    assert not all(torch.equal(saved[name], value) for name, value in last.items())
+
+
 def test_half_an_update_is_not_saved(make_trainer, caplog):
     """Weights of step 3 and the averages of step 2 make no checkpoint."""
 

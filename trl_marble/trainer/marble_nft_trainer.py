@@ -1,6 +1,7 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
 """The trainer, in the order of the data: prompts, rollout, rewards, advantages, gradients, update, adapter."""
 
+import sys
 import warnings
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
@@ -118,7 +119,8 @@ class MarbleNFTTrainer(CheckpointedTrainer):
             The adapter. Defaults to rank 32, alpha 64 on the projections that are usually trained in the pipeline's
             family.
         callbacks (`list` of [`~transformers.TrainerCallback`], *optional*):
-            Callbacks to add to the default ones.
+            Callbacks to add to the default ones. In a terminal a [`LiveTableCallback`] is one of these, unless one is
+            given here or `args.disable_tqdm` is set.
         optimizers (`tuple` of optimizer and scheduler, *optional*, defaults to `(None, None)`):
             Optimizer and learning rate scheduler to use instead of those that `args` describe.
         weighting (`str` or `Callable[[Tensor], Tensor]`, *optional*, defaults to `"mgda"`):
@@ -216,6 +218,8 @@ class MarbleNFTTrainer(CheckpointedTrainer):
             callbacks=[_FollowPolicy(self), *(callbacks or [])],  # first: the others see the policies as they are now
             optimizers=optimizers,
         )
+        if sys.stdout.isatty() and not args.disable_tqdm and not self._has_callback(LiveTableCallback):
+            self.add_callback(LiveTableCallback())
         # Of `Policy.forward` only, and with a cache: the pipeline has a precision of its own for all of its calls.
         self.accelerator.autocast_handler = AutocastKwargs(enabled=False)
         self.parameters = list(self.trainable.values())
@@ -254,6 +258,9 @@ class MarbleNFTTrainer(CheckpointedTrainer):
         self._latest_rollout: RolloutRecord | None = None
         self._latest_images_step: int | None = None
         self._silent_rewards: set[str] = set()
+
+    def _has_callback(self, kind: type[TrainerCallback]) -> bool:
+        return any(isinstance(callback, kind) for callback in self.callback_handler.callbacks)
 
     @property
     def held_out_names(self) -> list[str]:
@@ -707,15 +714,24 @@ class MarbleNFTTrainer(CheckpointedTrainer):
                 f"`{folder}` has no `{OPTIMIZER_FILE}`: nothing can be resumed from a checkpoint that was saved with "
                 "`save_only_model=True`. Load its adapter with `load_lora_weights` instead."
             )
-        copy_into(self.trainable, groups["current"])
-        self.old_policy.load_state_dict(groups["old"])
-        self.average.load_state_dict(groups["average"])
-        self.schedule.load_state_dict(groups["balance"])
+        self._take_over(groups)
         step = TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME)).global_step
         self._micro_step = step * self.args.gradient_accumulation_steps
         if self._micro_step % self._cycle_length != 0:
             self._batch = GenerationBatch.load(folder / self._batch_file(), self.args.device)
             self._conditioning = None
+
+    def _load_best_model(self) -> None:
+        """With `load_best_model_at_end`: everything that was trained is as it was at the best evaluation."""
+        folder = Path(str(self.state.best_model_checkpoint))
+        logger.warning(f"Loading the best checkpoint, `{folder}` ({self.state.best_metric}).")
+        self._take_over(load_state(folder, self._identity()))
+
+    def _take_over(self, groups: dict[str, dict[str, Tensor]]) -> None:
+        copy_into(self.trainable, groups["current"])
+        self.old_policy.load_state_dict(groups["old"])
+        self.average.load_state_dict(groups["average"])
+        self.schedule.load_state_dict(groups["balance"])
 
     def _identity(self) -> dict[str, Any]:
         """What a run must share with a checkpoint that it resumes from."""
