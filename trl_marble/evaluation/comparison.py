@@ -14,12 +14,12 @@ from rich.table import Table
 from rich.text import Text
 
 from .contact_sheet import write_contact_sheet
-from .formatting import format_p_value, format_percentage, format_with_error
+from .formatting import format_p_value, format_percentage, format_value, format_with_error
 from .measures import RewardMean, WinRate
 from .records import write_atomically
 from .results import CONTACT_SHEET_FILE, EvaluationResults, to_json
 from .statistics import WinCount, clustered_mean, composite_scores
-from .summary import SIGNIFICANT, format_value
+from .summary import SIGNIFICANT
 
 
 # Settings that say which pipeline was evaluated, or do not touch the images but by a rounding.

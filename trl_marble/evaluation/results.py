@@ -18,7 +18,7 @@ from rich.text import Text
 from .formatting import format_with_error
 from .measures import RewardMean
 from .records import is_within, write_atomically
-from .statistics import clustered_mean
+from .statistics import clustered_mean, number_prompts
 
 
 # Columns of the table that are not rewards; the last two are those of prompt sets that have them.
@@ -114,7 +114,7 @@ class EvaluationResults:
             images = settings["num_prompts"] * settings["num_generations"]
         except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
             raise ValueError(f"The evaluation in `{folder}` is damaged: {error}. Evaluate again.") from error
-        num_groups = table[_group_column(settings)].nunique()
+        num_groups = len(set(_groups(table, settings)))
         if len(table) != images or num_groups != len(diversity):
             raise ValueError(
                 f"The evaluation in `{folder}` is damaged: `{TABLE_FILE}` has {len(table)} images of {num_groups} "
@@ -142,7 +142,7 @@ class EvaluationResults:
     @property
     def groups(self) -> np.ndarray:
         """The prompt of each image, shape `[N]`, numbered from 0 on in the order in which the prompts first come."""
-        return group_numbers(self.table[_group_column(self.settings)])
+        return _groups(self.table, self.settings)
 
     def summary(self) -> dict[str, tuple[float, float]]:
         """
@@ -178,7 +178,7 @@ class EvaluationResults:
             )
         rows = []
         for value, part in self.table.groupby(self.table[column].fillna(NO_GROUP), sort=False):
-            groups = group_numbers(part["prompt"])
+            groups = _groups(part, self.settings)
             for name in self.reward_names:
                 mean, error = _mean_and_error(part[name].to_numpy(), groups)
                 rows.append((value, name, mean, error, int(part[name].notna().sum())))
@@ -220,11 +220,6 @@ class EvaluationResults:
         return " on ".join(Path(name).name if Path(name).is_absolute() else name for name in names if name is not None)
 
 
-def group_numbers(texts: Sequence[str] | pd.Series) -> np.ndarray:
-    """The number of each text among the different ones, in the order in which they first come."""
-    return pd.factorize(pd.Series(texts))[0]
-
-
 def to_json(content: Mapping[str, Any]) -> bytes:
     """Standard JSON, which has no NaN: `null` in its place."""
 
@@ -243,9 +238,8 @@ def _mean_and_error(values: np.ndarray, groups: np.ndarray) -> tuple[float, floa
     return measured["mean"], measured["standard_error"]
 
 
-def _group_column(settings: Mapping[str, Any]) -> str:
-    """What tells prompts apart: their texts, or, where they edit images, the rows of the prompt set."""
-    return "prompt_index" if settings.get("edits_images") else "prompt"
+def _groups(table: pd.DataFrame, settings: Mapping[str, Any]) -> np.ndarray:
+    return number_prompts(table["prompt"], table["prompt_index"], bool(settings.get("edits_images")))
 
 
 def _check_summary(content: Any) -> None:
