@@ -41,6 +41,7 @@ SETTINGS: dict[str, Any] = {
     "max_sequence_length": int | None,
 }
 NO_GROUP = "(none)"
+OVERALL = "overall (mean over tasks)"
 
 TABLE_FILE = "scores.csv"
 SUMMARY_FILE = "evaluation.json"
@@ -133,6 +134,9 @@ class EvaluationResults:
                 name: {"mean": mean, "standard_error": error, "num_valid": int(self.table[name].notna().sum())}
                 for name, (mean, error) in self.summary().items()
             },
+            "geneval_overall": {
+                name: {"mean": mean, "standard_error": error} for name, (mean, error) in self.geneval_overall().items()
+            },
             "diversity": dict(zip(("mean", "standard_error"), self.diversity(), strict=True)),
             "failed": self.failed,
             "prompt_diversity": self.prompt_diversity,
@@ -184,6 +188,19 @@ class EvaluationResults:
                 rows.append((value, name, mean, error, int(part[name].notna().sum())))
         return pd.DataFrame(rows, columns=[column, "reward", "mean", "standard_error", "num_images"])
 
+    def geneval_overall(self) -> dict[str, tuple[float, float]]:
+        """
+        GenEval's published "overall" score: the mean over its tasks of the mean of each task.
+
+        The tasks (column `tag`) have different numbers of prompts, so that this is not the mean over all images. The
+        published figure is of GenEval's own verdicts, `GenEval(strict=True)`; partial credit is averaged alike.
+
+        Returns:
+            `dict[str, tuple[float, float]]`: name of each reward that is GenEval by its name -> the mean and its
+            standard error over prompts. Empty without such a reward or without the column `tag`.
+        """
+        return {name: mean_over_tasks(self.averages("tag"), name) for name in geneval_names(self)}
+
     def diversity(self) -> tuple[float, float]:
         """
         How much the images of one prompt differ, so that a collapse shows.
@@ -205,6 +222,8 @@ class EvaluationResults:
         for name, value in self.summary().items():
             cells = [format_with_error(value), str(self.table[name].notna().sum())]
             table.add_row(Text(name), *cells, *([str(self.failed[name])] if any(self.failed.values()) else []))
+        for name, value in self.geneval_overall().items():
+            table.add_row(Text(f"{name}, {OVERALL}"), format_with_error(value))
         table.add_section()
         table.add_row("diversity within a prompt", format_with_error(self.diversity()), str(len(self.table)))
         return table
@@ -218,6 +237,32 @@ class EvaluationResults:
         """What was evaluated, in words; of a folder by its name alone."""
         names = [self.settings["adapter"], self.settings["pipeline"]]
         return " on ".join(Path(name).name if Path(name).is_absolute() else name for name in names if name is not None)
+
+
+def geneval_names(results: EvaluationResults) -> list[str]:
+    """The rewards that are GenEval by their names, if the prompt set says which task each prompt is of."""
+    return [name for name in results.reward_names if "tag" in results.table and "geneval" in name.lower()]
+
+
+def mean_over_tasks(averages: pd.DataFrame, reward: str) -> tuple[float, float]:
+    """
+    The mean of a reward's averages by tag, with its standard error.
+
+    Args:
+        averages (`pandas.DataFrame`):
+            As [`EvaluationResults.averages`] gives them for `"tag"`.
+        reward (`str`):
+            The reward. Tags that it does not apply to, and prompts without a tag, take no part.
+
+    Returns:
+        `tuple[float, float]`: the tasks have different prompts, so that their errors are independent; the error is NaN
+        where one of theirs is.
+    """
+    tasks = averages[(averages["reward"] == reward) & (averages["tag"] != NO_GROUP) & (averages["num_images"] > 0)]
+    if not len(tasks):
+        return math.nan, math.nan
+    errors = tasks["standard_error"].to_numpy()
+    return float(tasks["mean"].mean()), float(np.sqrt(np.square(errors).sum())) / len(tasks)
 
 
 def to_json(content: Mapping[str, Any]) -> bytes:
