@@ -64,6 +64,21 @@ def test_changes_by_tag(before, after) -> None:
     assert rows.loc[("ours", "word", "reader"), "num_images"] == 0
 
 
+def test_genevals_overall_score_is_compared_too(tmp_path) -> None:
+    tags = ["colors"] * 4 + ["counting"] * 4
+    base, ours = (
+        made_results(tmp_path / name, {"GenEval": scores}, tag=tags)
+        for name, scores in (("base", [0, 0, 0, 0, 1, 1, 1, 1]), ("ours", [1, 1, 0, 0, 1, 1, 1, 1]))
+    )
+    console = Console(width=120)
+    with console.capture() as captured:
+        console.print(compare_evaluations({"base": base, "ours": ours}).to_table())
+    lines = captured.get().splitlines()
+    place = next(place for place, line in enumerate(lines) if "GenEval, overall" in line)
+    first, second = lines[place : place + 2]
+    assert "0.5000" in first and "+0.2500 ± 0.2500" in second and "0.7500" in second
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

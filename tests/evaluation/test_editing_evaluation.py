@@ -1,6 +1,8 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
 """Evaluations of pipelines that edit images, which come from the column `image` of the prompt set."""
 
+import dataclasses
+
 import pytest
 from PIL import Image
 from tiny_edits import edit_image, edit_set, tiny_flux_kontext
@@ -47,6 +49,8 @@ def test_every_image_is_an_edit_of_its_row_and_the_evaluation_is_continued_as_it
         (edited,) = flow.rollout(conditioning, [record.seed], 2).images
         assert Image.open(results.folder / record.image).tobytes() == edited.tobytes()
     assert results.groups.tolist() == [0, 0, 1, 1, 2, 2] and len(results.prompt_diversity) == 3
+    tagged = dataclasses.replace(results, table=results.table.assign(tag="a"))
+    assert results.reward_names == ["note"] and tagged.averages("tag")["standard_error"].tolist() == [0.0]
     assert EvaluationResults.load(tmp_path).groups.tolist() == [0, 0, 1, 1, 2, 2]
     evaluate_pipeline(pipeline, note, edit_set().select(ROWS), config(tmp_path))  # the same images, as other objects
     assert len(scored) == 6

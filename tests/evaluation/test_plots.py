@@ -6,7 +6,7 @@ import pytest
 from matplotlib.colors import to_rgb
 from PIL import Image
 
-from trl_marble.evaluation import before_after_grid, image_grid, plot_balance, plot_rewards
+from trl_marble.evaluation import before_after_grid, image_grid, plot_balance, plot_rewards, plots
 from trl_marble.evaluation.figures import NOT_TAKEN, TAKEN
 from trl_marble.evaluation.plots import PALETTE, plot_histograms
 
@@ -143,6 +143,30 @@ def test_rewards_have_a_panel_each(tmp_path):
     assert has_color(both, PALETTE[0]) and has_color(both, PALETTE[1])
     assert has_color(single, PALETTE[0]) and not has_color(single, PALETTE[1])
     assert Image.open(both).width == 2 * Image.open(single).width
+
+
+def test_rewards_have_their_evaluations_with_errors_over_prompts(tmp_path):
+    rows = history()
+    shown = [(3, 0.50, 0.05), (6, 0.60, 0.10), (9, 0.40, math.nan)]
+    rows += [{"step": 0, "eval_rewards/dark/mean": -0.2, "eval_rewards/dark/standard_error": 0.1}]
+    for step, mean, error in shown:
+        rows.append({"step": step, "eval_rewards/reader/mean": mean, "eval_rewards/reader/standard_error": error})
+    figures: list = []
+
+    def keep(figure, path):
+        figures.append(figure)
+        return path
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plots, "save_figure", keep)
+        plot_rewards(rows, tmp_path / "rewards.png")
+    panels = {axes.get_title(loc="left"): axes for axes in figures[0].axes if axes.get_visible()}
+    assert list(panels) == ["reader", "big", "dark  (held out)"]
+    ((points, _, (bars,)),) = panels["reader"].containers
+    assert points.get_xydata().tolist() == [[0, 0.5]] + [[step, mean] for step, mean, _ in shown]
+    drawn = [segment[:, 1].tolist() for segment in bars.get_segments() if segment.size]
+    assert drawn == [pytest.approx([0.45, 0.55]), pytest.approx([0.5, 0.7])]
+    assert not panels["big"].containers[0][0].get_xydata().size
 
 
 def test_rewards_may_be_missing_in_some_steps(tmp_path):

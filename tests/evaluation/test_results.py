@@ -76,6 +76,27 @@ def test_averages_by_tag(tmp_path) -> None:
         made.averages("source")
 
 
+def test_geneval_has_its_overall_score_the_mean_over_tasks(tmp_path) -> None:
+    # colors 0.5 of four images of two prompts, counting 1, and a prompt that is of no task and not scored.
+    tags = ["colors"] * 4 + ["counting"] * 4 + [None] * 2
+    scores = [0, 0, 1, 1, 1, 1, 1, 1, NAN, NAN]
+    made = made_results(tmp_path, {"GenEval": scores, "calm": list(range(10))}, tag=tags)
+    assert made.geneval_overall() == {"GenEval": (0.75, pytest.approx(0.5 / 2))}
+    # Of unequal tasks it is not the mean over images.
+    made.table["tag"] = pd.Series(["colors"] * 2 + ["counting"] * 6 + [None] * 2, dtype="object")
+    assert made.geneval_overall()["GenEval"][0] == pytest.approx((0 + 1) / 2) != made.summary()["GenEval"][0]
+    assert math.isnan(made.geneval_overall()["GenEval"][1])  # of one prompt
+    console = Console(width=100)
+    with console.capture() as captured:
+        console.print(made.to_table())
+    assert "GenEval, overall (mean over tasks)" in captured.get() and "0.5000" in captured.get()
+    made.save()
+    assert json.loads((tmp_path / "evaluation.json").read_text())["geneval_overall"] == {
+        "GenEval": {"mean": 0.5, "standard_error": None}
+    }
+    assert made_results(tmp_path / "untagged", {"GenEval": [1.0, 0.0]}).geneval_overall() == {}
+
+
 def test_the_table_says_what_failed(tmp_path) -> None:
     made = made_results(tmp_path, {"calm": [1, 3, 4, 6], "reader": [NAN, NAN, NAN, 2]})
     console = Console(width=100)

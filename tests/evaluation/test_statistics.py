@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trl_marble.evaluation import clustered_mean, composite_scores, count_wins
+from trl_marble.evaluation.statistics import number_prompts
 
 
 NAN = math.nan
@@ -53,6 +54,12 @@ def test_nothing_has_no_mean(values) -> None:
 def test_one_prompt_has_no_error() -> None:
     mean, error = clustered_mean(np.array([1.0, 3.0, 5.0]), np.array([0, 0, 1]) * 0)
     assert mean == 3 and math.isnan(error)
+
+
+def test_a_prompt_is_a_text_and_of_instructions_for_edits_a_row() -> None:
+    prompts, rows = ["b", "b", "a", "b", "a"], [0, 0, 1, 2, 3]
+    assert number_prompts(prompts, rows).tolist() == [0, 0, 1, 0, 1]
+    assert number_prompts(prompts, rows, edits_images=True).tolist() == [0, 0, 1, 2, 3]
 
 
 def test_values_and_groups_must_pair_up() -> None:

@@ -86,6 +86,11 @@ def test_paired_errors_take_the_place_of_independent_ones():
     assert text(table)[0][-1] == "+10.0"
 
 
+def test_means_of_one_prompt_stand_without_an_error():
+    table = rewards_table({"calm": (0.5, math.nan)}, {"calm": (0.7, math.nan)}, difference_se={"calm": math.nan})
+    assert text(table) == [["calm", "0.5000", "0.7000", "+0.2000", "-"]]
+
+
 def test_only_changes_of_two_standard_errors_are_coloured():
     before = dict.fromkeys(("up", "down", "same"), (0.5, 0.0))
     after = {"up": (0.75, 0.125), "down": (0.25, 0.125), "same": (0.6, 0.125)}

@@ -375,3 +375,40 @@ def test_versions_name_the_packages() -> None:
     versions = framework_versions()
     assert {"trl_marble", "torch", "diffusers", "transformers", "peft"} <= versions.keys()
     assert all(re.match(r"\d+\.\d+", version) for version in versions.values())
+
+
+def test_saving_leaves_a_card_and_checkpoints_have_none(tmp_path):
+    trainer = small_trainer(tmp_path / "run", save_strategy="steps", save_steps=2)
+    trainer.train()
+    assert not list((tmp_path / "run").rglob("README.md"))
+    trainer.save_model()
+    saved = (tmp_path / "run" / "README.md").read_text()
+    trainer.create_model_card()
+    assert (tmp_path / "run" / "README.md").read_text() == saved and "# run" in saved and "`bright`" in saved
+    assert re.search(r"\| `lora_alpha` \| `64` \|", saved)  # of the training; the file's own is its rank
+    trainer.save_model(str(tmp_path / "elsewhere"))
+    assert "# elsewhere" in (tmp_path / "elsewhere" / "README.md").read_text()
+    assert {"pytorch_lora_weights.safetensors", "model_card.json"} <= {
+        file.name for file in (tmp_path / "elsewhere").iterdir()
+    }
+
+
+def test_saving_leaves_what_a_person_wrote_as_it_is(tmp_path, caplog):
+    trainer = small_trainer(tmp_path)
+    (tmp_path / "README.md").write_text("My notes.\n")
+    trainer.save_model()
+    assert (tmp_path / "README.md").read_text() == "My notes.\n" and "is left as it is" in caplog.text
+    assert (tmp_path / "pytorch_lora_weights.safetensors").is_file() and not (tmp_path / "model_card.json").exists()
+
+    trainer.create_model_card()
+    card = (tmp_path / "README.md").read_text()
+    trainer.args.balance_ema = 0.123
+    trainer.save_model()  # its own card is written again
+    again = (tmp_path / "README.md").read_text()
+    assert again != card and "`0.123`" in again
+
+    (tmp_path / "README.md").write_text(again + "And a note.\n")
+    (tmp_path / "model_card.json").write_text("{")
+    caplog.clear()
+    trainer.save_model()
+    assert (tmp_path / "README.md").read_text() == again + "And a note.\n" and "is left as it is" in caplog.text

@@ -6,12 +6,13 @@ from .diversity import group_diversity, thumbnails
 from .evaluation import Evaluation, nan_aware_mean
 from .evaluation_config import EvaluationConfig
 from .evaluator import evaluate_pipeline
+from .formatting import format_value
 from .grids import before_after_grid, image_grid
 from .measures import PromptDiversity, RewardMean, WinRate
 from .plots import plot_balance, plot_rewards
 from .results import EvaluationResults
 from .statistics import WinCount, clustered_mean, composite_scores, count_wins
-from .summary import BalanceSummary, format_value, rewards_table, summarize_balance
+from .summary import BalanceSummary, rewards_table, summarize_balance
 
 
 __all__ = [

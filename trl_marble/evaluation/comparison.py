@@ -14,12 +14,19 @@ from rich.table import Table
 from rich.text import Text
 
 from .contact_sheet import write_contact_sheet
-from .formatting import format_p_value, format_percentage, format_with_error
+from .formatting import format_p_value, format_percentage, format_value, format_with_error
 from .measures import RewardMean, WinRate
 from .records import write_atomically
-from .results import CONTACT_SHEET_FILE, EvaluationResults, to_json
+from .results import (
+    CONTACT_SHEET_FILE,
+    OVERALL,
+    EvaluationResults,
+    geneval_names,
+    mean_over_tasks,
+    to_json,
+)
 from .statistics import WinCount, clustered_mean, composite_scores
-from .summary import SIGNIFICANT, format_value
+from .summary import SIGNIFICANT
 
 
 # Settings that say which pipeline was evaluated, or do not touch the images but by a rounding.
@@ -123,7 +130,8 @@ class EvaluationComparison:
 
     def to_table(self) -> Table:
         """
-        A table for the terminal: for each reward a row an evaluation, then the diversity and the composite scores.
+        A table for the terminal: for each reward a row an evaluation, then GenEval's overall score where it is a
+        reward (see [`EvaluationResults.geneval_overall`]), the diversity and the composite scores.
 
         Changes of at least two standard errors are green where the value rose and red where it fell.
         """
@@ -142,6 +150,15 @@ class EvaluationComparison:
                 wins = self.win_rates[name][reward]
                 cells = [format_percentage(wins.win_rate), format_p_value(wins.p_value)]
                 table.add_row(first, Text(name), mean, _change_cell(self.changes[name][reward]), *cells)
+            table.add_section()
+        for reward in geneval_names(self.evaluations[self.baseline]):
+            changes = self.averages("tag")
+            for name, results in self.evaluations.items():
+                first = Text(f"{reward}, {OVERALL}" if name == self.baseline else "")
+                mean = format_value(results.geneval_overall()[reward][0])
+                own = changes[changes["evaluation"] == name]
+                changed = [] if name == self.baseline else [_change_cell(mean_over_tasks(own, reward))]
+                table.add_row(first, Text(name), mean, *changed)
             table.add_section()
         for name, value in self.diversity.items():
             first = Text("diversity" if name == self.baseline else "")

@@ -12,9 +12,9 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from .formatting import format_p_value, format_percentage, format_with_error
+from .formatting import format_p_value, format_percentage, format_value, format_with_error
 from .records import write_atomically
-from .summary import SIGNIFICANT, format_value
+from .summary import SIGNIFICANT
 
 
 if TYPE_CHECKING:

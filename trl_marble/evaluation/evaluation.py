@@ -1,13 +1,13 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
 """The result of scoring a policy on a prompt set."""
 
-import math
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from ..media import Sample
+from .statistics import clustered_mean
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,10 @@ class Evaluation:
         reward_names (`list[str]`):
             The K rewards.
         rewards (`Tensor` of shape `[K, N]`, float32):
-            Rewards of all images, those of one prompt in a row; NaN where a reward does not apply.
+            Rewards of all images; NaN where a reward does not apply.
+        groups (`Tensor` of shape `[N]`, int64):
+            The number of each image's prompt, see [`~trl_marble.evaluation.statistics.number_prompts`]. The images of
+            one prompt are not independent, so that standard errors are taken over prompts.
         gallery (`dict[str, list]`, *optional*):
             Images of some of the prompts, in the order of their seeds; a video is a list of frames.
     """
@@ -29,11 +32,18 @@ class Evaluation:
     step: int
     reward_names: list[str]
     rewards: Tensor
+    groups: Tensor
     gallery: dict[str, list[Sample]] = field(default_factory=dict)
 
     def summary(self) -> dict[str, tuple[float, float]]:
-        """Mean over the valid images and its standard error, for each reward."""
-        return {name: _mean_and_error(row) for name, row in zip(self.reward_names, self.rewards, strict=True)}
+        """
+        Mean of each reward over the images that it applies to, and its standard error over prompts.
+
+        Returns:
+            `dict[str, tuple[float, float]]`: Reward name -> mean and standard error, see
+            [`~trl_marble.evaluation.clustered_mean`]. The error is NaN where only one prompt has valid images.
+        """
+        return self._means_and_errors(self.rewards)
 
     def change_since(self, before: "Evaluation") -> dict[str, tuple[float, float]]:
         """
@@ -44,8 +54,8 @@ class Evaluation:
                 An evaluation of the same prompt set with the same rewards.
 
         Returns:
-            `dict[str, tuple[float, float]]`: Mean difference over the images that are valid in both, and its standard
-            error (paired, image by image).
+            `dict[str, tuple[float, float]]`: Mean difference, image by image, over the images that are valid in both,
+            and its standard error over prompts.
 
         Raises:
             `ValueError`: If the two evaluations are not of the same images and rewards.
@@ -55,16 +65,13 @@ class Evaluation:
                 f"Cannot compare rewards {self.reward_names} of shape {tuple(self.rewards.shape)} with "
                 f"{before.reward_names} of shape {tuple(before.rewards.shape)}; evaluate both on the same prompts."
             )
-        difference = self.rewards - before.rewards
-        return {name: _mean_and_error(row) for name, row in zip(self.reward_names, difference, strict=True)}
+        if not torch.equal(self.groups, before.groups):
+            raise ValueError("Cannot compare images of other prompts; evaluate both on the same prompts.")
+        return self._means_and_errors(self.rewards.double() - before.rewards.double())
 
-
-def _mean_and_error(values: Tensor) -> tuple[float, float]:
-    values = values[~values.isnan()].double()
-    if len(values) == 0:
-        return math.nan, math.nan
-    error = (values.std() / math.sqrt(len(values))).item() if len(values) > 1 else math.nan
-    return values.mean().item(), error
+    def _means_and_errors(self, values: Tensor) -> dict[str, tuple[float, float]]:
+        groups = self.groups.numpy()
+        return {name: clustered_mean(row.numpy(), groups) for name, row in zip(self.reward_names, values, strict=True)}
 
 
 def nan_aware_mean(values: list[float]) -> float:

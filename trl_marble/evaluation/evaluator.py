@@ -37,8 +37,8 @@ from .results import (
     SUMMARY_FILE,
     TEXT_COLUMNS,
     EvaluationResults,
-    group_numbers,
 )
+from .statistics import number_prompts
 
 
 logger = logging.get_logger(__name__)
@@ -292,7 +292,7 @@ def _merge(
             )
     diversity = PromptDiversity().compute(
         features=torch.stack([record.thumbnail_features() for record in scored]).numpy(),
-        groups=group_numbers(table["prompt_index" if plan.edits else "prompt"]),
+        groups=number_prompts(table["prompt"], table["prompt_index"], plan.edits),
     )
     results = EvaluationResults(
         folder=records.folder,

@@ -3,7 +3,22 @@
 
 import math
 
-from .summary import NOT_MEASURED, format_value
+
+NOT_MEASURED = "not measured"
+
+
+def format_value(value: float | None, sign: bool = False) -> str:
+    """
+    A reward's value, or the change of one, with four significant digits where it is at least 0.1 in size.
+
+    Args:
+        value (`float`, *optional*): `None` and NaN are written as "not measured".
+        sign (`bool`, *optional*, defaults to `False`): write a plus before what is not negative.
+    """
+    if value is None or math.isnan(value):
+        return NOT_MEASURED
+    digits = 4 if abs(value) < 1 else 3 if abs(value) < 10 else 2
+    return f"{value:{'+' if sign else ''}.{digits}f}"
 
 
 def format_with_error(value: tuple[float, float], sign: bool = False) -> str:

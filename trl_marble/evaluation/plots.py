@@ -100,12 +100,15 @@ def plot_rewards(history: Sequence[Mapping[str, Any]], path: str | os.PathLike) 
     """
     Write each reward's mean over the training steps, one panel a reward, since rewards have their own units.
 
-    A thin line is what was logged; the thick one is its running mean over a twentieth of the run.
+    A thin line is what was logged of the rollouts; the thick one is its running mean over a twentieth of the run.
+    Points are the evaluations, with bars of one standard error over prompts to each side. They have other prompts than
+    the rollouts, and the moving average of the weights, so that they need not lie on the line.
 
     Args:
         history (`Sequence[Mapping[str, Any]]`):
-            `trainer.state.log_history`. Used are `step` and `rewards/<reward>/mean`. NaN (no sample of the step had
-            the reward) leaves a gap.
+            `trainer.state.log_history`. Used are `step`, `rewards/<reward>/mean`, `eval_rewards/<reward>/mean` and
+            `eval_rewards/<reward>/standard_error`. NaN leaves a gap (no sample of the step had the reward), or a point
+            without bars (only one prompt had it). Held-out rewards have evaluations only.
         path (`str` or `os.PathLike`):
             The file to write, its format after its suffix; folders are made.
 
@@ -115,11 +118,12 @@ def plot_rewards(history: Sequence[Mapping[str, Any]], path: str | os.PathLike) 
     Raises:
         `ValueError`: where no row has a reward's mean.
     """
-    names = _names(history, "rewards/", "/mean")
+    trained, evaluated = (_names(history, prefix, "/mean") for prefix in ("rewards/", "eval_rewards/"))
+    names = list(dict.fromkeys([*trained, *evaluated]))
     if not names:
         raise ValueError(
-            "The history has no `rewards/<reward>/mean`. Log them: pass `trainer.state.log_history` after training "
-            "with `logging_steps` small enough that a step is logged."
+            "The history has no `rewards/<reward>/mean`, nor one of an evaluation. Log them: pass "
+            "`trainer.state.log_history` after training with `logging_steps` small enough that a step is logged."
         )
     columns = min(3, len(names))
     lines = math.ceil(len(names) / columns)
@@ -134,13 +138,40 @@ def plot_rewards(history: Sequence[Mapping[str, Any]], path: str | os.PathLike) 
         if window > 1:
             axes.plot(steps, values, color=color, linewidth=0.8, alpha=0.45)
         _line(axes, steps, _running_mean(values, window), color)
-        _style(axes, name, None)
+        _points_of_evaluations(axes, history, name, color)
+        _style(axes, f"{name}  (held out)" if trained and name not in trained else name, None)
     for axes in panels[len(names) :]:
         axes.set_visible(False)
     for index in range(max(0, len(names) - columns), len(names)):
         panels[index].tick_params(labelbottom=True)
         panels[index].set_xlabel("optimizer step", color=FAINT, fontsize=9)
+    if evaluated:
+        note = "line: rollouts · points: evaluations ± standard error over prompts"
+        figure.suptitle(note, x=0.02, ha="left", fontsize=9, color=FAINT)
     return save_figure(figure, path)
+
+
+def _points_of_evaluations(axes: Axes, history: Sequence[Mapping[str, Any]], name: str, color: str) -> None:
+    """A reward's evaluations, ringed in ink to stand out from the line."""
+    key = f"eval_rewards/{name}"
+    rows = [row for row in history if f"{key}/mean" in row]
+    means = [row[f"{key}/mean"] for row in rows]
+    errors = [row.get(f"{key}/standard_error", math.nan) for row in rows]
+    axes.errorbar(
+        _steps(rows),
+        means,
+        yerr=errors,
+        fmt="D",
+        markersize=4.5,
+        markerfacecolor=color,
+        markeredgecolor=INK,
+        markeredgewidth=0.9,
+        ecolor=INK,
+        elinewidth=1.1,
+        capsize=2.5,
+        zorder=4,
+        clip_on=False,
+    )
 
 
 def plot_histograms(

@@ -18,7 +18,7 @@ from rich.text import Text
 from .formatting import format_with_error
 from .measures import RewardMean
 from .records import is_within, write_atomically
-from .statistics import clustered_mean
+from .statistics import clustered_mean, number_prompts
 
 
 # Columns of the table that are not rewards; the last two are those of prompt sets that have them.
@@ -41,6 +41,7 @@ SETTINGS: dict[str, Any] = {
     "max_sequence_length": int | None,
 }
 NO_GROUP = "(none)"
+OVERALL = "overall (mean over tasks)"
 
 TABLE_FILE = "scores.csv"
 SUMMARY_FILE = "evaluation.json"
@@ -114,7 +115,7 @@ class EvaluationResults:
             images = settings["num_prompts"] * settings["num_generations"]
         except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
             raise ValueError(f"The evaluation in `{folder}` is damaged: {error}. Evaluate again.") from error
-        num_groups = table[_group_column(settings)].nunique()
+        num_groups = len(set(_groups(table, settings)))
         if len(table) != images or num_groups != len(diversity):
             raise ValueError(
                 f"The evaluation in `{folder}` is damaged: `{TABLE_FILE}` has {len(table)} images of {num_groups} "
@@ -133,6 +134,9 @@ class EvaluationResults:
                 name: {"mean": mean, "standard_error": error, "num_valid": int(self.table[name].notna().sum())}
                 for name, (mean, error) in self.summary().items()
             },
+            "geneval_overall": {
+                name: {"mean": mean, "standard_error": error} for name, (mean, error) in self.geneval_overall().items()
+            },
             "diversity": dict(zip(("mean", "standard_error"), self.diversity(), strict=True)),
             "failed": self.failed,
             "prompt_diversity": self.prompt_diversity,
@@ -142,7 +146,7 @@ class EvaluationResults:
     @property
     def groups(self) -> np.ndarray:
         """The prompt of each image, shape `[N]`, numbered from 0 on in the order in which the prompts first come."""
-        return group_numbers(self.table[_group_column(self.settings)])
+        return _groups(self.table, self.settings)
 
     def summary(self) -> dict[str, tuple[float, float]]:
         """
@@ -178,11 +182,24 @@ class EvaluationResults:
             )
         rows = []
         for value, part in self.table.groupby(self.table[column].fillna(NO_GROUP), sort=False):
-            groups = group_numbers(part["prompt"])
+            groups = _groups(part, self.settings)
             for name in self.reward_names:
                 mean, error = _mean_and_error(part[name].to_numpy(), groups)
                 rows.append((value, name, mean, error, int(part[name].notna().sum())))
         return pd.DataFrame(rows, columns=[column, "reward", "mean", "standard_error", "num_images"])
+
+    def geneval_overall(self) -> dict[str, tuple[float, float]]:
+        """
+        GenEval's published "overall" score: the mean over its tasks of the mean of each task.
+
+        The tasks (column `tag`) have different numbers of prompts, so that this is not the mean over all images. The
+        published figure is of GenEval's own verdicts, `GenEval(strict=True)`; partial credit is averaged alike.
+
+        Returns:
+            `dict[str, tuple[float, float]]`: name of each reward that is GenEval by its name -> the mean and its
+            standard error over prompts. Empty without such a reward or without the column `tag`.
+        """
+        return {name: mean_over_tasks(self.averages("tag"), name) for name in geneval_names(self)}
 
     def diversity(self) -> tuple[float, float]:
         """
@@ -205,6 +222,8 @@ class EvaluationResults:
         for name, value in self.summary().items():
             cells = [format_with_error(value), str(self.table[name].notna().sum())]
             table.add_row(Text(name), *cells, *([str(self.failed[name])] if any(self.failed.values()) else []))
+        for name, value in self.geneval_overall().items():
+            table.add_row(Text(f"{name}, {OVERALL}"), format_with_error(value))
         table.add_section()
         table.add_row("diversity within a prompt", format_with_error(self.diversity()), str(len(self.table)))
         return table
@@ -220,9 +239,30 @@ class EvaluationResults:
         return " on ".join(Path(name).name if Path(name).is_absolute() else name for name in names if name is not None)
 
 
-def group_numbers(texts: Sequence[str] | pd.Series) -> np.ndarray:
-    """The number of each text among the different ones, in the order in which they first come."""
-    return pd.factorize(pd.Series(texts))[0]
+def geneval_names(results: EvaluationResults) -> list[str]:
+    """The rewards that are GenEval by their names, if the prompt set says which task each prompt is of."""
+    return [name for name in results.reward_names if "tag" in results.table and "geneval" in name.lower()]
+
+
+def mean_over_tasks(averages: pd.DataFrame, reward: str) -> tuple[float, float]:
+    """
+    The mean of a reward's averages by tag, with its standard error.
+
+    Args:
+        averages (`pandas.DataFrame`):
+            As [`EvaluationResults.averages`] gives them for `"tag"`.
+        reward (`str`):
+            The reward. Tags that it does not apply to, and prompts without a tag, take no part.
+
+    Returns:
+        `tuple[float, float]`: the tasks have different prompts, so that their errors are independent; the error is NaN
+        where one of theirs is.
+    """
+    tasks = averages[(averages["reward"] == reward) & (averages["tag"] != NO_GROUP) & (averages["num_images"] > 0)]
+    if not len(tasks):
+        return math.nan, math.nan
+    errors = tasks["standard_error"].to_numpy()
+    return float(tasks["mean"].mean()), float(np.sqrt(np.square(errors).sum())) / len(tasks)
 
 
 def to_json(content: Mapping[str, Any]) -> bytes:
@@ -243,9 +283,8 @@ def _mean_and_error(values: np.ndarray, groups: np.ndarray) -> tuple[float, floa
     return measured["mean"], measured["standard_error"]
 
 
-def _group_column(settings: Mapping[str, Any]) -> str:
-    """What tells prompts apart: their texts, or, where they edit images, the rows of the prompt set."""
-    return "prompt_index" if settings.get("edits_images") else "prompt"
+def _groups(table: pd.DataFrame, settings: Mapping[str, Any]) -> np.ndarray:
+    return number_prompts(table["prompt"], table["prompt_index"], bool(settings.get("edits_images")))
 
 
 def _check_summary(content: Any) -> None:

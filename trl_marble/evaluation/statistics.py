@@ -2,10 +2,11 @@
 """Means, standard errors and tests of scored images, where the images of one prompt are not independent."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
+import pandas as pd
 from scipy.stats import binomtest
 
 
@@ -37,6 +38,28 @@ class WinCount(NamedTuple):
     prompts_up: int
     prompts_down: int
     p_value: float
+
+
+def number_prompts(prompts: Sequence[str], rows: Sequence[int], edits_images: bool = False) -> np.ndarray:
+    """
+    The number of each image's prompt, by which standard errors are taken.
+
+    Rows of a prompt set with the same text are one prompt: their images are no more independent than those of one row.
+    Where images are edited, each row has an image of its own, and the same instruction for another image is another
+    prompt.
+
+    Args:
+        prompts (`Sequence[str]`):
+            The text of each of the N images.
+        rows (`Sequence[int]`):
+            The row of the prompt set that each image belongs to.
+        edits_images (`bool`, *optional*, defaults to `False`):
+            Whether the prompts are instructions to edit images.
+
+    Returns:
+        `np.ndarray` of shape `[N]`, integers: numbered from 0 on in the order in which the prompts first come.
+    """
+    return pd.factorize(pd.Series(rows if edits_images else prompts))[0]
 
 
 def clustered_mean(values: np.ndarray, groups: np.ndarray) -> tuple[float, float]:

@@ -9,11 +9,11 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
+from .formatting import format_value, format_with_error
+
 
 # A change is called real from this many standard errors upwards (a two-sided 5% test).
 SIGNIFICANT = 2.0
-
-NOT_MEASURED = "not measured"
 
 
 @dataclass(frozen=True)
@@ -84,20 +84,6 @@ def _cosine_figures(history: Sequence[Mapping[str, Any]], prefix: str) -> tuple[
     return min(row[f"{prefix}/cos_min"] for row in rows), conflict
 
 
-def format_value(value: float | None, sign: bool = False) -> str:
-    """
-    A reward's value, or the change of one, with four significant digits where it is at least 0.1 in size.
-
-    Args:
-        value (`float`, *optional*): `None` and NaN are written as "not measured".
-        sign (`bool`, *optional*, defaults to `False`): write a plus before what is not negative.
-    """
-    if value is None or math.isnan(value):
-        return NOT_MEASURED
-    digits = 4 if abs(value) < 1 else 3 if abs(value) < 10 else 2
-    return f"{value:{'+' if sign else ''}.{digits}f}"
-
-
 def rewards_table(
     before: Mapping[str, tuple[float, float]],
     after: Mapping[str, tuple[float, float]],
@@ -120,6 +106,8 @@ def rewards_table(
             where pairs are alike.
         title (`str`, *optional*, defaults to `"Rewards on held-out prompts"`):
             The table's title.
+
+    A mean without a measured error stands alone: errors are taken over prompts, so that one prompt has none.
 
     Returns:
         `rich.table.Table`: one row a reward, in the order of `before`.
@@ -146,8 +134,8 @@ def rewards_table(
         style = "green" if ratio >= SIGNIFICANT else "red" if ratio <= -SIGNIFICANT else ""
         table.add_row(
             Text(name),
-            f"{format_value(mean_before)} ± {format_value(se_before)}",
-            f"{format_value(mean_after)} ± {format_value(se_after)}",
+            format_with_error((mean_before, se_before)),
+            format_with_error((mean_after, se_after)),
             Text(format_value(change, sign=True), style=style),
             f"{ratio:+.1f}" if math.isfinite(ratio) else "-",
         )

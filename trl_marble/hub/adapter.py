@@ -1,23 +1,36 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
-"""Reading a pipeline's LoRA adapter, and writing it the way `load_lora_weights` reads it back."""
+"""Reading a pipeline's LoRA adapter, and writing it so that every loader reads the same adapter."""
 
+import math
 import os
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from diffusers import DiffusionPipeline
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
 from peft.utils import get_peft_model_state_dict
 from torch import Tensor
+from transformers.utils import logging
 
+from ..pipelines.lora_layouts import scale_weight
 from .files import sort_header
+
+
+logger = logging.get_logger(__name__)
 
 
 # Fields of a peft configuration that loaders look up without asking whether they are there (diffusers 0.35 does).
 _ALWAYS_PUBLISHED = ("r", "lora_alpha", "rank_pattern", "alpha_pattern")
 # Fields that say how the adapter was made or on whose disk, not what it computes.
 _NOT_PUBLISHED = frozenset({"auto_mapping", "base_model_name_or_path", "inference_mode", "init_lora_weights"})
+
+_KEY = re.compile(
+    r"(?P<layer>.+)\.(?:(?P<scaled>lora_B\.(?:weight|bias))|lora_A\.weight|lora_magnitude_vector(?:\.weight)?)"
+)
 
 
 def adapter_state(pipeline: DiffusionPipeline, adapter_name: str = "default") -> dict[str, Tensor]:
@@ -53,8 +66,11 @@ def save_adapter(
     """
     Write a LoRA adapter so that `load_lora_weights(folder)` on a fresh base pipeline makes the same images.
 
-    The file also holds the adapter's configuration. Without it a loader takes alpha to be equal to r, and the images
-    differ wherever it is not.
+    The scale, alpha / r (or alpha / sqrt(r) for rank-stabilized LoRA), is part of the weights in the file, and alpha
+    is r in the configuration that it holds: loaders that see the tensors alone assume this, among them ComfyUI and
+    `load_lora_weights(state_dict)`, and use the adapter at its full strength. The pipeline's own weights stay as they
+    are. Adapters with other weights than those of LoRA and DoRA on linear layers and convolutions keep their scale in
+    the configuration, with a warning.
 
     Args:
         pipeline (`DiffusionPipeline`):
@@ -83,6 +99,18 @@ def save_adapter(
     if state is None:
         state = own
     _check_same_layout(state, own, adapter_name)
+    scales = _scales(pipeline, adapter_name)
+    if unknown := [key for key in state if not _KEY.fullmatch(key)]:
+        logger.warning(
+            f"The scale of the adapter {adapter_name!r} stays in the file's metadata, because of weights such as "
+            f"{unknown[0]!r}. Loaders that do not read the metadata, such as ComfyUI, use another strength."
+        )
+        published = _published_config(config)
+    else:
+        state = {key: _with_scale(key, value, scales) for key, value in state.items()}
+        published = _published_config(config) | {"lora_alpha": config.r, "alpha_pattern": config.rank_pattern}
+        published.pop("use_rslora", None)
+
     for key, value in state.items():
         if not value.isfinite().all():
             raise ValueError(
@@ -97,7 +125,7 @@ def save_adapter(
         weight_name=unfinished.name,
         # safetensors writes no strided views.
         transformer_lora_layers={key: value.detach().cpu().contiguous() for key, value in state.items()},
-        transformer_lora_adapter_metadata=_published_config(config),
+        transformer_lora_adapter_metadata=published,
         safe_serialization=True,
     )
     sort_header(unfinished)
@@ -115,6 +143,21 @@ def _lora_config(pipeline: DiffusionPipeline, adapter_name: str) -> LoraConfig:
             f"add it with `pipeline.transformer.add_adapter(LoraConfig(...), adapter_name={adapter_name!r})`."
         )
     return configs[adapter_name]
+
+
+def _scales(pipeline: DiffusionPipeline, adapter_name: str) -> dict[str, float]:
+    """What each layer multiplies the product of its two factors by, as trained (`set_adapters` can change it)."""
+    rank_stabilized = pipeline.transformer.peft_config[adapter_name].use_rslora
+    return {
+        name: layer.lora_alpha[adapter_name] / (math.sqrt(rank) if rank_stabilized else rank)
+        for name, layer in pipeline.transformer.named_modules()
+        if isinstance(layer, LoraLayer) and (rank := layer.r.get(adapter_name)) is not None
+    }
+
+
+def _with_scale(key: str, weight: Tensor, scales: Mapping[str, float]) -> Tensor:
+    match = _KEY.fullmatch(key)
+    return scale_weight(weight, scales[match["layer"]]) if match is not None and match["scaled"] else weight
 
 
 def _published_config(config: LoraConfig) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 """Reading from an adapter's file what its layers add to the weights, and writing such a file."""
 
 import json
-import math
 import os
 import re
 from collections import Counter
@@ -12,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
-from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from ..pipelines.adapters import adapter_metadata, find_adapter
+from ..pipelines.lora_layouts import layer_scale, scale_weight
 
 
 _LORA_KEY = re.compile(
@@ -107,7 +106,7 @@ def write_layers(layers: Mapping[str, LoraLayer], file: Path) -> None:
     components: dict[str, dict[str, int]] = {}
     for layer, lora in layers.items():
         tensors[f"{layer}.lora_A.weight"] = lora.lora_A.float().contiguous()
-        tensors[f"{layer}.lora_B.weight"] = (lora.scale * lora.lora_B.float()).contiguous()
+        tensors[f"{layer}.lora_B.weight"] = scale_weight(lora.lora_B.float(), lora.scale).contiguous()
         component, name = layer.split(".", 1)
         components.setdefault(component, {})[name] = lora.rank
     for component, ranks in components.items():
@@ -147,17 +146,11 @@ def _lora_layer(file: Path, layer: str, parts: Mapping[str, Tensor], config: Map
         raise ValueError(f"The layer {layer!r} in {file} holds values that are not finite; the adapter is broken.")
     rank = parts["lora_A"].shape[0]
     component, name = layer.split(".", 1)
-    alpha = config.get(f"{component}.lora_alpha", rank)
-    pattern = config.get(f"{component}.alpha_pattern", {})
+    own = {key.removeprefix(f"{component}."): value for key, value in config.items()}
     try:
-        alpha = pattern.get(get_pattern_key(list(pattern), name), alpha)
-        usable = math.isfinite(alpha) and not isinstance(alpha, bool)
-    except (AttributeError, TypeError, OverflowError, re.error):
-        usable = False
-    if not usable:
+        scale = layer_scale(own, name, rank)
+    except ValueError as error:
         raise ValueError(
-            f"The metadata in {file} gives the layer {layer!r} no usable scale: alpha is {str(alpha)[:80]!r} and the "
-            f"pattern {str(pattern)[:80]!r}. Save the adapter again."
-        )
-    scale = alpha / math.sqrt(rank) if config.get(f"{component}.use_rslora") else alpha / rank
+            f"The metadata in {file} gives the layer {layer!r} no usable scale: {error}. Save the adapter again."
+        ) from error
     return LoraLayer(parts["lora_A"], parts["lora_B"], scale)

@@ -16,7 +16,8 @@ from urllib.parse import quote
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from ..evaluation.summary import NOT_MEASURED, BalanceSummary, format_value
+from ..evaluation.formatting import NOT_MEASURED, format_value
+from ..evaluation.summary import BalanceSummary
 from ..pipelines import FAMILIES, Family
 from .card_inputs import ACCESS_TOKEN, TOKEN_REMOVED, CardInputs, GalleryItem, RewardRow, is_absolute, is_hub_id
 

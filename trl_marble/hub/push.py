@@ -114,13 +114,31 @@ def push_adapter(
     return str(url)
 
 
+def is_rendered_card(folder: str | os.PathLike) -> bool:
+    """
+    Whether a folder's `README.md` is a card as it was rendered: nothing in it is a person's own.
+
+    Args:
+        folder (`str` or `os.PathLike`):
+            A folder with a `README.md`.
+
+    Returns:
+        `bool`: whether the text is what the `model_card.json` beside it gives.
+
+    Raises:
+        `ValueError`: `model_card.json` is damaged.
+    """
+    folder = Path(folder)
+    if not (folder / INPUTS_FILE).is_file():
+        return False
+    return str(build_model_card(CardInputs.load(folder))) == _read(folder / CARD_FILE)
+
+
 def _name_repository(folder: Path, repo_id: str) -> None:
     """Write the card again under the repository's name, if it is still the one that its inputs give."""
-    if not (folder / INPUTS_FILE).is_file():
+    if not is_rendered_card(folder):
         return
     inputs = CardInputs.load(folder)
-    if str(build_model_card(inputs)) != _read(folder / CARD_FILE):
-        return
     named = dataclasses.replace(inputs, repo_name=repo_id.split("/")[1], model_id=repo_id)
     named.save(folder)
     build_model_card(named).save(folder / CARD_FILE)

@@ -16,6 +16,7 @@ from ..data import read_rows
 from ..evaluation import Evaluation
 from ..evaluation.diversity import group_diversity, thumbnails
 from ..evaluation.evaluator import image_seed
+from ..evaluation.statistics import number_prompts
 from ..media import Sample
 from ..pipelines import Conditioning, adapters_disabled, edits_images, encode_distinct
 from ..rewards import Scores
@@ -99,10 +100,13 @@ def evaluate_policy(trainer: "MarbleNFTTrainer", dataset: Dataset) -> PolicyEval
             gallery_rewards.setdefault(prompt, []).append(torch.tensor(image.rewards))
     rewards = torch.tensor([image.rewards for image in images]).T
     features = torch.stack([torch.from_numpy(image.thumbnail) for image in images])
-    diversity = group_diversity(features, torch.arange(len(images)) // repeats).nanmean().item()
+    rows, prompts = [image.number // repeats for image in images], dataset["prompt"][:]
+    edits = edits_images(trainer.flow, dataset, "eval_dataset")
+    groups = torch.from_numpy(number_prompts([prompts[row] for row in rows], rows, edits))
+    diversity = group_diversity(features, groups).nanmean().item()
     policy, base = torch.tensor([image.velocity for image in images if image.velocity], dtype=torch.float64).sum(dim=0)
     return PolicyEvaluation(
-        evaluation=Evaluation(trainer.state.global_step, names, rewards, gallery),
+        evaluation=Evaluation(trainer.state.global_step, names, rewards, groups, gallery),
         gallery_rewards={prompt: torch.stack(values, dim=1) for prompt, values in gallery_rewards.items()},
         failed=failed,
         nonfinite_latents=nonfinite_latents if args.on_nonfinite == "mask" else None,

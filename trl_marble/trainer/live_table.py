@@ -162,7 +162,7 @@ def run_table(history: History, names: Sequence[str], held_out_names: Sequence[s
 
     Returns:
         `rich.table.Table`: One row a reward. Changes are since the first value; those of evaluations are coloured
-        where they are at least two standard errors.
+        where they are at least two standard errors (over prompts).
     """
     table = Table(caption=_footer(history), caption_justify="left", expand=False)
     table.add_column("Reward", overflow="ellipsis", no_wrap=True)
@@ -253,11 +253,12 @@ def _last(history: History, key: str, form: str) -> str:
 
 
 def _eval_change(history: History, name: str) -> Text:
-    means = _series(history, f"eval_rewards/{name}/mean")
-    errors = _series(history, f"eval_rewards/{name}/standard_error")
-    if len(means) < 2 or len(errors) < 2:
-        return Text(_change(means))
-    error = math.hypot(errors[0], errors[-1])
+    key = f"eval_rewards/{name}"
+    measured = [row for row in history if math.isfinite(row.get(f"{key}/mean", math.nan))]
+    means = [row[f"{key}/mean"] for row in measured]
+    if len(means) < 2:
+        return Text()
+    error = math.hypot(*(measured[place].get(f"{key}/standard_error", math.nan) for place in (0, -1)))
     ratio = (means[-1] - means[0]) / error if error > 0 else 0.0
     style = "green" if ratio >= SIGNIFICANT else "red" if ratio <= -SIGNIFICANT else ""
     return Text(_change(means), style=style)

@@ -64,7 +64,7 @@ from .nonfinite import NonFiniteGuard, finite_mean, refuse_nonfinite, refuse_non
 from .out_of_memory import rollout_advice, update_advice
 from .pictures import RolloutRecord, log_evaluation, log_plots, log_rollout
 from .preparation import measured_linears, place_base
-from .publishing import push_checkpoint, push_output, write_card
+from .publishing import push_checkpoint, push_output, write_card, write_card_beside_adapter
 from .reward_failures import count_failures
 from .sampling import sample_and_score
 from .seeding import Draw, derive_seed
@@ -685,6 +685,26 @@ class MarbleNFTTrainer(CheckpointedTrainer):
         if self.args.should_save:
             with self.average.swapped_in():
                 save_adapter(self.pipeline, output_dir or self.args.output_dir)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """
+        Save the adapter, with the averaged weights, and its model card.
+
+        A `README.md` that this package did not write, or that was changed since, is left as it is, with a warning.
+
+        Args:
+            output_dir (`str`, *optional*):
+                The folder. Defaults to `args.output_dir`.
+            _internal_call (`bool`, *optional*, defaults to `False`):
+                Whether the trainer itself saves, as for a checkpoint, which gets no card.
+        """
+        super().save_model(output_dir, _internal_call=True)
+        if _internal_call:
+            return
+        if self.args.should_save:
+            write_card_beside_adapter(self, Path(output_dir or self.args.output_dir))
+        if self.args.push_to_hub:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         refuse_nonfinite_run(self)  # before anything is written

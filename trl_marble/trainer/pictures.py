@@ -110,8 +110,8 @@ def log_evaluation(
 
 def log_plots(trainer: Trainer) -> None:
     """
-    Draw the run so far, `<output_dir>/plots/balance.png` (weights and cosines) and `rewards.png`, and send both to the
-    trackers. What nothing was logged of is left out.
+    Draw the run so far, `<output_dir>/plots/balance.png` (weights and cosines) and `rewards.png` (rollouts and
+    evaluations), and send both to the trackers. What nothing was logged of is left out.
 
     Args:
         trainer ([`~transformers.Trainer`]):
@@ -123,7 +123,7 @@ def log_plots(trainer: Trainer) -> None:
     balance = summarize_balance(history)
     if balance is not None and balance.cos_min is not None:  # some step had a reward to balance
         plots["plots/balance"] = plot_balance(history, folder / "balance.png")
-    if any(key.startswith("rewards/") for row in history for key in row):
+    if any(key.startswith(("rewards/", "eval_rewards/")) for row in history for key in row):
         plots["plots/rewards"] = plot_rewards(history, folder / "rewards.png")
     if plots:
         send_to_trackers(trainer.callback_handler.callbacks, trainer.state.global_step, plots)

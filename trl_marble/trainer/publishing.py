@@ -17,7 +17,7 @@ from transformers.utils import PushInProgress, logging
 import trl_marble
 
 from ..evaluation import plot_balance, summarize_balance
-from ..hub import CardInputs, GalleryItem, RewardRow, build_model_card, published_files
+from ..hub import CardInputs, GalleryItem, RewardRow, build_model_card, is_rendered_card, published_files
 from ..media import sample_suffix, save_sample
 
 
@@ -57,17 +57,19 @@ CARD_SETTINGS = (
 )
 
 
-def write_card(trainer: "MarbleNFTTrainer", model_name: str | None = None) -> None:
+def write_card(trainer: "MarbleNFTTrainer", model_name: str | None = None, folder: Path | None = None) -> None:
     """
-    Write `README.md`, the pictures it shows, and `model_card.json`, what it was rendered from, to the output folder.
+    Write `README.md`, the pictures it shows, and `model_card.json`, what it was rendered from.
 
     Args:
         trainer ([`MarbleNFTTrainer`]):
             The run.
         model_name (`str`, *optional*):
-            Title of the card. Defaults to the name of the output folder.
+            Title of the card. Defaults to the name of the folder.
+        folder (`Path`, *optional*):
+            Where to. Defaults to the output folder.
     """
-    folder = Path(trainer.args.output_dir)
+    folder = Path(trainer.args.output_dir) if folder is None else folder
     folder.mkdir(parents=True, exist_ok=True)
     history = trainer.state.log_history
     balance = summarize_balance(history)
@@ -94,6 +96,31 @@ def write_card(trainer: "MarbleNFTTrainer", model_name: str | None = None) -> No
     )
     inputs.save(folder)
     build_model_card(inputs).save(folder / "README.md")
+
+
+def write_card_beside_adapter(trainer: "MarbleNFTTrainer", folder: Path) -> None:
+    """
+    Write the card to the folder of a saved adapter, unless that has a `README.md` of somebody else's.
+
+    Args:
+        trainer ([`MarbleNFTTrainer`]):
+            The run.
+        folder (`Path`):
+            The adapter's folder.
+    """
+    readme = folder / "README.md"
+    try:
+        is_ours = not readme.exists() or is_rendered_card(folder)
+    except ValueError:  # of another version of this package: nobody knows
+        is_ours = False
+    if is_ours:
+        write_card(trainer, folder=folder)
+        return
+    logger.warning(
+        f"The adapter is saved, and {readme} is left as it is: it was not written by this package, or was changed "
+        "since. Move it away and save again, or call `trainer.create_model_card()`, which replaces that of the output "
+        "folder, for the card of this run."
+    )
 
 
 def framework_versions() -> dict[str, str]:

@@ -48,7 +48,8 @@ class RewardHackingCallback(MarbleCallback):
     Evaluations are compared with the first one of the run. A signal is either a held-out reward (`eval_reward_funcs`
     of [`MarbleNFTTrainer`]) that fell clearly while a reward that is trained on rose clearly, or a diversity within
     prompts below a fraction of what it was. Clearly is by `threshold` standard errors of the difference,
-    sqrt(se_first^2 + se_now^2); as evaluations have the same prompts and seeds, this is on the careful side.
+    sqrt(se_first^2 + se_now^2), each taken over prompts; as evaluations have the same prompts and seeds, this is on
+    the careful side. With a single prompt there is no error, and no such signal.
 
     It needs evaluations: an `eval_dataset`, `eval_strategy="steps"` and `eval_on_start=True`, so that the first one is
     of the base model. A resumed run keeps the first evaluation of the run that it resumes.
