@@ -58,7 +58,7 @@ def test_rewards_get_keywords_only_and_come_back_in_order(scorer) -> None:
     both = scorer(seen, later)
     pending = both.submit(IMAGES, PROMPTS, {"target": [3, 4]}, trainer_state=state)
     scores = both.collect(pending).rewards
-    assert set(received) == {"images", "prompts", "target", "trainer_state"}
+    assert set(received) == {"images", "prompts", "target", "trainer_state", "log_metric", "log_extra"}
     assert received["images"] == IMAGES and received["prompts"] == PROMPTS and received["target"] == [3, 4]
     assert received["trainer_state"] is state
     assert scores.shape == (2, 2)
