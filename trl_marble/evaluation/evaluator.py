@@ -4,6 +4,7 @@
 import hashlib
 import json
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -92,7 +93,8 @@ def evaluate_pipeline(
     Raises:
         `ValueError`: for a pipeline that is not flow matching, a prompt set without prompts or without the images that
             the pipeline edits, rewards of images for a pipeline of videos or the other way round, rewards that cannot
-            be called with the columns of the prompt set or whose names are those of columns of the table, or an `output_dir` with an evaluation of other settings.
+            be called with the columns of the prompt set, rewards whose names are those of columns of the table, or an
+            `output_dir` with an evaluation of other settings.
         `OSError`: if the pipeline or the adapter cannot be found.
         [`~trl_marble.rewards.RewardError`]: if a reward failed, see `EvaluationConfig.reward_failure`.
     """
@@ -133,7 +135,9 @@ def evaluate_pipeline(
             records.begin(settings)
     scorer.to(flow.device, torch.bfloat16 if args.bf16 else torch.float32)
     try:
-        with loaded_adapter(model, adapter):
+        with ExitStack() as stack:
+            with together.phase():
+                stack.enter_context(loaded_adapter(model, adapter))
             _evaluate_share(flow, scorer, plan, records, args, state, together)
     finally:
         scorer.close()
@@ -267,11 +271,9 @@ def _finish(
     if scores.errors:
         if args.reward_failure == "raise":
             error = scores.errors[0]
-            advice = (
-                " What was scored so far is kept: evaluate again to continue, or set `reward_failure='mask'` to leave "
-                "failed images out."
-            )
-            text = str(error) if isinstance(error, BrokenRewardError) else f"{error}{advice}"
+            mask = ", or set `reward_failure='mask'` to leave failed images out"
+            text = f"{error} Batches that were finished are kept: evaluate again to continue"
+            text += "." if isinstance(error, BrokenRewardError) else f"{mask}."
             raise RewardError(text) from error.__cause__
         logger.warning(f"Left out as not applicable: {int(scores.failed.sum())} failed rewards. {scores.errors[0]}")
     written = [

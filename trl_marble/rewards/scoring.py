@@ -5,7 +5,7 @@ import functools
 import inspect
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import CancelledError, Future, wait
+from concurrent.futures import CancelledError, Future
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -28,7 +28,7 @@ from .protocol import (
     reward_tensor,
     validate_reward_funcs,
 )
-from .threads import EventLoopThread, Worker
+from .threads import EventLoopThread, Worker, wait_until
 
 
 # What is raised for code that cannot work, whatever the image. To leave out failed images would hide it.
@@ -171,7 +171,7 @@ class RewardScorer:
         """
         if deadline is None and self.timeout is not None:
             deadline = time.monotonic() + self.timeout
-        wait(pending.futures, None if deadline is None else max(0.0, deadline - time.monotonic()))
+        wait_until(pending.futures, deadline)
         read = [self._read(future, name, pending.prompts) for future, name in self._named(pending)]
         logs = list(zip(self.names, pending.logs, strict=True))
         return Scores(

@@ -55,8 +55,8 @@ def check_signatures(
         _check_parameters(func, f"Reward `{name}`", given, LOG_KEYWORDS, shown)
         if isinstance(func, ModelReward):
             # The images and the prompts come by position.
-            _check_parameters(functools.partial(func.applies, None), f"`{name}.applies`", others, (), shown)
-            _check_parameters(functools.partial(func.score, None, None), f"`{name}.score`", others, (), shown)
+            _check_parameters(functools.partial(func.applies, []), f"`{name}.applies`", others, (), shown)
+            _check_parameters(functools.partial(func.score, [], []), f"`{name}.score`", others, (), shown)
         if isinstance(func, RemoteReward) and (missing := [c for c in func.columns or () if c not in others]):
             raise ValueError(
                 f"`columns` of the remote reward `{name}` asks for {_quote(missing)}, which `{dataset}` does not "

@@ -5,8 +5,9 @@ import asyncio
 import functools
 import queue
 import threading
-from collections.abc import Awaitable, Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import ALL_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import Any
 
 import torch
@@ -14,6 +15,8 @@ import torch
 
 # Seconds that async rewards get to end after they were interrupted, as closing connections takes.
 INTERRUPT_SECONDS = 1.0
+# Longest time in seconds without looking whether the user interrupts, which does not end every wait.
+WAKE_SECONDS = 0.5
 
 
 class Worker:
@@ -78,7 +81,7 @@ class EventLoopThread:
     def __init__(self, name: str, device: torch.device) -> None:
         self._device = device
         self._loop = asyncio.new_event_loop()
-        self._loop.set_default_executor(_DaemonExecutor())
+        self._loop.set_default_executor(_DaemonExecutor(device))
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
 
@@ -88,15 +91,10 @@ class EventLoopThread:
 
     def stop(self) -> None:
         """Interrupt all calls and end the thread; leave it behind if they do not end within a second."""
-        interrupted = asyncio.run_coroutine_threadsafe(_cancel_other_tasks(), self._loop)
-        try:
-            interrupted.result(INTERRUPT_SECONDS)
-        except TimeoutError:
-            self._loop.call_soon_threadsafe(self._loop.stop)
-            return
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
+        asyncio.run_coroutine_threadsafe(_cancel_other_tasks_and_stop(), self._loop)
+        self._thread.join(INTERRUPT_SECONDS)
+        if not self._thread.is_alive():
+            self._loop.close()
 
     def _run(self) -> None:
         set_current_device(self._device)
@@ -106,8 +104,9 @@ class EventLoopThread:
 class _DaemonExecutor(ThreadPoolExecutor):
     """What `asyncio.to_thread` runs on: threads that the interpreter does not wait for at its end."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
         super().__init__()
+        self._device = device
         self._calls: queue.SimpleQueue[tuple[Future, Callable[[], Any]] | None] = queue.SimpleQueue()
         self._daemons: list[threading.Thread] = []
 
@@ -124,6 +123,7 @@ class _DaemonExecutor(ThreadPoolExecutor):
             self._calls.put(None)
 
     def _work(self) -> None:
+        set_current_device(self._device)
         while (entry := self._calls.get()) is not None:
             future, call = entry
             if future.set_running_or_notify_cancel():
@@ -131,6 +131,25 @@ class _DaemonExecutor(ThreadPoolExecutor):
                     future.set_result(call())
                 except BaseException as error:
                     future.set_exception(error)
+
+
+def wait_until(futures: Sequence[Future], deadline: float | None, return_when: str = ALL_COMPLETED) -> None:
+    """
+    Wait for calls in a way that can be interrupted.
+
+    Args:
+        futures (`Sequence[Future]`):
+            The calls.
+        deadline (`float`, *optional*):
+            When to stop waiting, as `time.monotonic()` counts. `None` waits for ever.
+        return_when (`str`, *optional*, defaults to `ALL_COMPLETED`):
+            What to wait for: `ALL_COMPLETED` or `FIRST_COMPLETED` of `concurrent.futures`.
+    """
+    while True:
+        left = WAKE_SECONDS if deadline is None else max(0.0, deadline - time.monotonic())
+        ended, pending = wait(futures, min(left, WAKE_SECONDS), return_when)
+        if not pending or left == 0.0 or (ended and return_when != ALL_COMPLETED):
+            return
 
 
 def set_current_device(device: torch.device) -> None:
@@ -143,9 +162,10 @@ async def _await(call: Callable[[], Awaitable[Any]]) -> Any:
     return await call()
 
 
-async def _cancel_other_tasks() -> None:
-    """Cancel all tasks of the running loop but this one, and wait until they have ended."""
+async def _cancel_other_tasks_and_stop() -> None:
+    """Cancel all tasks of the running loop but this one, and stop it when they have ended."""
     tasks = asyncio.all_tasks() - {asyncio.current_task()}
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
+    asyncio.get_running_loop().stop()

@@ -3,7 +3,7 @@
 
 import time
 from collections.abc import Sequence
-from concurrent.futures import FIRST_COMPLETED, wait
+from concurrent.futures import FIRST_COMPLETED
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import torch
@@ -13,6 +13,7 @@ from ..media import Sample
 from ..pipelines import Conditioning
 from ..rewards import PendingScores, RewardScorer, Scores
 from ..rewards.call_log import LogKey
+from ..rewards.threads import wait_until
 from .out_of_memory import reward_advice
 from .reward_failures import raise_failures
 
@@ -158,13 +159,10 @@ class _AskedRewards:
         deadline = None if timeout is None else time.monotonic() + timeout
         scores = []
         for waiting, shown in self._batches:
-            while not all(pending.done for pending in waiting):
+            while not all(pending.done for pending in waiting) and (deadline is None or time.monotonic() < deadline):
                 calls = [call for _, pending in self._unchecked for call in pending.futures if not call.done()]
-                left = None if deadline is None else max(0.0, deadline - time.monotonic())
-                ended, _ = wait(calls, left, FIRST_COMPLETED)
+                wait_until(calls, deadline, FIRST_COMPLETED)
                 self.raise_failures()
-                if not ended and left == 0.0:
-                    break
             answers = [
                 scorer.collect(pending, deadline) for scorer, pending in zip(self.scorers, waiting, strict=False)
             ]
