@@ -7,6 +7,7 @@ other in the same processes: `scenarios.py FOLDER '{"name": {"max_steps": 3, ...
 """
 
 import json
+import math
 import os
 import signal
 import sys
@@ -79,7 +80,16 @@ def answers_nonsense_on_rank_1(images, **kwargs):
     return ["bright"] * len(images) if is_rank_1() else blue(images)
 
 
-REWARDS = {f.__name__: f for f in (bright, blue, left, red_only, raises_on_rank_1, answers_nonsense_on_rank_1)}
+def logs(images, prompts, log_metric, log_extra, **kwargs):
+    """Different names on the two processes, in different orders."""
+    log_metric("on 1" if is_rank_1() else "on 0", 5.0)
+    log_metric("on both", len(images) if is_rank_1() else math.nan)
+    log_metric("a", 1.0 + is_rank_1())
+    log_extra("on 1" if is_rank_1() else "on 0", prompts)
+    return blue(images)
+
+
+REWARDS = {f.__name__: f for f in (bright, blue, left, red_only, raises_on_rank_1, answers_nonsense_on_rank_1, logs)}
 
 
 # ---- Faults, all in the second optimizer step, so that there is something to save ----
@@ -186,6 +196,8 @@ def run_scenario(
     held = [p.to_local() if hasattr(p, "to_local") else p for p in trainer.flow.transformer.parameters()]
     told: dict[str, Any] = {"parameters held": sum(p.numel() for p in held)}
     rank = trainer.args.process_index
+    sampled: list[int] = []
+    trainer.pipeline.vae.decoder.register_forward_hook(lambda *_: sampled.append(1))
     try:
         trainer.train(resume_from_checkpoint=None if resume is None else str(folder.parent / resume))
     except Exception as error:
@@ -193,6 +205,7 @@ def run_scenario(
     else:
         told |= {"evaluation": trainer.evaluate(), "log": trainer.state.log_history}
         record.tensors["evaluated"] = trainer.evaluations[-1].rewards.contiguous()
+    told["pipeline calls"] = len(sampled)
     tensors = record.tensors | {f"gram/{i}": gram for i, gram in enumerate(record.grams)}
     tensors["change"] = torch.cat([p.detach().flatten() for p in trainer.parameters]) - start
     for name, shadow in (("old", trainer.old_policy), ("average", trainer.average)):

@@ -59,7 +59,8 @@ def test_a_reward_of_videos_gets_lists_of_frames():
         return [1, None]
 
     scores = score(seen, motion, tag=["x", "y"])
-    assert set(received) == {"videos", "prompts", "tag", "trainer_state"} and received["videos"] == VIDEOS
+    assert set(received) == {"videos", "prompts", "tag", "trainer_state", "log_metric", "log_extra"}
+    assert received["videos"] == VIDEOS
     assert scores.rewards[0, 0] == 1 and scores.rewards[0, 1].isnan()
     assert scores.rewards[1].tolist() == pytest.approx([10 / 3, 10 / 3])  # of three channels one
 

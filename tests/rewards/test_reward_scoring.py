@@ -5,8 +5,10 @@ import asyncio
 import functools
 import gc
 import math
+import subprocess
+import sys
 import threading
-from concurrent.futures import CancelledError
+import time
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ import torch
 from PIL import Image
 
 from trl_marble.rewards import InfiniteRewardError, ModelReward, RewardError, RewardScorer, Scores
+from trl_marble.rewards.protocol import BrokenRewardError
 
 
 # A test that would wait for ever fails after this many seconds instead.
@@ -58,7 +61,7 @@ def test_rewards_get_keywords_only_and_come_back_in_order(scorer) -> None:
     both = scorer(seen, later)
     pending = both.submit(IMAGES, PROMPTS, {"target": [3, 4]}, trainer_state=state)
     scores = both.collect(pending).rewards
-    assert set(received) == {"images", "prompts", "target", "trainer_state"}
+    assert set(received) == {"images", "prompts", "target", "trainer_state", "log_metric", "log_extra"}
     assert received["images"] == IMAGES and received["prompts"] == PROMPTS and received["target"] == [3, 4]
     assert received["trainer_state"] is state
     assert scores.shape == (2, 2)
@@ -331,23 +334,197 @@ def test_close_ends_async_rewards_that_still_run(scorer) -> None:
     assert cancelled.is_set() and pending.futures[0].cancelled()
 
 
-def test_close_drops_batches_that_wait_for_their_turn(scorer) -> None:
-    release, calls = threading.Event(), []
+def test_close_drops_batches_that_wait_for_their_turn_and_leaves_behind_what_runs(scorer) -> None:
+    started, release, calls = threading.Event(), threading.Event(), []
 
     def slow(images, **kwargs):
         calls.append(None)
+        started.set()
         assert release.wait(PATIENCE)
         return [0] * len(images)
 
     made = scorer(slow)
     pending = [made.submit(IMAGES, PROMPTS, {}, None) for _ in range(3)]
-    closing = threading.Thread(target=made.close)
-    closing.start()
-    with pytest.raises(CancelledError):  # while the first call is still running
-        pending[-1].futures[0].result(PATIENCE)
+    assert started.wait(PATIENCE)
+    begin = time.monotonic()
+    made.close()
+    assert time.monotonic() - begin < 1
+    for each in pending[1:]:
+        assert each.futures[0].cancelled()
     release.set()
-    closing.join(PATIENCE)
-    assert len(calls) <= 1
+    pending[0].futures[0].result(PATIENCE)
+    assert len(calls) == 1
+
+
+def test_close_leaves_behind_async_rewards_that_block_their_loop(scorer) -> None:
+    started, release = threading.Event(), threading.Event()
+
+    async def blocks(images, **kwargs):
+        started.set()
+        release.wait(PATIENCE)  # not awaited, as a client for sync code does
+        return [0] * len(images)
+
+    made = scorer(blocks)
+    made.submit(IMAGES, PROMPTS, {}, None)
+    assert started.wait(PATIENCE)
+    begin = time.monotonic()
+    made.close()
+    assert time.monotonic() - begin < 5
+    release.set()
+
+
+def test_one_deadline_is_for_all_rewards_and_batches(scorer) -> None:
+    wake = threading.Event()
+
+    def hangs(images, **kwargs):
+        assert wake.wait(PATIENCE)
+        return [0] * len(images)
+
+    def hangs_too(images, **kwargs):
+        return hangs(images)
+
+    made = scorer(hangs, hangs_too, timeout=0.3)
+    pending = [made.submit(IMAGES, PROMPTS, {}, None) for _ in range(4)]
+    begin = time.monotonic()
+    scores = Scores.concatenate([made.collect(each, begin + 0.3) for each in pending])
+    assert 0.3 <= time.monotonic() - begin < 0.6 and scores.failed.all() and len(scores.errors) == 8
+    # Without one, a batch takes `timeout` for all its rewards together.
+    begin = time.monotonic()
+    assert made.collect(made.submit(IMAGES, PROMPTS, {}, None)).failed.all()
+    assert 0.3 <= time.monotonic() - begin < 0.6
+    wake.set()
+
+
+def test_what_came_before_the_deadline_counts_after_it(scorer) -> None:
+    made = scorer(ok, timeout=PATIENCE)
+    pending = made.submit(IMAGES, PROMPTS, {}, None)
+    pending.futures[0].result(PATIENCE)
+    assert made.collect(pending, time.monotonic() - 1).rewards.tolist() == [[0, 0]]
+
+
+def test_failures_are_told_without_waiting(scorer) -> None:
+    release = threading.Event()
+
+    def slow(images, **kwargs):
+        assert release.wait(PATIENCE)
+        return [0] * len(images)
+
+    def broken(images, number, **kwargs):
+        if number[0] == 1:
+            raise OSError("went away")
+        return [0] * len(images) if number[0] == 0 else [0]
+
+    made = scorer(slow, broken)
+    pending = [made.submit(IMAGES, PROMPTS, {"number": [i, i]}, None) for i in range(3)]
+    for each in pending:
+        each.futures[1].exception(PATIENCE)
+    assert made.failures(pending[0]) == [] and not pending[0].done
+    (error,) = made.failures(pending[1])
+    assert "`broken` raised OSError: went away" in str(error)
+    with pytest.raises(RewardError, match="`broken` returned 1 values for 2 images"):
+        made.failures(pending[2])
+    release.set()
+
+
+def raising(error, after=0):
+    """A reward that raises from some call on."""
+    calls = []
+
+    def reward(images, **kwargs):
+        calls.append(None)
+        if len(calls) > after:
+            raise error
+        return [0] * len(images)
+
+    return reward
+
+
+@pytest.mark.parametrize(
+    ("reward", "is_broken"),
+    [
+        (raising(OSError("went away")), True),  # never answered
+        (raising(OSError("went away"), after=1), False),
+        (raising(TypeError("takes no tag"), after=1), True),
+        (raising(ImportError("no such package"), after=1), True),
+        (raising(SystemExit(3)), True),
+        (lambda images, **kwargs: [0, OSError("cannot see")], False),
+        (lambda images, **kwargs: [0, math.inf], False),
+    ],
+)
+def test_what_is_broken_is_told_from_what_failed(scorer, reward, is_broken) -> None:
+    made = scorer(reward)
+    (error,) = [each for _ in range(2) for each in made.collect(made.submit(IMAGES, PROMPTS, {}, None)).errors][:1]
+    assert isinstance(error, BrokenRewardError) == is_broken
+    is_a_mistake = isinstance(error.__cause__, TypeError | ImportError)
+    assert ("has not scored any image so far" in str(error)) == (is_broken and not is_a_mistake)
+
+
+def test_an_async_reward_with_other_parameters_is_a_failure_of_it(scorer) -> None:
+    async def narrow(images):
+        return [0] * len(images)
+
+    made = scorer(ok, narrow)
+    (error,) = made.collect(made.submit(IMAGES, PROMPTS, {}, None)).errors
+    assert "`narrow` raised TypeError" in str(error)
+
+
+def test_every_thread_has_the_trainers_device(scorer, monkeypatch) -> None:
+    """The current device is one of each thread: a reward on the second process would use the first one's."""
+    chosen = {}
+
+    def choose(index):
+        chosen[threading.current_thread().name] = index
+
+    monkeypatch.setattr(torch.accelerator, "set_device_index", choose)
+
+    async def later(images, **kwargs):
+        return await asyncio.to_thread(ok, images)
+
+    made = scorer(ok, later)
+    made.to(torch.device("cuda", 1), torch.float32)
+    assert score(made).tolist() == [[0, 0], [0, 0]]
+    assert chosen == {"reward-ok": 1, "async-rewards": 1, "async-rewards-thread": 1}
+    made.close()
+    chosen.clear()
+    made.to(torch.device("cpu"), torch.float32)
+    score(made)
+    assert not chosen
+
+
+HANGING = """
+import asyncio, sys, threading, time
+from PIL import Image
+from trl_marble.rewards import RewardScorer
+
+entered = threading.Barrier(4)
+
+def hangs(images, **kwargs):
+    entered.wait()
+    threading.Event().wait()
+
+async def blocks(images, **kwargs):
+    entered.wait()
+    threading.Event().wait()
+
+async def on_a_thread(images, **kwargs):
+    await asyncio.to_thread(hangs, images)
+
+images = [Image.new("RGB", (2, 2))]
+for func in (hangs, blocks, on_a_thread):
+    scorer = RewardScorer(func)
+    scorer.submit(images, ["a"], {}, None)
+    if func is hangs:
+        kept = scorer  # never closed
+entered.wait()
+scorer.close()
+print("the end", flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_nothing_that_hangs_keeps_the_interpreter_from_ending() -> None:
+    ran = subprocess.run([sys.executable, "-c", HANGING], capture_output=True, text=True, timeout=120)
+    assert ran.stdout == "the end\n" and ran.returncode == 0, ran.stderr
 
 
 def test_the_number_of_rewards_and_their_names(scorer) -> None:

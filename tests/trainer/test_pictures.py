@@ -78,7 +78,7 @@ def test_the_rewards_stand_under_the_images(make_trainer):
 
 def test_captions_say_values_first_and_where_a_reward_does_not_apply():
     rewards = torch.tensor([[0.5, 21.25], [float("nan"), -1.0]])
-    assert _captions(["bright", "reader"], rewards) == ["0.5000 bright\n– reader", "21.25 bright\n-1.000 reader"]
+    assert _captions(["bright", "reader"], rewards, {}) == ["0.5000 bright\n– reader", "21.25 bright\n-1.000 reader"]
 
 
 def test_histograms_leave_out_where_a_reward_does_not_apply():

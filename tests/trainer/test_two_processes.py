@@ -47,12 +47,17 @@ SAVED = {"optim": "adamw_torch", "learning_rate": 1e-3, "steps_per_generation": 
 ALONE = {
     "streaming": {"balance_fraction": 0.5, "gradient_accumulation_steps": 2, "shard_base": True},
     "masked": {"rewards": ["bright", "raises_on_rank_1"], "reward_failure": "mask"},
+    "logging": {"rewards": ["bright", "logs"], "log_images": True, "log_images_steps": 1, "max_steps": 1},
     "uninterrupted": {**SAVED, "save_strategy": "steps", "save_steps": 1},
     "resumed": {**SAVED, "resume": "uninterrupted/out/checkpoint-1"},
 }
 ERRORS = {
     "reward": (
         {"rewards": ["bright", "raises_on_rank_1"]},
+        "RewardError: Process 1 of 2 failed with RewardError: Reward `raises_on_rank_1` raised ConnectionError",
+    ),
+    "reward at once": (
+        {"rewards": ["bright", "raises_on_rank_1"], "rollout_batch_size": 1, "per_device_train_batch_size": 8},
         "RewardError: Process 1 of 2 failed with RewardError: Reward `raises_on_rank_1` raised ConnectionError",
     ),
     "nonsense": (
@@ -197,7 +202,37 @@ def test_both_processes_stop_with_the_error_of_one(two, name) -> None:
     assert failed["cause"] != "None" and other["cause"] == "None"
     saved = {file.name for file in (two / name / "out").glob("checkpoint-1/*")}
     # In the first step there is nothing to save, and where saving fails nothing can be.
-    assert {"marble_state.safetensors", "trainer_state.json"} <= saved or name in ("reward", "nonsense", "save")
+    assert {"marble_state.safetensors", "trainer_state.json"} <= saved or name in (
+        "reward",
+        "reward at once",
+        "nonsense",
+        "save",
+    )
+
+
+def test_neither_process_samples_on_when_a_reward_of_one_has_failed(two) -> None:
+    first, second = told(two, "reward at once")
+    assert first["pipeline calls"] == second["pipeline calls"] <= 5  # of 8
+
+
+def test_what_rewards_log_is_averaged_over_both_processes(two) -> None:
+    """The evaluation has three images for each process."""
+    first, second = told(two, "logging")
+    logged = first["log"][0]
+    assert {key: logged[key] for key in ("on 0", "on 1", "on both", "a")} == {
+        "on 0": 5.0,
+        "on 1": 5.0,
+        "on both": 4.0,
+        "a": 1.5,
+    }
+    assert first["evaluation"]["eval_a"] == second["evaluation"]["eval_a"] == 1.5
+    assert first["evaluation"]["eval_on both"] == 3.0
+    (table,) = (two / "logging" / "out" / "images").glob("eval_step_*.csv")
+    header, *rows = table.read_text().splitlines()
+    assert header == "prompt,image,bright,logs,dark,on 0,on 1" and len(rows) == 4
+    for row in rows:  # each image has what its own process logged
+        prompt, *_, on_0, on_1 = row.split(",")
+        assert sorted([on_0, on_1]) == ["", prompt]
 
 
 @pytest.mark.parametrize("name", NONFINITE)

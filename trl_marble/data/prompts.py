@@ -30,7 +30,8 @@ def validate_prompts(dataset: Dataset, name: str = "train_dataset") -> None:
             f"`{name}` has the columns {dataset.column_names} but no `prompt`. Name the text column so, for example "
             'with `dataset.rename_column("text", "prompt")`.'
         )
-    if reserved := {"images", "videos", "prompts", "trainer_state"} & set(dataset.column_names):
+    keywords = {"images", "videos", "prompts", "trainer_state", "log_metric", "log_extra"}
+    if reserved := keywords & set(dataset.column_names):
         raise ValueError(
             f"`{name}` has the column {sorted(reserved)[0]!r}, a keyword that the trainer itself passes to rewards. "
             "Rename the column."

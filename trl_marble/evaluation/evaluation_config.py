@@ -48,7 +48,8 @@ class EvaluationConfig:
             was scored is kept. `"mask"`: the images count as ones that the reward does not apply to, and how many
             they are is reported; it stops only if a reward fails for every image that it applies to.
         reward_timeout (`float`, *optional*):
-            Longest time in seconds to wait for a reward's answer about one batch. Defaults to waiting for ever.
+            Longest time in seconds to wait for the answers of all rewards about one batch, once the next one is
+            sampled. Defaults to waiting for ever.
 
     Raises:
         `ValueError`: for a setting that cannot work.
@@ -74,7 +75,7 @@ class EvaluationConfig:
         default="raise", metadata={"help": "Where a reward fails: 'raise', or 'mask' the images and count them."}
     )
     reward_timeout: float | None = field(
-        default=None, metadata={"help": "Longest time in seconds to wait for a reward's answer about one batch."}
+        default=None, metadata={"help": "Longest time in seconds to wait for all rewards' answers about one batch."}
     )
 
     def __post_init__(self) -> None:

@@ -4,6 +4,7 @@
 import hashlib
 import json
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,6 +12,7 @@ import numpy as np
 import pandas as pd
 import torch
 from accelerate import PartialState
+from accelerate.utils import gather_object
 from datasets import Dataset
 from diffusers import DiffusionPipeline
 from PIL import Image
@@ -25,7 +27,8 @@ from ..pipelines import FlowPipeline, edits_images, encode_distinct, find_adapte
 from ..pipelines.quantization import first_values
 from ..processes import FailingTogether
 from ..rewards import PendingScores, RewardError, RewardFunc, RewardScorer
-from ..rewards.protocol import check_media
+from ..rewards.protocol import BrokenRewardError, check_media
+from ..rewards.signatures import check_signatures
 from .contact_sheet import write_contact_sheet
 from .evaluation_config import EvaluationConfig
 from .measures import PromptDiversity
@@ -75,7 +78,8 @@ def evaluate_pipeline(
             The flow-matching pipeline: a Hub id, a local folder, or the object. An object is used on the device and in
             the dtype that it has, and is left as it was.
         reward_funcs (`str`, `RewardFunc` or a list of them):
-            The rewards, as [`MarbleNFTTrainer`] takes them. `trainer_state` is that of no step.
+            The rewards, as [`MarbleNFTTrainer`] takes them. `trainer_state` is that of no step, and what they log
+            with `log_metric` and `log_extra` is not kept.
         prompts ([`~datasets.Dataset`]):
             Prompts, in a column `prompt`. All other columns are passed to the rewards; `source` and `tag` also group
             the averages. For a pipeline that edits images, the column `image` holds those to be edited.
@@ -88,8 +92,9 @@ def evaluate_pipeline(
 
     Raises:
         `ValueError`: for a pipeline that is not flow matching, a prompt set without prompts or without the images that
-            the pipeline edits, rewards of images for a pipeline of videos or the other way round, rewards whose names
-            are those of columns of the table, or an `output_dir` with an evaluation of other settings.
+            the pipeline edits, rewards of images for a pipeline of videos or the other way round, rewards that cannot
+            be called with the columns of the prompt set, rewards whose names are those of columns of the table, or an
+            `output_dir` with an evaluation of other settings.
         `OSError`: if the pipeline or the adapter cannot be found.
         [`~trl_marble.rewards.RewardError`]: if a reward failed, see `EvaluationConfig.reward_failure`.
     """
@@ -117,6 +122,7 @@ def evaluate_pipeline(
         autocast_dtype=torch.bfloat16 if args.bf16 else None,
     )
     check_media(scorer.funcs, scorer.names, flow.family.output, type(model).__name__)
+    check_signatures(scorer.funcs, scorer.names, flow.family.output, prompts.column_names, "prompts")
     flow.verify()
     adapter = None if args.adapter is None else find_adapter(args.adapter)
     plan = _Plan(prompts, edits_images(flow, prompts, "prompts"), args)
@@ -130,8 +136,10 @@ def evaluate_pipeline(
             records.begin(settings)
     scorer.to(flow.device, torch.bfloat16 if args.bf16 else torch.float32)
     try:
-        with together.phase(), loaded_adapter(model, adapter):
-            _evaluate_share(flow, scorer, plan, records, args, state)
+        with ExitStack() as stack:
+            with together.phase():
+                stack.enter_context(loaded_adapter(model, adapter))
+            _evaluate_share(flow, scorer, plan, records, args, state, together)
     finally:
         scorer.close()
     with together.phase():
@@ -200,12 +208,16 @@ def _evaluate_share(
     records: BatchRecords,
     args: EvaluationConfig,
     state: PartialState,
+    together: FailingTogether,
 ) -> None:
     """Do what is missing of this process's batches. A batch is scored while the next one is sampled."""
-    share = range(state.process_index, len(plan.batches), state.num_processes)
-    missing = [number for number in share if not _is_finished(records, number)]
-    num_missing = sum(len(plan.batches[number]) for number in missing)
-    total = sum(len(plan.batches[number]) for number in share)
+    with together.phase():
+        share = range(state.process_index, len(plan.batches), state.num_processes)
+        missing = [number for number in share if not _is_finished(records, number)]
+        num_missing = sum(len(plan.batches[number]) for number in missing)
+        total = sum(len(plan.batches[number]) for number in share)
+    # As many rounds on all processes, so that none of them goes on when one has failed.
+    rounds = max(gather_object([len(missing)]))
     waiting: _Sampled | None = None
     with tqdm(
         total=total,
@@ -216,15 +228,13 @@ def _evaluate_share(
         dynamic_ncols=True,
         disable=not state.is_local_main_process,
     ) as bar:
-        for number in missing:
-            sampled = _sample(flow, scorer, plan, number, args)
-            if waiting is not None:
-                _finish(waiting, scorer, plan, records, args)
-                bar.update(len(waiting.images))
-            waiting = sampled
-        if waiting is not None:
-            _finish(waiting, scorer, plan, records, args)
-            bar.update(len(waiting.images))
+        for place in range(rounds + 1):
+            with together.phase():
+                sampled = _sample(flow, scorer, plan, missing[place], args) if place < len(missing) else None
+                if waiting is not None:
+                    _finish(waiting, scorer, plan, records, args)
+                    bar.update(len(waiting.images))
+                waiting = sampled
     scorer.release()
 
 
@@ -257,10 +267,11 @@ def _finish(
     scores = scorer.collect(sampled.pending)
     if scores.errors:
         if args.reward_failure == "raise":
-            raise RewardError(
-                f"{scores.errors[0]} What was scored so far is kept: evaluate again to continue, or set "
-                "`reward_failure='mask'` to leave failed images out."
-            ) from scores.errors[0].__cause__
+            error = scores.errors[0]
+            mask = ", or set `reward_failure='mask'` to leave failed images out"
+            text = f"{error} Batches that were finished are kept: evaluate again to continue"
+            text += "." if isinstance(error, BrokenRewardError) else f"{mask}."
+            raise RewardError(text) from error.__cause__
         logger.warning(f"Left out as not applicable: {int(scores.failed.sum())} failed rewards. {scores.errors[0]}")
     written = [
         records.save_image(index, plan.image_name(index), image, scores.rewards[:, i], scores.failed[:, i])
@@ -287,7 +298,7 @@ def _merge(
         if number and (args.reward_failure == "raise" or not table[name].notna().any()):
             raise RewardError(
                 f"Reward `{name}` failed for {number} of {len(table)} images and scored {table[name].notna().sum()}. "
-                "Set `reward_failure='mask'` to leave failed images out, as long as some are left; or mend the reward "
+                "Set `reward_failure='mask'` to leave failed images out, as long as some are left; or fix the reward "
                 "and evaluate in another `output_dir`."
             )
     diversity = PromptDiversity().compute(

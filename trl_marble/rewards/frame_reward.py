@@ -2,7 +2,7 @@
 """Rewards of images on videos: frame by frame."""
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Self
 
 import numpy as np
@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from ..media import Video, evenly_spaced_frames, to_tensor
+from .call_log import CallLog
 from .loading import load_reward
 from .model_reward import ModelReward
+from .parameters import accepts_certainly
 from .protocol import RewardFunc, media_asked_for, reward_names, reward_tensor
 
 
@@ -55,7 +57,15 @@ class FrameReward:
             )
         self.num_frames = num_frames
 
-    def __call__(self, videos: list[Video], prompts: list[str], trainer_state: Any = None, **columns: list) -> Any:
+    def __call__(
+        self,
+        videos: list[Video],
+        prompts: list[str],
+        trainer_state: Any = None,
+        log_metric: Callable[[str, float], None] | None = None,
+        log_extra: Callable[[str, Any], None] | None = None,
+        **columns: list,
+    ) -> Any:
         """
         Score videos.
 
@@ -66,6 +76,10 @@ class FrameReward:
                 Their prompts.
             trainer_state ([`~transformers.TrainerState`], *optional*):
                 Passed on.
+            log_metric (`Callable[[str, float], None]`, *optional*):
+                Passed on.
+            log_extra (`Callable[[str, list], None]`, *optional*):
+                Passed on; what the reward logs of frames becomes a list for each video.
             columns (`list`):
                 The other columns of the dataset by name, one value a video.
 
@@ -79,8 +93,14 @@ class FrameReward:
         counts = [len(frames) for frames in chosen]
         frames = [frame for video in chosen for frame in video]
         texts = _repeat(prompts, counts)
+        logs: dict[str, Any] = {}
+        if log_metric is not None:
+            logs["log_metric"] = log_metric
+        if log_extra is not None:
+            logs["log_extra"] = _log_frames(log_extra, counts)
         answer = self.reward(
             **{name: _repeat(values, counts) for name, values in columns.items()},
+            **{keyword: log for keyword, log in logs.items() if accepts_certainly(self.reward, keyword)},
             images=to_tensor(frames) if getattr(self.reward, "image_type", "pil") == "pt" else frames,
             prompts=texts,
             trainer_state=trainer_state,
@@ -118,6 +138,19 @@ class FrameReward:
 def _repeat(values: Sequence, counts: list[int]) -> list:
     """Each value as often as its video has frames."""
     return [value for value, count in zip(values, counts, strict=True) for _ in range(count)]
+
+
+def _log_frames(log_extra: Callable[[str, Any], None], counts: list[int]) -> Callable[[str, Any], None]:
+    """Logs what a reward logs of frames as a list for each video."""
+    ends = np.cumsum(counts).tolist()
+
+    def log(column: str, values: Any) -> None:
+        frames = CallLog(sum(counts))
+        frames.log_extra(column, values)  # refuses what is not one value for each frame
+        plain = frames.extras[column]
+        log_extra(column, [plain[end - count : end] for end, count in zip(ends, counts, strict=True)])
+
+    return log
 
 
 def _mean(values: Tensor) -> float | None:

@@ -125,7 +125,13 @@ class ModelReward(ABC):
             self._model.to("cpu")
 
     def __call__(
-        self, images: list[Image.Image], prompts: list[str], trainer_state: Any = None, **columns: list
+        self,
+        images: list[Image.Image],
+        prompts: list[str],
+        trainer_state: Any = None,
+        log_metric: Any = None,
+        log_extra: Any = None,
+        **columns: list,
     ) -> list[float | None]:
         """
         Score images.
@@ -136,6 +142,8 @@ class ModelReward(ABC):
             prompts (`list[str]`):
                 Their prompts.
             trainer_state ([`~transformers.TrainerState`], *optional*):
+                Not used.
+            log_metric, log_extra (`Callable`, *optional*):
                 Not used.
             columns (`list`):
                 The other columns of the dataset by name, one value an image.

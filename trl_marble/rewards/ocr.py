@@ -67,7 +67,13 @@ class OCRAccuracy:
         self._reader: Any = None
 
     def __call__(
-        self, images: list[Image.Image], prompts: list[str], trainer_state: Any = None, **columns: list
+        self,
+        images: list[Image.Image],
+        prompts: list[str],
+        trainer_state: Any = None,
+        log_metric: Any = None,
+        log_extra: Any = None,
+        **columns: list,
     ) -> list[float | None]:
         """
         Score images.
@@ -78,6 +84,8 @@ class OCRAccuracy:
             prompts (`list[str]`):
                 Their prompts.
             trainer_state ([`~transformers.TrainerState`], *optional*):
+                Not used.
+            log_metric, log_extra (`Callable`, *optional*):
                 Not used.
             columns (`list`):
                 The other columns of the dataset by name, one value an image.

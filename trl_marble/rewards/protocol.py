@@ -26,8 +26,12 @@ It is called with keywords only: `images` (list of PIL images), `prompts` (list 
 dataset (list of values) and `trainer_state` ([`~transformers.TrainerState`]). It returns one number for each image,
 higher is better, or `None` (or NaN) where the reward does not apply. Where it should apply but failed for one image
 only, it may return the exception in the place of the number; raising means that it failed for all. Accept `**kwargs`
-to ignore what is not needed. A function whose attribute `image_type` is `"pt"` receives `images` as one tensor
-`[B, 3, H, W]` in [0, 1] instead.
+to ignore what is not needed: a reward that does not accept one of them is refused before anything is sampled. A
+function whose attribute `image_type` is `"pt"` receives `images` as one tensor `[B, 3, H, W]` in [0, 1] instead.
+
+It may log: where it accepts them, it also gets `log_metric` (called with a name and a number, see
+[`~trl_marble.rewards.call_log.CallLog.log_metric`]) and `log_extra` (called with the name of a column and a list with
+one value for each image, see [`~trl_marble.rewards.call_log.CallLog.log_extra`]).
 
 Where the pipeline makes videos, the keyword is `videos` in the place of `images`: a list of lists of PIL frames, or
 with `image_type` `"pt"` one tensor `[B, F, 3, H, W]` in [0, 1]. A reward of images scores videos through
@@ -37,6 +41,10 @@ with `image_type` `"pt"` one tensor `[B, F, 3, H, W]` in [0, 1]. A reward of ima
 
 class RewardError(RuntimeError):
     """A reward function failed or returned something that is not a reward."""
+
+
+class BrokenRewardError(RewardError):
+    """A reward function that has not scored any image, or whose code cannot work: no matter of single images."""
 
 
 class InfiniteRewardError(RewardError):

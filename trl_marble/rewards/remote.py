@@ -83,7 +83,13 @@ class RemoteReward:
         self._token = check_secret(token, "token")
 
     def __call__(
-        self, images: list[Image.Image], prompts: list[str], trainer_state: Any = None, **columns: list
+        self,
+        images: list[Image.Image],
+        prompts: list[str],
+        trainer_state: Any = None,
+        log_metric: Any = None,
+        log_extra: Any = None,
+        **columns: list,
     ) -> list[float | Exception | None]:
         """
         Score images.
@@ -95,6 +101,8 @@ class RemoteReward:
                 Their prompts.
             trainer_state ([`~transformers.TrainerState`], *optional*):
                 Not sent: rewards on the server get `None`.
+            log_metric, log_extra (`Callable`, *optional*):
+                Not used.
             columns (`list`):
                 The other columns of the dataset by name, one value an image.
 

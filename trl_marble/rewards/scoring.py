@@ -1,22 +1,24 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
 """Scores batches of images or videos with several rewards at once, while the next batch is being sampled."""
 
-import asyncio
 import functools
 import inspect
-import queue
-import threading
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import CancelledError, Future
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..media import Sample, to_tensor
+from .call_log import LOG_KEYWORDS, CallLog, LogKey, join_extras
 from .frame_reward import FrameReward
 from .model_reward import ModelReward
+from .parameters import accepts_certainly
 from .protocol import (
+    BrokenRewardError,
     InfiniteRewardError,
     RewardError,
     RewardFunc,
@@ -26,13 +28,29 @@ from .protocol import (
     reward_tensor,
     validate_reward_funcs,
 )
+from .threads import EventLoopThread, Worker, wait_until
+
+
+# What is raised for code that cannot work, whatever the image. To leave out failed images would hide it.
+MISTAKES = (TypeError, NameError, AttributeError, ImportError, NotImplementedError)
 
 
 class PendingScores(NamedTuple):
-    """Scores on their way: one future a reward, and the prompts they are for."""
+    """Scores on their way: one future a reward, the prompts they are for, and what each call logs."""
 
     futures: list[Future]
     prompts: list[str]
+    logs: list[CallLog]
+
+    @property
+    def done(self) -> bool:
+        """Whether all calls have ended."""
+        return all(future.done() for future in self.futures)
+
+    def cancel(self) -> None:
+        """Drop the calls that have not begun, and interrupt async ones."""
+        for future in self.futures:
+            future.cancel()
 
 
 class Scores(NamedTuple):
@@ -46,19 +64,28 @@ class Scores(NamedTuple):
             Where a reward failed.
         errors (`list` of [`RewardError`]):
             Each failure, with what raised it as its cause.
+        metrics (`Mapping[tuple[str, str], list[float]]`, *optional*):
+            What rewards logged with `log_metric`: reward and metric -> its numbers.
+        extras (`Mapping[tuple[str, str], list]`, *optional*):
+            What rewards logged with `log_extra`: reward and column -> B values, `None` where there is none.
     """
 
     rewards: Tensor
     failed: Tensor
     errors: list[RewardError]
+    metrics: Mapping[LogKey, list[float]] = MappingProxyType({})
+    extras: Mapping[LogKey, list[Any]] = MappingProxyType({})
 
     @staticmethod
     def concatenate(parts: "Sequence[Scores]") -> "Scores":
         """The scores of several batches as those of one."""
+        keys = dict.fromkeys(key for part in parts for key in part.metrics)
         return Scores(
             torch.cat([part.rewards for part in parts], dim=1),
             torch.cat([part.failed for part in parts], dim=1),
             [error for part in parts for error in part.errors],
+            {key: [value for part in parts for value in part.metrics.get(key, [])] for key in keys},
+            join_extras([(part.extras, part.rewards.shape[1]) for part in parts]),
         )
 
 
@@ -67,13 +94,14 @@ class RewardScorer:
     Calls the rewards of a run.
 
     Sync rewards run on one thread each, so a reward is never called twice at the same time and need not be
-    thread-safe; async rewards share one event loop. Threads are started on first use and end with [`close`].
+    thread-safe; async rewards share one event loop. Threads are started on first use and end with [`close`]. No thread
+    keeps the interpreter from ending.
 
     Args:
         reward_funcs (`str`, `RewardFunc` or a list of them):
             The rewards; strings are those of [`load_reward`]. The list is not changed.
         timeout (`float`, *optional*):
-            Longest time in seconds to wait for one call of a reward. Defaults to waiting for ever.
+            Longest time in seconds that [`collect`] waits. Defaults to waiting for ever.
 
     Attributes:
         names (`list[str]`): The unique name of each reward.
@@ -85,8 +113,10 @@ class RewardScorer:
         self.funcs = validate_reward_funcs(reward_funcs)
         self.names = reward_names(self.funcs)
         self.timeout = timeout
-        self._threads: dict[str, _Worker] = {}
-        self._loop: asyncio.AbstractEventLoop | None = None
+        self._device = torch.device("cpu")
+        self._answered: set[str] = set()  # the rewards that have scored an image
+        self._threads: dict[str, Worker] = {}
+        self._loop: EventLoopThread | None = None
 
     def __len__(self) -> int:
         return len(self.funcs)
@@ -108,16 +138,20 @@ class RewardScorer:
                 Passed on to the rewards.
         """
         keyword = "videos" if isinstance(samples[0], list) else "images"
-        futures = []
+        futures, logs = [], []
         for func, name in zip(self.funcs, self.names, strict=True):
             as_tensor = getattr(func, "image_type", "pil") == "pt"
             kwargs: dict[str, Any] = {column: list(values) for column, values in columns.items()}
             kwargs[keyword] = to_tensor(samples) if as_tensor else _own_lists(samples)
             kwargs |= {"prompts": list(prompts), "trainer_state": trainer_state}
+            log = CallLog(len(prompts))
+            # Rewards that were written without them, and take no others, go on working.
+            kwargs |= {keyword: getattr(log, keyword) for keyword in LOG_KEYWORDS if accepts_certainly(func, keyword)}
             futures.append(self._start(func, name, kwargs))
-        return PendingScores(futures, list(prompts))
+            logs.append(log)
+        return PendingScores(futures, list(prompts), logs)
 
-    def collect(self, pending: PendingScores) -> Scores:
+    def collect(self, pending: PendingScores, deadline: float | None = None) -> Scores:
         """
         Wait for scores.
 
@@ -125,29 +159,49 @@ class RewardScorer:
         an exception, or an infinite number ([`InfiniteRewardError`]), in the place of a number. All are told in the
         result, so that the caller can decide.
 
+        Args:
+            pending ([`PendingScores`]):
+                What [`submit`] gave.
+            deadline (`float`, *optional*):
+                When to stop waiting, as `time.monotonic()` counts: one for several batches, so that their waits do not
+                add up. Defaults to `timeout` seconds from now.
+
         Raises:
             [`RewardError`]: If a reward answered what is neither a reward nor a failure: that is a mistake in it.
         """
-        rows, failed, errors = [], [], []
-        for future, name in zip(pending.futures, self.names, strict=True):
-            answer = self._wait(future)
-            if isinstance(answer, Exception):
-                errors.append(_failure(name, answer, pending.prompts))
-                rows.append(torch.full((len(pending.prompts),), torch.nan))
-                failed.append(torch.ones(len(pending.prompts), dtype=torch.bool))
-                continue
-            answer = errors_for_infinite(answer, name, pending.prompts)
-            rows.append(reward_tensor(answer, name, pending.prompts))
-            failed.append(torch.tensor([isinstance(value, Exception) for value in answer]))
-            errors += [
-                value if isinstance(value, InfiniteRewardError) else _failure(name, value, [prompt])
-                for value, prompt in zip(answer, pending.prompts, strict=True)
-                if isinstance(value, Exception)
-            ]
-        return Scores(torch.stack(rows), torch.stack(failed), errors)
+        if deadline is None and self.timeout is not None:
+            deadline = time.monotonic() + self.timeout
+        wait_until(pending.futures, deadline)
+        read = [self._read(future, name, pending.prompts) for future, name in self._named(pending)]
+        logs = list(zip(self.names, pending.logs, strict=True))
+        return Scores(
+            torch.stack([part.rewards[0] for part in read]),
+            torch.stack([part.failed[0] for part in read]),
+            [error for part in read for error in part.errors],
+            {(name, metric): values for name, log in logs for metric, values in log.metrics.items()},
+            {(name, column): values for name, log in logs for column, values in log.extras.items()},
+        )
+
+    def failures(self, pending: PendingScores) -> list[RewardError]:
+        """
+        The failures of the calls that have ended by now.
+
+        Args:
+            pending ([`PendingScores`]):
+                What [`submit`] gave.
+
+        Raises:
+            [`RewardError`]: As [`collect`] does.
+        """
+        ended = [(future, name) for future, name in self._named(pending) if future.done()]
+        return [error for future, name in ended for error in self._read(future, name, pending.prompts).errors]
 
     def to(self, device: torch.device, dtype: torch.dtype) -> None:
-        """Let the rewards that are models score on a device, in a dtype unless they chose their own."""
+        """
+        Let the rewards that are models score on a device, in a dtype unless they chose their own. All rewards find it
+        as the current device, which each thread has its own of.
+        """
+        self._device = device
         for func in self.funcs:
             if isinstance(func, ModelReward | FrameReward):
                 func.to(device, dtype)
@@ -159,85 +213,72 @@ class RewardScorer:
                 func.release()
 
     def close(self) -> None:
-        """Stop the threads. They start again when needed. A call that takes longer than `timeout` is left behind."""
+        """
+        Stop the threads. They start again when needed.
+
+        Calls that wait for their turn are dropped, async ones are interrupted, and a sync one that runs is left
+        behind: nothing can end it, and it may hang.
+        """
         for worker in self._threads.values():
-            worker.stop(self.timeout)
+            worker.stop()
         self._threads.clear()
         if self._loop is not None:
-            asyncio.run_coroutine_threadsafe(_cancel_other_tasks(), self._loop).result()
-            self._loop.call_soon_threadsafe(self._loop.stop)
-            self._loop_thread.join()
-            self._loop.close()
+            self._loop.stop()
             self._loop = None
 
-    def _wait(self, future: Future) -> Any:
-        """What a reward answered, or the exception that it raised or that came of waiting too long."""
-        try:
-            return future.result(self.timeout)
-        except Exception as error:
-            if future.done():
-                return error
+    def _named(self, pending: PendingScores) -> list[tuple[Future, str]]:
+        return list(zip(pending.futures, self.names, strict=True))
+
+    def _read(self, future: Future, name: str, prompts: list[str]) -> Scores:
+        """What one reward answered. A call that has not ended by now is given up."""
+        answer = self._answer(future)
+        if isinstance(answer, BaseException):  # not even an exit on a thread of a reward is one of the run
+            nothing = torch.full((1, len(prompts)), torch.nan)
+            return Scores(nothing, nothing.isnan(), [_failure(name, answer, prompts, name in self._answered)])
+        answer = errors_for_infinite(answer, name, prompts)
+        rewards = reward_tensor(answer, name, prompts)
+        failed = torch.tensor([isinstance(value, Exception) for value in answer])
+        errors = [
+            value if isinstance(value, InfiniteRewardError) else _failure(name, value, [prompt], True)
+            for value, prompt in zip(answer, prompts, strict=True)
+            if isinstance(value, Exception)
+        ]
+        if not failed.all():
+            self._answered.add(name)
+        return Scores(rewards[None], failed[None], errors)
+
+    def _answer(self, future: Future) -> Any:
+        """What a call returned, or the exception that it raised or that came of waiting too long."""
+        if not future.done():
             future.cancel()  # for a call that still waits for its turn, or an async one
-            return TimeoutError(f"no answer after {self.timeout:g} seconds")
+            return TimeoutError(f"no answer after {self.timeout:g} seconds (`reward_timeout`)")
+        try:
+            error = future.exception()
+        except CancelledError as cancelled:
+            return cancelled
+        return future.result() if error is None else error
 
     def _start(self, func: Callable, name: str, kwargs: dict[str, Any]) -> Future:
         if _is_async(func):
-            return asyncio.run_coroutine_threadsafe(func(**kwargs), self._running_loop())
+            if self._loop is None:
+                self._loop = EventLoopThread("async-rewards", self._device)
+            return self._loop.submit(functools.partial(func, **kwargs))
         if name not in self._threads:
-            self._threads[name] = _Worker(f"reward-{name}")
+            self._threads[name] = Worker(f"reward-{name}", self._device)
         return self._threads[name].submit(functools.partial(func, **kwargs))
 
-    def _running_loop(self) -> asyncio.AbstractEventLoop:
-        if self._loop is None:
-            self._loop = asyncio.new_event_loop()
-            self._loop_thread = threading.Thread(target=self._loop.run_forever, name="async-rewards", daemon=True)
-            self._loop_thread.start()
-        return self._loop
 
-
-class _Worker:
-    """
-    Runs one call after the other on a thread of its own.
-
-    The thread is a daemon: an executor's would keep the interpreter from ending while a reward hangs.
-    """
-
-    def __init__(self, name: str) -> None:
-        self._calls: queue.SimpleQueue[tuple[Future, Callable[[], Any]] | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
-        self._thread.start()
-
-    def submit(self, call: Callable[[], Any]) -> Future:
-        future: Future = Future()
-        self._calls.put((future, call))
-        return future
-
-    def stop(self, timeout: float | None) -> None:
-        """Drop the calls that wait for their turn, and wait for the one that runs, `timeout` seconds at most."""
-        while not self._calls.empty():
-            entry = self._calls.get()
-            if entry is not None:
-                entry[0].cancel()
-        self._calls.put(None)
-        self._thread.join(timeout)
-
-    def _run(self) -> None:
-        while (entry := self._calls.get()) is not None:
-            future, call = entry
-            if not future.set_running_or_notify_cancel():
-                continue
-            try:
-                future.set_result(call())
-            except BaseException as error:
-                future.set_exception(error)
-
-
-def _failure(name: str, error: Exception, prompts: list[str]) -> RewardError:
+def _failure(name: str, error: BaseException, prompts: list[str], has_answered: bool) -> RewardError:
     """What to tell of a failure for some images."""
     number = "one image" if len(prompts) == 1 else f"batch of {len(prompts)} images"
-    failure = RewardError(
-        f"Reward `{name}` raised {type(error).__name__}: {error} ({number} for {most_common_prompts(prompts)})."
-    )
+    text = f"Reward `{name}` raised {type(error).__name__}: {error} ({number} for {most_common_prompts(prompts)})."
+    failure: RewardError
+    if isinstance(error, MISTAKES):
+        failure = BrokenRewardError(text)
+    elif not has_answered:
+        failure = BrokenRewardError(f"{text} It has not scored any image so far.")
+    else:
+        failure = RewardError(text)
     failure.__cause__ = error
     return failure
 
@@ -254,11 +295,3 @@ def _is_async(func: Any) -> bool:
 def _own_lists(samples: Sequence[Sample]) -> list[Sample]:
     """The same images in lists that a reward may change."""
     return [list(sample) if isinstance(sample, list) else sample for sample in samples]
-
-
-async def _cancel_other_tasks() -> None:
-    """Cancel all tasks of the running loop but this one, and wait until they have ended."""
-    tasks = asyncio.all_tasks() - {asyncio.current_task()}
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)

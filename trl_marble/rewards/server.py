@@ -40,7 +40,7 @@ class RewardServer:
     A request is refused before its body is read if it lacks the token, asks for an unknown reward, or is too large.
     Nothing is unpickled; images are decoded as PNG only, and nothing but their pixels is kept. Each reward scores one
     request at a time, on a thread of its own; different rewards score at the same time. Rewards get `None` as
-    `trainer_state`.
+    `trainer_state`, and what they log with `log_metric` and `log_extra` stays behind: answers hold scores only.
 
     The server speaks plain HTTP. Put a proxy with TLS in front of it, or an SSH tunnel, where others can listen.
 

@@ -26,7 +26,8 @@ from .http_client import refuse_constant
 from .protocol import reward_tensor
 
 
-RESERVED = {"images", "videos", "prompts", "trainer_state"}  # names that no column can have
+# Names that no column can have.
+RESERVED = {"images", "videos", "prompts", "trainer_state", "log_metric", "log_extra"}
 # A folder in a text: after what cannot be part of a URL, a fraction or "and/or".
 FOLDERS = re.compile(r"""(?<![\w:/.\\])(?:~|[A-Za-z]:(?=\\))?(?:[/\\][^/\\\s'":]+)*[/\\](?=[^/\\\s'":])""")
 

@@ -144,7 +144,13 @@ class VLMJudge:
         self._slots: WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Semaphore] = WeakKeyDictionary()
 
     async def __call__(
-        self, images: list[Image.Image], prompts: list[str], trainer_state: Any = None, **columns: list
+        self,
+        images: list[Image.Image],
+        prompts: list[str],
+        trainer_state: Any = None,
+        log_metric: Any = None,
+        log_extra: Any = None,
+        **columns: list,
     ) -> list[float | Exception | None]:
         """
         Judge images.
@@ -155,6 +161,8 @@ class VLMJudge:
             prompts (`list[str]`):
                 Their prompts.
             trainer_state ([`~transformers.TrainerState`], *optional*):
+                Not used.
+            log_metric, log_extra (`Callable`, *optional*):
                 Not used.
             columns (`list`):
                 Not used.

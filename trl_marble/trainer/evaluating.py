@@ -4,7 +4,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,6 +20,8 @@ from ..evaluation.statistics import number_prompts
 from ..media import Sample
 from ..pipelines import Conditioning, adapters_disabled, edits_images, encode_distinct
 from ..rewards import Scores
+from ..rewards.call_log import LogKey, column_names
+from .metrics import average_logged
 from .reward_failures import count_failures
 from .sampling import sample_and_score
 
@@ -38,6 +40,10 @@ class PolicyEvaluation:
             Rewards, those that are trained on first, and the images of some prompts.
         gallery_rewards (`dict[str, Tensor]`):
             Prompt of the gallery -> rewards of its images, of shape `[K, number of images]`.
+        gallery_extras (`dict[str, dict[str, list]]`):
+            Prompt of the gallery -> what rewards logged with `log_extra`: column -> one value for each of its images.
+        logged (`dict[str, float]`):
+            Means of what rewards logged with `log_metric`.
         failed (`dict[str, int]`):
             How many images each reward failed for; empty where a failure raises.
         nonfinite_latents (`int` or `None`):
@@ -51,6 +57,8 @@ class PolicyEvaluation:
 
     evaluation: Evaluation
     gallery_rewards: dict[str, Tensor]
+    gallery_extras: dict[str, dict[str, list[Any]]]
+    logged: dict[str, float]
     failed: dict[str, int]
     nonfinite_latents: int | None
     diversity: float
@@ -63,6 +71,7 @@ class PolicyEvaluation:
             metrics[f"{prefix}_drift/diversity"] = self.diversity
         if self.nonfinite_latents is not None:
             metrics[f"{prefix}_nonfinite/latents"] = self.nonfinite_latents
+        metrics |= {f"{prefix}_{name}": value for name, value in self.logged.items()}
         for row, (name, (mean, error)) in zip(self.evaluation.rewards, self.evaluation.summary().items(), strict=True):
             key = f"{prefix}_rewards/{name}"
             valid = 1 - row.isnan().float().mean().item()
@@ -88,16 +97,22 @@ def evaluate_policy(trainer: "MarbleNFTTrainer", dataset: Dataset) -> PolicyEval
     found, scores, nonfinite_latents = _own_images(trainer, dataset)
     with trainer.together.phase():
         failed = count_failures(scores, names, trainer.accelerator) if args.masks_rewards else {}
+        logged = average_logged(scores.metrics)
 
     images = sorted(gather_object(found), key=lambda image: image.number)
     all_prompts = dataset["prompt"]
     gallery: dict[str, list[Sample]] = {}
     gallery_rewards: dict[str, list[Tensor]] = {}
+    gallery_extras: dict[str, dict[str, list[Any]]] = {}
+    keys = list(dict.fromkeys(key for image in images for key in image.extras))  # not every process may have them all
     for image in images:
         if image.shown is not None:
             prompt = all_prompts[image.number // repeats]
             gallery.setdefault(prompt, []).append(image.shown)
             gallery_rewards.setdefault(prompt, []).append(torch.tensor(image.rewards))
+            columns = gallery_extras.setdefault(prompt, {column: [] for column in column_names(keys)})
+            for key, values in zip(keys, columns.values(), strict=True):
+                values.append(image.extras.get(key))
     rewards = torch.tensor([image.rewards for image in images]).T
     features = torch.stack([torch.from_numpy(image.thumbnail) for image in images])
     rows, prompts = [image.number // repeats for image in images], dataset["prompt"][:]
@@ -108,6 +123,8 @@ def evaluate_policy(trainer: "MarbleNFTTrainer", dataset: Dataset) -> PolicyEval
     return PolicyEvaluation(
         evaluation=Evaluation(trainer.state.global_step, names, rewards, groups, gallery),
         gallery_rewards={prompt: torch.stack(values, dim=1) for prompt, values in gallery_rewards.items()},
+        gallery_extras=gallery_extras,
+        logged=logged,
         failed=failed,
         nonfinite_latents=nonfinite_latents if args.on_nonfinite == "mask" else None,
         diversity=diversity,
@@ -122,6 +139,7 @@ class _EvaluatedImage(NamedTuple):
     rewards: list[float]
     thumbnail: np.ndarray
     shown: Sample | None
+    extras: dict[LogKey, Any]  # of an image that is shown
     velocity: tuple[float, float] | None  # squared norms of the policy's and the base model's, where they are measured
 
 
@@ -162,12 +180,17 @@ def _own_images(trainer: "MarbleNFTTrainer", dataset: Dataset) -> tuple[list[_Ev
             rewards=samples.scores.rewards[:, place].tolist(),
             thumbnail=thumbnail,
             shown=samples.images[place] if i // args.num_generations_eval in shown else None,
+            extras={
+                key: values[place]
+                for key, values in samples.scores.extras.items()
+                if i // args.num_generations_eval in shown
+            },
             velocity=velocities[place] if i < batch_size else None,
         )
         for place, (i, thumbnail) in enumerate(zip(indices, features, strict=True))
     ]
     scores = samples.scores
-    own_scores = Scores(scores.rewards[:, :num_own], scores.failed[:, :num_own], scores.errors)
+    own_scores = Scores(scores.rewards[:, :num_own], scores.failed[:, :num_own], scores.errors, scores.metrics)
     return found[:num_own], own_scores, nonfinite_latents
 
 

@@ -94,10 +94,12 @@ class MarbleConfig(TrainingArguments):
             weighted sum of the raw rewards, then one advantage (DiffusionNFT). `"normalize_then_sum"`: one advantage a
             reward, then their weighted sum, normalized again (GDPO).
         reward_failure (`str`, *optional*, defaults to `"raise"`):
-            What happens where a reward raises, takes too long, or answers an exception for an image. `"raise"`: what
-            was trained is saved, and training stops with an error that names the reward, the prompt and the cause.
-            `"mask"`: the images are treated as ones that the reward does not apply to and counted in
-            `rewards/<name>/failed`; training stops only if a reward fails for every image of a generation batch.
+            What happens where a reward raises, takes too long, or answers an exception for an image. `"raise"`:
+            training stops before the next images are sampled, with an error that names the reward, the prompt and the
+            cause; first a checkpoint of the last optimizer step is saved, if there was one. `"mask"`: the images are
+            treated as ones that the reward does not apply to and counted in `rewards/<name>/failed`; training stops
+            only if a reward fails for every image of a generation batch. Answers that are no scores, such as one
+            value too few, always stop training.
         on_nonfinite (`str`, *optional*, defaults to `"raise"`):
             What happens where a number is NaN or infinite: a sampled latent, an infinite reward (a reward that is NaN
             does not apply), the loss of a sample, or a gradient. `reward_failure` is about rewards that give no
@@ -108,8 +110,10 @@ class MarbleConfig(TrainingArguments):
             `nonfinite/*` (an infinite reward in `rewards/<name>/failed`), and training stops only if nothing is left,
             or after ten skipped steps on end. No weights that are not finite are ever saved.
         reward_timeout (`float`, *optional*):
-            Longest time in seconds to wait for a reward's answer about one rollout batch, counted from when all
-            images of the generation batch are sampled. Defaults to waiting for ever.
+            Longest time in seconds to wait for the rewards of a generation batch, all of them together, counted from
+            when its last image is sampled; the same for each evaluation. What has no answer by then has failed, as
+            `reward_failure` says. Rewards score while images are sampled, so it is to cover what they are slower.
+            Defaults to waiting for ever.
 
         > Parameters that control the loss
 
@@ -272,7 +276,8 @@ class MarbleConfig(TrainingArguments):
         default="raise", metadata={"help": "What to do where a number is NaN or infinite: 'raise' or 'mask'."}
     )
     reward_timeout: float | None = field(
-        default=None, metadata={"help": "Longest time in seconds to wait for a reward's answer."}
+        default=None,
+        metadata={"help": "Longest time in seconds to wait for all rewards, once a generation batch is sampled."},
     )
 
     # Parameters that control the loss

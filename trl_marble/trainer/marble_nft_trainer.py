@@ -50,6 +50,7 @@ from ..pipelines import (
 from ..processes import FailingTogether
 from ..rewards import RewardFunc, RewardScorer
 from ..rewards.protocol import check_media
+from ..rewards.signatures import check_signatures
 from .callbacks import MarbleCallback
 from .checkpoint_folder import check_writable
 from .checkpointed_trainer import OPTIMIZER_FILE, CheckpointedTrainer
@@ -59,7 +60,7 @@ from .generation import GenerationBatch, digest_of, training_order
 from .held_out import held_out_scorer
 from .live_table import LiveTableCallback, ProgressBar
 from .marble_config import MarbleConfig
-from .metrics import MetricBuffer
+from .metrics import MetricBuffer, average_logged
 from .nonfinite import NonFiniteGuard, finite_mean, refuse_nonfinite, refuse_nonfinite_run
 from .out_of_memory import rollout_advice, update_advice
 from .pictures import RolloutRecord, log_evaluation, log_plots, log_rollout
@@ -101,9 +102,10 @@ class MarbleNFTTrainer(CheckpointedTrainer):
             LoRA adapter is added to its transformer.
         reward_funcs (`str`, `RewardFunc` or a list of them):
             The rewards, see [`~trl_marble.rewards.RewardFunc`]. Called with keywords `images` (`videos` for a pipeline
-            of videos), `prompts`, the other columns of the dataset, and `trainer_state`; they return one number an
-            image, or `None` where they do not apply. A string is a known name (`"pickscore"`) or a dotted path
-            (`"my_rewards.brightness"`), see [`~trl_marble.rewards.load_reward`].
+            of videos), `prompts`, the other columns of the dataset, `trainer_state`, and where they accept them
+            `log_metric` and `log_extra`; they return one number an image, or `None` where they do not apply. A string
+            is a known name (`"pickscore"`) or a dotted path (`"my_rewards.brightness"`), see
+            [`~trl_marble.rewards.load_reward`].
         args ([`MarbleConfig`], *optional*):
             Configuration. Defaults to `MarbleConfig` with an output folder named after the pipeline.
         train_dataset ([`~datasets.Dataset`]):
@@ -129,9 +131,9 @@ class MarbleNFTTrainer(CheckpointedTrainer):
 
     Raises:
         `ValueError`: For a pipeline that is not flow matching, a prompt set without prompts or without the images that
-            the pipeline edits, the wrong number of reward weights, a held-out reward that is trained on, rewards of
-            images for a pipeline of videos (see [`~trl_marble.rewards.FrameReward`]) or the other way round, or
-            settings that do not fit together.
+            the pipeline edits, the wrong number of reward weights, a held-out reward that is trained on, rewards that
+            cannot be called with the columns of the prompt set, rewards of images for a pipeline of videos (see
+            [`~trl_marble.rewards.FrameReward`]) or the other way round, or settings that do not fit together.
         `OSError`: If the output folder cannot be written.
     """
 
@@ -206,6 +208,9 @@ class MarbleNFTTrainer(CheckpointedTrainer):
             edits_images(self.flow, eval_dataset, "eval_dataset")
         for scorer in self.scorers:
             check_media(scorer.funcs, scorer.names, self.flow.family.output, type(self.pipeline).__name__)
+        self._check_rewards([self.scorer], train_dataset, "train_dataset")
+        if eval_dataset is not None:
+            self._check_rewards(self.scorers, eval_dataset, "eval_dataset")
         self.trainable = dict(add_trainable_adapter(self.pipeline, peft_config or lora_config(self.pipeline)))
         self._fingerprint = base_fingerprint(self.flow.transformer)
         place_base(self.flow, self.trainable.values(), args)
@@ -271,6 +276,11 @@ class MarbleNFTTrainer(CheckpointedTrainer):
     def scorers(self) -> list[RewardScorer]:
         """What evaluations score with: the rewards that are trained on, then the held-out ones."""
         return [self.scorer, *([] if self.held_out_scorer is None else [self.held_out_scorer])]
+
+    def _check_rewards(self, scorers: list[RewardScorer], dataset: Dataset, name: str) -> None:
+        """Refuse rewards that cannot be called with the columns of a dataset."""
+        for scorer in scorers:
+            check_signatures(scorer.funcs, scorer.names, self.flow.family.output, dataset.column_names, name)
 
     # ---- Prompts ----
 
@@ -414,11 +424,13 @@ class MarbleNFTTrainer(CheckpointedTrainer):
         all_rewards = self._gather(rewards.T).T
         groups = torch.arange(all_rewards.shape[1]) // self.args.num_generations
         self._record_rewards(all_rewards, failed)
+        for name, mean in average_logged(scores.metrics).items():
+            self.metrics.record(name, mean)
         features = self._gather(thumbnails(images).masked_fill(~finite[:, None], torch.nan))
         self.metrics.record("drift/diversity", group_diversity(features, groups).nanmean().item())
         if self.args.log_images:
             sources = None if "source" not in columns else gather_object([str(source) for source in columns["source"]])
-            self._latest_rollout = RolloutRecord(prompts, images, rewards, all_rewards, sources)
+            self._latest_rollout = RolloutRecord(prompts, images, rewards, all_rewards, sources, scores.extras)
         advantages = aggregate_advantages(
             all_rewards,
             groups=groups,
@@ -623,6 +635,7 @@ class MarbleNFTTrainer(CheckpointedTrainer):
         if dataset is None:
             raise ValueError("There is nothing to evaluate on: pass `eval_dataset` here or to the trainer.")
         validate_prompts(dataset, "eval_dataset")
+        self._check_rewards(self.scorers, dataset, "eval_dataset")
         with (
             self.average.swapped_in(),
             rollout_advice("per_device_eval_batch_size", self.args.per_device_eval_batch_size),
@@ -635,7 +648,9 @@ class MarbleNFTTrainer(CheckpointedTrainer):
             super().log(dict(metrics))
             if self.args.log_images and self.is_world_process_zero():
                 names = evaluation.reward_names
-                log_evaluation(self, metric_key_prefix, names, evaluation.gallery, result.gallery_rewards)
+                log_evaluation(
+                    self, metric_key_prefix, names, evaluation.gallery, result.gallery_rewards, result.gallery_extras
+                )
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 

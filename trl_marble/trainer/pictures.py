@@ -3,15 +3,18 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+import pandas as pd
 from torch import Tensor
 from transformers import Trainer
 
 from ..evaluation import format_value, image_grid, plot_balance, plot_rewards, summarize_balance
 from ..evaluation.plots import plot_histograms
 from ..media import Sample
+from ..rewards.call_log import LogKey, column_names
 from .trackers import send_to_trackers
 
 
@@ -31,6 +34,8 @@ class RolloutRecord:
             The rewards of the images of all processes.
         all_sources (`list[str]`, *optional*):
             The column `source` of the images of all processes, where the prompt set has it.
+        extras (`Mapping[tuple[str, str], list]`, *optional*):
+            What rewards logged with `log_extra`: reward and column -> one value for each of this process's images.
     """
 
     prompts: list[str]
@@ -38,13 +43,15 @@ class RolloutRecord:
     rewards: Tensor
     all_rewards: Tensor
     all_sources: list[str] | None
+    extras: Mapping[LogKey, list[Any]] = field(default_factory=dict)
 
 
 def log_rollout(trainer: Trainer, names: list[str], record: RolloutRecord, num_prompts: int) -> None:
     """
     Save a grid of a generation batch's images with their rewards, `<output_dir>/images/train_step_<step>.png`, and the
     histograms of all its rewards, `<output_dir>/images/rewards_step_<step>.png`; send both to the trackers. Beside a
-    grid of videos one with them playing is saved, `train_step_<step>.webp`.
+    grid of videos one with them playing is saved, `train_step_<step>.webp`. What rewards logged with `log_extra`
+    stands under the images too, and in full in a table of the grid's images, `train_step_<step>.csv`.
 
     Trackers get their own kind of histogram, `train/rewards/<name>/histogram`, and one more for each source.
 
@@ -63,10 +70,18 @@ def log_rollout(trainer: Trainer, names: list[str], record: RolloutRecord, num_p
         if prompt in shown or len(shown) < num_prompts:
             shown.setdefault(prompt, []).append(place)
     shown = {prompt: places[:num_prompts] for prompt, places in shown.items()}
-    rows = {prompt: [record.images[place] for place in places] for prompt, places in shown.items()}
-    captions = [_captions(names, record.rewards[:, places]) for places in shown.values()]
+    extras = dict(zip(column_names(list(record.extras)), record.extras.values(), strict=True))
+    rows = [
+        _GridRow(
+            prompt,
+            [record.images[place] for place in places],
+            record.rewards[:, places],
+            {column: [values[place] for place in places] for column, values in extras.items()},
+        )
+        for prompt, places in shown.items()
+    ]
     path = _path(trainer, "images", "train")
-    image_grid(list(rows.values()), list(rows), captions=captions, path=path)
+    _write_grid(rows, names, path)
 
     values = dict(zip(names, record.all_rewards.tolist(), strict=True))
     title = f"Rewards of the images of the generation batch of step {trainer.state.global_step}"
@@ -85,10 +100,12 @@ def log_evaluation(
     names: list[str],
     gallery: Mapping[str, Sequence[Sample]],
     rewards: Mapping[str, Tensor],
+    extras: Mapping[str, Mapping[str, Sequence[Any]]],
 ) -> None:
     """
     Save a grid of an evaluation's images with their rewards, `<output_dir>/images/<prefix>_step_<step>.png`, and send
-    it to the trackers. Beside a grid of videos one with them playing is saved, `<prefix>_step_<step>.webp`.
+    it to the trackers. Beside a grid of videos one with them playing is saved, `<prefix>_step_<step>.webp`; and where
+    rewards logged with `log_extra`, a table, `<prefix>_step_<step>.csv`.
 
     Args:
         trainer ([`~transformers.Trainer`]):
@@ -101,10 +118,12 @@ def log_evaluation(
             Images or videos by prompt.
         rewards (`Mapping[str, Tensor]`):
             Prompt -> rewards of its images, of shape `[K, number of images]`.
+        extras (`Mapping[str, Mapping[str, Sequence]]`):
+            Prompt -> what rewards logged with `log_extra`: column -> one value for each of its images.
     """
     path = _path(trainer, "images", prefix)
-    captions = [_captions(names, rewards[prompt]) for prompt in gallery]
-    image_grid(list(gallery.values()), list(gallery), captions=captions, path=path)
+    rows = [_GridRow(prompt, list(images), rewards[prompt], extras[prompt]) for prompt, images in gallery.items()]
+    _write_grid(rows, names, path)
     send_to_trackers(trainer.callback_handler.callbacks, trainer.state.global_step, {f"{prefix}/images": path})
 
 
@@ -133,15 +152,59 @@ def _path(trainer: Trainer, folder: str, name: str) -> Path:
     return Path(str(trainer.args.output_dir)) / folder / f"{name}_step_{trainer.state.global_step:06d}.png"
 
 
-def _captions(names: list[str], rewards: Tensor) -> list[str]:
-    """The rewards of each image, one a line. The value comes first: a name that is too long is cut at its end."""
+@dataclass(frozen=True)
+class _GridRow:
+    """A prompt with its images, their rewards `[K, number of images]` and what else was logged of them."""
+
+    prompt: str
+    images: list[Sample]
+    rewards: Tensor
+    extras: Mapping[str, Sequence[Any]]
+
+
+def _write_grid(rows: Sequence[_GridRow], names: list[str], path: Path) -> None:
+    """Write a grid and, where there is more to say of its images than their rewards, a table."""
+    captions = [_captions(names, row.rewards, row.extras) for row in rows]
+    image_grid([row.images for row in rows], [row.prompt for row in rows], captions=captions, path=path)
+    if any(row.extras for row in rows):
+        tables = [
+            pd.DataFrame(
+                {"prompt": row.prompt, "image": range(len(row.images))}
+                | dict(zip(names, row.rewards.tolist(), strict=True))
+                | {_free_name(column, ["prompt", "image", *names]): values for column, values in row.extras.items()}
+            )
+            for row in rows
+        ]
+        pd.concat(tables).to_csv(path.with_suffix(".csv"), index=False)
+
+
+def _free_name(column: str, taken: Sequence[str]) -> str:
+    """The name of a column that another one of the table does not have."""
+    return f"{column} (logged)" if column in taken else column
+
+
+def _captions(names: list[str], rewards: Tensor, extras: Mapping[str, Sequence[Any]]) -> list[str]:
+    """
+    The rewards of each image and what else was logged of it, one a line. The number comes first: a name that is too
+    long is cut at its end.
+    """
     return [
         "\n".join(
-            f"{'–' if math.isnan(value) else format_value(value)} {name}"
-            for name, value in zip(names, column, strict=True)
+            [f"{_number(value)} {name}" for name, value in zip(names, column, strict=True)]
+            + [_extra_line(name, values[place]) for name, values in extras.items()]
         )
-        for column in rewards.T.tolist()
+        for place, column in enumerate(rewards.T.tolist())
     ]
+
+
+def _extra_line(name: str, value: Any) -> str:
+    if isinstance(value, str | bool):
+        return f"{name}: {' '.join(str(value).split())}"
+    return f"{_number(math.nan if value is None else value)} {name}"
+
+
+def _number(value: float) -> str:
+    return "–" if math.isnan(value) else format_value(value)
 
 
 def _histograms(values: Mapping[str, list[float]], sources: list[str] | None) -> dict[str, list[float]]:

@@ -1,0 +1,145 @@
+# Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
+"""What a reward logs beside its scores."""
+
+import math
+import threading
+from collections.abc import Mapping, Sequence
+from numbers import Real
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+
+LOG_KEYWORDS = ("log_metric", "log_extra")
+# What the trainer logs itself. A metric of such a name would take its place.
+OWN_METRICS = frozenset({"loss", "grad_norm", "learning_rate", "epoch", "step", "kl", "num_input_tokens_seen"})
+OWN_PREFIXES = ("rewards/", "balance/", "drift/", "nonfinite/", "train_", "eval_", "test_")
+
+LogKey = tuple[str, str]
+"""Name of the reward, and of the metric or the column."""
+
+
+class CallLog:
+    """
+    Keeps what a reward logs during one call. Its functions may be called from any thread.
+
+    Each call has a log of its own, so nothing that a call left behind logs later gets among what others do.
+
+    Args:
+        num_images (`int`):
+            Number of images of the call.
+    """
+
+    def __init__(self, num_images: int) -> None:
+        self._num_images = num_images
+        self._lock = threading.Lock()
+        self._metrics: dict[str, list[float]] = {}
+        self._extras: dict[str, list[Any]] = {}
+
+    def log_metric(self, name: str, value: float) -> None:
+        """
+        Log a number, which is averaged over calls and processes with all that is logged under its name.
+
+        Args:
+            name (`str`):
+                The metric. Evaluations put their prefix before it.
+            value (`float`):
+                Any real number, or a tensor with one element. NaN is left out of the average.
+
+        Raises:
+            `TypeError`: If the name is not a string or the value not a number.
+            `ValueError`: If the trainer itself logs a metric of that name.
+        """
+        _check_name("log_metric", name)
+        if name in OWN_METRICS or name.startswith(OWN_PREFIXES):
+            raise ValueError(
+                f"`log_metric` was called with the name {name!r}, which belongs to what the trainer logs itself. "
+                f"Use a name that is none of {', '.join(sorted(OWN_METRICS))} and does not begin with "
+                f"{', '.join(OWN_PREFIXES)}."
+            )
+        number = value.item() if isinstance(value, Tensor | np.ndarray) and math.prod(value.shape) == 1 else value
+        if not isinstance(number, Real | np.bool_):
+            raise TypeError(f"`log_metric({name!r}, ...)` was called with {value!r}; pass one number.")
+        with self._lock:
+            self._metrics.setdefault(name, []).append(float(number))
+
+    def log_extra(self, column: str, values: Sequence[Any] | np.ndarray | Tensor) -> None:
+        """
+        Log one value for each image of the call, to be shown with the image.
+
+        Args:
+            column (`str`):
+                What the values are.
+            values (`Sequence`, `np.ndarray` or `Tensor`):
+                One for each image, in their order: a number, a text, or `None`. Anything else is shown as its `str`.
+
+        Raises:
+            `TypeError`: If the column's name is not a string, or the values are not a sequence.
+            `ValueError`: If there is not one value for each image, or this call has logged that column before.
+        """
+        _check_name("log_extra", column)
+        given = values.tolist() if isinstance(values, Tensor | np.ndarray) else values
+        if not isinstance(given, Sequence) or isinstance(given, str | bytes):
+            raise TypeError(
+                f"`log_extra({column!r}, ...)` was called with a {type(values).__name__}; pass a list with one value "
+                "for each image."
+            )
+        if len(given) != self._num_images:
+            raise ValueError(
+                f"`log_extra({column!r}, ...)` was called with {len(given)} values for {self._num_images} images; "
+                "pass one for each image, `None` where there is nothing to show."
+            )
+        plain = [_plain(value) for value in given]
+        with self._lock:
+            if column in self._extras:
+                raise ValueError(
+                    f"`log_extra({column!r}, ...)` was called twice in one call of the reward. Log all images at "
+                    "once, or use another name."
+                )
+            self._extras[column] = plain
+
+    @property
+    def metrics(self) -> dict[str, list[float]]:
+        """The numbers of each metric so far."""
+        with self._lock:
+            return {name: list(values) for name, values in self._metrics.items()}
+
+    @property
+    def extras(self) -> dict[str, list[Any]]:
+        """The values of each column so far, one for each image."""
+        with self._lock:
+            return {column: list(values) for column, values in self._extras.items()}
+
+
+def join_extras(parts: Sequence[tuple[Mapping[LogKey, list[Any]], int]]) -> dict[LogKey, list[Any]]:
+    """
+    Join columns of consecutive batches of images.
+
+    Args:
+        parts (`Sequence[tuple[Mapping, int]]`):
+            The columns of each batch, and its number of images.
+
+    Returns:
+        `dict`: One value for each image of all batches, `None` where its batch has none.
+    """
+    keys = dict.fromkeys(key for extras, _ in parts for key in extras)
+    return {key: [value for extras, number in parts for value in extras.get(key, [None] * number)] for key in keys}
+
+
+def column_names(keys: Sequence[LogKey]) -> list[str]:
+    """What to call columns: by their own name, and where several rewards log one of that name with the reward's."""
+    names = [column for _, column in keys]
+    return [column if names.count(column) == 1 else f"{column} ({reward})" for reward, column in keys]
+
+
+def _check_name(function: str, name: Any) -> None:
+    if not isinstance(name, str) or not name.strip():
+        raise TypeError(f"`{function}` was called with the name {name!r}; pass a string that is not empty.")
+
+
+def _plain(value: Any) -> float | str | bool | None:
+    """A value that can be sent to other processes and written."""
+    if isinstance(value, Tensor | np.ndarray | np.generic):
+        value = value.tolist()
+    return value if value is None or isinstance(value, str | bool | int | float) else str(value)

@@ -1,0 +1,100 @@
+# Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
+"""Whether rewards can be called with what there is for them, before anything is sampled."""
+
+import difflib
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+from .call_log import LOG_KEYWORDS
+from .frame_reward import FrameReward
+from .model_reward import ModelReward
+from .parameters import accepts, call_signature
+from .protocol import RewardFunc
+from .remote import RemoteReward
+
+
+def check_signatures(
+    reward_funcs: Sequence[RewardFunc],
+    names: Sequence[str],
+    output: Literal["image", "video"],
+    columns: Sequence[str],
+    dataset: str,
+) -> None:
+    """
+    Refuse rewards that every call would fail for, by their parameters. What cannot be inspected is let pass.
+
+    Args:
+        reward_funcs (`Sequence[RewardFunc]`):
+            The rewards.
+        names (`Sequence[str]`):
+            Their names, for messages.
+        output (`"image"` or `"video"`):
+            What the pipeline makes.
+        columns (`Sequence[str]`):
+            The columns of the dataset, `prompt` among them.
+        dataset (`str`):
+            What the user knows the dataset as, for messages.
+
+    Raises:
+        `ValueError`: For the first one that needs a parameter that nothing gives, does not accept one that it is
+            called with, or is a class. Says how to fix it.
+    """
+    others = [column for column in columns if column != "prompt"]
+    for func, name in zip(reward_funcs, names, strict=True):
+        media = f"{output}s"
+        while isinstance(func, FrameReward):
+            func, media = func.reward, "images"
+        if isinstance(func, type):
+            raise ValueError(f"Reward `{name}` is a class, not an object of it. Pass `{name}()`.")
+        given = [media, "prompts", "trainer_state", *others]
+        shown = (
+            f"Rewards are called with the keywords {_quote([media, 'prompts', 'trainer_state', *LOG_KEYWORDS])} and "
+            f"the columns of `{dataset}` ({_quote(others) if others else 'there are none but `prompt`'})."
+        )
+        _check_parameters(func, f"Reward `{name}`", given, LOG_KEYWORDS, shown)
+        if isinstance(func, ModelReward):
+            # The images and the prompts come by position.
+            _check_parameters(functools.partial(func.applies, []), f"`{name}.applies`", others, (), shown)
+            _check_parameters(functools.partial(func.score, [], []), f"`{name}.score`", others, (), shown)
+        if isinstance(func, RemoteReward) and (missing := [c for c in func.columns or () if c not in others]):
+            raise ValueError(
+                f"`columns` of the remote reward `{name}` asks for {_quote(missing)}, which `{dataset}` does not "
+                f"have. {_nearest(missing, others)}It has the columns {_quote(columns)}."
+            )
+
+
+def _check_parameters(
+    func: Callable[..., Any], title: str, given: Sequence[str], optional: Sequence[str], shown: str
+) -> None:
+    """Refuse a callable that needs more than what it can be given, or does not take all that it is given."""
+    signature = call_signature(func)
+    if signature is None:
+        return
+    parameters = signature.parameters.values()
+    needed = [p for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    by_position = [p.name for p in needed if p.kind is p.POSITIONAL_ONLY]
+    title = f"{title} has the parameters {signature}"
+    if by_position:
+        raise ValueError(f"{title}: {_quote(by_position)} cannot be passed by keyword. Remove the `/`. {shown}")
+    if missing := [p.name for p in needed if p.name not in (*given, *optional)]:
+        raise ValueError(
+            f"{title}: nothing gives it {_quote(missing)}. {_nearest(missing, [*given, *optional])}Rename the "
+            f"parameter, give it a default, or add a column of that name. {shown}"
+        )
+    if refused := [keyword for keyword in given if not accepts(signature, keyword)]:
+        raise ValueError(
+            f"{title} and does not accept {_quote(refused)}. Add `**kwargs` for what it does not use. {shown}"
+        )
+
+
+def _nearest(missing: Sequence[str], known: Sequence[str]) -> str:
+    """Which of the known names are meant, as a sentence with a space at its end; nothing where none is alike."""
+    hints = [
+        f"`{near[0]}` instead of `{name}`" for name in missing if (near := difflib.get_close_matches(name, known, 1))
+    ]
+    return f"Did you mean {' and '.join(hints)}? " if hints else ""
+
+
+def _quote(names: Sequence[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names)

@@ -1,0 +1,171 @@
+# Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
+"""Threads that rewards run on. None of them keeps the interpreter from ending, whatever it does."""
+
+import asyncio
+import functools
+import queue
+import threading
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import ALL_COMPLETED, Future, ThreadPoolExecutor, wait
+from typing import Any
+
+import torch
+
+
+# Seconds that async rewards get to end after they were interrupted, as closing connections takes.
+INTERRUPT_SECONDS = 1.0
+# Longest time in seconds without looking whether the user interrupts, which does not end every wait.
+WAKE_SECONDS = 0.5
+
+
+class Worker:
+    """
+    Runs one call after the other on a thread of its own.
+
+    The thread is a daemon: an executor's would keep the interpreter from ending while a reward hangs.
+
+    Args:
+        name (`str`):
+            Of the thread.
+        device (`torch.device`):
+            The current device of the thread.
+    """
+
+    def __init__(self, name: str, device: torch.device) -> None:
+        self._calls: queue.SimpleQueue[tuple[Future, Callable[[], Any]] | None] = queue.SimpleQueue()
+        self._unfinished: set[Future] = set()
+        self._device = device
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread.start()
+
+    def submit(self, call: Callable[[], Any]) -> Future:
+        """Run a call when all those before it have ended."""
+        future: Future = Future()
+        self._unfinished.add(future)
+        future.add_done_callback(self._unfinished.discard)
+        self._calls.put((future, call))
+        return future
+
+    def stop(self) -> None:
+        """Drop the calls that wait for their turn, and end the thread; if a call is running, do not wait for it."""
+        is_running = not all([future.cancel() for future in list(self._unfinished)])
+        self._calls.put(None)
+        if not is_running:
+            self._thread.join()
+
+    def _run(self) -> None:
+        set_current_device(self._device)
+        while (entry := self._calls.get()) is not None:
+            future, call = entry
+            if not future.set_running_or_notify_cancel():
+                continue
+            try:
+                future.set_result(call())
+            except BaseException as error:
+                future.set_exception(error)
+            del entry, future, call  # not to hold images while waiting for the next call
+
+
+class EventLoopThread:
+    """
+    Runs async calls together on one event loop, on a thread of its own.
+
+    Args:
+        name (`str`):
+            Of the thread.
+        device (`torch.device`):
+            The current device of the thread.
+    """
+
+    def __init__(self, name: str, device: torch.device) -> None:
+        self._device = device
+        self._loop = asyncio.new_event_loop()
+        self._loop.set_default_executor(_DaemonExecutor(device))
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread.start()
+
+    def submit(self, call: Callable[[], Awaitable[Any]]) -> Future:
+        """Start a call beside those that run."""
+        return asyncio.run_coroutine_threadsafe(_await(call), self._loop)
+
+    def stop(self) -> None:
+        """Interrupt all calls and end the thread; leave it behind if they do not end within a second."""
+        asyncio.run_coroutine_threadsafe(_cancel_other_tasks_and_stop(), self._loop)
+        self._thread.join(INTERRUPT_SECONDS)
+        if not self._thread.is_alive():
+            self._loop.close()
+
+    def _run(self) -> None:
+        set_current_device(self._device)
+        self._loop.run_forever()
+
+
+class _DaemonExecutor(ThreadPoolExecutor):
+    """What `asyncio.to_thread` runs on: threads that the interpreter does not wait for at its end."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self._device = device
+        self._calls: queue.SimpleQueue[tuple[Future, Callable[[], Any]] | None] = queue.SimpleQueue()
+        self._daemons: list[threading.Thread] = []
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future:
+        future: Future = Future()
+        self._calls.put((future, functools.partial(fn, *args, **kwargs)))
+        if len(self._daemons) < self._max_workers:
+            self._daemons.append(threading.Thread(target=self._work, name="async-rewards-thread", daemon=True))
+            self._daemons[-1].start()
+        return future
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        for _ in self._daemons:
+            self._calls.put(None)
+
+    def _work(self) -> None:
+        set_current_device(self._device)
+        while (entry := self._calls.get()) is not None:
+            future, call = entry
+            if future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(call())
+                except BaseException as error:
+                    future.set_exception(error)
+
+
+def wait_until(futures: Sequence[Future], deadline: float | None, return_when: str = ALL_COMPLETED) -> None:
+    """
+    Wait for calls in a way that can be interrupted.
+
+    Args:
+        futures (`Sequence[Future]`):
+            The calls.
+        deadline (`float`, *optional*):
+            When to stop waiting, as `time.monotonic()` counts. `None` waits for ever.
+        return_when (`str`, *optional*, defaults to `ALL_COMPLETED`):
+            What to wait for: `ALL_COMPLETED` or `FIRST_COMPLETED` of `concurrent.futures`.
+    """
+    while True:
+        left = WAKE_SECONDS if deadline is None else max(0.0, deadline - time.monotonic())
+        ended, pending = wait(futures, min(left, WAKE_SECONDS), return_when)
+        if not pending or left == 0.0 or (ended and return_when != ALL_COMPLETED):
+            return
+
+
+def set_current_device(device: torch.device) -> None:
+    """Make a device the current one of this thread; each thread begins with the first of its kind."""
+    if device.index is not None and device.type not in ("cpu", "meta"):
+        torch.accelerator.set_device_index(device.index)
+
+
+async def _await(call: Callable[[], Awaitable[Any]]) -> Any:
+    return await call()
+
+
+async def _cancel_other_tasks_and_stop() -> None:
+    """Cancel all tasks of the running loop but this one, and stop it when they have ended."""
+    tasks = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    asyncio.get_running_loop().stop()
