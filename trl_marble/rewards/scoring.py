@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..media import Sample, to_tensor
+from ..media import Sample, to_rgb, to_tensor
 from .frame_reward import FrameReward
 from .model_reward import ModelReward
 from .protocol import (
@@ -99,7 +99,7 @@ class RewardScorer:
 
         Args:
             samples (`list[PIL.Image.Image]` or `list[list[PIL.Image.Image]]`):
-                The images or videos.
+                The images or videos, of any mode; rewards get them in RGB.
             prompts (`list[str]`):
                 Their prompts.
             columns (`dict[str, list]`):
@@ -252,8 +252,8 @@ def _is_async(func: Any) -> bool:
 
 
 def _own_lists(samples: Sequence[Sample]) -> list[Sample]:
-    """The same images in lists that a reward may change."""
-    return [list(sample) if isinstance(sample, list) else sample for sample in samples]
+    """The same images, in RGB, in lists that a reward may change."""
+    return [[to_rgb(frame) for frame in sample] if isinstance(sample, list) else to_rgb(sample) for sample in samples]
 
 
 async def _cancel_other_tasks() -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..evaluation import Evaluation
 from ..evaluation.diversity import group_diversity, thumbnails
 from ..media import Sample
-from ..pipelines import Conditioning, adapters_disabled, edits_images, encode_distinct
+from ..pipelines import Conditioning, adapters_disabled, edits_images, encode_distinct, with_rgb_images
 from ..rewards import Scores
 from .reward_failures import count_failures
 from .sampling import sample_and_score
@@ -128,11 +128,13 @@ def _own_images(trainer: "MarbleNFTTrainer", dataset: Dataset) -> tuple[list[_Ev
     indices = [min(i, num_images - 1) for i in places_of_all]
     num_own = sum(i < num_images for i in places_of_all)
     with trainer.together.phase():
+        edits = edits_images(trainer.flow, dataset, "eval_dataset")
+        dataset = with_rgb_images(dataset) if edits else dataset
         rows = [dataset[i // args.num_generations_eval] for i in indices]
         prompts = [row["prompt"] for row in rows]
         columns = {name: [row[name] for row in rows] for name in dataset.column_names if name != "prompt"}
         seeds = [derive_seed(args.seed, Draw.EVALUATION, i) for i in indices]
-        to_edit = columns["image"] if edits_images(trainer.flow, dataset, "eval_dataset") else None
+        to_edit = columns["image"] if edits else None
         conditioning, prompt_index = encode_distinct(trainer.flow, prompts, to_edit)
     batch_size = args.per_device_eval_batch_size
     samples = sample_and_score(
