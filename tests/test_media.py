@@ -14,6 +14,7 @@ from trl_marble.media import (
     open_sample,
     sample_suffix,
     save_sample,
+    to_rgb,
     to_tensor,
 )
 
@@ -22,6 +23,132 @@ def noise(num_frames: int, width: int = 9, height: int = 7, seed: int = 0) -> li
     """Frames of random pixels."""
     pixels = np.random.default_rng(seed).integers(0, 256, (num_frames, height, width, 3), dtype=np.uint8)
     return [Image.fromarray(frame) for frame in pixels]
+
+
+# ---- Colours ----
+
+GREY = np.arange(256, dtype=np.uint8).reshape(16, 16)
+EXPECTED = np.repeat(GREY[:, :, None], 3, axis=2)
+
+
+def pixels(image: Image.Image) -> np.ndarray:
+    assert image.mode == "RGB"
+    return np.asarray(image)
+
+
+@pytest.mark.parametrize(
+    "image",
+    [
+        Image.fromarray(GREY),
+        Image.fromarray(GREY).convert("LA"),
+        Image.fromarray(GREY).convert("P"),
+        Image.fromarray(GREY).convert("RGBA"),
+        Image.fromarray(GREY).convert("I"),
+        Image.fromarray(GREY).convert("F"),
+        Image.fromarray(GREY.astype(np.uint16) * 257),
+        Image.fromarray(GREY.astype(">u2") * 257),
+        Image.fromarray(GREY.astype(np.int32) * 257),
+        Image.fromarray(GREY.astype(np.float32) / 255),
+    ],
+    ids=lambda image: image.mode,
+)
+def test_the_same_picture_has_the_same_colours_in_every_mode(image):
+    assert np.array_equal(pixels(to_rgb(image)), EXPECTED)
+
+
+@pytest.mark.parametrize("format", ["PNG", "TIFF"])
+@pytest.mark.parametrize("mode", ["L", "LA", "P", "RGB", "RGBA", "I;16"])
+def test_colours_are_the_same_from_a_file(tmp_path, format, mode):
+    image = Image.fromarray(GREY.astype(np.uint16) * 257) if mode == "I;16" else Image.fromarray(GREY).convert(mode)
+    image.save(tmp_path / "image", format=format)
+    with Image.open(tmp_path / "image") as opened:
+        assert np.array_equal(pixels(to_rgb(opened)), EXPECTED)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float16, np.float32, np.float64])
+@pytest.mark.parametrize("channels", [None, 1, 2, 3, 4])
+def test_arrays_and_tensors_of_any_bit_depth_are_images(dtype, channels):
+    scale = {"u1": 1, "u2": 257}.get(np.dtype(dtype).str[1:], 1 / 255)
+    values = (GREY * np.float64(scale)).astype(dtype)
+    if channels is not None:
+        values = np.repeat(values[:, :, None], channels, axis=2)
+        if channels in (2, 4):
+            values[:, :, -1] = 255 * scale  # opaque
+    assert np.array_equal(pixels(to_rgb(values)), EXPECTED)
+    tensor = torch.from_numpy(values)
+    assert np.array_equal(pixels(to_rgb(tensor if channels is None else tensor.movedim(-1, 0))), EXPECTED)
+
+
+def test_of_two_colours_there_is_black_and_white():
+    bits = GREY > 99
+    for image in (Image.fromarray(bits), bits, torch.from_numpy(bits), torch.from_numpy(bits).bfloat16()):
+        assert np.array_equal(pixels(to_rgb(image)), np.repeat(bits[:, :, None], 3, axis=2) * np.uint8(255))
+
+
+def test_what_is_transparent_is_white_in_every_mode():
+    red, half = (255, 0, 0, 0), (255, 0, 0, 128)
+    assert to_rgb(Image.new("RGBA", (1, 1), red)).getpixel((0, 0)) == (255, 255, 255)
+    assert to_rgb(Image.new("RGBA", (1, 1), half)).getpixel((0, 0)) == (255, 127, 127)
+    assert to_rgb(Image.new("RGBA", (1, 1), half).convert("RGBa")).getpixel((0, 0)) == (255, 127, 127)
+    assert to_rgb(Image.new("LA", (1, 1), (0, 128))).getpixel((0, 0)) == (127, 127, 127)
+    assert to_rgb(Image.new("LA", (1, 1), (0, 128)).convert("La")).getpixel((0, 0)) == (127, 127, 127)
+    for mode, colour in (("RGB", (9, 8, 7)), ("L", 9), ("P", 9), ("1", 0), ("I;16", 9)):
+        image = Image.new(mode, (1, 1), colour)
+        image.info["transparency"] = colour
+        assert to_rgb(image).getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_ink_is_what_it_prints():
+    assert to_rgb(Image.new("CMYK", (1, 1), (0, 255, 255, 0))).getpixel((0, 0)) == (255, 0, 0)
+
+
+def test_a_photograph_is_upright(tmp_path):
+    """Also one that need not be converted otherwise, and without turning it twice."""
+    image = Image.new("RGB", (4, 2), "red")
+    image.putpixel((0, 0), (0, 0, 255))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees clockwise
+    image.save(tmp_path / "a.png", exif=exif)
+    with Image.open(tmp_path / "a.png") as opened:
+        turned = to_rgb(opened)
+    assert turned.size == (2, 4) and turned.getpixel((1, 0)) == (0, 0, 255)
+    assert to_rgb(turned).size == (2, 4)
+    assert to_tensor([Image.open(tmp_path / "a.png")]).shape == (1, 3, 4, 2)
+
+
+def test_what_is_right_already_is_not_copied():
+    (image,) = noise(1)
+    assert to_rgb(image) is image
+
+
+@pytest.mark.parametrize(
+    ("image", "message"),
+    [
+        (
+            Image.new("F", (1, 1), -0.1),
+            r"mode 'F' has values from -0.1 to -0.1; they must be in \[0, 1\] or \[0, 255\]",
+        ),
+        (Image.new("F", (1, 1), float("nan")), "mode 'F' has values from nan to nan"),
+        (Image.new("F", (1, 1), 256), "mode 'F' has values from 256 to 256"),
+        (Image.new("F", (1, 1), 1.05), r"values up to 1.05, which may be too large for \[0, 1\], or nearly black"),
+        (Image.new("I", (1, 1), -1), "mode 'I' has values from -1 to -1"),
+        (Image.new("I", (1, 1), 65536), "mode 'I' has values from 65536 to 65536"),
+        (Image.new("I", (1, 1), 300), r"values up to 300, which may be too large for \[0, 255\]"),
+        (np.full((2, 2), 1.01), r"An image of float64 has values from 1.01 to 1.01; floats must be in \[0, 1\]"),
+        (torch.full((3, 2, 2), -1.0), "An image of float32 has values from -1 to -1"),
+        (np.full((2, 2, 3), np.nan), "has values from nan to nan"),
+        (np.zeros((2, 2), np.int64), "has values of int64; they must be bool, uint8, uint16, or floats"),
+        (np.zeros((3, 8, 8), np.uint8), r"has the shape \(3, 8, 8\), the channels last; it must be"),
+        (np.zeros((0, 8), np.uint8), r"has the shape \(0, 8\)"),
+        (np.zeros((2, 2, 8, 3), np.uint8), r"has the shape \(2, 2, 8, 3\)"),
+    ],
+)
+def test_what_cannot_be_read_for_certain_is_refused(image, message):
+    with pytest.raises(ValueError, match=message):
+        to_rgb(image)
+
+
+# ---- Frames ----
 
 
 @pytest.mark.parametrize(

@@ -6,11 +6,13 @@ Importing this module makes Flux Kontext and Qwen-Image-Edit scale their images 
 million pixels.
 """
 
+import io
 import json
 import re
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from datasets import Dataset, Features, Value
 from datasets import Image as ImageFeature
@@ -63,6 +65,26 @@ def edit_image(colours: str, width: int = 64, height: int = 64) -> Image.Image:
     for column, colour in enumerate(colours.split()):
         image.paste(colour, (column, 0, column + 1, 1))
     return image.resize((width, height), Image.Resampling.NEAREST)
+
+
+def edit_set_of_all_modes() -> Dataset:
+    """`edit_set` with images of other modes and bit depths, as they come out of files."""
+    rows = edit_set()
+    deep = Image.fromarray(np.arange(64 * 64, dtype=np.uint16).reshape(64, 64) * 16)
+    images = [
+        row["image"].convert(mode) for row, mode in zip(rows, ["L", "P", "RGBA", "CMYK", "1", "RGB"], strict=True)
+    ]
+    images[2].putalpha(100)
+    images[5] = deep
+    return rows.remove_columns("image").add_column(
+        "image", [_in_file(image) for image in images], feature=ImageFeature()
+    )
+
+
+def _in_file(image: Image.Image) -> dict[str, Any]:
+    file = io.BytesIO()
+    image.save(file, format="TIFF")
+    return {"bytes": file.getvalue(), "path": None}
 
 
 def edit_instruction(text: str) -> str:

@@ -1,6 +1,8 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
 """Prompt sets from files and folders: what is written is what is read, and what cannot be read is refused."""
 
+import csv
+import io
 import json
 import warnings
 from pathlib import Path
@@ -8,8 +10,11 @@ from pathlib import Path
 import datasets
 import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, List, Value
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from trl_marble.data import compositional_prompts, load_prompts
+from trl_marble.data.csv_files import read_table
 
 
 @pytest.fixture(autouse=True)
@@ -47,6 +52,21 @@ def test_blank_lines_are_counted(write) -> None:
     with pytest.warns(UserWarning, match="has 3 blank lines; they are skipped"):
         prompts = load_prompts(write("a.txt", "\na cat\n \t\n\na dog"))
     assert prompts["prompt"][:] == ["a cat", "a dog"]
+
+
+@pytest.mark.parametrize("line", ['"a sign ""OPEN"" here"', 'a sign \\"OPEN\\"', '"""OPEN"" sign"'])
+def test_a_line_with_the_quotes_of_a_csv_file_is_refused(write, line) -> None:
+    with pytest.raises(ValueError, match="a.txt`, line 3, is .* with quotes as csv files have them"):
+        load_prompts(write("a.txt", f"a cat\n\n{line}\n"))
+
+
+def test_prompts_that_are_quotes_altogether_are_warned_of(write) -> None:
+    with pytest.warns(UserWarning, match="All prompts of `.*a.txt` are in double quotes"):
+        assert load_prompts(write("a.txt", '"a cat"\n"a dog"\n'))["prompt"][:] == ['"a cat"', '"a dog"']
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        plain = ['"OPEN" sign', '"a" or "b"', '""OPEN"" sign says ""HI""', "a cat"]
+        assert load_prompts(write("b.txt", "\n".join(plain)))["prompt"][:] == plain
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.json"])
@@ -117,8 +137,8 @@ def test_texts_stay_texts(write) -> None:
     texts = ["2024-01-01", "007", "null", "1e3"]
     records = [{"prompt": f'"{text}"', "text": text} for text in texts]
     assert load_prompts(write("a.jsonl", as_lines(records)))["text"][:] == texts
-    csv = "prompt,text\n" + "".join(f'"""{text}""",{text}\n' for text in texts)
-    prompts = load_prompts(write("a.csv", csv))
+    table = "prompt,text\n" + "".join(f'"""{text}""",{text}\n' for text in texts)
+    prompts = load_prompts(write("a.csv", table))
     assert prompts["text"][:] == texts
     assert prompts["prompt"][:] == [f'"{text}"' for text in texts]
 
@@ -127,8 +147,8 @@ def test_numbers_stay_numbers(write) -> None:
     records = [{"prompt": "a", "level": 1, "share": 2}, {"prompt": "b", "share": 0.5}]
     prompts = load_prompts(write("a.jsonl", as_lines(records)))
     assert prompts.to_dict() == {"prompt": ["a", "b"], "level": [1, None], "share": [2.0, 0.5]}
-    csv = load_prompts(write("a.csv", "prompt,level\na,1\nb,2\n"))
-    assert csv["level"][:] == [1, 2]
+    table = load_prompts(write("a.csv", "prompt,level\na,1\nb,2\n"))
+    assert table["level"][:] == [1, 2]
 
 
 def test_fields_that_are_null_are_left_out(write) -> None:
@@ -177,16 +197,129 @@ def test_csv_with_quotes_and_empty_fields(write) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("", "cannot be read as csv: No columns"),
-        ("prompt\n", "cannot be read as csv"),
+        ("", "`.*a.csv` is empty; it needs at least one prompt"),
+        ("prompt\n", "`.*a.csv` is empty; it needs at least one prompt"),
         ("prompt\na cat, a dog\n", "more fields than its header. Put fields that hold a comma in double quotes"),
-        ("prompt\na cat\na cat, a dog\n", "cannot be read as csv: .*Expected 1 fields in line 3, saw 2"),
+        ("prompt\na cat\na cat, a dog\n", "`.*a.csv`, line 3: it has 2 fields, more fields than its header"),
+        ("prompt,tag,tag\na cat,x,y\n", "line 1: the header has the column 'tag' twice. Rename one"),
+        ("\n\nprompt;tag\n\na;b;c\n", "line 5: it has 3 fields, .* Put fields that hold a semicolon in double quotes"),
         ("prompt,tag\na cat,x\n,y\n", "Row 1 of `.*a.csv` has the prompt None"),
     ],
 )
 def test_csv_that_is_no_prompt_set_is_refused(write, content, message) -> None:
     with pytest.raises(ValueError, match=message):
         load_prompts(write("a.csv", content))
+
+
+OPEN = 'a sign "OPEN" here'
+READ_AS_MEANT = {
+    "doubled": ('prompt,topic\n"a sign ""OPEN"" here",door\n', OPEN),
+    "behind a backslash": ('prompt,topic\n"a sign \\"OPEN\\" here",door\n', OPEN),
+    "behind a backslash before a comma": (
+        'prompt,topic\n"it says \\"OPEN\\", in red",door\n',
+        'it says "OPEN", in red',
+    ),
+    "behind a backslash at the end": ('prompt\n"a sign \\"OPEN\\""\n', 'a sign "OPEN"'),
+    "behind a backslash at the beginning": ('prompt,topic\n"\\"OPEN\\" sign",door\n', '"OPEN" sign'),
+    "behind a backslash without others": ('prompt,topic\na sign \\"OPEN\\" here,door\n', OPEN),
+    "a backslash before a closing quote": (
+        'prompt,topic\n"C:\\dir\\ and \\"OPEN\\" \\\\",door\n',
+        'C:\\dir\\ and "OPEN" \\',
+    ),
+    "by hand": ("prompt,topic\n" + OPEN + ",door\n", OPEN),
+    "by hand, at the beginning": ('prompt,topic\n"OPEN" sign on a door,door\n', '"OPEN" sign on a door'),
+    "by hand, at both ends": ('prompt,topic\n"OPEN" or "CLOSED",door\n', '"OPEN" or "CLOSED"'),
+    "by hand, last": ('topic,prompt\ndoor,"OPEN" sign on a door', '"OPEN" sign on a door'),
+    "a space before the quote": ('topic,prompt\ndoor, "a big, red cat" \n', "a big, red cat"),
+    "semicolons": ('prompt;topic\n"a sign ""OPEN""; here, there";door\n', 'a sign "OPEN"; here, there'),
+    "semicolons and commas": ("prompt;topic\na cat, a dog;door\n", "a cat, a dog"),
+    "tabs": ('"prompt"\t"topic"\na sign "OPEN"; here, there\tdoor\n', 'a sign "OPEN"; here, there'),
+    "Windows": ('\ufeffprompt,topic\r\n"a ""big""\r\ncat",door\r\n', 'a "big"\ncat'),
+    "two lines": ('prompt,topic\n"a cat,\n\na dog",door\n', "a cat,\n\na dog"),
+    "other quotes": ("prompt,topic\n„OPEN“ sign,door\n", "„OPEN“ sign"),
+    "inches": ('prompt,topic\na 6" nail,door\n', 'a 6" nail'),
+}
+
+
+@pytest.mark.parametrize(("content", "meant"), READ_AS_MEANT.values(), ids=READ_AS_MEANT)
+def test_quotes_of_a_csv_file_are_read_as_they_were_meant(write, content, meant) -> None:
+    assert load_prompts(write("a.csv", content)).select_columns("prompt")[:] == {"prompt": [meant]}
+    with_more = load_prompts(write("b.csv", content.rstrip() + "\n" + content.split("\n", 1)[1]))
+    assert with_more["prompt"][:] == [meant, meant]
+    in_utf_16 = load_prompts(write("c.csv", content.removeprefix("\ufeff").encode("utf-16")))
+    assert in_utf_16["prompt"][:] == [meant]
+
+
+@pytest.mark.parametrize(
+    ("content", "line", "reason"),
+    [
+        ('prompt,topic\na,b\n"OPEN sign,door\n"CLOSED" sign,door\n', 3, "begins with '\"OPEN sign' opens a double"),
+        ('prompt,topic\n"a\nb",c\n"OPEN sign,door\n', 4, "not closed at its end. Write the field in double quotes"),
+        ('prompt,topic\n"a ""big"" sign" here,door\n', 2, "opens a double quote that is not closed"),
+        ('prompt,topic\n""OPEN"" sign,door\n', 2, "opens a double quote that is not closed at its end"),
+        ('prompt,topic\n"OPEN, now" sign,door\n', 2, "opens a double quote that is not closed at its end"),
+        ('prompt,topic\n"OPEN", a sign,door\n', 2, "it has 3 fields, more fields than its header"),
+        ('prompt,topic\n"a \\""b"" c",door\n', 2, r"has a quote behind a backslash. Write"),
+        ('prompt,topic\n"a \\"b\\" c",door\n"it ends with \\",door\n', 2, "opens a double quote|behind a backslash"),
+    ],
+)
+def test_a_csv_line_that_can_be_read_in_several_ways_is_refused_by_its_number(write, content, line, reason) -> None:
+    with pytest.raises(ValueError, match=rf"a.csv`, line {line}: .*({reason})"):
+        load_prompts(write("a.csv", content))
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    rows=st.lists(st.tuples(*[st.text("ab\",;\t\n '7.é", max_size=8)] * 2), min_size=1, max_size=5),
+    separator=st.sampled_from([",", ";", "\t"]),
+    quoting=st.sampled_from([csv.QUOTE_MINIMAL, csv.QUOTE_ALL]),
+    ending=st.sampled_from(["\n", "\r\n"]),
+)
+def test_what_a_program_wrote_is_read_field_by_field(rows, separator, quoting, ending) -> None:
+    file = io.StringIO()
+    csv.writer(file, delimiter=separator, quoting=quoting, lineterminator=ending).writerows(
+        [("prompt", "text"), *rows]
+    )
+    table = read_table(file.getvalue().replace("\r\n", "\n"), "prompt", ["text"])
+    assert list(zip(table["prompt"], table["text"], strict=True)) == [(a or None, b or None) for a, b in rows]
+
+
+def test_a_tsv_file_is_separated_by_tabs_whatever_its_header(write) -> None:
+    path = write("parti.tsv", 'Prompt, English\tCategory\na sign "Deep, Learning"\tArts\n"a ""big"" cat"\tAnimals\n')
+    prompts = load_prompts(path, column="Prompt, English")
+    assert prompts.to_dict() == {
+        "prompt": ['a sign "Deep, Learning"', 'a "big" cat'],
+        "Category": ["Arts", "Animals"],
+    }
+
+
+def test_columns_of_a_csv_file_have_the_types_that_all_their_fields_have(write) -> None:
+    content = "prompt,level,share,code,yes,mixed,big\na,1,0.5,007,True,1,12345678901234567890\n5,,2,8,false,x,1\n"
+    assert load_prompts(write("a.csv", content)).to_dict() == {
+        "prompt": ["a", "5"],
+        "level": [1, None],
+        "share": [0.5, 2.0],
+        "code": ["007", "8"],
+        "yes": [True, False],
+        "mixed": ["1", "x"],
+        "big": ["12345678901234567890", "1"],
+    }
+    with_index = load_prompts(write("b.csv", ",prompt\n0,a cat\n1,a dog\n"))
+    assert with_index.to_dict() == {"Unnamed: 0": [0, 1], "prompt": ["a cat", "a dog"]}
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.tsv", "a.txt", "a.jsonl"])
+def test_another_encoding_is_refused_with_its_line(write, name) -> None:
+    with pytest.raises(ValueError, match=f"{name}`, line 2, is not UTF-8 text .* save it as UTF-8"):
+        load_prompts(write(name, "prompt\ncafé\n".encode("latin-1")))
+    with pytest.raises(ValueError, match=f"{name}`, line 1, has a NUL character"):
+        load_prompts(write(name, "prompt\ncafe\n".encode("utf-16-le")))
+
+
+def test_a_csv_file_that_another_library_reads_is_warned_of(write) -> None:
+    folder = write("set/data.csv", "prompt,topic\na cat,x\n").parent
+    with pytest.warns(UserWarning, match="stored as csv, which `datasets` reads.*quotes.*Pass the file itself"):
+        assert load_prompts(folder)["prompt"][:] == ["a cat"]
 
 
 def test_parquet_with_nested_columns_and_labels(tmp_path) -> None:
@@ -295,7 +428,9 @@ def test_no_column_is_dropped_for_another(write) -> None:
 
 
 def test_an_unknown_format_is_refused_with_those_there_are(write) -> None:
-    with pytest.raises(ValueError, match=r"has the suffix '.xlsx'; the formats are .parquet, .csv, .jsonl, .json"):
+    with pytest.raises(
+        ValueError, match=r"has the suffix '.xlsx'; the formats are .parquet, .csv, .tsv, .jsonl, .json"
+    ):
         load_prompts(write("a.xlsx", "x"))
 
 

@@ -5,9 +5,10 @@ import dataclasses
 
 import pytest
 from PIL import Image
-from tiny_edits import edit_image, edit_set, tiny_flux_kontext
+from tiny_edits import edit_image, edit_set, edit_set_of_all_modes, tiny_flux_kontext
 
 from trl_marble.evaluation import EvaluationConfig, EvaluationResults, evaluate_pipeline
+from trl_marble.media import to_rgb
 from trl_marble.pipelines import FlowPipeline
 
 
@@ -54,6 +55,23 @@ def test_every_image_is_an_edit_of_its_row_and_the_evaluation_is_continued_as_it
     assert EvaluationResults.load(tmp_path).groups.tolist() == [0, 0, 1, 1, 2, 2]
     evaluate_pipeline(pipeline, note, edit_set().select(ROWS), config(tmp_path))  # the same images, as other objects
     assert len(scored) == 6
+
+
+def test_images_of_any_mode_are_edited_and_scored_in_rgb(pipeline, tmp_path):
+    scored = []
+
+    def note(images, image, **kwargs):
+        scored.extend(image)
+        return [0.5] * len(images)
+
+    rows = edit_set_of_all_modes()
+    results = evaluate_pipeline(pipeline, note, rows, config(tmp_path))
+    assert scored == [to_rgb(row["image"]) for row in rows for _ in range(2)]
+    flow = FlowPipeline(pipeline, 16, 16, guidance_scale=3.5, max_sequence_length=24)
+    for record in results.table.itertuples():
+        conditioning = flow.encode([record.prompt], [scored[record.index]])
+        (edited,) = flow.rollout(conditioning, [record.seed], 2).images
+        assert Image.open(results.folder / record.image).tobytes() == edited.tobytes()
 
 
 def test_an_evaluation_is_not_continued_with_other_images(pipeline, tmp_path):

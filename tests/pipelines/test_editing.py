@@ -5,13 +5,14 @@ import datasets
 import pytest
 import torch
 from datasets import Dataset, Features, Value
-from PIL import Image
+from PIL import Image, ImageOps
 from tiny import tiny_sd3
 from tiny_edits import (
     TINY_EDITS,
     edit_image,
     edit_instruction,
     edit_set,
+    edit_set_of_all_modes,
     tiny_bria_fibo_edit,
     tiny_flux_kontext,
     tiny_qwen_image_edit,
@@ -19,7 +20,8 @@ from tiny_edits import (
 )
 from tiny_families import tiny_flux2
 
-from trl_marble.pipelines import FlowPipeline, edits_images, encode_distinct, families
+from trl_marble.media import to_rgb
+from trl_marble.pipelines import FlowPipeline, edits_images, encode_distinct, families, with_rgb_images
 
 
 RED, BLUE, WIDE = edit_image("red white"), edit_image("blue black"), edit_image("white red", width=96)
@@ -83,6 +85,27 @@ def test_a_pipeline_that_is_not_in_the_table_is_said_not_to_edit(monkeypatch):
         assert not edits_images(flow, edit_set(), "it")
 
 
+def test_images_of_any_mode_are_read_in_rgb(kontext):
+    rows = edit_set_of_all_modes()
+    assert [row["image"].mode for row in rows] == ["L", "P", "RGBA", "CMYK", "1", "I;16"]
+    converted = with_rgb_images(rows)
+    for before, after in zip(rows, converted, strict=True):
+        assert after["image"] == to_rgb(before["image"]) and after["tag"] == before["tag"]
+    assert converted.select([3, 1])["tag"][:] == ["d", "b"] and converted[:2]["image"][1].mode == "RGB"
+    assert edits_images(kontext, converted, "it")
+
+
+def test_a_transform_that_the_set_has_comes_first():
+    def flip(batch):
+        return batch | {"image": [ImageOps.mirror(image) for image in batch["image"]]}
+
+    rows = edit_set_of_all_modes()
+    images = with_rgb_images(rows.with_transform(flip))[:]["image"]
+    assert images == [to_rgb(ImageOps.mirror(row["image"])) for row in rows]
+    with pytest.raises(ValueError, match=r"has the format 'torch'.*with_format\(None\)"):
+        with_rgb_images(rows.with_format("torch"))
+
+
 # --- encoding --------------------------------------------------------------------------------------------------------
 
 
@@ -100,6 +123,12 @@ def test_every_different_pair_of_prompt_and_image_is_encoded_once(kontext):
 def test_images_of_the_same_bytes_in_another_size_or_mode_are_different(kontext):
     images = [Image.frombytes("L", size, bytes(64)) for size in ((8, 8), (4, 16))] + [Image.new("RGB", (8, 8))]
     assert encode_distinct(kontext, ["a cat"] * 3, images)[1].tolist() == [0, 1, 2]
+
+
+def test_images_that_are_encoded_are_in_rgb(kontext):
+    images = [row["image"] for row in edit_set_of_all_modes()]
+    held = kontext.encode(["a cat"] * 6, images).kwargs["image"]
+    assert held == [to_rgb(image) for image in images]
 
 
 def test_the_text_encoder_sees_each_different_row_once(qwen):

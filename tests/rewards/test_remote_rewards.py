@@ -27,10 +27,11 @@ import pytest
 import torch
 from PIL import Image
 
+from trl_marble.media import to_rgb
 from trl_marble.rewards import RewardError, RewardScorer, server_http
 from trl_marble.rewards.remote import RemoteReward
 from trl_marble.rewards.server import TOKEN_VARIABLE, RewardServer, main
-from trl_marble.rewards.server_messages import describe
+from trl_marble.rewards.server_messages import describe, read_request
 
 
 TOKEN = "t0ken-very-secret-9876543210"
@@ -84,17 +85,29 @@ def gradient(mode):
     return image.convert(mode)
 
 
-@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "LA", "P", "1"])
-def test_images_arrive_bit_for_bit(mode):
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "LA", "P", "1", "CMYK", "YCbCr", "I"])
+def test_images_arrive_in_rgb_bit_for_bit(mode):
     sent = [gradient(mode), gradient(mode).crop((2, 1, 3, 2))]
     assert sent[1].size == (1, 1)
     recorder = Recorder()
     with RewardServer(recorder, port=0) as server:
         remote(server)(images=sent, prompts=["a", "b"])
     for before, after in zip(sent, recorder.calls[0]["images"], strict=True):
-        assert (after.mode, after.size) == (before.mode, before.size)
-        assert after.tobytes() == before.tobytes()
-        assert after.convert("RGBA").tobytes() == before.convert("RGBA").tobytes()
+        assert (after.mode, after.size, after.info) == ("RGB", before.size, {})
+        assert after.tobytes() == to_rgb(before).tobytes()
+
+
+def test_a_png_of_any_kind_is_decoded_to_the_same_colours():
+    """Also one that another client sends: the server answers what the reward says of the image in RGB."""
+    deep = Image.fromarray(np.arange(6, dtype=np.uint16).reshape(2, 3) * 13107)
+    palette = gradient("P")
+    palette.info["transparency"] = 0
+    for image in (deep, palette, gradient("LA")):
+        file = io.BytesIO()
+        image.save(file, format="PNG")
+        body = {"images": [base64.b64encode(file.getvalue()).decode()], "prompts": ["p"], "columns": {}}
+        images, _, _ = read_request(json.dumps(body).encode(), 1, 100)
+        assert images[0].mode == "RGB" and images[0].tobytes() == to_rgb(image).tobytes()
 
 
 def test_prompts_and_columns_arrive_as_they_are():
@@ -137,11 +150,10 @@ def test_a_column_that_json_would_change_is_refused_by_name(value):
     assert recorder.calls == []
 
 
-def test_an_image_that_png_would_change_is_refused():
+def test_an_image_whose_values_have_no_scale_is_refused():
     with RewardServer(Recorder(), port=0) as server:
-        for mode in ("F", "I", "CMYK", "YCbCr"):
-            with pytest.raises(ValueError, match=f"mode '{mode}' cannot be sent"):
-                remote(server)(images=[Image.new(mode, (1, 1))], prompts=["p"])
+        with pytest.raises(ValueError, match="mode 'F' has values from -1 to -1"):
+            remote(server)(images=[Image.new("F", (1, 1), -1)], prompts=["p"])
 
 
 @pytest.mark.parametrize(

@@ -7,11 +7,12 @@ import pytest
 import torch
 from datasets import Image as ImageFeature
 from PIL import Image
-from tiny_edits import edit_image, edit_set, tiny_flux_kontext, tiny_qwen_image_edit
+from tiny_edits import edit_image, edit_set, edit_set_of_all_modes, tiny_flux_kontext, tiny_qwen_image_edit
 from trainer_helpers import blue, bright, small_trainer
 
 from trl_marble.balance import SeparateBackward, WeightedBackward
 from trl_marble.evaluation.evaluator import image_seed
+from trl_marble.media import to_rgb
 from trl_marble.trainer import step_gradient
 
 
@@ -43,6 +44,37 @@ def test_rewards_see_the_edited_image_and_the_one_to_be_edited(tmp_path):
         row = dataset["abcdef".index(tag)]
         assert isinstance(source, Image.Image) and edited.size == (16, 16)
         assert (source, prompt) == (row["image"], row["prompt"])
+
+
+def test_images_of_any_mode_have_the_colours_for_rewards_that_they_have_for_the_pipeline(tmp_path):
+    dataset, seen = edit_set_of_all_modes(), []
+
+    def note(images, image, tag, **kwargs):
+        seen.extend(zip(images, image, tag, strict=True))
+        return [float(i) for i in range(len(images))]
+
+    trainer = editing_trainer(
+        tmp_path,
+        reward_funcs=[note],
+        train_dataset=dataset,
+        eval_dataset=dataset,
+        num_generations_eval=1,
+        max_steps=3,
+    )
+    trainer.train()
+    assert {tag for *_, tag in seen} == set("abcdef")
+    for _, source, tag in seen:
+        assert source == to_rgb(dataset["abcdef".index(tag)]["image"])
+    seen.clear()
+    trainer.evaluate()
+    assert [tag for *_, tag in seen] == list("abcdef")
+    args, flow = trainer.args, trainer.flow
+    with trainer.average.swapped_in():
+        for i, (edited, source, _) in enumerate(seen):
+            assert source == to_rgb(dataset[i]["image"])
+            conditioning = flow.encode([dataset[i]["prompt"]], [source])
+            seed = image_seed(args.seed, i, 0)
+            assert flow.rollout(conditioning, [seed], args.num_inference_steps).images[0] == edited
 
 
 def test_the_samples_are_edits_of_their_own_images(tmp_path):

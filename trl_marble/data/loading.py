@@ -1,6 +1,7 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
 """Reads prompt sets from the Hub, folders and files."""
 
+import codecs
 import json
 import os
 import re
@@ -12,13 +13,16 @@ from typing import Any
 from datasets import ClassLabel, Dataset, DatasetDict, Json, LargeList, List, Value, load_dataset, load_from_disk
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
+from .csv_files import ESCAPED_QUOTE, SEPARATORS, TableError, read_table
 from .prompts import validate_prompts
 
 
-SUFFIXES = (".parquet", ".csv", ".jsonl", ".json", ".txt")
+SUFFIXES = (".parquet", ".csv", ".tsv", ".jsonl", ".json", ".txt")
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 # In csv a number and a text of digits look alike; what rewards read as text must stay "007".
 TEXT_COLUMNS = ("tag", "include", "exclude", "text")
+IN_QUOTES = re.compile('"[^"]+"')
+DOUBLED_IN_QUOTES = re.compile('"(?=.*"")([^"]|"")*"')  # a field of a csv file
 
 
 def load_prompts(
@@ -34,12 +38,14 @@ def load_prompts(
       (https://huggingface.co/papers/2509.16117) publish their prompts: `ocr/train.txt`,
       `geneval/train_metadata.jsonl`;
     - any other folder that `datasets.load_dataset` reads;
-    - a file: parquet, csv, json (a list of objects), jsonl (an object a line) or txt (a prompt a line);
+    - a file: parquet, csv, tsv, json (a list of objects), jsonl (an object a line) or txt (a prompt a line);
     - the id of a dataset on the Hub. No code from there is run.
 
     Nested values, such as GenEval's `include`, become JSON text, so that every set has the same type of column
     whatever the fields; fields that are `None` are left out. Labels that are stored as numbers become their names. In
-    a txt or jsonl file blank lines are skipped, with a warning that says how many.
+    a txt or jsonl file blank lines are skipped, with a warning that says how many. Fields of a csv file are separated
+    by commas, semicolons or tabs; quotes inside of quoted fields are doubled or behind a backslash. A line whose
+    quotes can be read in several ways is refused.
 
     Example:
 
@@ -97,36 +103,56 @@ def _load_folder(folder: Path, split: str, column: str, name: str | None) -> Dat
         raise ValueError(
             f"`{folder}` has several files for the split {split!r}: {', '.join(found)}. Pass one of them."
         )
-    return _load_file(folder / found[0], column) if found else load_dataset(str(folder), name, split=split)
+    if found:
+        return _load_file(folder / found[0], column)
+    return _warn_of_csv(load_dataset(str(folder), name, split=split), str(folder))
 
 
 def _load_from_hub(source: str, split: str, name: str | None) -> Dataset:
     try:
-        return load_dataset(source, name, split=split)
+        return _warn_of_csv(load_dataset(source, name, split=split), source)
     except (DatasetNotFoundError, ConnectionError) as error:
         raise FileNotFoundError(
             f"{source!r} is neither a local file or folder nor a dataset that the Hub gives: {error}"
         ) from error
 
 
+def _warn_of_csv(dataset: Dataset, where: str) -> Dataset:
+    if dataset.info.builder_name == "csv":
+        warnings.warn(
+            f"`{where}` is stored as csv, which `datasets` reads: it may lose quotes at the beginning of a prompt, "
+            'and takes texts such as "007" for numbers. Pass the file itself, or store the set as parquet.',
+            stacklevel=2,
+        )
+    return dataset
+
+
 def _load_file(file: Path, column: str) -> Dataset:
     suffix = file.suffix.lower()
     if suffix == ".txt":
-        return Dataset.from_dict({"prompt": [line.strip() for _, line in _lines(file, _read(file))]})
+        return _load_text(file)
     if suffix in (".json", ".jsonl"):
         return _load_json(file, column)
-    if suffix == ".csv":
+    if suffix in (".csv", ".tsv"):
         return _load_csv(file, column)
     if suffix == ".parquet":
-        return _load_with_datasets("parquet", file)
+        return _load_parquet(file)
     raise ValueError(f"`{file}` has the suffix {file.suffix!r}; the formats are {', '.join(SUFFIXES)}.")
 
 
 def _read(file: Path) -> str:
+    """The text of a file in UTF-8, or in UTF-16 if it says so at its beginning, with `\\n` at the ends of lines."""
+    content = file.read_bytes()
+    is_utf_16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     try:
-        return file.read_text(encoding="utf-8-sig")
+        text = content.decode("utf-16" if is_utf_16 else "utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"`{file}` is not UTF-8 text ({error}); save it as UTF-8.") from error
+        line = content.count(b"\n", 0, error.start) + 1
+        raise ValueError(f"`{file}`, line {line}, is not UTF-8 text ({error}); save it as UTF-8.") from error
+    if "\0" in text:
+        line = text.count("\n", 0, text.index("\0")) + 1
+        raise ValueError(f"`{file}`, line {line}, has a NUL character: it is not UTF-8 text; save it as UTF-8.")
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def _lines(file: Path, text: str) -> list[tuple[int, str]]:
@@ -136,6 +162,26 @@ def _lines(file: Path, text: str) -> list[tuple[int, str]]:
     if kept and len(kept) < len(lines):
         warnings.warn(f"`{file}` has {len(lines) - len(kept)} blank lines; they are skipped.", stacklevel=2)
     return kept
+
+
+def _load_text(file: Path) -> Dataset:
+    prompts = []
+    for number, line in _lines(file, _read(file)):
+        prompt = line.strip()
+        if ESCAPED_QUOTE in prompt or DOUBLED_IN_QUOTES.fullmatch(prompt):
+            raise ValueError(
+                f"`{file}`, line {number}, is {prompt[:80]!r}, with quotes as csv files have them. A txt file holds "
+                "prompts as they are: write each quote once, without a backslash, or give the file a header and the "
+                "suffix .csv."
+            )
+        prompts.append(prompt)
+    if len(prompts) > 1 and all(IN_QUOTES.fullmatch(prompt) for prompt in prompts):
+        warnings.warn(
+            f"All prompts of `{file}` are in double quotes, which are a part of them: rewards take them for text that "
+            "the images must show. If that is not meant, remove the quotes.",
+            stacklevel=2,
+        )
+    return Dataset.from_dict({"prompt": prompts})
 
 
 def _load_json(file: Path, column: str) -> Dataset:
@@ -185,31 +231,19 @@ def _parse(text: str, where: str) -> Any:
 
 
 def _load_csv(file: Path, column: str) -> Dataset:
-    dataset = _load_with_datasets(
-        "csv",
-        file,
-        # "NA", "null" and the like are words that a picture can show; nothing but an empty field is no value.
-        keep_default_na=False,
-        na_values=[""],
-        converters={text_column: _text_or_none for text_column in (column, *TEXT_COLUMNS)},
-    )
-    if any(name.startswith("__index_level_") for name in dataset.column_names):
-        raise ValueError(
-            f"`{file}` has rows with more fields than its header. Put fields that hold a comma in double quotes."
-        )
-    return dataset
-
-
-def _text_or_none(field: str) -> str | None:
-    return field or None
-
-
-def _load_with_datasets(kind: str, file: Path, **options: Any) -> Dataset:
+    separators = ("\t",) if file.suffix.lower() == ".tsv" else tuple(SEPARATORS)
     try:
-        return load_dataset(kind, data_files=str(file), split="train", **options)
+        return read_table(_read(file), column, TEXT_COLUMNS, separators)
+    except TableError as error:
+        raise ValueError(f"`{file}`, {error}") from error
+
+
+def _load_parquet(file: Path) -> Dataset:
+    try:
+        return load_dataset("parquet", data_files=str(file), split="train")
     except (DatasetGenerationError, ValueError) as error:
         reason = str(error.__cause__ or error).strip()
-        raise ValueError(f"`{file}` cannot be read as {kind}: {reason}.") from error
+        raise ValueError(f"`{file}` cannot be read as parquet: {reason}.") from error
 
 
 def _as_prompts(dataset: Dataset, column: str, where: str) -> Dataset:

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..media import Sample, evenly_spaced_frames
+from ..media import Sample, evenly_spaced_frames, to_rgb
 
 
 THUMBNAIL_SIZE = 16
@@ -37,7 +37,7 @@ def thumbnails(images: Sequence[Sample]) -> Tensor:
 
 
 def _small(image: Image.Image) -> np.ndarray:
-    return np.asarray(image.convert("RGB").resize((THUMBNAIL_SIZE, THUMBNAIL_SIZE), Image.Resampling.BOX))
+    return np.asarray(to_rgb(image).resize((THUMBNAIL_SIZE, THUMBNAIL_SIZE), Image.Resampling.BOX))
 
 
 def group_diversity(features: Tensor, groups: Tensor) -> Tensor:

@@ -23,7 +23,15 @@ from transformers.utils import logging
 
 from ..data import read_rows, validate_prompts
 from ..media import Sample
-from ..pipelines import FlowPipeline, edits_images, encode_distinct, find_adapter, load_pipeline, loaded_adapter
+from ..pipelines import (
+    FlowPipeline,
+    edits_images,
+    encode_distinct,
+    find_adapter,
+    load_pipeline,
+    loaded_adapter,
+    with_rgb_images,
+)
 from ..pipelines.quantization import first_values
 from ..processes import FailingTogether
 from ..rewards import PendingScores, RewardError, RewardFunc, RewardScorer
@@ -125,7 +133,8 @@ def evaluate_pipeline(
     check_signatures(scorer.funcs, scorer.names, flow.family.output, prompts.column_names, "prompts")
     flow.verify()
     adapter = None if args.adapter is None else find_adapter(args.adapter)
-    plan = _Plan(prompts, edits_images(flow, prompts, "prompts"), args)
+    edits = edits_images(flow, prompts, "prompts")
+    plan = _Plan(with_rgb_images(prompts) if edits else prompts, edits, args)
     settings = _settings(pipeline, flow, adapter, scorer.names, plan, args)
     folder = Path(args.output_dir)
     records = BatchRecords(folder)

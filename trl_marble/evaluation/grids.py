@@ -12,7 +12,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
-from ..media import PAPER, Sample, film_strip, save_sample
+from ..media import PAPER, Sample, film_strip, save_sample, to_rgb
 from .figures import DPI, FAINT, INK, RULE, TAKEN, save_figure
 
 
@@ -205,7 +205,7 @@ class _GridLayout:
                 size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
                 x = self.left(block, column) + (self.size[0] - size[0]) // 2
                 y = self.top(row) + (self.size[1] - size[1]) // 2
-                self.page.paste(image.convert("RGB").resize(size, Image.Resampling.LANCZOS), (x, y))
+                self.page.paste(to_rgb(image).resize(size, Image.Resampling.LANCZOS), (x, y))
                 self.frames.append((x, y, *size))
 
     def write_caption(self, row: int, column: int, text: str) -> None:
@@ -248,7 +248,7 @@ class _GridLayout:
         for time in range(max(len(video) for _, video in videos)):
             pages.append(page.copy())
             for (x, y, width, height), video in videos:
-                frame = video[min(time, len(video) - 1)].convert("RGB")  # one that has ended stands still
+                frame = to_rgb(video[min(time, len(video) - 1)])  # one that has ended stands still
                 small = frame.resize((width, height), Image.Resampling.LANCZOS, reducing_gap=2.0)  # much faster
                 pages[-1].paste(small, (x, y))
         save_sample(pages, path, lossless=False)

@@ -3,7 +3,7 @@
 
 from .adapters import adapter_names, find_adapter, load_adapter, loaded_adapter
 from .conditioning import Conditioning
-from .editing import edits_images, encode_distinct, row_digests
+from .editing import edits_images, encode_distinct, row_digests, with_rgb_images
 from .families import FAMILIES, Family, find_family
 from .flow_pipeline import FlowPipeline, Rollout
 from .loading import add_trainable_adapter, load_pipeline, lora_config, plain_lora_linears
@@ -40,4 +40,5 @@ __all__ = [
     "quantization_config",
     "row_digests",
     "shard_base",
+    "with_rgb_images",
 ]

@@ -1,16 +1,19 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
-"""Prompt sets with images to be edited: what they must look like, and encoding each different row once."""
+"""Prompt sets with images to be edited: what they must look like, their colours, and encoding each row once."""
 
 import hashlib
 import inspect
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from datasets import Dataset, Image
 from PIL.Image import Image as PILImage
 from torch import Tensor
 
+from ..media import to_rgb
 from .conditioning import Conditioning
 from .flow_pipeline import FlowPipeline
 
@@ -71,6 +74,39 @@ def edits_images(flow: FlowPipeline, dataset: Dataset, name: str) -> bool:
             )
         start += len(missing)
     return True
+
+
+def with_rgb_images(dataset: Dataset) -> Dataset:
+    """
+    The same prompt set, whose column `image` is read in RGB, see [`~trl_marble.media.to_rgb`].
+
+    The images are converted when rows are read, so what a pipeline edits is what rewards are given.
+
+    Args:
+        dataset ([`~datasets.Dataset`]):
+            A prompt set for which [`edits_images`] is true.
+
+    Raises:
+        `ValueError`: If the set was given a format that does not keep images, such as `"torch"`.
+    """
+    form = dataset.format
+    if form["type"] is None:
+        return dataset.with_transform(_convert_images, columns=["image"], output_all_columns=True)
+    if form["type"] == "custom":
+        convert = partial(_convert_images, before=form["format_kwargs"]["transform"])
+        return dataset.with_transform(convert, form["columns"], form["output_all_columns"])
+    raise ValueError(
+        f"The prompt set has the format {form['type']!r}, which does not keep images as such. Remove it with "
+        "`dataset.with_format(None)`."
+    )
+
+
+def _convert_images(
+    rows: dict[str, list[Any]], before: Callable[[dict[str, list[Any]]], dict[str, list[Any]]] | None = None
+) -> dict[str, list[Any]]:
+    """Columns of rows with the images in RGB; `before` is the transform that the dataset already had."""
+    rows = rows if before is None else before(rows)
+    return {name: [to_rgb(image) for image in values] if name == "image" else values for name, values in rows.items()}
 
 
 def row_digests(prompts: Sequence[str], images: Sequence[PILImage] | None = None) -> list[str]:

@@ -15,6 +15,7 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor, nn
 
+from ..media import to_rgb
 from .conditioning import Conditioning, Rows
 from .families import find_family
 from .overrides import giving, remembered
@@ -200,7 +201,7 @@ class FlowPipeline:
         Returns:
             `Conditioning`: one row per prompt, in the transformer's dtype. With classifier-free guidance it holds the
             embeddings of the empty negative prompt too. For a pipeline that takes nothing but text it holds the text,
-            and the text encoders run when it is used. Images are held as they are.
+            and the text encoders run when it is used. Images are held in RGB, see [`~trl_marble.media.to_rgb`].
 
         Raises:
             `TypeError`: `prompts` is one string.
@@ -213,7 +214,7 @@ class FlowPipeline:
             raise ValueError("`prompts` is empty; pass at least one prompt.")
         self._check_images(prompts, images)
         self._warn_of_long_prompts(prompts)
-        rows: dict[str, Rows] = {} if images is None else {"image": list(images)}
+        rows: dict[str, Rows] = {} if images is None else {"image": [to_rgb(image) for image in images]}
         if self.family.encoded_names is None:
             return Conditioning({**rows, "prompt": list(prompts)})
         rows |= self._encoded(list(prompts), self.family.encoded_names)

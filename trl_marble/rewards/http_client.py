@@ -9,25 +9,22 @@ from urllib.parse import urlsplit
 
 from PIL import Image
 
+from ..media import to_rgb
+
 
 # What is sent, and what may come back: uncompressed, so that its size is that of what was received.
 PLAIN_JSON = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
-PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA")  # that a PNG file gives back bit for bit
 
 
 def encode_png(image: Image.Image) -> bytes:
     """
-    The image as a PNG file.
+    The image as a PNG file in RGB, see [`~trl_marble.media.to_rgb`].
 
     Raises:
-        `ValueError`: If the image's mode is not one that PNG gives back bit for bit.
+        `ValueError`: If the image cannot be converted to RGB.
     """
-    if image.mode not in PNG_MODES:
-        raise ValueError(
-            f"An image of mode {image.mode!r} cannot be sent as PNG without loss; convert it to one of {PNG_MODES}."
-        )
     file = io.BytesIO()
-    image.save(file, format="PNG", compress_level=1)  # the default saves a tenth, for much more time
+    to_rgb(image).save(file, format="PNG", compress_level=1)  # the default saves a tenth, for much more time
     return file.getvalue()
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from PIL import Image
 
-from .model_reward import to_rgb
+from ..media import to_rgb
 
 
 def jpeg_incompressibility(images: list[Image.Image], **kwargs: Any) -> list[float]:
@@ -17,7 +17,7 @@ def jpeg_incompressibility(images: list[Image.Image], **kwargs: Any) -> list[flo
 
     Args:
         images (`list[PIL.Image.Image]`):
-            Images of any mode and size. What is transparent is seen on white.
+            Images of any mode, bit depth and size, see [`~trl_marble.media.to_rgb`].
 
     Returns:
         `list[float]`: kilobytes (1000 bytes) at quality 95, one value an image; positive, without an upper bound.
@@ -35,7 +35,7 @@ def jpeg_compressibility(images: list[Image.Image], **kwargs: Any) -> list[float
 
     Args:
         images (`list[PIL.Image.Image]`):
-            Images of any mode and size. What is transparent is seen on white.
+            Images of any mode, bit depth and size, see [`~trl_marble.media.to_rgb`].
 
     Returns:
         `list[float]`: minus the kilobytes (1000 bytes) at quality 95, one value an image; negative, without a lower

@@ -9,6 +9,8 @@ import torch
 from PIL import Image
 from torch import nn
 
+from ..media import to_rgb
+
 
 # One model is loaded at a time, for rewards are scored on threads. While `transformers` loads, it replaces functions
 # and settings of the whole process, such as the tying of weights and the default dtype; two loads at once can leave
@@ -138,7 +140,7 @@ class ModelReward(ABC):
 
         Args:
             images (`list[PIL.Image.Image]`):
-                Images of any mode and size. What is transparent is seen on white.
+                Images of any mode, bit depth and size, see [`~trl_marble.media.to_rgb`].
             prompts (`list[str]`):
                 Their prompts.
             trainer_state ([`~transformers.TrainerState`], *optional*):
@@ -167,13 +169,3 @@ class ModelReward(ABC):
             for i, score in zip(chosen, scores, strict=True):
                 values[i] = score
         return values
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """The image in RGB; what is transparent becomes white."""
-    if image.mode == "RGB":
-        return image
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image.convert("RGB")

@@ -96,7 +96,7 @@ class RemoteReward:
 
         Args:
             images (`list[PIL.Image.Image]`):
-                Images of any size, in a mode that PNG has.
+                Images of any mode, bit depth and size. They are sent in RGB, see [`~trl_marble.media.to_rgb`].
             prompts (`list[str]`):
                 Their prompts.
             trainer_state ([`~transformers.TrainerState`], *optional*):
@@ -114,7 +114,7 @@ class RemoteReward:
             [`RewardError`]: If the server cannot be reached, takes too long, refuses, or answers something else than
                 one value an image; and if the reward itself raised there.
             `TypeError`: If a column holds what JSON cannot carry unchanged; names the column.
-            `ValueError`: If an image has a mode that PNG does not have, or a column of `columns` is missing.
+            `ValueError`: If an image cannot be converted to RGB, or a column of `columns` is missing.
         """
         sent = self._columns_to_send(columns)
         values: list[float | Exception | None] = []

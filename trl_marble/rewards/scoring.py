@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..media import Sample, to_tensor
+from ..media import Sample, to_rgb, to_tensor
 from .call_log import LOG_KEYWORDS, CallLog, LogKey, join_extras
 from .frame_reward import FrameReward
 from .model_reward import ModelReward
@@ -129,7 +129,7 @@ class RewardScorer:
 
         Args:
             samples (`list[PIL.Image.Image]` or `list[list[PIL.Image.Image]]`):
-                The images or videos.
+                The images or videos, of any mode; rewards get them in RGB.
             prompts (`list[str]`):
                 Their prompts.
             columns (`dict[str, list]`):
@@ -293,5 +293,5 @@ def _is_async(func: Any) -> bool:
 
 
 def _own_lists(samples: Sequence[Sample]) -> list[Sample]:
-    """The same images in lists that a reward may change."""
-    return [list(sample) if isinstance(sample, list) else sample for sample in samples]
+    """The same images, in RGB, in lists that a reward may change."""
+    return [[to_rgb(frame) for frame in sample] if isinstance(sample, list) else to_rgb(sample) for sample in samples]

@@ -22,6 +22,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
+from ..media import to_rgb
 from .http_client import refuse_constant
 from .protocol import reward_tensor
 
@@ -53,6 +54,10 @@ def read_request(
             Largest number of images.
         max_pixels (`int`):
             Largest number of pixels of all images.
+
+    Returns:
+        `tuple[list[PIL.Image.Image], list[str], dict[str, list]]`: the images are in RGB, see
+        [`~trl_marble.media.to_rgb`].
 
     Raises:
         `RefusedError`: If anything is not as it must be; says what.
@@ -123,12 +128,12 @@ def _open_png(file: str, position: int) -> Image.Image:
 
 def _only_pixels(image: Image.Image) -> Image.Image:
     """
-    The image without the file that it came from, and what that held beside pixels: a kilobyte of compressed text can
-    become a megabyte, over and over in one file.
+    The image in RGB without the file that it came from, and what that held beside pixels: a kilobyte of compressed
+    text can become a megabyte, over and over in one file.
     """
     pixels = image.copy()
     pixels.info = {key: value for key, value in image.info.items() if key == "transparency"}
-    return pixels
+    return to_rgb(pixels)
 
 
 def encode_values(values: Any, name: str, prompts: list[str]) -> list[float | dict[str, str] | None]:

@@ -18,7 +18,7 @@ from ..evaluation.diversity import group_diversity, thumbnails
 from ..evaluation.evaluator import image_seed
 from ..evaluation.statistics import number_prompts
 from ..media import Sample
-from ..pipelines import Conditioning, adapters_disabled, edits_images, encode_distinct
+from ..pipelines import Conditioning, adapters_disabled, edits_images, encode_distinct, with_rgb_images
 from ..rewards import Scores
 from ..rewards.call_log import LogKey, column_names
 from .metrics import average_logged
@@ -152,12 +152,13 @@ def _own_images(trainer: "MarbleNFTTrainer", dataset: Dataset) -> tuple[list[_Ev
     indices = [min(i, num_images - 1) for i in places_of_all]
     num_own = sum(i < num_images for i in places_of_all)
     with trainer.together.phase():
+        edits = edits_images(trainer.flow, dataset, "eval_dataset")
+        dataset = with_rgb_images(dataset) if edits else dataset
         columns = read_rows(dataset, [i // args.num_generations_eval for i in indices])
         prompts = columns.pop("prompt")
-        seeds = [
-            image_seed(args.seed, *divmod(i, args.num_generations_eval)) for i in indices
-        ]  # `evaluate_pipeline`'s
-        to_edit = columns["image"] if edits_images(trainer.flow, dataset, "eval_dataset") else None
+        # The seeds of `evaluate_pipeline`, so that both give the same images.
+        seeds = [image_seed(args.seed, *divmod(i, args.num_generations_eval)) for i in indices]
+        to_edit = columns["image"] if edits else None
         conditioning, prompt_index = encode_distinct(trainer.flow, prompts, to_edit)
     batch_size = args.per_device_eval_batch_size
     samples = sample_and_score(

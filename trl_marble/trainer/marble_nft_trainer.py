@@ -46,6 +46,7 @@ from ..pipelines import (
     encode_distinct,
     load_pipeline,
     lora_config,
+    with_rgb_images,
 )
 from ..processes import FailingTogether
 from ..rewards import RewardFunc, RewardScorer
@@ -204,6 +205,8 @@ class MarbleNFTTrainer(CheckpointedTrainer):
             autocast_dtype=torch.bfloat16 if args.bf16 else None,
         )
         self.edits = edits_images(self.flow, train_dataset, "train_dataset")
+        if self.edits:
+            train_dataset = with_rgb_images(train_dataset)
         if eval_dataset is not None:
             edits_images(self.flow, eval_dataset, "eval_dataset")
         for scorer in self.scorers:

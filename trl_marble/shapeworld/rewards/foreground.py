@@ -5,6 +5,8 @@ import numpy as np
 from PIL import Image
 from scipy import ndimage
 
+from ...media import to_rgb
+
 
 BORDER = 2  # pixels; the colour of the ground is the median over this frame
 # Contrast to the ground, between 0 and 1, where foreground begins and where it is full. The dim specks of the ground
@@ -22,7 +24,7 @@ def contrast(image: Image.Image) -> tuple[np.ndarray, np.ndarray]:
         `tuple[np.ndarray, np.ndarray]`: the signed difference `[height, width, 3]` and the ground's colour `[3]`,
         where 1 is the whole range of a channel.
     """
-    pixels = np.asarray(image.convert("RGB"), dtype=np.float32) / 255
+    pixels = np.asarray(to_rgb(image), dtype=np.float32) / 255
     frame = np.ones(pixels.shape[:2], dtype=bool)
     frame[BORDER:-BORDER, BORDER:-BORDER] = False
     ground = np.median(pixels[frame], axis=0)

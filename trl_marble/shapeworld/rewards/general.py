@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image
 from scipy import ndimage
 
+from ...media import to_rgb
 from .foreground import soft_foreground, solid_foreground
 
 
@@ -78,7 +79,7 @@ def restlessness(image: Image.Image) -> float:
     """
     objects = soft_foreground(image) > 0.5
     near_outline = ndimage.binary_dilation(objects, iterations=2) & ~ndimage.binary_erosion(objects, iterations=2)
-    pixels = np.asarray(image.convert("RGB"), dtype=np.float32) / 255
+    pixels = np.asarray(to_rgb(image), dtype=np.float32) / 255
     down, across = np.abs(np.diff(pixels, axis=0)).mean(axis=2), np.abs(np.diff(pixels, axis=1)).mean(axis=2)
     quiet = ~near_outline
     return float((down[:, :-1] + across[:-1])[quiet[:-1, :-1]].mean()) if quiet[:-1, :-1].any() else 1.0
