@@ -32,8 +32,8 @@ class OCRAccuracy:
 
     - A prompt without quotes or with nothing between them gets `None`, where theirs stops the run or scores 0.
     - All quoted parts of a prompt count, joined in their order, not only the first.
-    - Quotes are `"…"`, `“…”`, `„…“`, `”…”`, `«…»`, `»…«`, `‹…›`, `「…」`, `『…』`, mixtures like `“…"`, and doubled ones
-      like `""…""` and `''…''`. Single quotes are apostrophes, and a `"` right after a digit that closes no quote is
+    - Quotes are `"…"`, `“…”`, `„…“`, `”…”`, `«…»`, `»…«`, `‹…›`, `「…」`, `『…』`, mixtures like `“…"`, and doubled
+      ones like `""…""` and `''…''`. Single quotes are apostrophes, and a `"` right after a digit that closes no quote is
       an inch mark: neither opens a quote. Prompts whose quotes do not pair up, or are single ones, are counted in a
       warning.
     - Forms of the same character are equal: full-width and narrow ones, composed and decomposed accents, typographic
@@ -41,8 +41,8 @@ class OCRAccuracy:
     - An error of the reader is raised, and not scored 0.
 
     If nothing can be read on an image whose prompt asks for text, the reward is 0. That is a score, not a failure. The
-    model that comes with RapidOCR (PP-OCRv6 small) reads Latin letters (of Vietnamese only those with one mark), Chinese
-    and Japanese. It has no Cyrillic, Korean, Arabic or Hebrew letters: text in these scores about 0 whatever the image
+    model that comes with RapidOCR (PP-OCRv6 small) reads Latin letters (but few of Vietnamese), Chinese and
+    Japanese. It has no Cyrillic, Korean, Arabic or Hebrew letters: text in these scores about 0 whatever the image
     shows. Of Greek it has the letters without accents, and loses or mistakes half of a text. Prompts that ask for text
     in these scripts are counted in a warning; give them an empty string in the column.
 
@@ -140,8 +140,8 @@ class OCRAccuracy:
         ]
         self._count(
             doubtful,
-            "quotes that do not pair up, or single quotes, which are taken for apostrophes. Which text they ask for is "
-            f'in doubt: put it between "...", or in a column `{self.column}` (an empty string where there is none).',
+            "quotes that do not pair up, or single quotes, which are taken for apostrophes. Which text they ask for "
+            f'is in doubt: put it between "...", or in a column `{self.column}` (an empty string where there is none).',
         )
 
     def _warn_of_scripts(self, prompts: Sequence[str], targets: Sequence[str]) -> None:
