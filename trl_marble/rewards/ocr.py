@@ -33,9 +33,9 @@ class OCRAccuracy:
     - A prompt without quotes or with nothing between them gets `None`, where theirs stops the run or scores 0.
     - All quoted parts of a prompt count, joined in their order, not only the first.
     - Quotes are `"…"`, `“…”`, `„…“`, `”…”`, `«…»`, `»…«`, `‹…›`, `「…」`, `『…』`, mixtures like `“…"`, and doubled
-      ones like `""…""` and `''…''`. Single quotes are apostrophes, and a `"` right after a digit that closes no quote is
-      an inch mark: neither opens a quote. Prompts whose quotes do not pair up, or are single ones, are counted in a
-      warning.
+      ones like `""…""` and `''…''`. Single quotes are apostrophes, and a `"` right after a digit that closes no quote
+      is an inch mark: neither opens a quote. Prompts whose quotes do not pair up, or are single ones, are counted in
+      a warning.
     - Forms of the same character are equal: full-width and narrow ones, composed and decomposed accents, typographic
       and straight quotes, dashes of any length.
     - An error of the reader is raised, and not scored 0.
@@ -141,7 +141,7 @@ class OCRAccuracy:
         self._count(
             doubtful,
             "quotes that do not pair up, or single quotes, which are taken for apostrophes. Which text they ask for "
-            f'is in doubt: put it between "...", or in a column `{self.column}` (an empty string where there is none).',
+            f'is in doubt: put it between "...", or in a column `{self.column}` (an empty string if there is none).',
         )
 
     def _warn_of_scripts(self, prompts: Sequence[str], targets: Sequence[str]) -> None:
