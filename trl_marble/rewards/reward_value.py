@@ -35,9 +35,10 @@ def to_number(value: Any) -> float:
     # NumPy has its time spans among the integers, and its bool not; `Decimal` is not a `Real` either.
     if not isinstance(value, Real | Decimal | np.bool_) or isinstance(value, np.timedelta64):
         raise TypeError(f"{type(value).__name__} is not a number")
+    number: Any = value
     try:
-        return float(value)
+        return float(number)
     except OverflowError:
-        return math.inf if value > 0 else -math.inf
+        return math.inf if number > 0 else -math.inf
     except ValueError as error:  # a NaN of `Decimal` that signals
         raise TypeError(f"{value!r} is not a number") from error
