@@ -5,6 +5,8 @@ import functools
 import logging
 import random
 import sys
+import time
+import warnings
 from pathlib import Path
 
 import matplotlib
@@ -12,8 +14,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageFont
 
-from trl_marble.rewards.ocr import OCRAccuracy, comparable, edit_distance, quoted_text, text_accuracy
+from trl_marble.rewards.ocr import OCRAccuracy, comparable, edit_distance, is_read, text_accuracy
 from trl_marble.rewards.protocol import reward_names, reward_tensor
+from trl_marble.rewards.quotes import read_quotes
 
 
 FONTS = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
@@ -67,7 +70,7 @@ def reward():
     [
         ('a sign that says "Open"', "Open"),
         ("a sign that says “Open”", "Open"),
-        ("„Offen“ an der Tür, „Zu„", "Offen"),
+        ("„Offen“ an der Tür, „Zu„", "Offen Zu"),
         ("„Otwarte” na drzwiach", "Otwarte"),
         ("une porte « Ouvert »", " Ouvert "),
         ("eine Tür, »Offen«", "Offen"),
@@ -79,19 +82,84 @@ def reward():
         ('"one", “two” and «three»', "one two three"),
         ('"He said “hi”"', "He said “hi”"),
         ("a dog that doesn't bark at the dogs' house", ""),
-        ("it says 'Open', don't ask", ""),
-        ("it says ‘Open’, don’t ask", ""),
         ('a sign "Don\'t panic"', "Don't panic"),
         ('a 5" by 7" photograph', ""),
         ('a 12" plate with "Best Mum"', "Best Mum"),
-        ('an open "quote', ""),
         ('nothing "" here', ""),
         ("no quotes", ""),
         ("", ""),
+        # Doubled, by CSV, typewriters and LaTeX, and what CSV, JSON and HTML make of quotes.
+        ('a sign ""Open""', "Open"),
+        ('a sign """Open"""', "Open"),
+        ("a sign ''Open'' or ``Shut''", "Open Shut"),
+        ("a sign ””Open””", "Open"),
+        ('"""Open"" on a sign"', "Open"),
+        ('"a sign that says ""Open"""', "Open"),
+        ('a sign \\"Open\\"', "Open"),
+        ("a sign &quot;Open&quot;", "Open"),
+        # The same mark on both sides, as in Swedish and Finnish, and marks of two kinds.
+        ("en skylt ”Öppet” och ”Stängt”", "Öppet Stängt"),
+        ("en skylt »Öppet»", "Öppet"),
+        ("写着”你好”的牌子", "你好"),
+        ('a sign “Open"', "Open"),
+        ('a sign "Open”', "Open"),
+        ('a sign „Open"', "Open"),
+        ("a sign “Open“ or ”Shut“", "Open Shut"),
+        ("a sign ″Open″, ‹Shut›, 〝Push〟", "Open Shut Push"),
+        # What stands around the marks.
+        ('("Open"), "Shut","Push"', "Open Shut Push"),
+        ('says:"Open!" and "...so?"', "Open! ...so?"),
+        ("une porte « Ouvert », rouge", " Ouvert "),
+        ('"$5", "5%", "Room 12"', "$5 5% Room 12"),
+        ('a sign " Open "', " Open "),
+        ('他说"我看到“好”字"了', "我看到“好”字"),
+        ('"say "hi" now"', 'say "hi" now'),
+        ('“"Open"”', "Open"),
+        ('"“hi” he said"', "“hi” he said"),
+        ("“don’t stop”, 'n' 6'2\" tall", "don’t stop"),
+        ('a 32” screen, a 5" x 7" print of "Open"', "Open"),
     ],
 )
 def test_the_text_between_quotes(prompt, text):
-    assert quoted_text(prompt) == text
+    assert read_quotes(prompt) == (text, False)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "text"),
+    [
+        ('an open "quote', ""),
+        ("an open “quote", ""),
+        ('a quote" that ends', ""),
+        ('dogs" and cats"', ""),
+        ("„Offen", ""),
+        ("「営業中", ""),
+        ('"Open” and "closed', "Open"),
+        ('"Open and "closed"', "closed"),
+        ('a sign "Open "now', "Open "),
+        ("it says 'Open', don't ask", ""),
+        ("it says ‘Open’, don’t ask", ""),
+        ("‚Offen‘ an der Tür", ""),
+    ],
+)
+def test_quotes_that_do_not_pair_up_are_in_doubt(prompt, text):
+    assert read_quotes(prompt) == (text, True)
+
+
+def test_quotes_are_read_in_time_that_grows_with_the_length():
+    n = 20_000
+    start = time.monotonic()
+    for prompt in (
+        '"' * n,
+        '" ' * n,
+        "“a " * n,
+        " 'a" * n,
+        "'" + "a " * n,
+        '"a"' * n,
+        "“" * n + "a" + "”" * n,
+        "“a «" * n,
+    ):
+        read_quotes(prompt)
+    assert time.monotonic() - start < 5
 
 
 def test_the_edit_distance_is_the_least_number_of_edits():
@@ -136,6 +204,7 @@ def test_a_text_without_visible_characters_is_empty(text):
     assert comparable(text) == ""
 
 
+@pytest.mark.filterwarnings("ignore:.*quotes that do not pair up")
 def test_it_applies_where_a_text_is_asked_for(reward):
     image = draw("Open")
     prompts = ["a door", "don't", 'a "" b', 'a " " b', '"open"', '"closed', "“Open”"]
@@ -184,8 +253,46 @@ def test_what_is_transparent_is_seen_on_white(reward):
     assert reward(images=[black_on_nothing, white_on_nothing], prompts=['"Open"'] * 2) == [1.0, 0.0]
 
 
+def test_prompts_in_doubt_are_counted_in_a_warning():
+    reward, image = OCRAccuracy(num_threads=1), Image.new("RGB", (8, 8))
+
+    def warned(prompts, **columns):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            reward(images=[image] * len(prompts), prompts=prompts, **columns)
+        return [str(warning.message) for warning in caught]
+
+    assert warned(['a "sign"', "don't"]) == []
+    assert warned(['a "sign', "b"], text=["Open", ""]) == []  # the column says it
+    (message,) = warned(['a "sign', "b"])
+    assert "so far 1 prompt has quotes that do not pair up" in message
+    assert 'put it between "...", or in a column `text`' in message and "'a \"sign'" in message
+    assert warned(['a "sign'] * 24) == []  # the same prompt
+    (message,) = warned(['a "sign', "says 'Open'", "a sign”"])
+    assert "so far 3 prompts have" in message
+    assert warned(['"x', '"y']) == []  # told again when there are twice as many
+    assert len(warned(['"z'])) == 1
+    (message,) = warned(['says "привет"', 'says "Open"', 'says "10 µm"'])
+    assert "so far 1 prompt has a text in a script that the reader does not read" in message
+
+
+@pytest.mark.parametrize(
+    "text", ["Open", "Ñandú ß æ", "你好", "カタカナ ひらがな 々", "42!", "10 µm", "🙂", "Ｆｕｌｌ"]
+)
+def test_scripts_that_are_read(text):
+    assert is_read(text)
+
+
+@pytest.mark.parametrize("text", ["αβγδ", "привет", "안녕 🙂", "سلام", "שלום", "ไทย"])
+def test_scripts_that_are_not_read(text):
+    assert not is_read(text)
+
+
+@pytest.mark.filterwarnings("ignore:.*script that the reader does not read")
 def test_other_scripts(reward):
-    assert reward(images=[draw("Ñandú café"), draw("αβγδ")], prompts=['"Ñandú café"', "«αβγδ»"]) == [1.0, 1.0]
+    languages = "Ñandú café|Geöffnet|Zavřeno|Łódź|Öppet|Açık|Kijárat|Noël".split("|")
+    values = reward(images=[draw(text) for text in languages], prompts=[f'"{text}"' for text in languages])
+    assert values == [1.0] * len(languages)
     # The reader has no letters for these, and the font no glyphs for the last.
     values = reward(images=[draw("привет"), draw("Open"), draw("你好")], prompts=['"привет"', "「你好」", '"안녕 🙂"'])
     assert values == [0.0, 0.0, 0.0]

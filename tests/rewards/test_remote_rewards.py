@@ -3,6 +3,7 @@
 
 import asyncio
 import base64
+import email.utils
 import functools
 import io
 import json
@@ -12,6 +13,7 @@ import pickle
 import re
 import signal
 import socket
+import ssl
 import struct
 import subprocess
 import sys
@@ -20,8 +22,11 @@ import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from datetime import UTC, datetime, timedelta
+from decimal import Decimal
 from pathlib import Path
 
+import httpx2
 import numpy as np
 import pytest
 import torch
@@ -29,9 +34,12 @@ from PIL import Image
 
 from trl_marble.media import to_rgb
 from trl_marble.rewards import RewardError, RewardScorer, server_http
+from trl_marble.rewards.http_client import is_loopback
 from trl_marble.rewards.remote import RemoteReward
+from trl_marble.rewards.retry import RetryPolicy, asked_delay, is_permanent
 from trl_marble.rewards.server import TOKEN_VARIABLE, RewardServer, main
 from trl_marble.rewards.server_messages import describe, read_request
+from trl_marble.rewards.vlm_judge import VLMJudge
 
 
 TOKEN = "t0ken-very-secret-9876543210"
@@ -163,6 +171,7 @@ def test_an_image_whose_values_have_no_scale_is_refused():
         np.array([0.5, np.nan, np.nan, -1], dtype=np.float32),
         torch.tensor([0.5, torch.nan, torch.nan, -1.0]),
         [torch.tensor(0.5), None, np.float32("nan"), np.int64(-1)],
+        [Decimal("0.5"), None, np.array(np.nan), -np.float16(np.bool_(True))],
     ],
     ids=lambda answer: type(answer).__name__,
 )
@@ -803,6 +812,155 @@ def test_a_connection_that_fails_is_tried_again_with_a_new_one():
         assert len(seen) == 4
 
 
+@pytest.mark.parametrize("status", [408, 425, 429, 500, 502, 503, 504, 520])
+def test_every_status_that_means_later_is_tried_again(status, caplog):
+    later = answer(b"<html>Bad gateway</html>", f"{status} Later")
+    with listening(later, later, answer({"values": [0.5, None]})) as (url, seen):
+        assert ask(url, max_retries=None) == [0.5, None]
+        assert len(seen) == 3
+        (warning,) = [record.message for record in caplog.records]  # not one for each attempt
+        assert (
+            f"{url}: answered {status}: '<html>Bad gateway</html>'. It is asked again, for up to 10 seconds" in warning
+        )
+
+
+@pytest.mark.parametrize(
+    ("status", "content"),
+    [(400, b"no"), (403, b"no"), (404, b"no"), (422, b"no"), (501, b"no"), (500, {"error": "Reward `x` raised"})],
+    ids=str,
+)
+def test_what_will_not_change_is_not_asked_again(status, content):
+    with listening(answer(content, f"{status} No")) as (url, seen):
+        with pytest.raises(RewardError, match=f"answered {status}"):
+            ask(url, max_retries=None)
+        assert len(seen) == 1
+
+
+def test_a_status_that_stays_is_an_error_when_the_time_is_over():
+    with listening(answer(b"Bad gateway", "502 Bad Gateway")) as (url, seen):
+        start = time.monotonic()
+        with pytest.raises(
+            RewardError, match=r"not available \(attempts: \d; the last: answered 502: 'Bad gateway'\)"
+        ):
+            ask(url, timeout=1.0, max_retries=None)
+        assert 0.7 < time.monotonic() - start < 1.5
+        assert len(seen) >= 4
+
+
+def test_the_wait_that_a_server_asks_for_is_kept_within_the_time_there_is():
+    values = answer({"values": [0.5, None]})
+    with listening(answer(b"", "503 Later", Retry_After="1"), values) as (url, _):
+        start = time.monotonic()
+        assert ask(url, max_retries=None) == [0.5, None]
+        assert time.monotonic() - start >= 1
+    with listening(answer(b"", "503 Later", Retry_After="60"), values) as (url, seen):
+        with pytest.raises(RewardError, match="asks to wait 60 seconds, more than are left of 10"):
+            ask(url, max_retries=None)
+        assert len(seen) == 1
+
+
+def test_a_server_that_starts_late_is_waited_for():
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    with ThreadPoolExecutor(1) as threads:
+        waiting = threads.submit(
+            RemoteReward(f"http://127.0.0.1:{port}", "red", timeout=20), images=pictures(7), prompts=["p"]
+        )
+        time.sleep(0.5)
+        assert not waiting.done()
+        with RewardServer(red, port=port):
+            assert waiting.result() == [1.0]
+
+
+def test_a_port_where_nobody_listens_is_tried_until_the_time_is_over():
+    with listening() as (url, _):
+        pass
+    start = time.monotonic()
+    with pytest.raises(RewardError, match=r"failed \(attempts: \d; the last: ConnectError"):
+        ask(url, timeout=1.0, max_retries=None)
+    assert 0.7 < time.monotonic() - start < 1.5
+
+
+PROXIES = ("http_proxy", "https_proxy", "all_proxy", "no_proxy")
+
+
+@pytest.fixture
+def no_proxies(monkeypatch):
+    for name in PROXIES:
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+
+
+@pytest.mark.parametrize("name", ["HTTP_PROXY", "ALL_PROXY", "http_proxy"])
+@pytest.mark.parametrize("proxy", ["http://127.0.0.1:1", "socks5://127.0.0.1:1"])
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "0.0.0.0"])
+def test_proxies_do_not_catch_this_machine(no_proxies, monkeypatch, name, proxy, host):
+    monkeypatch.setenv(name, proxy)
+    with RewardServer(red, port=0) as server:
+        reward = RemoteReward(server.url.replace("127.0.0.1", host), "red", timeout=10, max_retries=0)
+        assert reward(images=pictures(7), prompts=["p"]) == [1.0]
+        with asyncio.Runner() as runner:
+            # Not a judge, which is what it says: it was asked, and no proxy was.
+            with pytest.raises(RewardError, match="answered status 404"):
+                runner.run(
+                    VLMJudge("m", server.url.replace("127.0.0.1", host), max_retries=0)(
+                        images=pictures(1), prompts=["p"]
+                    )
+                )
+
+
+def test_proxies_are_used_for_other_machines(no_proxies, monkeypatch):
+    with listening(answer({"values": [0.5, None]})) as (url, seen):
+        monkeypatch.setenv("HTTP_PROXY", url)
+        assert ask("http://rewards.invalid:8100") == [0.5, None]
+        assert len(seen) == 1
+
+
+@pytest.mark.parametrize(
+    ("host", "expected"),
+    [
+        *((host, True) for host in ("127.0.0.1", "127.9.9.9", "::1", "::ffff:127.0.0.1", "localhost", "LOCALHOST.")),
+        *((host, False) for host in ("0.0.0.0", "::", "10.0.0.1", "example.org", "localhost.example.org", "")),
+    ],
+)
+def test_what_is_loopback(host, expected):
+    assert is_loopback(host) is expected
+
+
+@pytest.mark.parametrize(
+    ("header", "seconds"),
+    [(None, 0), ("", 0), ("3", 3), ("0.5", 0.5), ("-1", 0), ("nan", 0), ("inf", 0), ("soon", 0), ("1 s", 0)],
+)
+def test_how_long_a_server_asks_to_wait(header, seconds):
+    assert asked_delay(header) == seconds
+
+
+def test_a_date_to_wait_for():
+    then = datetime.now(UTC) + timedelta(seconds=100)
+    assert asked_delay(email.utils.format_datetime(then, usegmt=True)) == pytest.approx(100, abs=2)
+    assert asked_delay(email.utils.format_datetime(then - timedelta(hours=1))) == 0
+
+
+def test_a_certificate_that_is_refused_is_refused_at_once():
+    refused = httpx2.ConnectError("certificate verify failed")
+    refused.__cause__ = ssl.SSLCertVerificationError(1, "self-signed certificate")
+    assert is_permanent(refused) and not is_permanent(httpx2.ConnectError("refused"))
+    assert RetryPolicy(10).start("It").pause("certificate", permanent=True) is None
+
+
+def test_pauses_double_up_to_eight_seconds_and_shorten_towards_the_end():
+    attempts = RetryPolicy(300).start("It")
+    pauses = [attempts.pause("busy") for _ in range(20)]
+    for number, pause in enumerate(pauses):
+        longest = min(8.0, 0.25 * 2**number)
+        assert longest / 2 <= pause <= longest
+    attempts.deadline = time.monotonic() + 2
+    assert 0.9 <= attempts.pause("busy") <= 1
+    attempts.deadline = time.monotonic() + 0.01
+    assert attempts.pause("busy") is None
+    assert attempts.summary == "attempts: 22; the last: busy"
+
+
 def test_a_connection_that_always_fails_is_an_error_with_its_cause():
     with listening(answer({"values": [0.5, None]})[:-5]) as (url, seen):
         with pytest.raises(RewardError, match=r"failed \(attempts: 2; the last: RemoteProtocolError: .*Does it run"):
@@ -816,7 +974,7 @@ def test_retries_end_with_the_timeout():
     with listening(b"") as (url, seen):
         start = time.monotonic()
         with pytest.raises(RewardError, match="failed"):
-            ask(url, timeout=1.0, max_retries=10**6)
+            ask(url, timeout=1.0, max_retries=None)
         assert time.monotonic() - start < 1.5
         assert 2 <= len(seen) <= 6  # about 1/4 + 1/2 seconds of waiting: it does not hammer
 

@@ -3,6 +3,7 @@
 
 import functools
 import math
+from decimal import Decimal
 from fractions import Fraction
 
 import numpy as np
@@ -10,7 +11,13 @@ import pytest
 import torch
 
 from trl_marble.rewards import RewardError, reward_names, reward_tensor
-from trl_marble.rewards.protocol import most_common_prompts, validate_reward_funcs
+from trl_marble.rewards.protocol import (
+    InfiniteRewardError,
+    errors_for_infinite,
+    most_common_prompts,
+    validate_reward_funcs,
+)
+from trl_marble.rewards.reward_value import to_number
 
 
 PROMPTS = ["a cat", "a dog", "a tree"]
@@ -86,6 +93,66 @@ def test_none_and_nan_mean_does_not_apply_and_zero_does_not(values) -> None:
     assert result[1] == 0
 
 
+def one_of_each(number: int) -> list:
+    """The number in every type that has it."""
+    scalars = [
+        *(np.dtype(code).type(number) for code in "?bBhHiIlLqQefdg"),
+        *(np.array(number, code) for code in "?bBQefdgO"),
+        *(np.array([[number]], code) for code in "?bd"),
+        *(
+            torch.tensor(number, dtype=dtype)
+            for dtype in (torch.bool, torch.uint8, torch.int8, torch.int64, torch.half, torch.bfloat16, torch.double)
+        ),
+        torch.tensor([[number]]),
+        torch.nn.Parameter(torch.tensor(float(number))),
+        *(kind(number) for kind in (bool, int, float, Fraction, Decimal)),
+    ]
+    return [
+        scalar.item() if isinstance(scalar, np.generic) and scalar.dtype.char == "O" else scalar for scalar in scalars
+    ]
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_every_type_of_number_is_taken(number) -> None:
+    for value in one_of_each(number):
+        assert to_number(value) == number and type(to_number(value)) is float
+    values = one_of_each(number)
+    assert reward_tensor(values, "r", ["p"] * len(values)).tolist() == [number] * len(values)
+    assert errors_for_infinite(values, "r", ["p"] * len(values)) == values
+
+
+@pytest.mark.parametrize("array", [np.array, torch.tensor])
+def test_arrays_of_bools_are_taken(array) -> None:
+    assert reward_tensor(array([True, False, True]), "r", PROMPTS).tolist() == [1.0, 0.0, 1.0]
+
+
+def test_what_a_masked_array_leaves_out_does_not_apply() -> None:
+    masked = np.ma.array([1.0, 2.0, 3.0], mask=[False, True, False])
+    for values in (masked, list(masked)):
+        assert reward_tensor(values, "r", PROMPTS).isnan().tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        np.float16("inf"),
+        np.longdouble("1e400"),
+        np.array(-np.inf),
+        torch.tensor(math.inf, dtype=torch.half),
+        Fraction(10**400),
+        Decimal("-Infinity"),
+        Decimal("1e400"),
+        10**400,
+    ],
+    ids=lambda value: repr(value)[:20],
+)
+def test_infinite_numbers_of_every_type_are_failures(value) -> None:
+    (error,) = errors_for_infinite([value], "sharp", ["a cat"])
+    assert isinstance(error, InfiniteRewardError) and "`sharp` returned" in str(error)
+    with pytest.raises(InfiniteRewardError, match="for the prompt 'a cat'"):
+        reward_tensor([value], "sharp", ["a cat"])
+
+
 @pytest.mark.parametrize("values", [[1.0], [1.0] * 4, torch.zeros(2), []])
 def test_the_wrong_number_of_values_is_refused(values) -> None:
     with pytest.raises(RewardError, match=f"`sharp` returned {len(values)} values for 3 images; return one for each"):
@@ -99,14 +166,21 @@ def test_what_is_no_list_of_values_is_refused(values) -> None:
 
 
 @pytest.mark.parametrize(
-    "value", ["0.5", [0.5], torch.zeros(2), 1j, object()], ids=["text", "list", "tensor of two", "complex", "object"]
+    "value",
+    [
+        *("0.5", b"1", np.str_("0.5"), np.bytes_("1"), np.array("0.5")),
+        *([0.5], (0.5,), {}, torch.zeros(2), torch.zeros(0), np.zeros(2), np.array(None, dtype="m8[s]")),
+        *(1j, np.complex64(1), np.array(1j), torch.tensor(1j), np.timedelta64(1, "s"), np.datetime64("2026-01-01")),
+        *(object(), Decimal("sNaN"), float),
+    ],
+    ids=lambda value: f"{type(value).__name__} {str(value)[:9]}",
 )
 def test_a_value_that_is_no_number_is_refused_with_its_prompt(value) -> None:
-    with pytest.raises(RewardError, match=f"`sharp` returned {type(value).__name__} .* for the prompt 'a dog'"):
+    with pytest.raises(RewardError, match=f"(?s)`sharp` returned {type(value).__name__} .* for the prompt 'a dog'"):
         reward_tensor([0.0, value, 0.0], "sharp", PROMPTS)
 
 
-@pytest.mark.parametrize("value", [math.inf, -math.inf, 1e39, -(10**400)])
+@pytest.mark.parametrize("value", [math.inf, -math.inf, 1e39, -(10**400)], ids=lambda value: repr(value)[:20])
 def test_what_is_not_finite_in_float32_is_refused_with_its_prompt(value) -> None:
     with pytest.raises(RewardError, match="`sharp` returned .* for the prompt 'a tree'; a reward must be finite"):
         reward_tensor([0.0, None, value], "sharp", PROMPTS)

@@ -18,7 +18,8 @@ import torch
 from PIL import Image
 
 from trl_marble.rewards import RewardError, RewardScorer
-from trl_marble.rewards.vlm_judge import VLMJudge, parse_score
+from trl_marble.rewards.judge_score import parse_score
+from trl_marble.rewards.vlm_judge import VLMJudge
 
 
 KEY = "sk-very-secret-0123456789"
@@ -282,6 +283,39 @@ def test_too_many_requests_then_an_answer_after_the_time_that_was_asked_for():
     assert len(server.requests) == 2
 
 
+@pytest.mark.parametrize("status", [408, 425, 429, 500, 502, 503, 504, 520, 529])
+def test_every_status_that_means_later_is_tried_again(status):
+    with endpoint(
+        lambda handler, request, number: "Final Score: 2" if number else send(handler, status, b"<html>later</html>")
+    ) as server:
+        assert ask(judge(server, max_retries=None), 1) == [0.25]
+    assert len(server.requests) == 2
+
+
+def test_it_is_tried_again_until_the_time_is_over():
+    with endpoint(lambda handler, request, number: send(handler, 503, b"loading")) as server:
+        start = time.monotonic()
+        with pytest.raises(RewardError, match=r"attempts: \d; the last: status 503: 'loading'"):
+            ask(judge(server, max_retries=None, timeout=1.0), 1)
+        assert 0.7 < time.monotonic() - start < 1.5
+    assert len(server.requests) >= 4
+
+
+def test_a_longer_wait_than_there_is_time_for_is_no_wait():
+    with endpoint(lambda handler, request, number: send(handler, 429, b"slow", Retry_After="3600")) as server:
+        start = time.monotonic()
+        with pytest.raises(RewardError, match="it asks to wait 3600 seconds, more than are left of 5"):
+            ask(judge(server, max_retries=None), 1)
+        assert time.monotonic() - start < 2
+    assert len(server.requests) == 1
+
+
+def test_a_server_that_hangs_after_it_was_busy_is_a_timeout_that_says_so():
+    with endpoint(lambda handler, request, number: hang(server) if number else send(handler, 503, b"busy")) as server:
+        with pytest.raises(RewardError, match=r"within 0\.6 seconds \(attempts: 1; the last: status 503: 'busy'\)"):
+            ask(judge(server, max_retries=None, timeout=0.6), 1)
+
+
 def test_a_server_error_then_a_dead_connection_then_an_answer():
     def recover(handler, request, number):
         if number == 0:
@@ -328,10 +362,21 @@ def test_an_answer_without_a_score_is_quoted():
         (b"[" * 100_000, "no chat completion"),
         ({"choices": []}, "no chat completion"),
         ({"choices": [{"message": {"content": ["Final Score: 5"]}}]}, "no chat completion"),
+        ({"choices": [{"message": {"content": {"text": "Final Score: 5"}}}]}, "no chat completion"),
+        ({"choices": [{"message": {"content": [{"type": "text"}]}}]}, "no chat completion"),
+        (completion([]), "has no score"),
+        (completion([{"type": "thinking", "thinking": "Final Score: 5"}]), "has no score"),
+        (completion([{"type": "text", "text": "Final Score: 4"}, {"type": "text", "text": ".5"}]), "no one score"),
+        (completion([{"type": "text", "text": "Final Score: 4"}, {"type": "text", "text": "/10"}]), "one out of 10"),
+        (completion("<think>Final Score: 5"), "has no score"),
+        (completion("Final Score: 4\nThe cat is", finish_reason="length"), "cut off: it ended by 'length' (raise"),
+        (completion("<think>Final Score: 2 would be", finish_reason="length"), "cut off: it ended by 'length' (raise"),
+        (completion("Final Score: 4", finish_reason="content_filter"), "cut off: it ended by 'content_filter'. The"),
+        (completion("Final Score: 4", finish_reason="abort"), "cut off: it ended by 'abort'. The"),
         ([1, 2], "no chat completion"),
         (completion(None), "has no score"),
         (completion("Final Score: 7"), "7 is not from 1 to 5"),
-        (completion("Final Score: 4", finish_reason="length"), "cut off before its score (raise `max_tokens`)"),
+        (completion("Final Score: 4", finish_reason="length"), "raise `max_tokens` in `request_options`"),
     ],
     ids=str,
 )
@@ -339,10 +384,44 @@ def test_what_is_no_judgement_is_a_failure_of_that_image(body, said):
     assert said in failure_of(lambda handler: send(handler, 200, body))[0]
 
 
-def test_a_request_that_is_refused_is_a_failure_of_that_image():
-    message, requests = failure_of(lambda handler: send(handler, 400, {"error": "context length"}), max_retries=3)
-    assert "refused a request with status 400" in message and "context length" in message
+@pytest.mark.parametrize("reason", ["stop", "STOP", "eos_token", "", None])
+def test_an_answer_that_the_model_ended_counts(reason):
+    answer = completion("Final Score: 3", finish_reason=reason)
+    with endpoint(lambda handler, request, number: send(handler, 200, answer)) as server:
+        assert ask(judge(server), 1) == [0.5]
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        [("text", "Final Score: 3")],
+        [("thinking", "Final Score: 1"), ("text", "Final Score: 3")],
+        [("reasoning", "Final Score: 1"), ("output_text", "The cat is blue."), ("text", "Final Score: 3")],
+        [("text", "Final "), ("text", "Score: "), ("text", "3")],
+        [("text", "<think>Final Score: 1"), ("text", "</think>Final Score: 3")],
+    ],
+    ids=str,
+)
+def test_the_text_of_an_answer_in_parts_counts(parts):
+    answer = completion([{"type": kind, "text" if "text" in kind else kind: text} for kind, text in parts])
+    with endpoint(lambda handler, request, number: send(handler, 200, answer)) as server:
+        assert ask(judge(server), 1) == [0.5]
+
+
+@pytest.mark.parametrize("status", [400, 403, 406, 413, 415, 422, 451])
+def test_a_request_that_is_refused_is_a_failure_of_that_image(status):
+    message, requests = failure_of(lambda handler: send(handler, status, {"error": "context length"}), max_retries=3)
+    assert f"refused a request with status {status}" in message and "context length" in message
     assert requests == 3
+
+
+def test_many_refusals_are_failures_as_long_as_one_image_is_scored():
+    def refuse(handler, request, number):
+        return "Final Score: 5" if level(request) == 30 else send(handler, 403, b"content policy")
+
+    with endpoint(refuse) as server:
+        values = ask(judge(server), *range(40))
+    assert [value for value in values if not isinstance(value, RewardError)] == [1.0]
 
 
 @pytest.mark.parametrize("drip", [False, True], ids=["silent", "byte by byte"])
@@ -415,6 +494,16 @@ def test_a_refusal_of_everything_raises_and_hides_the_key(status, mend, caplog):
     assert len(server.requests) == 1
     for text in (caplog.text, repr(raised.value), repr(raised.value.__cause__)):
         assert KEY not in text
+
+
+def test_a_refusal_of_each_image_raises():
+    with endpoint(lambda handler, request, number: send(handler, 403, {"error": f"wrong key {KEY}"})) as server:
+        with pytest.raises(
+            RewardError, match=r"refused every image.*403.*wrong key \[secret\].*Check `api_key`"
+        ) as raised:
+            ask(judge(server), 1, 2, 3)
+    assert len(server.requests) == 3
+    assert KEY not in str(raised.value) and KEY not in repr(raised.value.__cause__)
 
 
 def test_what_is_not_http_raises():
@@ -491,6 +580,9 @@ def test_arguments_that_make_no_sense_are_refused(kwargs, message):
     assert KEY not in str(raised.value)
 
 
+THINKING = "Final Score: 2 is too low"
+
+
 @pytest.mark.parametrize(
     ("answer", "score"),
     [
@@ -508,10 +600,47 @@ def test_arguments_that_make_no_sense_are_refused(kwargs, message):
         ("Final Score (1-5): 3", 3),
         ("The final score is 3. The cat is blue.", 3),
         ('{"final_score": 4, "why": "5 cats"}', 4),
-        ("I must write 'Final Score: 1' at the end.\nFinal Score: 5", 5),
         ("Final Score: 4\nThe Final Score weighs 2 criteria.", 4),
         ("Final Score: 4. 3 objects are missing.", 4),
         ("Final Score: 5, 2 cats as asked", 5),
+        # Markdown, LaTeX, HTML, tables, JSON.
+        ("**Final Score: 4/5**", 4),
+        ("### Final **Score**: 4", 4),
+        ("Final Score: **4**/5", 4),
+        ("> *Final Score:* 4.", 4),
+        ("Final Score: $\\boxed{4}$", 4),
+        ("\\boxed{Final Score: 4/5}", 4),
+        ("\\[ \\text{Final Score: } 4 \\]", 4),
+        ("<answer>Final Score: <b>4</b></answer>", 4),
+        ("<|begin_of_box|>Final Score: 4<|end_of_box|>", 4),
+        ("Final Score: <4>", 4),
+        ("| Final Score | 4 |", 4),
+        ('```json\n{"final_score": "4"}\n```', 4),
+        # The judge's own scale.
+        ("Final Score (out of 5): 4", 4),
+        ("Final Score [1–5]: 4.0", 4),
+        ("Final Score: 4 (out of 5)", 4),
+        ("Final Score: 4.0/5.0 points", 4),
+        ("Final Score: 4 stars (1 to 5)", 4),
+        ("On a scale from one to five: Final Score: 4", 4),
+        # What says nothing about the score.
+        ("Final Score (overall): 4", 4),
+        ("Final Score: 4 (the sign is blurry)", 4),
+        ("Final Score: 4 - good, but blurry", 4),
+        ("Final Score: 4 because the sign is blurry. 2 of 3 letters are right.", 4),
+        ("Final Score: 4\n1. The cat\n2. The dog", 4),
+        ("3 out of 4 cats, in front of a 1:10 scale model.\nFinal Score: 4", 4),
+        ("I will give the Final Score:\nFinal Score: 4\nFinal Score: 4", 4),
+        # What was thought.
+        (f"<think>{THINKING}</think>\n\nFinal Score: 4", 4),
+        (f"{THINKING}\n</think>\n\nFinal Score: 4", 4),
+        (f"<thinking>a <think>b</think> {THINKING}</thinking> Final Score: 4", 4),
+        (f"<Reasoning effort='low'>{THINKING}</Reasoning>\n<score>Final Score: 4</score>", 4),
+        (f"[THINK]{THINKING}[/THINK]Final Score: 4", 4),
+        (f"◁think▷{THINKING}◁/think▷Final Score: 4", 4),
+        (f"<seed:think>{THINKING}</seed:think>Final Score: 4", 4),
+        (f"<|begin_of_thought|>{THINKING}<|end_of_thought|>Final Score: 4", 4),
+        (f"<|channel|>analysis<|message|>{THINKING}<|end|><|channel|>final<|message|>Final Score: 4", 4),
     ],
 )
 def test_scores_are_found(answer, score):
@@ -536,21 +665,68 @@ def test_scores_are_found(answer, score):
         "Final Score: 45",
         "Final Score: 5.01",
         "Final Score: 4/10",
-        "Semifinal Score: 4",
-        "Final Scores 4",
+        *("Semifinal Score: 4", "Semi-Final Score: 4", "Final Scores 4"),
+        # Thoughts, finished or not.
+        *(f"<think>{THINKING}", f"<think>{THINKING}</think>I cannot rate this.", f"{THINKING}</think>"),
+        *("<reasoning>Final Score: 4</reasoning>", "<|channel|>analysis<|message|>Final Score: 4"),
+        *("Final Score: <think>4</think>", "<think>a<think>b</think>Final Score: 4"),
+        # Other scales.
+        *(
+            "Final Score (out of 10): 4",
+            "Final Score (1-10): 4",
+            "Final Score [0 to 5]: 4",
+            "Final Score out of 10: 4",
+        ),
+        *("Final Score: 4 (out of 10)", "Final Score: 4 of 10", "Final Score: 4 (1–10)", "Final Score: 4 points / 10"),
+        *(
+            "Final Score: 4\n/10",
+            "Final Score: 4 out of ten",
+            "Final Score: 4 out of a possible 10",
+            "Final Score: 4:10",
+        ),
+        *("Final Score: 4 %", "Final Score: 4 percent", "Final Score (%): 4", "Final Score: $4\\%$"),
+        *(
+            "On a scale of 1 to 10, Final Score: 4",
+            "Final Score: 4\nScale: 1-10",
+            "Final Score: 4 on a 10-point scale",
+        ),
+        *(
+            "All scores are out of 10.\nFinal Score: 4",
+            '{"final_score": 4, "max_score": 10}',
+            "| Final Score | 4 | 10 |",
+        ),
+        # Sums and shares.
+        *("Final Score: (4 + 3) / 2 = 3.5", "Final Score: 3 + 1 = 4", "Final Score: 4 - 1", "Final Score: 4 minus 1"),
+        *(
+            "Final Score: 3 * 1.2 = 3.6",
+            "Final Score: 7/2 = 3.5",
+            "Final Score: 4/5 = 0.8",
+            "Final Score: 5 - 1 (blur)",
+        ),
+        *("Final Score: \\boxed{\\frac{4}{5}}", "Final Score: 4 1/2", "Final Score: 4½", "Final Score: 4 (3 + 1)"),
+        # Several scores, and those that are taken back.
+        *("Final Score: 3\nFinal Score: 4", "I must write 'Final Score: 1' at the end.\nFinal Score: 5"),
+        *(
+            "Final Score: 4, 3",
+            "Final Score: 4; 3 for style",
+            "Final Score: 4, or maybe 3",
+            "Final Score: 4. Wait, 3.",
+        ),
+        *("Final Score: 4 or 5", "Final Score: 4 → 3", "Final Score: 2? No, higher", "Final Score: 2 would be harsh"),
+        *("Final Score: ~4", "Final Score: <4", "Final Score: 4+", "Final Score: 4 ± 0.5", "Final Score: 4th"),
+        # A list, not a score.
+        *("Final Score:\n1. The cat is blue.\n2. The dog is not.", "Final Score\n2 cats are there"),
         "Final Score" + " " * 200_000 + "4",
-        "Final Score: " + "9" * 100_000,
+        "Final Score: " + "9" * 90_000,
+        "Final Score: 4. " * 6_000 + "Final Score: 3",
+        "<think>" * 100_000 + "Final Score: 4",
+        "Final Score: (" * 6_000,
+        "1-" * 40_000 + "scale",
     ],
     ids=lambda answer: answer[:30],
 )
 def test_what_is_no_score_on_the_scale_is_refused(answer):
     start = time.monotonic()
-    with pytest.raises(ValueError, match="score"):
+    with pytest.raises(ValueError, match=r"score|scale"):
         parse_score(answer, "Final Score", (1.0, 5.0))
     assert time.monotonic() - start < 1
-
-
-def test_a_score_at_the_very_end_of_a_cut_off_answer_does_not_count():
-    assert parse_score("Final Score: 4.5\nBecause the", "Final Score", (1.0, 5.0), cut_off=True) == 4.5
-    with pytest.raises(ValueError, match="raise `max_tokens`"):
-        parse_score("Final Score: 4", "Final Score", (1.0, 5.0), cut_off=True)

@@ -1,12 +1,12 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
-"""What every reward that is asked over HTTP needs: what is sent, how long to try, and what no message may say."""
+"""What every reward that is asked over HTTP needs: connections, what is sent, and what no message may say."""
 
 import io
-import math
-import random
+import ipaddress
 from typing import NoReturn
 from urllib.parse import urlsplit
 
+import httpx2
 from PIL import Image
 
 from ..media import to_rgb
@@ -31,11 +31,6 @@ def encode_png(image: Image.Image) -> bytes:
 def refuse_constant(constant: str) -> NoReturn:
     """Python's `json` would accept NaN and Infinity, which JSON does not have."""
     raise ValueError(f"{constant} is not JSON")
-
-
-def retry_delay(attempt: int) -> float:
-    """Seconds to wait after attempt 1, 2, ...: doubles up to 8; jitter keeps clients from coming at once."""
-    return min(8.0, 0.25 * 2 ** (attempt - 1)) * random.uniform(0.5, 1.0)
 
 
 def bearer(secret: str | None) -> dict[str, str]:
@@ -91,12 +86,30 @@ def check_url(url: str, argument: str) -> str:
     return url.rstrip("/")
 
 
-def check_patience(timeout: float, max_retries: int) -> None:
-    """
-    Raises:
-        `ValueError`: If the timeout is not a positive number of seconds, or the number of retries is negative.
-    """
-    if not 0 < timeout < math.inf:
-        raise ValueError(f"`timeout` is {timeout}; it must be a number of seconds greater than 0.")
-    if max_retries < 0:
-        raise ValueError(f"`max_retries` must be at least 0, got {max_retries}.")
+def is_loopback(host: str) -> bool:
+    """Whether a name or an address of a host is this machine's own, which no other machine reaches."""
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        name = host.lower().rstrip(".")
+        return name == "localhost" or name.endswith(".localhost")
+    mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
+    return (mapped or address).is_loopback
+
+
+def open_client(url: str) -> httpx2.Client:
+    """A client for a server. Proxies that the environment names are used unless the server is on this machine."""
+    # A client with a transport of its own asks for no proxies. Certificates are those that it would take itself.
+    return httpx2.Client(transport=httpx2.HTTPTransport() if _is_here(url) else None)
+
+
+def open_async_client(url: str, max_connections: int) -> httpx2.AsyncClient:
+    """The same for coroutines, without a timeout, and with a bound on the number of connections."""
+    limits = httpx2.Limits(max_connections=max_connections)
+    transport = httpx2.AsyncHTTPTransport(limits=limits) if _is_here(url) else None
+    return httpx2.AsyncClient(timeout=None, limits=limits, transport=transport)
+
+
+def _is_here(url: str) -> bool:
+    host = urlsplit(url).hostname or ""
+    return is_loopback(host) or host in ("0.0.0.0", "::")  # where a server listens that says so; clients take it, too

@@ -1,17 +1,20 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
 """How well the text that a prompt asks for can be read on its image."""
 
-import re
 import unicodedata
+import warnings
+from collections.abc import Sequence
 from typing import Any
 
 from PIL import Image
 
 from .model_reward import to_rgb
+from .quotes import read_quotes
 
 
-# Single quotes are missing on purpose: nothing tells them from apostrophes. A straight one after a digit means inches.
-QUOTED = re.compile(r'(?<!\d)"[^"]*"|“[^”]*”|„[^“”]*[“”]|＂[^＂]*＂|«[^»]*»|»[^«]*«|「[^」]*」|『[^』]*』')
+# Scripts that the reader reads, by the first word of the Unicode names of their letters. It has plain Greek letters
+# too, but no accented ones, and gives Latin ones for those that look alike.
+SCRIPTS_READ = frozenset({"LATIN", "CJK", "IDEOGRAPHIC", "HIRAGANA", "KATAKANA", "KATAKANA-HIRAGANA", "MODIFIER"})
 
 # The reader writes the plain form of these for most fonts, in which the two can hardly be told apart.
 PLAIN_FORMS = str.maketrans("‘’‚‛′“”„‟″‐‑‒–—―−", "'''''\"\"\"\"\"-------")
@@ -29,16 +32,19 @@ class OCRAccuracy:
 
     - A prompt without quotes or with nothing between them gets `None`, where theirs stops the run or scores 0.
     - All quoted parts of a prompt count, joined in their order, not only the first.
-    - Quotes are `"…"`, `“…”`, `„…“`, `«…»`, `»…«`, `「…」` and `『…』`. Single quotes are apostrophes, and a `"` right
-      after a digit is an inch mark: neither opens a quote. A quote that is never closed is none.
+    - Quotes are `"…"`, `“…”`, `„…“`, `”…”`, `«…»`, `»…«`, `‹…›`, `「…」`, `『…』`, mixtures like `“…"`, and doubled
+      ones like `""…""` and `''…''`. Single quotes are apostrophes, and a `"` right after a digit that closes no quote
+      is an inch mark: neither opens a quote. Prompts whose quotes do not pair up, or are single ones, are counted in
+      a warning.
     - Forms of the same character are equal: full-width and narrow ones, composed and decomposed accents, typographic
       and straight quotes, dashes of any length.
     - An error of the reader is raised, and not scored 0.
 
     If nothing can be read on an image whose prompt asks for text, the reward is 0. That is a score, not a failure. The
-    model that comes with RapidOCR (PP-OCRv6 small) reads Latin and Greek letters, Chinese and Japanese. It has no
-    Cyrillic, Korean, Arabic or Hebrew letters: text in these scores about 0 whatever the image shows, so give it an
-    empty string in the column.
+    model that comes with RapidOCR (PP-OCRv6 small) reads Latin letters (but few of Vietnamese), Chinese and
+    Japanese. It has no Cyrillic, Korean, Arabic or Hebrew letters: text in these scores about 0 whatever the image
+    shows. Of Greek it has the letters without accents, and loses or mistakes half of a text. Prompts that ask for text
+    in these scripts are counted in a warning; give them an empty string in the column.
 
     Args:
         column (`str`, *optional*, defaults to `"text"`):
@@ -65,6 +71,9 @@ class OCRAccuracy:
         self.num_threads = num_threads
         self.applies_to = f"images whose prompt asks for text: in the column `{column}`, or else in quotes"
         self._reader: Any = None
+        # Prompts that a warning counts, by what is said of them, and how many the last warning counted.
+        self._counted: dict[str, set[str]] = {}
+        self._warned: dict[str, int] = {}
 
     def __call__(
         self,
@@ -99,6 +108,8 @@ class OCRAccuracy:
         """
         texts = columns.get(self.column, [None] * len(prompts))
         targets = [self._target(prompt, text) for prompt, text in zip(prompts, texts, strict=True)]
+        self._warn_of_quotes(prompts, texts)
+        self._warn_of_scripts(prompts, targets)
         return [
             text_accuracy(target, self.read(image)) if comparable(target) else None
             for image, target in zip(images, targets, strict=True)
@@ -121,13 +132,42 @@ class OCRAccuracy:
 
     def _target(self, prompt: str, text: Any) -> str:
         if text is None:
-            return quoted_text(prompt)
+            return read_quotes(prompt).text
         if not isinstance(text, str):
             raise TypeError(
                 f"The column `{self.column}` holds {text!r} ({type(text).__name__}) for the prompt {prompt!r}; it "
                 "must hold strings, or `None` where the quotes in the prompt say which text is asked for."
             )
         return text
+
+    def _warn_of_quotes(self, prompts: Sequence[str], texts: Sequence[str | None]) -> None:
+        doubtful = [
+            prompt
+            for prompt, text in zip(prompts, texts, strict=True)
+            if text is None and read_quotes(prompt).doubtful
+        ]
+        self._count(
+            doubtful,
+            "quotes that do not pair up, or single quotes, which are taken for apostrophes. Which text they ask for "
+            f'is in doubt: put it between "...", or in a column `{self.column}` (an empty string if there is none).',
+        )
+
+    def _warn_of_scripts(self, prompts: Sequence[str], targets: Sequence[str]) -> None:
+        unread = [prompt for prompt, target in zip(prompts, targets, strict=True) if not is_read(target)]
+        self._count(
+            unread,
+            "a text in a script that the reader does not read, so that a low reward says nothing. Give these prompts "
+            f"an empty string in the column `{self.column}`.",
+        )
+
+    def _count(self, prompts: Sequence[str], what: str) -> None:
+        """Warn of prompts each time that there are twice as many as in the last warning."""
+        counted = self._counted.setdefault(what, set())
+        counted.update(prompts)
+        if len(counted) >= max(1, 2 * self._warned.get(what, 0)):
+            self._warned[what] = len(counted)
+            number = "1 prompt has" if len(counted) == 1 else f"{len(counted)} prompts have"
+            warnings.warn(f"`OCRAccuracy`: so far {number} {what} The last one: {prompts[-1]!r}.", stacklevel=4)
 
     def _load(self) -> Any:
         # Optional dependencies, needed by this reward alone.
@@ -160,9 +200,10 @@ class OCRAccuracy:
         )
 
 
-def quoted_text(prompt: str) -> str:
-    """What stands between quotes in a prompt, with spaces between the parts; empty if there is nothing."""
-    return " ".join(match.group()[1:-1] for match in QUOTED.finditer(prompt))
+def is_read(text: str) -> bool:
+    """Whether at least half of the letters of a text are of scripts that the reader reads."""
+    scripts = [unicodedata.name(letter, "").partition(" ")[0] for letter in comparable(text) if letter.isalpha()]
+    return 2 * sum(script in SCRIPTS_READ for script in scripts) >= len(scripts)
 
 
 def text_accuracy(target: str, read: str) -> float:

@@ -6,7 +6,6 @@ import inspect
 import math
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
-from numbers import Real
 from typing import Any, Literal
 
 import numpy as np
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .loading import load_reward
+from .reward_value import to_number
 
 
 FLOAT32_MAX = torch.finfo(torch.float32).max
@@ -185,18 +185,16 @@ def reward_tensor(values: Any, name: str, prompts: Sequence[str]) -> Tensor:
         )
     numbers = torch.empty(len(prompts), dtype=torch.float32)
     for i, (value, prompt) in enumerate(zip(values, prompts, strict=True)):
-        if isinstance(value, Tensor) and value.numel() == 1:
-            value = value.item()
-        if value is None or isinstance(value, Exception):
-            value = math.nan
-        if not isinstance(value, Real):
+        try:
+            number = math.nan if isinstance(value, Exception) else to_number(value)
+        except TypeError:
             raise RewardError(
                 f"Reward `{name}` returned {_short(value)} for the prompt {prompt!r}; a reward is a number, or `None` "
                 "where it does not apply."
-            )
-        if _is_infinite(value):
+            ) from None
+        if abs(number) > FLOAT32_MAX:
             raise _infinite(value, name, prompt)
-        numbers[i] = float(value)
+        numbers[i] = number
     return numbers
 
 
@@ -227,10 +225,10 @@ def errors_for_infinite(values: Any, name: str, prompts: Sequence[str]) -> Any:
 
 
 def _is_infinite(value: Any) -> bool:
-    if isinstance(value, Tensor) and value.numel() == 1:
-        value = value.item()
-    size: Any = abs(value) if isinstance(value, Real) else 0
-    return size > FLOAT32_MAX
+    try:
+        return abs(to_number(value)) > FLOAT32_MAX
+    except TypeError:  # an exception, or what is no reward
+        return False
 
 
 def _infinite(value: Any, name: str, prompt: str) -> InfiniteRewardError:

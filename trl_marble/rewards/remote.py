@@ -14,16 +14,16 @@ from PIL import Image
 from .http_client import (
     PLAIN_JSON,
     bearer,
-    check_patience,
     check_secret,
     check_url,
     encode_png,
+    open_client,
     redact,
     refuse_constant,
-    retry_delay,
     start_of,
 )
 from .protocol import FLOAT32_MAX, RewardError
+from .retry import RetryPolicy, asked_delay, is_permanent, means_later
 
 
 LARGEST_ANSWER = 2**24  # bytes; far more than the values of any batch
@@ -47,9 +47,11 @@ class RemoteReward:
         timeout (`float`, *optional*, defaults to `300.0`):
             Longest time in seconds for the answer to one request, retries and the waiting for other requests on the
             server included.
-        max_retries (`int`, *optional*, defaults to `5`):
-            How often a request is sent again after its connection failed, within `timeout`. The time in between
-            doubles each time.
+        max_retries (`int`, *optional*):
+            How often a request is sent again, within `timeout`, after its connection failed (refused ones included) or
+            the answer was a status that means "later": 408, 425, 429 and 5xx but 501 and 505. Not after the server
+            told that the reward itself failed. The time in between doubles each time up to 8 seconds, with jitter,
+            and is at least what the server asks for. Defaults to as often as there is time for.
         batch_size (`int`, *optional*, defaults to `16`):
             Number of images in one request.
         columns (`list[str]`, *optional*):
@@ -65,7 +67,7 @@ class RemoteReward:
         name: str,
         token: str | None = None,
         timeout: float = 300.0,
-        max_retries: int = 5,
+        max_retries: int | None = None,
         batch_size: int = 16,
         columns: list[str] | None = None,
     ) -> None:
@@ -73,11 +75,9 @@ class RemoteReward:
             raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
         if not name:
             raise ValueError("`name` is empty; give the name that the reward has on the server.")
-        check_patience(timeout, max_retries)
+        self._policy = RetryPolicy(timeout, max_retries)
         self.url = check_url(url, "url")
         self.name = self.__name__ = name  # the latter is what `reward_names` reads
-        self.timeout = timeout
-        self.max_retries = max_retries
         self.batch_size = batch_size
         self.columns = columns
         self._token = check_secret(token, "token")
@@ -118,7 +118,7 @@ class RemoteReward:
         """
         sent = self._columns_to_send(columns)
         values: list[float | Exception | None] = []
-        with httpx2.Client() as client:
+        with open_client(self.url) as client:
             for start in range(0, len(images), self.batch_size):
                 part = slice(start, start + self.batch_size)
                 request = {
@@ -151,27 +151,37 @@ class RemoteReward:
 
     def _post(self, client: httpx2.Client, body: bytes) -> tuple[int, bytes]:
         """Status and body of the answer to a request."""
-        deadline = time.monotonic() + self.timeout
-        attempt = 0
+        attempts = self._policy.start(f"The reward server at {self.url}")
         while True:
-            attempt += 1
+            asked, cause = 0.0, None  # seconds that the server asks to wait, and what broke the connection
             try:
-                return self._exchange(client, body, deadline)
+                response = self._exchange(client, body, attempts.deadline)
             except httpx2.TimeoutException as error:
+                before = f" ({attempts.summary})" if attempts.made else ""
                 raise RewardError(
-                    f"The reward server at {self.url} did not answer within {self.timeout:g} seconds. It hangs, or "
-                    "it is slow: then give it more time with `timeout` or less work with `batch_size`."
+                    f"The reward server at {self.url} did not answer within {self._policy.timeout:g} seconds{before}. "
+                    "It hangs, or it is slow: then give it more time with `timeout` or less work with `batch_size`."
                 ) from error
             except httpx2.TransportError as error:
-                delay = retry_delay(attempt)
-                if attempt > self.max_retries or time.monotonic() + delay > deadline:
-                    raise RewardError(
-                        f"The connection to the reward server at {self.url} failed (attempts: {attempt}; the last: "
-                        f"{type(error).__name__}: {redact(str(error), self._token)}). Does it run there?"
-                    ) from error
+                cause = error
+                problem = f"{type(error).__name__}: {redact(str(error), self._token)}"
+            else:
+                if not means_later(response.status_code) or _is_of_reward(response):
+                    return response.status_code, response.content
+                problem = f"answered {response.status_code}: {self._reason(response.content)}"
+                asked = asked_delay(response.headers.get("Retry-After"))
+            delay = attempts.pause(problem, asked, permanent=cause is not None and is_permanent(cause))
+            if delay is not None:
                 time.sleep(delay)
+                continue
+            if cause is None:
+                raise RewardError(f"The reward server at {self.url} is not available ({attempts.summary}).")
+            raise RewardError(
+                f"The connection to the reward server at {self.url} failed ({attempts.summary}). Does it run there?"
+            ) from cause
 
-    def _exchange(self, client: httpx2.Client, body: bytes, deadline: float) -> tuple[int, bytes]:
+    def _exchange(self, client: httpx2.Client, body: bytes, deadline: float) -> httpx2.Response:
+        """The answer to a request, as it came over the line."""
         path = f"{self.url}/score/{quote(self.name, safe='')}"
         headers = PLAIN_JSON | bearer(self._token)
         left = max(deadline - time.monotonic(), 0.001)
@@ -190,7 +200,8 @@ class RemoteReward:
                         )
                     if time.monotonic() > deadline:
                         raise httpx2.ReadTimeout("the answer came too slowly")
-                return response.status_code, bytes(answer)
+                kept = {name: value for name, value in response.headers.items() if name == "retry-after"}
+                return httpx2.Response(response.status_code, headers=kept, content=bytes(answer))
         except httpx2.TransportError as error:
             if time.monotonic() < deadline:
                 raise
@@ -200,25 +211,29 @@ class RemoteReward:
 
     def _values(self, status: int, answer: bytes, number: int) -> list[float | Exception | None]:
         """The values in an answer, checked."""
-        try:
-            content = json.loads(answer, parse_constant=refuse_constant)
-        except (ValueError, RecursionError):
-            content = None
-        told = redact(answer.decode("utf-8", "replace"), self._token)
         if status != 200:
-            reason = content.get("error") if isinstance(content, dict) else None
-            reason = redact(reason, self._token) if isinstance(reason, str) else start_of(told)
-            mend = {
+            fix = {
                 401: " Is `token` the token that the server was started with?",
                 413: " Send fewer images at once: lower `batch_size`.",
             }.get(status, "")
-            raise RewardError(f"The reward server at {self.url} answered {status}: {reason}{mend}")
+            raise RewardError(f"The reward server at {self.url} answered {status}: {self._reason(answer)}{fix}")
+        content = _parse(answer)
+        told = redact(answer.decode("utf-8", "replace"), self._token)
         values = content.get("values") if isinstance(content, dict) else None
         if not isinstance(values, list):
             raise RewardError(f"What answers at {self.url} is no reward server; it said {start_of(told)}.")
         if len(values) != number:
             raise RewardError(f"The reward server at {self.url} answered {len(values)} values for {number} images.")
         return [self._value(value) for value in values]
+
+    def _reason(self, answer: bytes) -> str:
+        """Why a request was not answered with values: what a reward server says, or the start of anything else."""
+        reason = _error_of(answer)
+        return (
+            start_of(redact(answer.decode("utf-8", "replace"), self._token))
+            if reason is None
+            else redact(reason, self._token)
+        )
 
     def _value(self, value: Any) -> float | Exception | None:
         match value:
@@ -233,3 +248,23 @@ class RemoteReward:
             f"The reward server at {self.url} answered {told} for an image; a value is a finite number, or null where "
             "the reward does not apply."
         )
+
+
+def _is_of_reward(response: httpx2.Response) -> bool:
+    """Whether a reward server tells that the reward failed, which is no reason to ask again."""
+    return response.status_code == 500 and _error_of(response.content) is not None
+
+
+def _error_of(answer: bytes) -> str | None:
+    """The reason that a reward server gives, `None` in the answer of anything else, such as a proxy."""
+    content = _parse(answer)
+    reason = content.get("error") if isinstance(content, dict) else None
+    return reason if isinstance(reason, str) else None
+
+
+def _parse(answer: bytes) -> Any:
+    """What the JSON of an answer holds, `None` if it is none."""
+    try:
+        return json.loads(answer, parse_constant=refuse_constant)
+    except (ValueError, RecursionError):
+        return None

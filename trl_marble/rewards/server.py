@@ -8,7 +8,6 @@ The client is [`~trl_marble.rewards.remote.RemoteReward`]; what it sends is in `
 """
 
 import argparse
-import ipaddress
 import logging
 import os
 import signal
@@ -20,7 +19,7 @@ from typing import Any, Self
 
 from PIL import Image
 
-from .http_client import check_secret
+from .http_client import check_secret, is_loopback
 from .model_reward import ModelReward
 from .protocol import RewardFunc, check_media, reward_names, validate_reward_funcs
 from .scoring import RewardScorer
@@ -85,7 +84,7 @@ class RewardServer:
     ) -> None:
         limits = RequestLimits(max_bytes, max_images, max_pixels, timeout)
         token = check_secret(token, "token")
-        if token is None and not _is_loopback(host):
+        if token is None and not is_loopback(host):
             raise ValueError(
                 f"`host` is {host!r}, which other machines may reach, and there is no `token`: anyone could use the "
                 "rewards. Choose a token, such as `secrets.token_urlsafe(32)`, or listen on '127.0.0.1'."
@@ -192,13 +191,6 @@ def serve_rewards(
             print("Stopping", flush=True)
     for number, handler in before.items():
         signal.signal(number, handler)
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -25,6 +25,7 @@ from torch import Tensor
 from ..media import to_rgb
 from .http_client import refuse_constant
 from .protocol import reward_tensor
+from .reward_value import to_number
 
 
 # Names that no column can have.
@@ -157,10 +158,9 @@ def encode_values(values: Any, name: str, prompts: list[str]) -> list[float | di
     for value in values.tolist() if isinstance(values, Tensor | np.ndarray) else values:
         if isinstance(value, Exception):
             encoded.append({"error": describe(value)})
-        elif value is None or math.isnan(value):
-            encoded.append(None)
         else:
-            encoded.append(float(value))
+            number = to_number(value)
+            encoded.append(None if math.isnan(number) else number)
     return encoded
 
 

@@ -5,7 +5,6 @@ import asyncio
 import base64
 import json
 import os
-import re
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -15,16 +14,17 @@ from PIL import Image
 from .http_client import (
     PLAIN_JSON,
     bearer,
-    check_patience,
     check_secret,
     check_url,
     encode_png,
+    open_async_client,
     redact,
-    retry_delay,
     start_of,
 )
+from .judge_score import parse_score
 from .model_reward import to_rgb
 from .protocol import RewardError
+from .retry import RetryPolicy, asked_delay, is_permanent, means_later
 
 
 # The names of the two criteria, the scale, 'Final Score:' and the last line are what UnifiedReward was trained to read
@@ -39,7 +39,9 @@ Your task is provided as follows:
 Text Caption: [{prompt}]"""
 
 LARGEST_ANSWER = 2**22  # bytes; far more than a model writes about an image
-LONGEST_WAIT = 60.0  # seconds that a server's Retry-After is followed
+ABOUT_ALL = (401, 402, 404, 405, 407, 410)  # statuses that say something of the key, the endpoint or the model
+# What servers give as the reason why an answer ended, where the model itself ended it.
+ENDED_BY_MODEL = ("stop", "eos", "eos_token", "stop_sequence", "end_turn")
 
 
 class NoAnswerError(RewardError):
@@ -48,6 +50,10 @@ class NoAnswerError(RewardError):
 
 class UnscoredError(RewardError):
     """An answer of the judge that is no score for the image."""
+
+
+class RefusedImageError(UnscoredError):
+    """A request that the endpoint refused, perhaps because of its image or prompt, perhaps as it would any."""
 
 
 class VLMJudge:
@@ -62,6 +68,9 @@ class VLMJudge:
     The value is `(score - low) / (high - low)`, so 1 to 5 becomes 0 to 1. Papers tell the score itself, `1 + 4 *
     value`, or a fifth of it; neither changes the advantages, which are normalized.
 
+    An answer that leaves a doubt about the score is a failure of its image, never a number: one that was cut off, has
+    several scores, or a score on another scale, out of a sum, or inside of what the model thought (`<think>`).
+
     What has a transparent part is seen on white. Calls may overlap and may come from different event loops.
 
     Args:
@@ -74,9 +83,8 @@ class VLMJudge:
         prompt_template (`str`, *optional*, defaults to `UNIFIED_REWARD_TEMPLATE`):
             What is asked about each image. `{prompt}` stands for its prompt; other braces are left alone.
         score_label (`str`, *optional*, defaults to `"Final Score"`):
-            The words in front of the score in the model's answer, in any case. Where they come several times with a
-            number behind them, the last one counts. UnifiedReward 2.0 writes three: `"Alignment Score"`, `"Coherence
-            Score"` and `"Style Score"`, each of which makes a reward of its own.
+            The words in front of the score in the model's answer, in any case. UnifiedReward 2.0 writes three:
+            `"Alignment Score"`, `"Coherence Score"` and `"Style Score"`, each of which makes a reward of its own.
         score_range (`tuple[float, float]`, *optional*, defaults to `(1.0, 5.0)`):
             Lowest and highest score. A score outside is a failure; it is not clipped.
         request_options (`dict`, *optional*):
@@ -84,12 +92,13 @@ class VLMJudge:
             {"enable_thinking": False}}`. `None` as a value leaves an option out.
         max_concurrency (`int`, *optional*, defaults to `16`):
             Largest number of requests under way at the same time, over all calls of the process.
-        timeout (`float`, *optional*, defaults to `60.0`):
-            Longest time in seconds for one answer. There is no second try after it.
-        max_retries (`int`, *optional*, defaults to `5`):
-            How often a request is sent again after its connection failed or the endpoint answered 429 (too many
-            requests) or 5xx. The time in between doubles each time, with jitter, and is at least what the endpoint
-            asks for.
+        timeout (`float`, *optional*, defaults to `300.0`):
+            Longest time in seconds for the answer for one image, retries included.
+        max_retries (`int`, *optional*):
+            How often a request is sent again, within `timeout`, after its connection failed (refused ones included) or
+            the answer was a status that means "later": 408, 425, 429 and 5xx but 501 and 505. The time in between
+            doubles each time up to 8 seconds, with jitter, and is at least what the endpoint asks for. Defaults to as
+            often as there is time for.
 
     Attributes:
         applies_to (`str`): In words, the images that the reward applies to.
@@ -112,8 +121,8 @@ class VLMJudge:
         score_range: tuple[float, float] = (1.0, 5.0),
         request_options: dict[str, Any] | None = None,
         max_concurrency: int = 16,
-        timeout: float = 60.0,
-        max_retries: int = 5,
+        timeout: float = 300.0,
+        max_retries: int | None = None,
     ) -> None:
         if "{prompt}" not in prompt_template:
             raise ValueError(f"`prompt_template` has no {{prompt}}, which stands for the prompt: {prompt_template!r}.")
@@ -126,7 +135,6 @@ class VLMJudge:
         taken = {"model", "messages", "n", "stream"} & set(request_options or {})
         if taken:
             raise ValueError(f"`request_options` sets {sorted(taken)}, which the judge sets itself.")
-        check_patience(timeout, max_retries)
         self.model = model
         self.base_url = check_url(base_url, "base_url")
         self.prompt_template = prompt_template
@@ -134,8 +142,7 @@ class VLMJudge:
         self.score_range = score_range
         self.request_options = {"temperature": 0, "max_tokens": 512} | (request_options or {})
         self.max_concurrency = max_concurrency
-        self.timeout = timeout
-        self.max_retries = max_retries
+        self._policy = RetryPolicy(timeout, max_retries)
         if api_key is None:
             self._api_key = check_secret(os.environ.get("OPENAI_API_KEY"), "OPENAI_API_KEY")
         else:
@@ -172,11 +179,12 @@ class VLMJudge:
             not answer for it or did not answer a score.
 
         Raises:
-            [`RewardError`]: If the endpoint refuses the key or the model, or is dead: no answer for 8 images in a row
-                (`max_concurrency` if that is more), or for every image of a smaller batch.
+            [`RewardError`]: If the endpoint refuses the key or the model, refuses every image (status 403 and the
+                like), or is dead: no answer for 8 consecutive images (`max_concurrency` if that is more), or for every
+                image of a smaller batch.
         """
         slots = self._slots.setdefault(asyncio.get_running_loop(), asyncio.Semaphore(self.max_concurrency))
-        unanswered = 0  # images in a row
+        unanswered = 0  # consecutive images
         too_many = min(len(images), max(8, self.max_concurrency))
 
         async def value_of(image: Image.Image, prompt: str) -> float | Exception:
@@ -196,8 +204,7 @@ class VLMJudge:
                 return value
 
         # A client for each call: connections belong to an event loop, too.
-        limits = httpx2.Limits(max_connections=self.max_concurrency)
-        async with httpx2.AsyncClient(timeout=None, limits=limits) as client:
+        async with open_async_client(self.base_url, self.max_concurrency) as client:
             failures: list[Exception] = []
             try:
                 async with asyncio.TaskGroup() as group:
@@ -209,35 +216,40 @@ class VLMJudge:
                 failures.extend(raised.exceptions)
             if failures:
                 raise failures[0]
-            return [task.result() for task in tasks]
+        values: list[float | Exception | None] = [task.result() for task in tasks]
+        refusals = [value for value in values if isinstance(value, RefusedImageError)]
+        if refusals and len(refusals) == len(values):
+            raise RewardError(f"The judge refused every image. {refusals[0]} Check `api_key`.") from refusals[0]
+        return values
 
     async def _judge(self, client: httpx2.AsyncClient, image: Image.Image, prompt: str) -> float:
         """The value of one image, asked for until there is an answer."""
         body = await asyncio.to_thread(self._request, image, prompt)  # compression would stop the event loop
         headers = PLAIN_JSON | bearer(self._api_key)
-        for attempt in range(1, self.max_retries + 2):
-            delay = retry_delay(attempt)
+        attempts = self._policy.start(f"The judge at {self.base_url}")
+        while True:
+            asked, permanent = 0.0, False
             try:
-                async with asyncio.timeout(self.timeout):
+                async with asyncio.timeout(attempts.left):
                     response = await self._exchange(client, body, headers)
             except TimeoutError as error:
+                before = f" ({attempts.summary})" if attempts.made else ""
                 raise NoAnswerError(
-                    f"The judge at {self.base_url} did not answer within {self.timeout:g} seconds. It hangs, or it is "
-                    "slow: then give it more time with `timeout` or less work with `max_concurrency`."
+                    f"The judge at {self.base_url} did not answer within {self._policy.timeout:g} seconds{before}. It "
+                    "hangs, or it is slow: then give it more time with `timeout` or less work with `max_concurrency`."
                 ) from error
             except httpx2.RequestError as error:
-                problem = f"{type(error).__name__}: {error}"
+                problem = f"{type(error).__name__}: {redact(str(error), self._api_key)}"
+                permanent = is_permanent(error)
             else:
-                if response.status_code != 429 and response.status_code < 500:
+                if not means_later(response.status_code):
                     return self._value(response)
                 problem = f"status {response.status_code}: {self._quote(response.text)}"
-                delay = max(delay, _asked_delay(response))
-            if attempt <= self.max_retries:
-                await asyncio.sleep(delay)
-        raise NoAnswerError(
-            f"The judge at {self.base_url} did not answer (attempts: {attempt}; the last: "
-            f"{redact(problem, self._api_key)})."
-        )
+                asked = asked_delay(response.headers.get("Retry-After"))
+            delay = attempts.pause(problem, asked, permanent)
+            if delay is None:
+                raise NoAnswerError(f"The judge at {self.base_url} did not answer ({attempts.summary}).")
+            await asyncio.sleep(delay)
 
     async def _exchange(self, client: httpx2.AsyncClient, body: bytes, headers: dict[str, str]) -> httpx2.Response:
         """The answer to a request, as it came over the line."""
@@ -265,78 +277,56 @@ class VLMJudge:
     def _value(self, response: httpx2.Response) -> float:
         """The value that an answer gives."""
         told = self._quote(response.text)
-        if response.status_code in (400, 413, 422):  # about this image or prompt: too large, too long, ...
-            raise UnscoredError(f"The judge refused a request with status {response.status_code}: {told}.")
-        if response.status_code != 200:
-            mend = {
+        status = response.status_code
+        if status in (400, 413, 422):  # about this image or prompt: too large, too long, ...
+            raise UnscoredError(f"The judge refused a request with status {status}: {told}.")
+        if 400 <= status < 500 and status not in ABOUT_ALL:
+            raise RefusedImageError(f"The judge at {self.base_url} refused a request with status {status}: {told}.")
+        if status != 200:
+            fix = {
                 401: " Check `api_key`.",
-                403: " Check `api_key`.",
                 404: f" Check `base_url` and the model {self.model!r}.",
-            }.get(response.status_code, "")
-            raise RewardError(f"The judge at {self.base_url} answered status {response.status_code}: {told}.{mend}")
+            }.get(status, "")
+            raise RewardError(f"The judge at {self.base_url} answered status {status}: {told}.{fix}")
         try:
             choice = response.json()["choices"][0]
-            answer = choice["message"]["content"] or ""  # null where a model thought and said nothing
-            cut_off = choice.get("finish_reason") == "length"
+            answers = _texts(choice["message"]["content"])
+            reason = choice.get("finish_reason")
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-            answer = None
-        if not isinstance(answer, str):
-            raise UnscoredError(f"What the judge at {self.base_url} answered is no chat completion: {told}.")
+            raise UnscoredError(f"What the judge at {self.base_url} answered is no chat completion: {told}.") from None
+        shown = self._quote(answers[0])
+        if reason and str(reason).lower() not in ENDED_BY_MODEL:
+            fix = " (raise `max_tokens` in `request_options`)" if reason == "length" else ""
+            raise UnscoredError(
+                f"The answer was cut off: it ended by {self._quote(str(reason))}{fix}. The judge answered {shown}."
+            )
         try:
-            score = parse_score(answer, self.score_label, self.score_range, cut_off)
+            scores = {parse_score(answer, self.score_label, self.score_range) for answer in answers}
         except ValueError as error:
-            raise UnscoredError(f"{error} The judge answered {self._quote(answer)}.") from None
+            raise UnscoredError(f"{error} The judge answered {shown}.") from None
+        if len(scores) > 1:
+            raise UnscoredError(f"The parts of the answer make no one score. The judge answered {shown}.")
         low, high = self.score_range
-        return (score - low) / (high - low)
+        return (scores.pop() - low) / (high - low)
 
     def _quote(self, text: str) -> str:
         return start_of(redact(text, self._api_key))
 
 
-def parse_score(answer: str, label: str, score_range: tuple[float, float], cut_off: bool = False) -> float:
+def _texts(content: Any) -> list[str]:
     """
-    The score in an answer: the last number behind the label.
+    The text of an answer, which is a string, `None` where a model said nothing, or a list of parts.
 
-    `"Final Score: 4.5"`, `"**Final Score:** 4/5"`, `"Final Score (1-5): [4]"` and `'"final_score": 4'` are understood.
-
-    Args:
-        answer (`str`):
-            What the model wrote.
-        label (`str`):
-            The words in front of the score, in any case.
-        score_range (`tuple[float, float]`):
-            Lowest and highest score.
-        cut_off (`bool`, *optional*, defaults to `False`):
-            Whether the answer ends where the model was stopped: then a number at its very end may lack digits and
-            does not count.
+    Of parts those count that are text, not what the model thought or made. It is not said whether a line ends where a
+    part ends, so the text comes in both ways, unless there is one part.
 
     Raises:
-        `ValueError`: If there is no score, it is on another scale ("4/10"), or it is outside of the range.
+        `TypeError` or `KeyError`: If it is anything else.
     """
-    low, high = score_range
-    words = r"[\s_-]+".join(re.escape(word) for word in label.split())
-    between = r"""[\s*_`"'“”\[({<>:：=|#$]{0,20}"""
-    number = r"[-+]?\d++(?:\.\d++)?+"
-    matches = re.finditer(
-        rf"(?<!\w){words}{between}(?:\([^()\n]{{0,20}}\))?{between}(?:is\b{between})?"
-        rf"(?P<score>{number})(?![\d%]|[.,]\d|[-–~]\d|\s+(?:to|or)\s+\d)"  # nor a range, nor a list
-        rf"(?:\s*(?:/|out\s+of)\s*(?P<of>{number}))?",
-        answer,
-        re.IGNORECASE,
-    )
-    scores = [match for match in matches if not (cut_off and match.end() == len(answer))]
-    if not scores:
-        lacks = "was cut off before its score (raise `max_tokens`)" if cut_off else "has no score"
-        raise ValueError(f"The answer {lacks}: expected '{label}: ' and a number from {low:g} to {high:g}.")
-    score, of = float(scores[-1]["score"]), scores[-1]["of"]
-    if of is not None and float(of) != high:
-        raise ValueError(f"The score {score:g} is one out of {of}, not out of {high:g}.")
-    if not low <= score <= high:
-        raise ValueError(f"The score {score:g} is not from {low:g} to {high:g}.")
-    return score
-
-
-def _asked_delay(response: httpx2.Response) -> float:
-    """Seconds that the endpoint asks to wait; 0 if it does not say, or says it as a date."""
-    asked = response.headers.get("Retry-After", "")
-    return min(float(asked), LONGEST_WAIT) if re.fullmatch(r"\d+(\.\d+)?", asked) else 0.0
+    if isinstance(content, list):
+        parts = [part["text"] for part in content if part["type"] in ("text", "output_text")]
+        joined = ["".join(parts), "\n".join(parts)]
+        return joined if len(parts) > 1 else joined[:1]
+    if content is not None and not isinstance(content, str):
+        raise TypeError(f"content of type {type(content).__name__}")
+    return [content or ""]

@@ -1,0 +1,195 @@
+# Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
+"""Finds the score in what a judge wrote, and refuses every answer that leaves a doubt about it."""
+
+import re
+from collections.abc import Iterator
+
+
+LONGEST = 100_000  # characters, without thoughts
+# What models put around their thoughts: <think>, [THINK], ◁think▷, <|begin_of_thought|>, <reasoning>, ...
+THOUGHT_TAG = re.compile(
+    r"[<\[◁]\|?(?P<end>/|end_of_)?(?:begin_of_|seed:)?"
+    r"(?:think(?:ing)?|thoughts?|reason(?:ing)?|reflection|analysis|rationale|scratchpad)\b[^<>\[\]◁▷\n]{0,80}[>\]▷]",
+    re.IGNORECASE,
+)
+FINAL_CHANNEL = "<|channel|>final<|message|>"  # gpt-oss writes thoughts into other channels
+OTHER_TAG = re.compile(r"</?[A-Za-z][\w:-]{0,30}/?>|<\|[^<>|\n]{1,40}\|>")  # <b>, <answer>, <|begin_of_box|>, ...
+LATEX = re.compile(r"\\(?:boxed|text(?:bf|it|rm)?|math(?:bf|rm|it)|bf|left|right)\b|\\[\[\]()]")
+
+NUMBER = r"\d++(?:\.\d++)?+"
+SEPARATOR = r"\s*(?:[-–—~]|\.\.\.?|to|and|through)\s*"
+FILLING = r"""[\s*_`"'“”‘’\[({}<:：=|#$]{0,20}"""
+CLOSING = r"""(?:[*_`"'“”’$]|\s?[\])}>|]){0,8}"""
+
+BRACKETS = re.compile(r"[\[(]([^\[\]()\n]{1,60})[\])]")
+SCORE = re.compile(rf"(?P<filling>{FILLING}(?:is\b{FILLING})?)(?P<score>[-+]?{NUMBER})(?![\w½]|[.,:]\d)")
+# A scale behind the score: "/5", "out of 5", "of 5", "(out of 5)", "(1-5)", "points".
+OUT_OF = re.compile(rf"\s{{0,10}}(?:\\?/|out[\s-]of|of)\s*(?P<of>{NUMBER}){CLOSING}", re.IGNORECASE)
+UNIT = re.compile(r"\s*(?:points?|pts?|stars?|[★⭐分点])(?!\w)", re.IGNORECASE)
+# The scale of an answer, wherever it is told. "3 out of 4 cats" is none.
+SCALE_RANGE = re.compile(
+    rf"\bscale\s*(?:is|was|of|from|[:=(])*\s*(?P<low>{NUMBER}){SEPARATOR}(?P<high>{NUMBER})"
+    rf"|(?<![\d.])(?P<low_before>{NUMBER}){SEPARATOR}(?P<high_before>{NUMBER})[\s-]*(?:point\s*)?scale\b",
+    re.IGNORECASE,
+)
+SCALE_TOP = re.compile(
+    rf"\bscale\sof\s(?P<of>{NUMBER})(?![\w.]|{SEPARATOR}\d)"
+    rf"|(?<!\d\s)\bout\sof\s(?P<out>{NUMBER})(?=\s*(?:points?\b|[^\w\s]|\n|\Z))"
+    rf"""|\bmax(?:imum)?[\s_]*(?:score|points?|rating)["'\s:=(]*(?:is\s|of\s)?(?P<most>{NUMBER})"""
+    rf"|(?<![\d.])(?P<point>{NUMBER})-?\s?point\sscale\b"
+    r"|\b(?:out\sof|scale\s(?:of|from))\s(?:\w+\sto\s)?(?:a\s|one\s)?(?P<word>five|ten|twenty|hundred)\b",
+    re.IGNORECASE,
+)
+WORDS = {"five": 5, "ten": 10, "twenty": 20, "hundred": 100}
+# What may come behind a score on its line without changing it: the end of the clause, or a reason.
+CLAUSE_END = re.compile(r"[.,;!。，；！}\])|]")
+REASON = re.compile(r"\s*(?:[:–—-]\s|(?:because|since|as|for|due|given|with|based|but|and)\b)", re.IGNORECASE)
+# "4, 3" and "4; 3 for style", but not "5, 2 cats".
+ANOTHER = re.compile(rf"\s*[,;/|&]?\s*{NUMBER}\s*+(?!(?!(?:for|in|on|of|to|out)\b)[^\W\d_])", re.IGNORECASE)
+CORRECTION = re.compile(
+    r"[\s.,;!…(-]*(?:no|wait|hmm+|actually|or|maybe|perhaps|correction|rather|possibly|sorry)\b.*\d", re.IGNORECASE
+)
+
+
+def parse_score(answer: str, label: str, score_range: tuple[float, float]) -> float:
+    """
+    Find the score in an answer: the number behind the label.
+
+    `"Final Score: 4.5"`, `"**Final Score:** 4/5"`, `"Final Score (1-5): [4]"`, `'"final_score": 4'` and `"Final Score:
+    \\boxed{4}"` are understood. What the model thought (`<think>...</think>` and the like, finished or not) is left
+    out. Whatever leaves a doubt is refused: no score or several, a range, a sum, a share, a number that the sentence
+    takes back, another scale than the judge's in or around the label or behind the number.
+
+    Args:
+        answer (`str`):
+            What the model wrote, from beginning to end.
+        label (`str`):
+            The words in front of the score, in any case.
+        score_range (`tuple[float, float]`):
+            Lowest and highest score.
+
+    Raises:
+        `ValueError`: If there is no score without doubt; says why.
+    """
+    low, high = score_range
+    text = without_thoughts(answer)
+    if len(text) > LONGEST:
+        raise ValueError(f"The answer has {len(text)} characters, too many for a score and its reasons.")
+    text = LATEX.sub("", OTHER_TAG.sub(" ", text))
+    scores = list(dict.fromkeys(_scores(text, label, low, high)))
+    if not scores:
+        raise ValueError(f"The answer has no score: expected '{label}: ' and a number from {low:g} to {high:g}.")
+    if len(scores) > 1:
+        raise ValueError(f"The answer has several scores: {', '.join(f'{score:g}' for score in scores)}.")
+    if not low <= scores[0] <= high:
+        raise ValueError(f"The score {scores[0]:g} is not from {low:g} to {high:g}.")
+    _check_scales(text, low, high)
+    return scores[0]
+
+
+def without_thoughts(answer: str) -> str:
+    """
+    The answer without what the model thought.
+
+    All before the end of thoughts that nothing began was thought, too: many templates begin it for the model. So is
+    all behind a beginning that nothing ends.
+    """
+    if "<|channel|>" in answer:
+        _, _, answer = answer.rpartition(FINAL_CHANNEL) if FINAL_CHANNEL in answer else ("", "", "")
+    kept, depth, place = "", 0, 0
+    for tag in THOUGHT_TAG.finditer(answer):
+        if depth == 0:
+            kept += answer[place : tag.start()] + " "
+        if not tag["end"]:
+            depth += 1
+        elif depth == 0:
+            kept = ""
+        else:
+            depth -= 1
+        place = tag.end()
+    return kept + answer[place:] if depth == 0 else kept
+
+
+def _scores(text: str, label: str, low: float, high: float) -> Iterator[float]:
+    """The number behind each mention of the label that has one."""
+    words = r"[\s*_`-]{1,4}".join(re.escape(word) for word in label.split())
+    for mention in re.finditer(rf"(?<!\w)(?<!\w-){words}(?!\w)", text, re.IGNORECASE):
+        place = mention.end()
+        told = re.compile(FILLING).match(text, place)
+        before = BRACKETS.search(text, place, (told.end() if told else place) + 62)
+        if before and not text[place : before.start()].strip("*_` \t") and re.search(r"[^\d.\s*_]", before[1]):
+            _check_brackets(before[1], low, high)
+            place = before.end()
+        elif out_of := OUT_OF.match(text, place):
+            _check_top(out_of["of"], high)
+            place = out_of.end()
+        found = SCORE.match(text, place)
+        if found:
+            _check_behind(text, mention.start(), found, low, high)
+            yield float(found["score"])
+        elif re.compile(rf"{FILLING}(?:is\b{FILLING})?[-+]?\d").match(text, place):
+            raise ValueError(f"The score is in doubt: {_line(text, mention.start(), place)!r}.")
+
+
+def _check_behind(text: str, start: int, found: re.Match[str], low: float, high: float) -> None:
+    """Refuse a number that what follows it changes, or puts on another scale."""
+    closing = re.compile(CLOSING).match(text, found.end())
+    place = closing.end() if closing else found.end()
+    doubt = f"The score is in doubt: {_line(text, start, place)!r}."
+    if ("<" in found["filling"]) != (closing is not None and ">" in closing[0]):
+        raise ValueError(doubt)
+    for _ in range(3):  # "4/5 points", "4 points (out of 5)"
+        brackets = re.compile(rf"\s{{0,10}}{BRACKETS.pattern}").match(text, place)
+        if out_of := OUT_OF.match(text, place):
+            _check_top(out_of["of"], high)
+            place = out_of.end()
+        elif unit := UNIT.match(text, place):
+            place = unit.end()
+        elif brackets:
+            _check_brackets(brackets[1], low, high)
+            place = brackets.end()
+    line_end = text.find("\n", place)
+    rest = text[place : min(line_end if line_end >= 0 else len(text), place + 300)]
+    clause = re.split(r"[.;!。；！]\s", rest, maxsplit=1)[0]
+    if CORRECTION.match(rest) or ANOTHER.match(rest):
+        raise ValueError(doubt)
+    # Of a number on a line of its own, the line is the score. "1. The cat is blue" begins a list.
+    if "\n" in found["filling"] and re.search(r"\w", rest):
+        raise ValueError(doubt)
+    if CLAUSE_END.match(rest.lstrip(" ")) or not re.search(r"[\w?+=/÷×*^~<>±→\\%-]", rest):
+        return
+    if not REASON.match(rest) or re.search(r"[\d?%]", clause):
+        raise ValueError(doubt)
+
+
+def _check_brackets(inside: str, low: float, high: float) -> None:
+    """Refuse numbers in brackets next to a score unless they are its scale."""
+    numbers = [float(number) for number in re.findall(NUMBER, inside)]
+    words = re.sub(NUMBER, "", inside)
+    is_range = numbers == [low, high] and not re.search(r"[/+*=×÷]", words)
+    is_top = numbers == [high] and re.search(r"/|out\s?of|\bof\b|max|scale", words, re.IGNORECASE)
+    is_other = numbers or re.search(r"[?%]|percent|out\s?of|scale", words, re.IGNORECASE)
+    if is_other and not is_range and not is_top:
+        raise ValueError(f"The score may be on another scale or a sum: ({inside}), not from {low:g} to {high:g}.")
+
+
+def _check_top(of: str, high: float) -> None:
+    if float(of) != high:
+        raise ValueError(f"The score is one out of {of}, not out of {high:g}.")
+
+
+def _check_scales(text: str, low: float, high: float) -> None:
+    """Refuse an answer that tells of another scale."""
+    for told in SCALE_RANGE.finditer(text):
+        ends = (told["low"] or told["low_before"], told["high"] or told["high_before"])
+        if (float(ends[0]), float(ends[1])) != (low, high):
+            raise ValueError(f"The answer has another scale: {told[0]!r}, not from {low:g} to {high:g}.")
+    for told in SCALE_TOP.finditer(text):
+        top = next(top for top in told.groups() if top)
+        if float(WORDS.get(top.lower(), top)) != high:
+            raise ValueError(f"The answer has another scale: {told[0]!r}, not from {low:g} to {high:g}.")
+
+
+def _line(text: str, start: int, place: int) -> str:
+    """A score and what is around it, for messages."""
+    return text[start : place + 40].strip()[:80]
