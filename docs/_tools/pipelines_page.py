@@ -71,7 +71,7 @@ def _notes(family: Family) -> str:
     if family.encoded_names is None and family.takes_image != "required":
         notes.append("called with text: the text encoders run for every micro-batch")
     if family.one_time:
-        notes.append("one time a call: slower, a call for each different time and a backward pass a reward")
+        notes.append("one time per call: slower, a call for each different time and a backward pass per reward")
     if family.checkpointing_fault is not None:
         notes.append("no gradient checkpointing")
     return "; ".join(notes)

@@ -30,7 +30,7 @@ def test_the_table_names_what_is_special():
     assert "`guidance_scale=0` is off" in rows["ZImagePipeline"]
     assert "`true_cfg_scale=1` is off" in rows["QwenImagePipeline"]
     assert "no gradient checkpointing" in rows["ChromaPipeline"]
-    assert "one time a call" in rows["AuraFlowPipeline"]
+    assert "one time per call" in rows["AuraFlowPipeline"]
     assert "makes videos" in rows["WanPipeline"] and "makes videos" not in rows["QwenImagePipeline"]
     assert all(line.count("|") == 4 for line in rows.values()), "three cells each"
     assert max(len(code) for line in rows.values() for code in line.split("`")[1::2]) < 30, "too wide for a screen"
