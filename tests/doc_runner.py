@@ -434,7 +434,7 @@ def run_server(arguments: list[str]) -> None:
 
 
 def check_installation(words: list[str]) -> None:
-    """Refuse an installation of this package with extras that it does not have."""
+    """Refuse an installation of this package by its name, or with extras that it does not have."""
     import tomllib
 
     from packaging.requirements import InvalidRequirement, Requirement
@@ -443,11 +443,12 @@ def check_installation(words: list[str]) -> None:
         raise ValueError(f"pip {shlex.join(words)}: only `pip install` can be checked.")
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     for word in words[1:]:
-        if re.fullmatch(r"\.(\[[\w,-]+\])?", word):  # the checkout: "-e .[dev]"
-            word = project["name"] + word[1:]
+        checkout = re.fullmatch(r"\.(\[[\w,-]+\])?", word)  # "-e .[dev]"
         with contextlib.suppress(InvalidRequirement):  # an option
-            requirement = Requirement(word)
+            requirement = Requirement(project["name"] + word[1:] if checkout else word)
             if requirement.name.replace("-", "_") == project["name"]:
+                if not checkout:
+                    raise ValueError(f"{project['name']} is not on PyPI; write `pip install .`")
                 if unknown := requirement.extras - set(project["optional-dependencies"]):
                     raise ValueError(f"{project['name']} has no extra {', '.join(sorted(unknown))}")
 

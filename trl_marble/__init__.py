@@ -1,5 +1,5 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
-"""Reinforcement learning of diffusion and flow-matching pipelines against several rewards at once."""
+"""Reinforcement learning of flow-matching pipelines against several rewards at once."""
 
 from typing import TYPE_CHECKING, Any
 

@@ -1,5 +1,5 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
-"""Put the table of families into docs/pipelines.md: python docs/_tools/pipelines_page.py"""
+"""Put the families and the layers that they train into docs/pipelines.md: python docs/_tools/pipelines_page.py"""
 
 from pathlib import Path
 
@@ -7,24 +7,41 @@ from trl_marble.pipelines import FAMILIES, Family
 
 
 PAGE = Path(__file__).resolve().parents[1] / "pipelines.md"
-BEGIN, END = "<!-- families: begin -->\n", "<!-- families: end -->\n"
+PARTS = ("families", "layers")
 
 
 def families_table() -> str:
     """`FAMILIES` as a Markdown table."""
-    lines = ["| Pipeline class | Guidance | LoRA on | To know |", "|---|---|---|---|"]
-    lines += [
-        f"| `{family.pipeline_class.__name__}` | {_guidance(family)} | {_targets(family)} | {_notes(family)} |"
-        for family in FAMILIES
-    ]
+    lines = ["| Pipeline class | Guidance | To know |", "|---|---|---|"]
+    lines += [f"| {_name(family)} | {_guidance(family)} | {_notes(family)} |" for family in FAMILIES]
     return "\n".join(lines) + "\n"
 
 
+def layers_list() -> str:
+    """
+    The layers that a LoRA is put on, as a Markdown list: one line for all families that share them, those of most
+    families last. A list, because regular expressions are too wide for a table, where `|` would have to be escaped.
+    """
+    sharing: dict[str, list[str]] = {}
+    for family in FAMILIES:
+        sharing.setdefault(_targets(family), []).append(_name(family))
+    most = max(sharing, key=lambda targets: len(sharing[targets]))
+    lines = [f"- {', '.join(names)}: {targets}" for targets, names in sharing.items() if targets != most]
+    return "\n".join([*lines, f"- all others: {most}"]) + "\n"
+
+
 def updated(page: str) -> str:
-    """The page with the table as it is now between its two marks."""
-    before, rest = page.split(BEGIN)
-    _, after = rest.split(END)
-    return f"{before}{BEGIN}\n{families_table()}\n{END}{after}"
+    """The page with table and list as they are now, each between its two marks."""
+    for name, text in zip(PARTS, (families_table(), layers_list()), strict=True):
+        begin, end = f"<!-- {name}: begin -->\n", f"<!-- {name}: end -->\n"
+        before, rest = page.split(begin)
+        _, after = rest.split(end)
+        page = f"{before}{begin}\n{text}\n{end}{after}"
+    return page
+
+
+def _name(family: Family) -> str:
+    return f"`{family.pipeline_class.__name__}`"
 
 
 def _guidance(family: Family) -> str:
@@ -41,7 +58,7 @@ def _guidance(family: Family) -> str:
 def _targets(family: Family) -> str:
     targets = family.lora_target_modules
     if isinstance(targets, str):
-        return "`" + targets.replace("|", "\\|") + "`"
+        return f"`{targets}` (a regular expression)"
     return ", ".join(f"`{name}`" for name in sorted(targets))
 
 
@@ -54,7 +71,7 @@ def _notes(family: Family) -> str:
     if family.encoded_names is None and family.takes_image != "required":
         notes.append("called with text: the text encoders run for every micro-batch")
     if family.one_time:
-        notes.append("one time a call: slower, a call for each different time and a backward pass a reward")
+        notes.append("one time per call: slower, a call for each different time and a backward pass per reward")
     if family.checkpointing_fault is not None:
         notes.append("no gradient checkpointing")
     return "; ".join(notes)

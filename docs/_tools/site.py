@@ -43,6 +43,7 @@ TEXTS = (".md", ".ipynb")  # what has links; all else is shown as code
 
 FENCED = re.compile(r"(^ *(?P<fence>`{3,}|~{3,}).*?^ *(?P=fence)$)", re.DOTALL | re.MULTILINE)
 LINK = re.compile(r"\]\((?P<target>[^)\s]+)(?P<rest>[^)]*)\)")
+CELL = re.compile(r"<td[ >].*?</td>", re.DOTALL)
 FORMULA = re.compile(r'<(?P<tag>span|div) class="arithmatex">\\[(\[](?P<tex>.*?)\\[)\]]</(?P=tag)>', re.DOTALL)
 
 
@@ -199,7 +200,7 @@ def draw_formula(tex: str, display: bool) -> str:
 
 
 def on_page_content(content: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Draw the formulas of a page."""
+    """Draw the formulas of a page, and the `|` of its tables, which Python-Markdown leaves escaped in code."""
 
     def replace(match: re.Match[str]) -> str:
         try:
@@ -208,4 +209,5 @@ def on_page_content(content: str, page: Page, config: MkDocsConfig, files: Files
             logger.warning(f"{page.file.src_uri}: {error}")
             return match[0]
 
+    content = CELL.sub(lambda cell: cell[0].replace("\\|", "|"), content)
     return FORMULA.sub(replace, content)

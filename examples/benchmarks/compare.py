@@ -100,7 +100,7 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         if "ablations" in args.stages and name in VARIANTS and (missing := missing_packages(find_method(name))):
             parser.error(
                 f"{name} needs {' and '.join(missing)}, not installed here. Install what is missing "
-                '(pip install "trl_marble[torchjd]" cvxpy ecos), or leave it out by naming the others in --methods.'
+                "(pip install torchjd qpsolvers cvxpy ecos), or leave it out by naming the others in --methods."
             )
     return args
 

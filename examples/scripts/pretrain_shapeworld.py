@@ -1,7 +1,11 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
 
 # /// script
+# requires-python = ">=3.11"
 # dependencies = ["trl_marble", "torch", "diffusers", "transformers", "tqdm"]
+#
+# [tool.uv.sources]
+# trl_marble = { path = "../.." }  # `uv run` from a clone: the package is not on PyPI yet
 # ///
 """Pretrain the ShapeWorld pipeline from nothing: VAE, then text encoders and transformer together by flow matching.
 

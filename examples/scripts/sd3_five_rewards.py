@@ -1,7 +1,11 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
 
 # /// script
+# requires-python = ">=3.11"
 # dependencies = ["trl_marble[clip,ocr]"]
+#
+# [tool.uv.sources]
+# trl_marble = { path = "../.." }  # `uv run` from a clone: the package is not on PyPI yet
 # ///
 """
 Align Stable Diffusion 3.5 Medium with five rewards at once, as MARBLE does (huggingface.co/papers/2605.06507):

@@ -1,7 +1,11 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
 
 # /// script
+# requires-python = ">=3.11"
 # dependencies = ["trl_marble"]
+#
+# [tool.uv.sources]
+# trl_marble = { path = "../.." }  # `uv run` from a clone: the package is not on PyPI yet
 # ///
 """
 The script to copy: a reward of your own beside others, two held out to catch reward hacking, a live table. It runs on

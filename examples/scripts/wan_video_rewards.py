@@ -1,7 +1,11 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
 
 # /// script
+# requires-python = ">=3.11"
 # dependencies = ["trl_marble[clip]"]
+#
+# [tool.uv.sources]
+# trl_marble = { path = "../.." }  # `uv run` from a clone: the package is not on PyPI yet
 # ///
 """
 Align Wan 2.1, a text-to-video model, with four rewards at once: PickScore and HPSv2.1 on frames of each video, and two

@@ -15,14 +15,14 @@ def load_tool():
     return module
 
 
-def test_the_page_has_the_table_as_it_is_now():
+def test_the_page_has_table_and_list_as_they_are_now():
     tool = load_tool()
     page = tool.PAGE.read_text()
     assert tool.updated(page) == page, "run: python docs/_tools/pipelines_page.py"
     for family in FAMILIES:
         assert f"`{family.pipeline_class.__name__}`" in page
-    # The table is written from FAMILIES, not kept from the page.
-    assert tool.updated(page.replace("`QwenImagePipeline`", "`Gone`")) == page
+    # Both are written from FAMILIES, not kept from the page.
+    assert tool.updated(page.replace("`QwenImagePipeline`", "`Gone`").replace("`attn.to_k`", "`gone`")) == page
 
 
 def test_the_table_names_what_is_special():
@@ -30,6 +30,20 @@ def test_the_table_names_what_is_special():
     assert "`guidance_scale=0` is off" in rows["ZImagePipeline"]
     assert "`true_cfg_scale=1` is off" in rows["QwenImagePipeline"]
     assert "no gradient checkpointing" in rows["ChromaPipeline"]
-    assert "one time a call" in rows["AuraFlowPipeline"]
+    assert "one time per call" in rows["AuraFlowPipeline"]
     assert "makes videos" in rows["WanPipeline"] and "makes videos" not in rows["QwenImagePipeline"]
-    assert all(line.count("|") - line.count("\\|") == 5 for line in rows.values()), "four cells each"
+    assert all(line.count("|") == 4 for line in rows.values()), "three cells each"
+    assert max(len(code) for line in rows.values() for code in line.split("`")[1::2]) < 30, "too wide for a screen"
+
+
+def test_the_list_has_the_layers_of_every_family():
+    lines = load_tool().layers_list().splitlines()
+    assert lines[-1] == "- all others: `to_k`, `to_out.0`, `to_q`, `to_v`"
+    for family in FAMILIES:
+        name, targets = f"`{family.pipeline_class.__name__}`", family.lora_target_modules
+        line = next((line for line in lines if name in line.split(": ")[0]), lines[-1])
+        layers = line.split(": ", maxsplit=1)[1]
+        if isinstance(targets, str):
+            assert layers == f"`{targets}` (a regular expression)"
+        else:
+            assert layers == ", ".join(f"`{target}`" for target in sorted(targets))

@@ -2,6 +2,7 @@
 """The site: it builds without a warning, needs nothing from elsewhere, and has every public name once."""
 
 import importlib.util
+import json
 import os
 import re
 import subprocess
@@ -65,7 +66,7 @@ def test_nothing_is_loaded_from_elsewhere(site):
     for page in pages:
         for address in filter(None, read(page).loaded):
             assert not re.match(r"(https?:)?//", address), f"{page.name} loads {address}"
-            if not address.startswith(("data:", "/")):  # the page for what is not found has absolute addresses
+            if not address.startswith("data:"):
                 assert (page.parent / address.partition("?")[0]).is_file(), f"{page.name} lacks {address}"
     for style in site.rglob("*.css"):
         assert not re.search(r"(@import|url\()\s*[\"']?(https?:)?//", style.read_text(encoding="utf-8")), style.name
@@ -93,11 +94,48 @@ def test_a_notebook_is_a_page_with_its_pictures_and_links(site):
 
 
 def test_a_reference_page_links_types_ours_and_others(site):
-    page = (site / "trainer.html").read_text(encoding="utf-8")
+    page = (site / "api" / "trainer.html").read_text(encoding="utf-8")
     assert 'href="https://huggingface.co/docs/datasets/package_reference/main_classes#datasets.Dataset"' in page
-    assert re.search(r'href="api/rewards\.html#trl_marble\.rewards\.RewardFunc"', page)
+    assert re.search(r'href="rewards\.html#trl_marble\.rewards\.RewardFunc"', page)
+    assert 'id="trl_marble.MarbleNFTTrainer.reward_funcs"' in page
     assert 'id="trl_marble.MarbleConfig.num_generations"' in page
     assert "Parameters that control the rollouts" in page and "&gt; Parameters" not in page
+
+
+CELL = re.compile(r"<td[ >].*?</td>", re.DOTALL)
+
+
+def test_tables_show_no_escapes(site):
+    cells = {page: CELL.findall(page.read_text(encoding="utf-8")) for page in site.rglob("*.html")}
+    assert sum(map(len, cells.values())) > 500
+    assert [cell for found in cells.values() for cell in found if "\\|" in cell] == []
+
+
+def test_a_bar_in_the_code_of_a_table_is_drawn():
+    tool = load_tool("site")
+    drawn = tool.on_page_content(r"<tr><td><code>a\|b</code></td></tr><code>c\|d</code>", None, None, None)
+    assert drawn == r"<tr><td><code>a|b</code></td></tr><code>c\|d</code>"
+
+
+def test_search_works_from_disk(site):
+    index = (site / "search" / "search_index.js").read_text(encoding="utf-8").removeprefix("var __index = ")
+    locations = {entry["location"] for entry in json.loads(index)["docs"]}
+    assert {"index.html", "pipelines.html", "api/trainer.html"} <= locations
+    for page in site.rglob("*.html"):
+        if page.name != "404.html":
+            text = page.read_text(encoding="utf-8")
+            # Before the script of the theme, which starts the worker.
+            assert 0 < text.index("javascripts/iframe-worker.js") < text.index("javascripts/bundle."), page
+
+
+def test_the_page_for_what_is_not_found_leads_to_every_page_of_the_navigation(site):
+    page = (site / "404.html").read_text(encoding="utf-8")
+    # A server shows it at any address, so addresses count from the root of the site; from disk there is no such root.
+    assert '<base href="/">' in page and 'querySelector("base").remove()' in page
+    addresses = re.findall(r'<a href="([^"]+)"', page)
+    assert {"index.html", "quickstart.html", "api/trainer.html"} <= set(addresses)
+    assert [address for address in addresses if not (site / address).is_file()] == []
+    assert '<form action="index.html">' in page and 'name="q"' in page
 
 
 def test_every_public_name_is_documented_once():

@@ -3,8 +3,13 @@ import ast
 import dataclasses
 import math
 import re
+from pathlib import Path
 
+import numpy as np
 import pytest
+import tiny
+from adapter_helpers import add_trained_adapter, images, quiet
+from diffusers import DiffusionPipeline
 from huggingface_hub import ModelCard, metadata_load
 from huggingface_hub.repocard_data import model_index_to_eval_results
 from hypothesis import given, settings
@@ -12,7 +17,7 @@ from hypothesis import strategies as st
 from local_hub import card_errors, local_hub
 
 from trl_marble.evaluation import BalanceSummary
-from trl_marble.hub import CardInputs, GalleryItem, RewardRow, build_model_card
+from trl_marble.hub import CardInputs, GalleryItem, RewardRow, build_model_card, save_adapter
 
 
 BALANCE = BalanceSummary(
@@ -121,14 +126,21 @@ def test_an_adapter_from_elsewhere_is_not_said_to_be_trained_here():
     assert "\n\n\n" not in card.content and card_errors(card.content) == []
 
 
-def test_both_examples_are_python_and_the_second_fuses_the_same_adapter():
+def test_the_examples_run_with_diffusers_alone(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    trained = quiet(tiny.tiny_sd3())
+    trained.save_pretrained("base")
+    add_trained_adapter(trained)
+    save_adapter(trained, "adapter")
     blocks = re.findall(r"```python\n(.*?)```", full_card().content, re.DOTALL)
-    assert len(blocks) == 2
-    call = ast.parse(blocks[1]).body[1].value
-    assert [ast.literal_eval(argument) for argument in call.args] == [
-        "stabilityai/stable-diffusion-3.5-medium",
-        "me/sd3.5m-marble",
-    ]
+    assert len(blocks) == 2 and "trl_marble" not in "".join(blocks)
+    names = {}
+    for block in blocks:
+        block = block.replace("stabilityai/stable-diffusion-3.5-medium", "base").replace("me/sd3.5m-marble", "adapter")
+        exec(block.replace("path/to/a/new/folder", "fused"), names)
+    assert Path("image.png").is_file()
+    fused = quiet(DiffusionPipeline.from_pretrained("fused"))
+    np.testing.assert_allclose(images(fused), images(trained), atol=1e-5)
 
 
 def test_balance_of_the_update_and_of_the_weighted_sum():

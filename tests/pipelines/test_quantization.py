@@ -109,5 +109,5 @@ def test_what_cannot_be_quantized_is_refused():
 
 @pytest.mark.skipif(is_bnb_available(), reason="bitsandbytes is installed")
 def test_a_missing_library_is_named():
-    with pytest.raises(ImportError, match=r"pip install 'trl_marble\[quantization\]'"):
+    with pytest.raises(ImportError, match="`pip install bitsandbytes`"):
         quantization_config("nf4", torch.bfloat16)

@@ -318,7 +318,7 @@ def test_the_reader_is_loaded_when_it_is_needed_and_says_how_to_get_it(monkeypat
     monkeypatch.setitem(sys.modules, "rapidocr", None)
     reward = OCRAccuracy()
     assert reward(images=[draw("Open")], prompts=["a door"]) == [None]
-    with pytest.raises(ImportError, match=r'pip install "trl_marble\[ocr\]"'):
+    with pytest.raises(ImportError, match="`pip install rapidocr onnxruntime`"):
         reward(images=[draw("Open")], prompts=['"Open"'])
 
 

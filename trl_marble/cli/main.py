@@ -10,7 +10,7 @@ from . import card, compare, demo, env, eval, push, train
 from .errors import USAGE_ERROR, UsageError, unknown_option
 
 
-DESCRIPTION = "Align diffusion and flow-matching pipelines with several rewards at once."
+DESCRIPTION = "Align flow-matching pipelines (SD3.5, Flux, Qwen-Image, Wan, ...) with several rewards at once."
 EPILOG = """`trl-marble COMMAND --help` shows the options of a command.
 
 Completion by tab: write the script once, and again after an update,

@@ -38,9 +38,7 @@ def quantization_config(quantization: Quantization, compute_dtype: torch.dtype) 
         known = ", ".join(map(repr, get_args(Quantization)))
         raise ValueError(f"There is no quantization {quantization!r}; pass one of {known}.")
     if not is_bnb_available():
-        raise ImportError(
-            f"The quantization {quantization!r} needs bitsandbytes: `pip install 'trl_marble[quantization]'`."
-        )
+        raise ImportError(f"The quantization {quantization!r} needs bitsandbytes: `pip install bitsandbytes`.")
     if quantization == "int8":
         return PipelineQuantizationConfig(
             quant_backend="bitsandbytes_8bit",

@@ -74,7 +74,7 @@ def text_cleaner() -> Callable[[str], str]:
     except ImportError as error:
         raise ImportError(
             "This reward cleans prompts with `ftfy`, as its original does, and it is not installed. Install it with "
-            '`pip install "trl_marble[clip]"`.'
+            "`pip install ftfy`."
         ) from error
 
     def clean(text: str) -> str:

@@ -175,7 +175,7 @@ class OCRAccuracy:
             import onnxruntime  # noqa: F401
             from rapidocr import RapidOCR
         except ImportError as error:
-            raise ImportError('`OCRAccuracy` needs RapidOCR: pip install "trl_marble[ocr]"') from error
+            raise ImportError("`OCRAccuracy` needs RapidOCR: `pip install rapidocr onnxruntime`.") from error
 
         threads = -1 if self.num_threads is None else self.num_threads
         return RapidOCR(
