@@ -1,10 +1,11 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
 """Mistakes of a command's user, shown without a traceback."""
 
-import difflib
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from ..setting_names import suggest_name
 
 
 PACKAGE = Path(__file__).parents[1]
@@ -51,5 +52,6 @@ def unknown_option(word: str, known: Collection[str]) -> UsageError:
         [`UsageError`]: names the nearest of them.
     """
     name = word.partition("=")[0]
-    nearest = difflib.get_close_matches(name, known, n=1)
-    return UsageError(f"there is no option `{name}`" + (f"; did you mean `{nearest[0]}`?" if nearest else ""))
+    options = {option.lstrip("-"): option for option in known}
+    how = suggest_name(name.lstrip("-"), options, "--" if name.startswith("-") else "")
+    return UsageError(f"there is no option `{name}`" + (f"; {how}" if how else ""))
