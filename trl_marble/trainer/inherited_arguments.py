@@ -80,7 +80,7 @@ REFUSED: dict[str, Refusal] = {
     ),
     "do_train": Refusal((False,), f"{_SCRIPTS}; call `trainer.train()`"),
     "do_predict": Refusal((False,), f"{_SCRIPTS}; call `trainer.evaluate(prompts)`"),
-    "debug": Refusal(("", []), "set `on_nonfinite` for numbers that are not finite; its default names where they arose"),
+    "debug": Refusal(("", [], None), "set `on_nonfinite` for numbers that are not finite; its default names where they arose"),
     "optim_target_modules": Refusal((None,), "it is of GaLore and APOLLO, which are not supported; leave it out"),
 }
 

@@ -1,6 +1,7 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
 """The trainer, in the order of the data: prompts, rollout, rewards, advantages, gradients, update, adapter."""
 
+import os
 import warnings
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
@@ -68,12 +69,13 @@ from .reward_failures import count_failures
 from .sampling import sample_and_score
 from .seeding import Draw, derive_seed
 from .step_gradient import LossShares, StepGradient
+from .unsupported_methods import WithoutPredictions
 
 
 logger = logging.get_logger(__name__)
 
 
-class MarbleNFTTrainer(CheckpointedTrainer):
+class MarbleNFTTrainer(WithoutPredictions, CheckpointedTrainer):
     """
     Trainer for flow-matching pipelines against several rewards at once: MARBLE
     (https://huggingface.co/papers/2605.06507) on DiffusionNFT (https://huggingface.co/papers/2509.16117).
@@ -115,8 +117,8 @@ class MarbleNFTTrainer(CheckpointedTrainer):
             Held-out rewards: scored in evaluations beside `reward_funcs`, and never trained on. What rises in training
             and not here is not quality, see [`RewardHackingCallback`].
         peft_config ([`~peft.LoraConfig`], *optional*):
-            The adapter. Defaults to rank 32, alpha 64 on the projections that are usually trained in the pipeline's
-            family.
+            The adapter. Defaults to rank 32, alpha 64. Without `target_modules` it is put on the projections that are
+            usually trained in the pipeline's family.
         callbacks (`list` of [`~transformers.TrainerCallback`], *optional*):
             Callbacks to add to the default ones.
         optimizers (`tuple` of optimizer and scheduler, *optional*, defaults to `(None, None)`):
@@ -141,7 +143,7 @@ class MarbleNFTTrainer(CheckpointedTrainer):
 
     def __init__(
         self,
-        pipeline: str | DiffusionPipeline,
+        pipeline: str | os.PathLike | DiffusionPipeline,
         reward_funcs: str | RewardFunc | list[str | RewardFunc],
         args: MarbleConfig | None = None,
         train_dataset: Dataset | None = None,
@@ -153,8 +155,8 @@ class MarbleNFTTrainer(CheckpointedTrainer):
         eval_reward_funcs: str | RewardFunc | list[str | RewardFunc] | None = None,
     ) -> None:
         if args is None:
-            name = pipeline if isinstance(pipeline, str) else type(pipeline).__name__
-            args = MarbleConfig(f"{Path(name).name}-marble")
+            place = Path(type(pipeline).__name__ if isinstance(pipeline, DiffusionPipeline) else pipeline)
+            args = MarbleConfig(f"{place.absolute().name}-marble")
         if not isinstance(args, MarbleConfig):
             raise TypeError(f"`args` is a {type(args).__name__}; pass a `MarbleConfig`.")
         if train_dataset is None:
@@ -181,9 +183,10 @@ class MarbleNFTTrainer(CheckpointedTrainer):
                 f"rewards ({', '.join(self.scorer.names)}); pass one weight a reward, in their order."
             )
         self.reward_weights = torch.tensor(args.reward_weights or [1.0] * num_rewards)
-        if args.multi_objective_aggregation == "equal" and weighting != "mgda":
+        if args.multi_objective_aggregation != "marble" and weighting != "mgda":
             raise ValueError(
-                "`weighting` has no effect with `multi_objective_aggregation='equal'`; leave one of the two out."
+                f"`weighting` has no effect with `multi_objective_aggregation={args.multi_objective_aggregation!r}`; "
+                "leave one of the two out."
             )
         self.weighting = get_weighting("equal" if args.multi_objective_aggregation == "equal" else weighting)
 
