@@ -51,7 +51,7 @@ def named_folders(texts: list[str]) -> dict[str, Path]:
 
     Args:
         texts (`list[str]`):
-            At least two, each `folder` or `name=folder`.
+            At least two, each `folder` or `name=folder`. A folder that exists is that folder, whatever is in its name.
 
     Returns:
         `dict[str, Path]`: The folders by name, in their order.
@@ -61,7 +61,9 @@ def named_folders(texts: list[str]) -> dict[str, Path]:
     """
     folders: dict[str, Path] = {}
     for text in texts:
-        name, _, path = text.rpartition("=")
+        name, separator, path = text.partition("=")
+        if not separator or Path(text).is_dir():
+            name, path = "", text
         folder = Path(path)
         name = name or folder.absolute().name
         if not folder.is_dir():

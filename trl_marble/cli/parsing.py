@@ -124,6 +124,21 @@ class ConfigParser(TrlParser):
         others = [word for key, value in config.items() if key not in actions for word in _as_words(key, value)]
         return others + self.parse_known_args(words)[1]
 
+    def is_set(self, name: str, words: list[str]) -> bool:
+        """
+        Whether a switch is on.
+
+        Args:
+            name (`str`):
+                An option, which may not exist.
+            words (`list[str]`):
+                As for [`take`], which has been called.
+
+        Returns:
+            `bool`: Its value, `False` where there is no such option.
+        """
+        return bool(getattr(self.parse_known_args(words)[0], name, False))
+
     def build(self, words: list[str]) -> tuple[Any, ...]:
         """
         The dataclasses, from words and settings that [`take`] has seen.

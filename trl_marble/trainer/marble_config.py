@@ -14,6 +14,7 @@ from transformers import TrainingArguments
 
 from ..balance import OLD_POLICY_PRESETS
 from ..setting_names import suggest_name
+from ..world_size import check_world_size
 from .inherited_arguments import check_arguments, check_combinations
 
 
@@ -463,6 +464,7 @@ class MarbleConfig(TrainingArguments):
             raise ValueError(f"Tensor, context and pipeline parallelism are not supported. {PLAIN_PROCESSES}.")
 
     def _check_devices(self) -> None:
+        check_world_size(self.world_size)
         if self.n_gpu > 1:
             raise ValueError(
                 f"One process sees {self.n_gpu} GPUs and would use the first one only. {PLAIN_PROCESSES} to use N of "
