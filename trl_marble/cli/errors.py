@@ -65,8 +65,11 @@ def run_errors() -> Iterator[None]:
     try:
         yield
     except (RewardError, FloatingPointError, CheckpointWriteError, torch.OutOfMemoryError) as error:
-        if isinstance(error, RewardError) and error.__cause__ is not None and _is_of_user(error.__cause__):
-            traceback.print_exception(error.__cause__)
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        if isinstance(error, RewardError) and cause is not error and _is_of_user(cause):
+            traceback.print_exception(cause)
         raise RunError("\n".join([str(error), *getattr(error, "__notes__", [])])) from error
 
 

@@ -2,6 +2,7 @@
 """Runs a command here, or starts it again in several processes through `accelerate launch`."""
 
 import argparse
+import logging
 import os
 import subprocess
 import sys
@@ -106,6 +107,8 @@ def _launch(arguments: argparse.Namespace) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     os.environ[LAUNCHED] = "1"
+    # What it would add to the processes' own messages is said below where it matters.
+    logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
     try:
         if arguments.cpu and (arguments.num_processes or 1) > 1 and arguments.mpirun_hostfile is None:
             _launch_on_cpu(arguments)
