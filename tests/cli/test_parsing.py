@@ -57,7 +57,7 @@ def test_values_of_a_file_are_those_of_the_command_line(parse):
     [
         ("number: 1.5", "argument --number: invalid int value: '1.5'"),
         ("number: many", "argument --number: invalid int value: 'many'"),
-        ("number: true", "argument --number: invalid int value: 'True'"),
+        ("number: true", "argument --number: invalid int value: 'true'"),
         ("number: [1, 2]", "`number` is [1, 2]; it takes one value"),
         ("limit: {a: 1}", "`limit` is {'a': 1}; it takes one value"),
         ("places: {a: 1}", "`places` is {'a': 1}; it takes a list"),

@@ -419,7 +419,7 @@ DANGEROUS = re.compile(
     r"\bpickle\b|\bmarshal\b|\bshelve\b|allow_pickle|yaml\.(?:unsafe_|full_)?load\(|trust_remote_code|custom_pipeline"
     r"|(?<![\w.])(?:eval|exec)\(|\bos\.system\(|shell=True|verify=False|torch\.load\((?!.*weights_only=True)"
 )
-KNOWN = {'config = yaml.load(path.read_text(encoding="utf-8"), Loader=_PlainLoader)'}  # a `SafeLoader`, stricter
+KNOWN = {'config = yaml.load(path.read_text(encoding="utf-8"), Loader=TextLoader)'}  # a `SafeLoader`, stricter
 
 
 def test_nothing_is_unpickled_or_executed_and_no_certificate_is_passed_over():

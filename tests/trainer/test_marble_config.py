@@ -3,15 +3,21 @@
 
 import copy
 import dataclasses
+import inspect
 import json
 import math
 import pickle
+import re
+import subprocess
+import sys
 
 import pytest
 import torch
 from transformers import HfArgumentParser, TrainingArguments
 
 from trl_marble import MarbleConfig
+from trl_marble.setting_names import ELSEWHERE, OF_THE_TRAINER
+from trl_marble.world_size import check_world_size
 
 
 def config(**settings) -> MarbleConfig:
@@ -75,6 +81,51 @@ def test_an_unknown_setting_that_is_near_to_none_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "how"),
+    [
+        ("log_completions", "did you mean `log_images`?"),
+        ("num_completions_to_print", "did you mean `num_images_to_log`?"),
+        ("max_train_steps", "did you mean `max_steps`?"),
+        ("train_batch_size", "did you mean `per_device_train_batch_size`?"),
+        ("num_image_per_prompt", "did you mean `num_generations`?"),
+        ("num_epochs", "did you mean `num_train_epochs`?"),
+        ("epsilon", "no likelihood ratio to clip; `advantage_clip` limits the advantages."),
+        ("clip_range", "no likelihood ratio to clip; `advantage_clip` limits the advantages."),
+        ("warmup_ratio", "is a fraction of the run: `warmup_steps=0.1`."),
+        ("resolution", "set `height` and `width`."),
+        ("temperature", "`guidance_scale` say how images are sampled."),
+        ("lora_r", "as `peft_config` of the trainer."),
+        ("reward_funcs", "pass them as `reward_funcs` of the trainer."),
+    ],
+)
+def test_names_of_other_trainers_are_understood(name, how) -> None:
+    with pytest.raises(TypeError, match=f"`MarbleConfig` has no setting `{name}`; ") as caught:
+        config(**{name: 4})
+    assert str(caught.value).endswith(how)
+
+
+def test_names_of_other_trainers_mean_settings_that_exist() -> None:
+    known = {f.name for f in dataclasses.fields(MarbleConfig)} | OF_THE_TRAINER.keys()
+    assert not ELSEWHERE.keys() & {f.name for f in dataclasses.fields(MarbleConfig)}
+    for meant in ELSEWHERE.values():
+        assert " " in meant or meant in known, meant
+        for named in re.findall(r"`([a-z_]+)`", meant):
+            assert named in known or named in ("peft_config",), named
+
+
+def test_notebooks_and_inspect_see_the_settings() -> None:
+    shown = inspect.signature(MarbleConfig).parameters
+    assert list(shown) == [f.name for f in dataclasses.fields(MarbleConfig) if f.init]
+    assert shown["num_generations"].default == 24
+
+    @dataclasses.dataclass
+    class Mine(MarbleConfig):
+        num_judges: int = 3
+
+    assert inspect.signature(Mine).parameters["num_judges"].default == 3
+
+
+@pytest.mark.parametrize(
     ("settings", "parts"),
     [
         ({"multi_objective_aggregation": "marbles"}, ["'marbles'", "'marble', 'equal', 'sum_then_normalize'"]),
@@ -112,7 +163,7 @@ def test_an_unknown_setting_that_is_near_to_none_is_refused() -> None:
         ({"num_generations": 25}, ["1152 images", "`num_generations` (25)", "8 x 1", "Change one of them"]),
         ({"fp16": True}, ["`fp16=True`", "`bf16=True`"]),
         ({"auto_find_batch_size": True}, ["`auto_find_batch_size=True`", "rollout_batch_size"]),
-        ({"remove_unused_columns": True}, ["`remove_unused_columns`", "must be `False`"]),
+        ({"remove_unused_columns": True}, ["`remove_unused_columns=True`", "must be `False`"]),
         (
             {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 50},
             ["`load_best_model_at_end=True`", "load_lora_weights"],
@@ -237,6 +288,43 @@ def test_one_process_with_several_gpus_is_refused(monkeypatch) -> None:
     with pytest.raises(ValueError, match="One process sees 2 GPUs .*--multi_gpu.*or .*`CUDA_VISIBLE_DEVICES=0`"):
         config(use_cpu=False)
     assert config().n_gpu == 0  # told to leave them alone
+
+
+@pytest.mark.parametrize(
+    ("environment", "number", "message"),
+    [
+        ({"WORLD_SIZE": "2", "RANK": "0"}, 1, "2 processes were launched .*and 1 would work together.*`use_cpu=True`"),
+        ({"ACCELERATE_USE_CPU": "False", "MASTER_ADDR": "127.0.0.1"}, 1, "asked for several processes .*started one"),
+        ({"WORLD_SIZE": "2", "RANK": "0"}, 2, None),
+        ({"WORLD_SIZE": "1", "RANK": "0", "MASTER_ADDR": "127.0.0.1"}, 1, None),
+        ({"ACCELERATE_USE_CPU": "True"}, 1, None),
+        ({}, 1, None),
+    ],
+    ids=str,
+)
+def test_other_processes_than_were_launched_are_refused(monkeypatch, environment, number, message) -> None:
+    for name in ("WORLD_SIZE", "RANK", "MASTER_ADDR", "ACCELERATE_USE_CPU"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    if message is None:
+        check_world_size(number)
+    else:
+        with pytest.raises(ValueError, match=message):
+            check_world_size(number)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [["--multi_gpu"], []], ids=["two apart", "one for two"])
+def test_two_processes_that_would_work_apart_are_refused_for_real(tmp_path, options) -> None:
+    script = tmp_path / "script.py"
+    script.write_text("import sys\nfrom trl_marble import MarbleConfig\nMarbleConfig('out', use_cpu='cpu' in sys.argv)\n")
+    launch = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--num_processes", "2"]
+    launch += ["--main_process_port", "0", *options]
+    done = subprocess.run([*launch, str(script)], capture_output=True, text=True, timeout=300)
+    assert done.returncode != 0 and "`accelerate launch --multi_gpu --num_processes N`; for N on CPUs" in done.stderr
+    if options:  # the line that the message names
+        subprocess.run([*launch, str(script), "cpu"], check=True, capture_output=True, timeout=300)
 
 
 def test_a_sharded_base_is_not_compiled(monkeypatch) -> None:

@@ -25,7 +25,8 @@ def logged(trainer, key):
 
 @pytest.mark.parametrize("aggregation", ["marble", "equal", "sum_then_normalize", "normalize_then_sum"])
 def test_the_adapter_changes_and_nothing_else(make_trainer, aggregation):
-    trainer = make_trainer(multi_objective_aggregation=aggregation, balance_every=2, max_steps=3)
+    balance = {"balance_every": 2} if aggregation in ("marble", "equal") else {}
+    trainer = make_trainer(multi_objective_aggregation=aggregation, max_steps=3, **balance)
     parts = {name: part for name, part in trainer.pipeline.components.items() if isinstance(part, torch.nn.Module)}
     before = {name: copies(part.named_parameters()) for name, part in parts.items()}
     trainer.train()

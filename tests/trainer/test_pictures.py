@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from trl_marble.trainer.pictures import RolloutRecord, _captions, _histograms, log_rollout
+from trl_marble.trainer.pictures import RolloutRecord, _captions, _histograms, choose_rows, log_rollout
 
 
 EVERY_STEP = {"log_images": True, "log_images_steps": 1, "max_steps": 2}
@@ -71,9 +71,17 @@ def test_the_rewards_stand_under_the_images(make_trainer):
     for count in (1, 3):
         rewards = torch.rand(count, 4)
         names = [f"reward_{i}" for i in range(count)]
-        log_rollout(trainer, names, RolloutRecord(["a", "a", "b", "b"], images, rewards, rewards, None), 2)
+        rows = choose_rows(["a", "a", "b", "b"], images, rewards, {}, 2)
+        log_rollout(trainer, names, RolloutRecord(rows, rewards, None))
         heights.append(Image.open(Path(trainer.args.output_dir) / "images/train_step_000000.png").height)
     assert heights[1] > heights[0] + 2 * 20
+
+
+def test_of_a_generation_batch_only_the_images_that_are_shown_are_kept(make_trainer):
+    trainer = make_trainer(num_images_to_log=1, **EVERY_STEP)
+    trainer.train()
+    (row,) = trainer._latest_rollout.rows
+    assert len(row.images) == 1 and trainer.args.generation_batch_size == 8
 
 
 def test_captions_say_values_first_and_where_a_reward_does_not_apply():

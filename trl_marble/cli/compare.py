@@ -9,6 +9,7 @@ from .errors import UsageError, usage_errors
 
 
 HELP = "compare evaluations on the same prompts and seeds"
+VARIED = ("guidance_scale", "num_inference_steps")  # what people try several values of; the noise stays the same
 
 
 def register(subparsers: Any, whole: bool = False) -> None:
@@ -38,8 +39,12 @@ def run(args: Namespace) -> int:
     folders = named_folders(args.evaluations)
     with usage_errors():
         results = {name: EvaluationResults.load(folder) for name, folder in folders.items()}
-        comparison = compare_evaluations(results, args.output_dir)
+        comparison = compare_evaluations(results, args.output_dir, may_differ=VARIED)
     Console().print(comparison.to_table())
+    for setting in VARIED:
+        values = {name: found.settings[setting] for name, found in results.items()}
+        if len(set(values.values())) > 1:
+            print(f"`{setting}` differs: {', '.join(f'{value} in {name!r}' for name, value in values.items())}")
     if args.output_dir is not None:
         print(f"The images side by side: {Path(args.output_dir, 'contact_sheet.html').absolute()}")
     return 0
@@ -51,7 +56,7 @@ def named_folders(texts: list[str]) -> dict[str, Path]:
 
     Args:
         texts (`list[str]`):
-            At least two, each `folder` or `name=folder`.
+            At least two, each `folder` or `name=folder`. A folder that exists is that folder, whatever is in its name.
 
     Returns:
         `dict[str, Path]`: The folders by name, in their order.
@@ -61,7 +66,9 @@ def named_folders(texts: list[str]) -> dict[str, Path]:
     """
     folders: dict[str, Path] = {}
     for text in texts:
-        name, _, path = text.rpartition("=")
+        name, separator, path = text.partition("=")
+        if not separator or Path(text).is_dir():
+            name, path = "", text
         folder = Path(path)
         name = name or folder.absolute().name
         if not folder.is_dir():

@@ -5,7 +5,7 @@ from argparse import Namespace
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from .errors import usage_errors
+from .errors import run_errors, usage_errors
 from .launching import run_command
 
 
@@ -83,11 +83,13 @@ def evaluate(script_args: ScriptArguments, args: "EvaluationConfig") -> None:
     from rich.console import Console
 
     from ..evaluation import evaluate_pipeline
+    from ..world_size import check_world_size
     from .sources import load_model, load_rewards, load_sources
 
     # Told as in `evaluate_pipeline`: without an accelerator the processes of `torchrun` would each work alone.
     state = PartialState(cpu=not torch.accelerator.is_available())
-    with usage_errors():
+    with run_errors(), usage_errors():
+        check_world_size(state.num_processes)
         prompts = load_sources(script_args.prompts, script_args.split, script_args.prompt_column, seed=args.seed)
         pipeline = load_model(script_args.model, args.bf16, script_args.use_t5).to(state.device)
         results = evaluate_pipeline(pipeline, [*load_rewards(script_args.rewards)], prompts, args)

@@ -2,6 +2,7 @@
 """Runs a command here, or starts it again in several processes through `accelerate launch`."""
 
 import argparse
+import logging
 import os
 import subprocess
 import sys
@@ -9,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .errors import USAGE_ERROR, UsageError, unknown_option
+from .errors import UsageError, unknown_option
 
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ def run_command(
     others = parser.take(own_words, config)
     if others:
         arguments = _launch_arguments(others, parser, [name, *words])
+        arguments.cpu = arguments.cpu or parser.is_set("use_cpu", own_words)
         # `LOCAL_RANK`: the user's own `accelerate launch` or torchrun is at work.
         if LAUNCHED not in os.environ and "LOCAL_RANK" not in os.environ:
             return _launch(arguments)
@@ -70,15 +72,32 @@ def _launch_arguments(others: list[str], parser: "ConfigParser", command: list[s
     """What `accelerate launch` makes of the words that are not the command's own."""
     launcher = launch_parser()
     known = [*parser.option_strings, *launcher._option_string_actions]
-    for word in others:
-        if word.startswith("-") and word.partition("=")[0] not in known:
-            raise unknown_option(word, known)
+    unknown = [word for word in others if word.startswith("-") and word.partition("=")[0] not in known]
+    if unknown:
+        _explain_options_of_other_command(unknown, command[0])
+        raise unknown_option(unknown[0], known)
     arguments = launcher.parse_args([*others, "--module", MODULE, *command])
     if arguments.training_script != MODULE:
         raise UsageError(f"unexpected {arguments.training_script!r}")
     if arguments.config_file is not None and not Path(arguments.config_file).is_file():
         raise UsageError(f"`--accelerate_config {arguments.config_file}`: there is no such file")
     return arguments
+
+
+def _explain_options_of_other_command(words: list[str], name: str) -> None:
+    """Raise an error that says so if unknown options are those of `train` where `eval` is run, or the other way."""
+    from . import eval, train
+
+    other, make_parser = ("eval", eval.make_parser) if name == "train" else ("train", train.make_parser)
+    others = make_parser().option_strings
+    found = [word.partition("=")[0] for word in words if word.partition("=")[0] in others]
+    if found:
+        shown = ", ".join(f"`{word.lstrip('-')}`" for word in found[:3])
+        more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+        raise UsageError(
+            f"{shown}{more}: options of `trl-marble {other}`, which `trl-marble {name}` does not have. The two commands "
+            f"need files of their own (`--config`); what they share is the model, the prompts and the rewards"
+        )
 
 
 def _launch(arguments: argparse.Namespace) -> int:
@@ -88,6 +107,8 @@ def _launch(arguments: argparse.Namespace) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     os.environ[LAUNCHED] = "1"
+    # What it would add to the processes' own messages is said below where it matters.
+    logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
     try:
         if arguments.cpu and (arguments.num_processes or 1) > 1 and arguments.mpirun_hostfile is None:
             _launch_on_cpu(arguments)
@@ -97,7 +118,7 @@ def _launch(arguments: argparse.Namespace) -> int:
         return error.returncode
     except ChildFailedError as error:
         status = error.get_first_failure()[1].exitcode
-        if status != USAGE_ERROR:  # else the process has said all there is to say
+        if status < 0:  # it was killed; else it has said itself what was wrong, and that shall be the last thing said
             print(error, file=sys.stderr)
         return max(status, 1)
     except SignalException as signal:

@@ -7,7 +7,8 @@ from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from typing import Any
 
 from . import card, compare, demo, env, eval, push, train
-from .errors import USAGE_ERROR, UsageError, unknown_option
+from .environment import prepare_environment
+from .errors import RUN_ERROR, USAGE_ERROR, RunError, UsageError, unknown_option
 
 
 DESCRIPTION = "Align flow-matching pipelines (SD3.5, Flux, Qwen-Image, Wan, ...) with several rewards at once."
@@ -61,8 +62,10 @@ def main(argv: list[str] | None = None) -> int:
             The words after `trl-marble`. Defaults to those of the process.
 
     Returns:
-        `int`: The exit status: 0, 2 if the command cannot be run as it was written, 130 if it was interrupted.
+        `int`: The exit status: 0, 1 if the run stopped, 2 if the command cannot be run as it was written, 130 if it was
+        interrupted.
     """
+    prepare_environment()
     argv = sys.argv[1:] if argv is None else argv
     parser = make_parser()
     args, others = parser.parse_known_args(argv)
@@ -85,6 +88,9 @@ def main(argv: list[str] | None = None) -> int:
         name = f"trl-marble {args.command}"
         print(f"{name}: error: {error}\nSee `{name} --help`.", file=sys.stderr)
         return USAGE_ERROR
+    except RunError as error:
+        print(f"trl-marble {args.command}: error: {error}", file=sys.stderr)
+        return RUN_ERROR
     except KeyboardInterrupt:
         if os.environ.get("LOCAL_RANK", "0") == "0":
             mend = " Continue from the latest checkpoint with `--resume_from_checkpoint latest`."

@@ -6,16 +6,16 @@ import os
 import re
 from inspect import get_annotations
 from pathlib import Path
-from typing import Any, NoReturn, get_type_hints
+from typing import Any, NoReturn, get_args, get_type_hints
 
 import yaml
 from trl import TrlParser
 
 from .errors import UsageError
+from .yaml_settings import Plain, TextLoader, guess_types, read_boolean
 
 
-# What PyYAML lets through from below: for a date like 2024-13-45, a tag before a value that it does not fit, an
-# integer of thousands of digits, or deep nesting.
+# What PyYAML lets through from below, such as for a character that cannot be, or deep nesting.
 CONSTRUCTORS_RAISE = (ValueError, LookupError, AttributeError, TypeError, OverflowError, RecursionError)
 
 
@@ -45,29 +45,13 @@ def read_config(words: list[str]) -> tuple[dict[str, Any], list[str]]:
     if not path.is_file():
         raise UsageError(f"`--config {found.config}`: there is no such file")
     try:
-        config = yaml.load(path.read_text(encoding="utf-8"), Loader=_PlainLoader)
-        repr(config)  # raises for an integer of thousands of digits, which no message and no command line could have
+        config = yaml.load(path.read_text(encoding="utf-8"), Loader=TextLoader)
     except (yaml.YAMLError, *CONSTRUCTORS_RAISE) as error:
         raise UsageError(f"`{path}` is not YAML: {error}") from error
-    if not isinstance(config, dict) or not all(isinstance(key, str) for key in config):
+    if not isinstance(config, dict) or None in config:
         raise UsageError(f"`{path}` holds no settings; write one `option: value` a line")
     os.environ.update(_environment(config.pop("env", {}), path))
-    return config, others
-
-
-class _PlainLoader(yaml.SafeLoader):
-    """
-    Builds nothing but plain values, and refuses aliases: a few lines of them can stand for a billion values, which a
-    message that quotes the value would write out.
-    """
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):
-            event = self.peek_event()
-            raise yaml.composer.ComposerError(
-                None, None, f"`*{event.anchor}` is an alias; write the value itself", event.start_mark
-            )
-        return super().compose_node(parent, index)
+    return {str(key): value for key, value in config.items()}, others
 
 
 def _environment(variables: Any, path: Path) -> dict[str, str]:
@@ -140,6 +124,21 @@ class ConfigParser(TrlParser):
         others = [word for key, value in config.items() if key not in actions for word in _as_words(key, value)]
         return others + self.parse_known_args(words)[1]
 
+    def is_set(self, name: str, words: list[str]) -> bool:
+        """
+        Whether a switch is on.
+
+        Args:
+            name (`str`):
+                An option, which may not exist.
+            words (`list[str]`):
+                As for [`take`], which has been called.
+
+        Returns:
+            `bool`: Its value, `False` where there is no such option.
+        """
+        return bool(getattr(self.parse_known_args(words)[0], name, False))
+
     def build(self, words: list[str]) -> tuple[Any, ...]:
         """
         The dataclasses, from words and settings that [`take`] has seen.
@@ -180,14 +179,18 @@ class ConfigParser(TrlParser):
         if isinstance(value, list | dict):
             if type(value).__name__ not in str(self._hints.get(action.dest)):
                 wanted = "a list" if action.nargs == "+" else "one value"
-                raise UsageError(f"`{action.dest}` is {value!r}; it takes {wanted}")
+                raise UsageError(f"`{action.dest}` is {guess_types(value)!r}; it takes {wanted}")
             if action.nargs != "+":
-                return value  # of `TrainingArguments`, which has fields that the command line cannot write in full
+                return guess_types(value)  # of `TrainingArguments`, which has fields that the command line cannot write in full
         values = value if isinstance(value, list) else [value]
         if any(isinstance(entry, list | dict) for entry in values):
-            raise UsageError(f"`{action.dest}` is {value!r}; it takes a list of single values")
+            raise UsageError(f"`{action.dest}` is {guess_types(value)!r}; it takes a list of single values")
+        texts = [str(entry) for entry in values]
+        kinds = _kinds(self._hints.get(action.dest))
+        if bool in kinds and str not in kinds:
+            texts = [text if read_boolean(text) is None else str(read_boolean(text)) for text in texts]
         try:
-            checked = [self._get_value(action, str(entry)) for entry in values]
+            checked = [self._get_value(action, text) for text in texts]
             for entry in checked:
                 self._check_value(action, entry)
         except argparse.ArgumentError as error:
@@ -195,7 +198,18 @@ class ConfigParser(TrlParser):
         return checked if action.nargs == "+" else checked[0]
 
 
+def _kinds(hint: Any) -> tuple[Any, ...]:
+    """The types of a union, or the type itself."""
+    return get_args(hint) or (hint,)
+
+
 def _as_words(key: str, value: Any) -> list[str]:
-    if isinstance(value, bool):
-        return [f"--{key}"] if value else []
-    return [f"--{key}", str(value)]
+    """A setting of `accelerate launch` as words of its command line."""
+    from .launching import launch_parser  # takes seconds, and is needed only for a file that has such settings
+
+    action = launch_parser()._option_string_actions.get(f"--{key}")
+    if action is None or action.nargs != 0:
+        return [f"--{key}", *([str(value)] if value is not None else [])]
+    if not isinstance(value, Plain) or (chosen := read_boolean(value)) is None:
+        raise UsageError(f"`{key}` is {value!r}; it takes `true` or `false`")
+    return [f"--{key}"] if chosen else []

@@ -4,7 +4,7 @@
 from argparse import Namespace
 from typing import Any
 
-from .errors import UsageError, usage_errors
+from .errors import check_hub_access, hub_errors, usage_errors
 
 
 HELP = "push a trained adapter with its card to the Hub"
@@ -25,15 +25,13 @@ def register(subparsers: Any, whole: bool = False) -> None:
 
 
 def run(args: Namespace) -> int:
-    from httpx2 import HTTPError
-    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
-
     from ..hub import push_adapter
+    from ..hub.push import published_files
 
-    try:
-        with usage_errors():
-            url = push_adapter(args.folder, args.repo_id, private=args.private)
-    except (HTTPError, HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled) as error:
-        raise UsageError(f"the Hub did not take it: {error}") from error
+    with usage_errors():
+        published_files(args.folder)  # what is wrong here comes before what is wrong with the login
+    check_hub_access()
+    with hub_errors("nothing was pushed"), usage_errors():
+        url = push_adapter(args.folder, args.repo_id, private=args.private)
     print(url)
     return 0

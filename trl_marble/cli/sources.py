@@ -50,7 +50,8 @@ def load_model(
 
     Raises:
         `OSError`: If it cannot be loaded.
-        `ValueError`: If the pipeline that comes with the package is to be quantized.
+        `ValueError`: If the pipeline that comes with the package is to be quantized, or the pipeline has no T5 encoder
+            to leave out.
         `ImportError`: If `bitsandbytes` is missing.
     """
     if model == SHAPEWORLD:
@@ -58,12 +59,22 @@ def load_model(
             raise ValueError(
                 f"`{SHAPEWORLD}` is small and always in fp32; leave out the quantization {quantization!r}."
             )
-        return shapeworld.load_pipeline()
+        return _with_t5(shapeworld.load_pipeline(), use_t5)
     dtype = torch.bfloat16 if bf16 else torch.float32
     options: dict[str, Any] = {} if use_t5 else {"text_encoder_3": None, "tokenizer_3": None}
     if quantization is not None:
         options["quantization_config"] = quantization_config(quantization, dtype)
-    return load_pipeline(model, dtype, **options)
+    return _with_t5(load_pipeline(model, dtype, **options), use_t5)
+
+
+def _with_t5(pipeline: DiffusionPipeline, use_t5: bool) -> DiffusionPipeline:
+    """The pipeline, checked: diffusers passes over a component that is to be left out and that there is not."""
+    if not use_t5 and "text_encoder_3" not in pipeline.components:
+        raise ValueError(
+            f"`use_t5=False` leaves out the T5 encoder of Stable Diffusion 3, and a {type(pipeline).__name__} has none "
+            "of that kind; leave the setting out."
+        )
+    return pipeline
 
 
 def load_sources(
@@ -79,7 +90,8 @@ def load_sources(
     Args:
         sources (`Sequence[str]`):
             Each is `source` or `name=source`, with a source that [`~trl_marble.data.load_prompts`] reads, `ocr:N` or
-            `compositional:N` for N generated prompts, or `shapeworld`.
+            `compositional:N` for N generated prompts, or `shapeworld`. A path that exists is that path, whatever is in
+            its name.
         split (`str`, *optional*, defaults to `"train"`):
             The split to read. Prompts that are generated for `"train"` are never among those for other splits,
             whatever their numbers and seeds.
@@ -99,20 +111,23 @@ def load_sources(
         `FileNotFoundError`: If there is no such source.
     """
     datasets: dict[str, Dataset] = {}
+    is_named = False
     for text in sources:
         found = NAMED_SOURCE.fullmatch(text)
         if found is None:
             raise ValueError("A source of prompts is empty; name a file, a folder, a Hub dataset or a generator.")
-        name = found["name"] or _name_of(found["source"])
+        given, source = (None, text) if Path(text).exists() else (found["name"], found["source"])
+        is_named = is_named or given is not None
+        name = given or _name_of(source)
         if name in datasets:
-            raise ValueError(f"Two sources are named {name!r}; tell them apart: `a={found['source']} b=...`.")
-        datasets[name] = _load_source(found["source"], split, column, seed)
+            raise ValueError(f"Two sources are named {name!r}; tell them apart: `a={source} b=...`.")
+        datasets[name] = _load_source(source, split, column, seed)
     if weights is not None and len(weights) != len(datasets):
         raise ValueError(
             f"There are {len(weights)} weights ({', '.join(map(str, weights))}) for the sources "
             f"{', '.join(datasets)}; give each source one, in their order."
         )
-    if len(datasets) == 1 and weights is None and not any("=" in text for text in sources):
+    if len(datasets) == 1 and weights is None and not is_named:
         return next(iter(datasets.values()))
     return mix_prompts(datasets, None if weights is None else dict(zip(datasets, weights, strict=True)))
 

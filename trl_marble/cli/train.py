@@ -1,12 +1,13 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
 """`trl-marble train`: align a pipeline with several rewards."""
 
+import re
 from argparse import Namespace
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from .errors import usage_errors
+from .errors import UsageError, check_hub_access, hub_errors, run_errors, usage_errors
 from .launching import run_command
 
 
@@ -56,7 +57,8 @@ class ScriptArguments:
         lora_alpha (`int`, *optional*, defaults to `64`):
             The update is scaled by `lora_alpha / lora_r`.
         lora_target_modules (`list[str]`, *optional*):
-            Names of the layers to adapt; the attention projections of the pipeline's family if left out.
+            Names of the layers to adapt, `all-linear`, or one regular expression for whole names; the attention
+            projections of the pipeline's family if left out.
         weighting (`str`, *optional*, defaults to `"mgda"`):
             How the rewards are balanced, see [`MarbleNFTTrainer`].
     """
@@ -94,7 +96,11 @@ class ScriptArguments:
     lora_r: int = field(default=32, metadata={"help": "Rank of the LoRA."})
     lora_alpha: int = field(default=64, metadata={"help": "The update is scaled by lora_alpha / lora_r."})
     lora_target_modules: list[str] | None = field(
-        default=None, metadata={"help": "Layers to adapt. Defaults to the attention layers of the pipeline's family."}
+        default=None,
+        metadata={
+            "help": "Layers to adapt: ends of names, 'all-linear', or one regular expression for whole names. Defaults "
+            "to the attention layers of the pipeline's family."
+        },
     )
     weighting: str = field(default="mgda", metadata={"help": "How the rewards are balanced."})
 
@@ -124,7 +130,10 @@ def train(script_args: ScriptArguments, training_args: "MarbleConfig") -> None:
     from ..trainer import LiveTableCallback, MarbleNFTTrainer
     from .sources import load_model, load_rewards, load_sources
 
-    with usage_errors():
+    check_evaluation(script_args, training_args)
+    if training_args.push_to_hub:
+        check_hub_access(training_args.hub_token)  # before models are loaded
+    with hub_errors("nothing was trained"), usage_errors():
         checkpoint = checkpoint_to_resume(training_args)
         prompts = load_sources(
             script_args.prompts,
@@ -145,7 +154,7 @@ def train(script_args: ScriptArguments, training_args: "MarbleConfig") -> None:
         pipeline = load_model(script_args.model, training_args.bf16, script_args.use_t5, script_args.quantize_base)
         peft_config = lora_config(pipeline, script_args.lora_r, script_args.lora_alpha)
         if script_args.lora_target_modules:
-            peft_config.target_modules = script_args.lora_target_modules
+            peft_config.target_modules = lora_targets(script_args.lora_target_modules)
         trainer = MarbleNFTTrainer(
             pipeline,
             reward_funcs=[*rewards],
@@ -157,15 +166,56 @@ def train(script_args: ScriptArguments, training_args: "MarbleConfig") -> None:
             weighting=script_args.weighting,
             eval_reward_funcs=[*eval_rewards],
         )
-    trainer.train(resume_from_checkpoint=checkpoint)
+    with run_errors():
+        trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
     trainer.create_model_card()
+    folder = Path(training_args.output_dir).absolute()
     if trainer.is_world_process_zero():
-        print(f"The adapter and its card (README.md) are in {Path(training_args.output_dir).absolute()}")
+        print(f"The adapter and its card (README.md) are in {folder}")
     if training_args.push_to_hub:
-        trainer.push_to_hub()
+        again = f"the adapter is in {folder}, to be pushed by `trl-marble push`, but now nothing was pushed"
+        with hub_errors(again):
+            trainer.push_to_hub()
         if trainer.is_world_process_zero():
             print(f"They are on the Hub: {trainer.hub_model_id}")
+
+
+def check_evaluation(script_args: ScriptArguments, args: "MarbleConfig") -> None:
+    """
+    Refuse settings of evaluations that never take place.
+
+    Args:
+        script_args ([`ScriptArguments`]):
+            The options of the command.
+        args ([`MarbleConfig`]):
+            The settings of the training.
+
+    Raises:
+        [`UsageError`]: If there are prompts and no evaluation, or settings of an evaluation and no prompts.
+    """
+    if script_args.eval_prompts:
+        if args.eval_strategy == "no" and not args.eval_on_start:
+            raise UsageError("`eval_prompts` are never evaluated; set `eval_strategy` to steps, and `eval_steps`")
+    elif script_args.eval_rewards or script_args.eval_split != "test":
+        name = "eval_rewards" if script_args.eval_rewards else "eval_split"
+        raise UsageError(f"`{name}` has no effect without `eval_prompts`; name the prompts to evaluate on")
+
+
+def lora_targets(words: list[str]) -> list[str] | str:
+    """
+    The layers that a LoRA adapts, as peft has them.
+
+    Args:
+        words (`list[str]`):
+            As they were written.
+
+    Returns:
+        `list[str]` or `str`: Ends of layers' names; or the text itself of a single word that is no name: `all-linear`,
+        or a regular expression for whole names.
+    """
+    is_name = re.fullmatch(r"[\w.]+", words[0]) is not None
+    return words[0] if len(words) == 1 and not is_name else words
 
 
 def checkpoint_to_resume(args: "MarbleConfig") -> str | None:
@@ -174,14 +224,15 @@ def checkpoint_to_resume(args: "MarbleConfig") -> str | None:
 
     Args:
         args ([`MarbleConfig`]):
-            With the path of a checkpoint; `"latest"` or `"true"` for the newest whole one in the output folder; or
+            With the path of a checkpoint; `"latest"` or `"true"` for the latest valid one in the output folder;
+            `"auto"` for the same where there are checkpoints, so that one command begins a run and goes on with it; or
             nothing.
 
     Returns:
         `str`: The checkpoint's folder, or `None` to begin anew.
 
     Raises:
-        `FileNotFoundError`: If there is no such folder, or no whole checkpoint.
+        `FileNotFoundError`: If there is no such folder, or no valid checkpoint.
         `ValueError`: If the files of the checkpoint are not those that were written.
     """
     from ..trainer.checkpoint_folder import check_checkpoint, newest_whole_checkpoint
@@ -189,9 +240,15 @@ def checkpoint_to_resume(args: "MarbleConfig") -> str | None:
     wanted = args.resume_from_checkpoint
     if wanted is None or wanted.lower() == "false":
         return None
-    if wanted.lower() not in ("latest", "true"):
+    folder = Path(args.output_dir)
+    if wanted.lower() == "auto" and not any(folder.glob("checkpoint-*")):
+        return None
+    if wanted.lower() not in ("latest", "true", "auto"):
         if not Path(wanted).is_dir():
-            raise FileNotFoundError(f"`resume_from_checkpoint` is {wanted!r}; there is no such folder.")
+            raise FileNotFoundError(
+                f"`resume_from_checkpoint` is {wanted!r}; there is no such folder. Besides folders there are 'latest' "
+                "and 'auto'."
+            )
         check_checkpoint(Path(wanted))  # before models are loaded
         return wanted
-    return str(newest_whole_checkpoint(Path(args.output_dir)))
+    return str(newest_whole_checkpoint(folder))

@@ -2,7 +2,7 @@
 """Several evaluations side by side: same prompts, same seeds, same rewards."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -209,7 +209,9 @@ class EvaluationComparison:
 
 
 def compare_evaluations(
-    evaluations: Mapping[str, EvaluationResults], output_dir: str | Path | None = None
+    evaluations: Mapping[str, EvaluationResults],
+    output_dir: str | Path | None = None,
+    may_differ: Collection[str] = (),
 ) -> EvaluationComparison:
     """
     Compare pipelines, or adapters of one, on the same prompts and seeds.
@@ -219,13 +221,15 @@ def compare_evaluations(
             At least two evaluations by name; the others are compared with the first.
         output_dir (`str` or `Path`, *optional*):
             Where to write `comparison.json`, `comparison.csv` and `contact_sheet.html`. Defaults to writing nothing.
+        may_differ (`Collection[str]`, *optional*, defaults to `()`):
+            Settings of sampling that are compared themselves, such as `"guidance_scale"`.
 
     Returns:
         [`EvaluationComparison`]
 
     Raises:
-        `ValueError`: if there are fewer than two evaluations, or they differ in prompts, seeds, rewards or settings of
-            sampling.
+        `ValueError`: if there are fewer than two evaluations, or they differ in prompts, seeds, rewards or other
+            settings of sampling.
     """
     if len(evaluations) < 2:
         raise ValueError(f"There are {len(evaluations)} evaluations; pass at least two, the baseline first.")
@@ -234,7 +238,7 @@ def compare_evaluations(
     win_rates: dict[str, dict[str, WinCount]] = {}
     diversity_changes: dict[str, tuple[float, float]] = {}
     for name, after in others:
-        _check_comparable(baseline, before, name, after)
+        _check_comparable(baseline, before, name, after, may_differ)
         changes[name], win_rates[name] = {}, {}
         for reward in before.reward_names:
             pair = [results.table[reward].to_numpy() for results in (before, after)]
@@ -261,8 +265,10 @@ def compare_evaluations(
     return comparison
 
 
-def _check_comparable(baseline: str, before: EvaluationResults, name: str, after: EvaluationResults) -> None:
-    keys = [key for key in {**before.settings, **after.settings} if key not in FREE_SETTINGS]
+def _check_comparable(
+    baseline: str, before: EvaluationResults, name: str, after: EvaluationResults, may_differ: Collection[str]
+) -> None:
+    keys = [key for key in {**before.settings, **after.settings} if key not in (*FREE_SETTINGS, *may_differ)]
     differing = [
         f"`{key}` is {before.settings.get(key)!r} in {baseline!r} and {after.settings.get(key)!r} in {name!r}"
         for key in keys

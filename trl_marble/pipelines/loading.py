@@ -60,7 +60,7 @@ def load_pipeline(
             "folder that `pipeline.save_pretrained` wrote."
         )
     try:
-        return DiffusionPipeline.from_pretrained(pipeline, dtype=dtype, use_safetensors=True, **components)
+        return DiffusionPipeline.from_pretrained(os.fspath(pipeline), dtype=dtype, use_safetensors=True, **components)
     except (OSError, ValueError) as error:
         raise OSError(
             f"No pipeline could be loaded from {os.fspath(pipeline)!r}. It must be a local folder or a Hub model id "
@@ -107,7 +107,7 @@ def add_trainable_adapter(
         pipeline ([`~diffusers.DiffusionPipeline`]):
             The pipeline, changed in place.
         peft_config ([`~peft.LoraConfig`]):
-            The LoRA. It is copied.
+            The LoRA. It is copied. Without `target_modules` it gets those of the pipeline's family.
         adapter_name (`str`, *optional*, defaults to `"default"`):
             The name of the adapter in the transformer.
 
@@ -137,8 +137,11 @@ def add_trainable_adapter(
     for component in pipeline.components.values():
         if isinstance(component, torch.nn.Module):
             component.requires_grad_(False)
+    peft_config = copy.deepcopy(peft_config)
+    if peft_config.target_modules is None and not peft_config.target_parameters:
+        peft_config.target_modules = lora_config(pipeline).target_modules
     try:
-        transformer.add_adapter(copy.deepcopy(peft_config), adapter_name=adapter_name)
+        transformer.add_adapter(peft_config, adapter_name=adapter_name)
     except ValueError as error:  # such as names that no layer has
         linears = [name for name, module in transformer.named_modules() if isinstance(module, torch.nn.Linear)]
         ends = sorted({re.sub(r"^.*\.(?=[^.\d])", "", name) for name in linears})

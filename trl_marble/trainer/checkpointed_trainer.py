@@ -200,6 +200,7 @@ class CheckpointedTrainer(Trainer):
             logger.error(f"Training failed, and saving step {step} to {folder} failed too: {failure}")
         else:
             logger.warning(f"Training stopped after step {step}; it is saved in {folder}.")
+            error.add_note(f"Training stopped after step {step}; it is saved in {folder}.")  # a traceback ends with it
 
     # ---- Reading ----
 

@@ -2,7 +2,7 @@
 """The settings of [`MarbleNFTTrainer`]."""
 
 import dataclasses
-import difflib
+import inspect
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -13,6 +13,9 @@ from accelerate.utils import is_torch_version, parse_flag_from_env
 from transformers import TrainingArguments
 
 from ..balance import OLD_POLICY_PRESETS
+from ..setting_names import suggest_name
+from ..world_size import check_world_size
+from .inherited_arguments import check_arguments, check_combinations
 
 
 AGGREGATIONS = ("marble", "equal", "sum_then_normalize", "normalize_then_sum")
@@ -21,8 +24,19 @@ AMORTIZATION = ("exact", "reference")
 SCALE_REWARDS = ("batch", "group", "none")
 REWARD_FAILURE = ("raise", "mask")
 ON_NONFINITE = ("raise", "mask")
+BALANCE_SETTINGS = (
+    *("balance_every", "balance_fraction", "balance_ema", "balance_on", "amortization", "normalize_gradients"),
+)
 
 PLAIN_PROCESSES = "Start plain processes, `accelerate launch --multi_gpu --num_processes N`"
+
+
+class _SignatureOfInit:
+    """The signature of a class as its `__init__` has it."""
+
+    def __get__(self, instance: Any, owner: type) -> inspect.Signature:
+        signature = inspect.signature(owner.__init__)  # type: ignore[misc]
+        return signature.replace(parameters=list(signature.parameters.values())[1:])
 
 
 @dataclass(repr=False)  # the inherited one hides tokens
@@ -318,22 +332,26 @@ class MarbleConfig(TrainingArguments):
     num_images_to_log: int = field(default=4, metadata={"help": "Number of prompts in a logged grid."})
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
-        # The generated `__init__` would name the unknown key too, but not the one that was meant.
+        # The generated `__init__` would name the unknown setting too, but not the one that was meant.
         known = [f.name for f in dataclasses.fields(cls) if f.init]
         for name in kwargs:
             if name not in known:
-                nearest = difflib.get_close_matches(name, known, n=1)
-                mend = f"did you mean `{nearest[0]}`?" if nearest else "see the docstring for the settings there are."
-                raise TypeError(f"`{cls.__name__}` has no setting `{name}`; {mend}")
+                how = suggest_name(name, known) or "see the docstring for the settings there are"
+                raise TypeError(f"`{cls.__name__}` has no setting `{name}`; {how}{'' if how.endswith('?') else '.'}")
         return super().__new__(cls)
+
+    __signature__ = _SignatureOfInit()  # else notebooks and `inspect` would show that of `__new__`
 
     def __post_init__(self) -> None:
         self._check_launch()
+        check_arguments(self)
         super().__post_init__()
         self._check_choices()
         self._check_ranges()
         self._check_batches()
+        self._check_unused()
         self._check_inherited()
+        check_combinations(self)
         self._check_devices()
 
     def _check_choices(self) -> None:
@@ -418,22 +436,28 @@ class MarbleConfig(TrainingArguments):
                 f"({self.num_generations}). Change one of them so that every prompt has its whole group."
             )
 
+    def _check_unused(self) -> None:
+        """Refuse settings that have no effect beside others."""
+        defaults = {f.name: f.default for f in dataclasses.fields(MarbleConfig)}
+        unused: dict[str, str] = {}
+        if not self.balances_gradients:
+            reason = f"`multi_objective_aggregation={self.multi_objective_aggregation!r}`, which balances no gradients"
+            unused = dict.fromkeys(BALANCE_SETTINGS, reason)
+        elif self.balance_every == 1 and self.balance_fraction == 1:
+            unused["amortization"] = "`balance_every=1`, which solves the balancing problem at every step"
+        if not self.log_images:
+            unused["log_images_steps"] = "`log_images=False`"
+        for name, reason in unused.items():
+            if getattr(self, name) != defaults[name]:
+                raise ValueError(
+                    f"`{name}={getattr(self, name)!r}` has no effect with {reason}; leave one of the two out."
+                )
+
     def _check_inherited(self) -> None:
-        if self.fp16:
-            raise ValueError(
-                "`fp16=True` is not supported: per-reward gradients are not loss-scaled. Use `bf16=True`."
-            )
         if self.load_best_model_at_end:
             raise ValueError(
                 "`load_best_model_at_end=True` is not supported. Keep checkpoints (`save_total_limit`) and load the "
                 "one you want with `load_lora_weights`."
-            )
-        if self.remove_unused_columns:
-            raise ValueError("`remove_unused_columns` must be `False`: rewards receive every column of the dataset.")
-        if self.auto_find_batch_size:
-            raise ValueError(
-                "`auto_find_batch_size=True` is not supported: it would change the prompts of a step. Set "
-                "`per_device_train_batch_size` and `rollout_batch_size` yourself."
             )
 
     def _check_launch(self) -> None:
@@ -450,10 +474,11 @@ class MarbleConfig(TrainingArguments):
                 f"and the gradients of each reward are needed whole. {PLAIN_PROCESSES}, and set `shard_base=True`: it "
                 "shards the frozen base, which is nearly all of the memory, by FSDP2."
             )
-        if self.parallelism_config or _is_set("ACCELERATE_USE_PARALLELISM_CONFIG", "ACCELERATE_USE_MEGATRON_LM"):
+        if self.parallelism_config is not None or _is_set("ACCELERATE_USE_PARALLELISM_CONFIG", "ACCELERATE_USE_MEGATRON_LM"):
             raise ValueError(f"Tensor, context and pipeline parallelism are not supported. {PLAIN_PROCESSES}.")
 
     def _check_devices(self) -> None:
+        check_world_size(self.world_size)
         if self.n_gpu > 1:
             raise ValueError(
                 f"One process sees {self.n_gpu} GPUs and would use the first one only. {PLAIN_PROCESSES} to use N of "

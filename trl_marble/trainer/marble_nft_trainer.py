@@ -1,6 +1,7 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
 """The trainer, in the order of the data: prompts, rollout, rewards, advantages, gradients, update, adapter."""
 
+import os
 import sys
 import warnings
 from collections.abc import Callable, Mapping
@@ -64,19 +65,20 @@ from .marble_config import MarbleConfig
 from .metrics import MetricBuffer, average_logged
 from .nonfinite import NonFiniteGuard, finite_mean, refuse_nonfinite, refuse_nonfinite_run
 from .out_of_memory import rollout_advice, update_advice
-from .pictures import RolloutRecord, log_evaluation, log_plots, log_rollout
+from .pictures import RolloutRecord, choose_rows, log_evaluation, log_plots, log_rollout
 from .preparation import measured_linears, place_base
 from .publishing import push_checkpoint, push_output, write_card, write_card_beside_adapter
 from .reward_failures import count_failures
 from .sampling import sample_and_score
 from .seeding import Draw, derive_seed
 from .step_gradient import LossShares, StepGradient
+from .unsupported_methods import WithoutPredictions
 
 
 logger = logging.get_logger(__name__)
 
 
-class MarbleNFTTrainer(CheckpointedTrainer):
+class MarbleNFTTrainer(WithoutPredictions, CheckpointedTrainer):
     """
     Trainer for flow-matching pipelines against several rewards at once: MARBLE
     (https://huggingface.co/papers/2605.06507) on DiffusionNFT (https://huggingface.co/papers/2509.16117).
@@ -119,8 +121,8 @@ class MarbleNFTTrainer(CheckpointedTrainer):
             Held-out rewards: scored in evaluations beside `reward_funcs`, and never trained on. What rises in training
             and not here is not quality, see [`RewardHackingCallback`].
         peft_config ([`~peft.LoraConfig`], *optional*):
-            The adapter. Defaults to rank 32, alpha 64 on the projections that are usually trained in the pipeline's
-            family.
+            The adapter. Defaults to rank 32, alpha 64. Without `target_modules` it is put on the projections that are
+            usually trained in the pipeline's family.
         callbacks (`list` of [`~transformers.TrainerCallback`], *optional*):
             Callbacks to add to the default ones. In a terminal a [`LiveTableCallback`] is one of these, unless one is
             given here or `args.disable_tqdm` is set.
@@ -146,7 +148,7 @@ class MarbleNFTTrainer(CheckpointedTrainer):
 
     def __init__(
         self,
-        pipeline: str | DiffusionPipeline,
+        pipeline: str | os.PathLike | DiffusionPipeline,
         reward_funcs: str | RewardFunc | list[str | RewardFunc],
         args: MarbleConfig | None = None,
         train_dataset: Dataset | None = None,
@@ -158,8 +160,8 @@ class MarbleNFTTrainer(CheckpointedTrainer):
         eval_reward_funcs: str | RewardFunc | list[str | RewardFunc] | None = None,
     ) -> None:
         if args is None:
-            name = pipeline if isinstance(pipeline, str) else type(pipeline).__name__
-            args = MarbleConfig(f"{Path(name).name}-marble")
+            place = Path(type(pipeline).__name__ if isinstance(pipeline, DiffusionPipeline) else pipeline)
+            args = MarbleConfig(f"{place.absolute().name}-marble")
         if not isinstance(args, MarbleConfig):
             raise TypeError(f"`args` is a {type(args).__name__}; pass a `MarbleConfig`.")
         if train_dataset is None:
@@ -186,9 +188,10 @@ class MarbleNFTTrainer(CheckpointedTrainer):
                 f"rewards ({', '.join(self.scorer.names)}); pass one weight a reward, in their order."
             )
         self.reward_weights = torch.tensor(args.reward_weights or [1.0] * num_rewards)
-        if args.multi_objective_aggregation == "equal" and weighting != "mgda":
+        if args.multi_objective_aggregation != "marble" and weighting != "mgda":
             raise ValueError(
-                "`weighting` has no effect with `multi_objective_aggregation='equal'`; leave one of the two out."
+                f"`weighting` has no effect with `multi_objective_aggregation={args.multi_objective_aggregation!r}`; "
+                "leave one of the two out."
             )
         self.weighting = get_weighting("equal" if args.multi_objective_aggregation == "equal" else weighting)
 
@@ -400,12 +403,12 @@ class MarbleNFTTrainer(CheckpointedTrainer):
 
     # ---- Rollout, rewards, advantages ----
 
-    def _generate(self, rows: list[int], cycle: int) -> GenerationBatch:
+    def _generate(self, row_numbers: list[int], cycle: int) -> GenerationBatch:
         """Sample the rows' prompts with the old policy, score the images and compare them with their group."""
         with self.together.phase():  # it may fail in one process, where a dataset reads files
-            columns = read_rows(self.train_dataset, rows)
+            columns = read_rows(self.train_dataset, row_numbers)
         self._prompts = prompts = columns.pop("prompt")
-        sample_ids = range(self.args.process_index * len(rows), (self.args.process_index + 1) * len(rows))
+        sample_ids = range(self.args.process_index * len(prompts), (self.args.process_index + 1) * len(prompts))
         seeds = [derive_seed(self.args.seed, Draw.ROLLOUT, cycle, i) for i in sample_ids]
         to_edit = columns["image"] if self.edits else None
         batch_size = self.args.rollout_batch_size
@@ -433,7 +436,8 @@ class MarbleNFTTrainer(CheckpointedTrainer):
         self.metrics.record("drift/diversity", group_diversity(features, groups).nanmean().item())
         if self.args.log_images:
             sources = None if "source" not in columns else gather_object([str(source) for source in columns["source"]])
-            self._latest_rollout = RolloutRecord(prompts, images, rewards, all_rewards, sources, scores.extras)
+            rows = choose_rows(prompts, images, rewards, scores.extras, self.args.num_images_to_log)
+            self._latest_rollout = RolloutRecord(rows, all_rewards, sources)
         advantages = aggregate_advantages(
             all_rewards,
             groups=groups,
@@ -672,7 +676,7 @@ class MarbleNFTTrainer(CheckpointedTrainer):
                 step, latest = self.state.global_step, self._latest_images_step
                 if latest is None or step - latest >= self.args.log_images_steps:
                     self._latest_images_step = step
-                    log_rollout(self, self.scorer.names, self._latest_rollout, self.args.num_images_to_log)
+                    log_rollout(self, self.scorer.names, self._latest_rollout)
 
     def progress(self, what: str, total: int) -> ProgressBar:
         """

@@ -19,34 +19,86 @@ from .trackers import send_to_trackers
 
 
 @dataclass(frozen=True)
-class RolloutRecord:
+class GridRow:
     """
-    What is kept of a generation batch to be shown.
+    A prompt with some of its images.
 
     Args:
-        prompts (`list[str]`):
-            The prompt of each of this process's images.
+        prompt (`str`):
+            The prompt.
         images (`list[PIL.Image.Image]` or `list[list[PIL.Image.Image]]`):
-            This process's images, or videos.
-        rewards (`Tensor` of shape `[K, number of this process's images]`, float32):
+            The images, or videos.
+        rewards (`Tensor` of shape `[K, number of images]`, float32):
             Their rewards, NaN where one does not apply.
+        extras (`Mapping[str, Sequence[Any]]`):
+            Column -> one value for each image.
+    """
+
+    prompt: str
+    images: list[Sample]
+    rewards: Tensor
+    extras: Mapping[str, Sequence[Any]]
+
+
+@dataclass(frozen=True)
+class RolloutRecord:
+    """
+    What is kept of a generation batch to be shown: of its images only those of a few prompts.
+
+    Args:
+        rows (`list[GridRow]`):
+            Some prompts of this process, with some of their images.
         all_rewards (`Tensor` of shape `[K, B]`, float32):
             The rewards of the images of all processes.
         all_sources (`list[str]`, *optional*):
             The column `source` of the images of all processes, where the prompt set has it.
-        extras (`Mapping[tuple[str, str], list]`, *optional*):
-            What rewards logged with `log_extra`: reward and column -> one value for each of this process's images.
     """
 
-    prompts: list[str]
-    images: list[Sample]
-    rewards: Tensor
+    rows: list[GridRow]
     all_rewards: Tensor
     all_sources: list[str] | None
-    extras: Mapping[LogKey, list[Any]] = field(default_factory=dict)
 
 
-def log_rollout(trainer: Trainer, names: list[str], record: RolloutRecord, num_prompts: int) -> None:
+def choose_rows(
+    prompts: Sequence[str],
+    images: Sequence[Sample],
+    rewards: Tensor,
+    extras: Mapping[LogKey, Sequence[Any]],
+    num_prompts: int,
+) -> list[GridRow]:
+    """
+    The rows of a grid of a generation batch's images.
+
+    Args:
+        prompts (`Sequence[str]`):
+            The prompt of each image.
+        images (`Sequence[PIL.Image.Image]` or `Sequence[list[PIL.Image.Image]]`):
+            The images, or videos.
+        rewards (`Tensor` of shape `[K, number of images]`, float32):
+            Their rewards, NaN where one does not apply.
+        extras (`Mapping[tuple[str, str], Sequence[Any]]`):
+            What rewards logged with `log_extra`: reward and column -> one value for each image.
+        num_prompts (`int`):
+            How many prompts the grid shows, and at most how many images of each.
+    """
+    shown: dict[str, list[int]] = {}
+    for place, prompt in enumerate(prompts):
+        if prompt in shown or len(shown) < num_prompts:
+            shown.setdefault(prompt, []).append(place)
+    shown = {prompt: places[:num_prompts] for prompt, places in shown.items()}
+    columns = dict(zip(column_names(list(extras)), extras.values(), strict=True))
+    return [
+        GridRow(
+            prompt,
+            [images[place] for place in places],
+            rewards[:, places],
+            {column: [values[place] for place in places] for column, values in columns.items()},
+        )
+        for prompt, places in shown.items()
+    ]
+
+
+def log_rollout(trainer: Trainer, names: list[str], record: RolloutRecord) -> None:
     """
     Save a grid of a generation batch's images with their rewards, `<output_dir>/images/train_step_<step>.png`, and the
     histograms of all its rewards, `<output_dir>/images/rewards_step_<step>.png`; send both to the trackers. Beside a
@@ -62,26 +114,9 @@ def log_rollout(trainer: Trainer, names: list[str], record: RolloutRecord, num_p
             The K rewards.
         record ([`RolloutRecord`]):
             The generation batch.
-        num_prompts (`int`):
-            How many prompts the grid shows, and at most how many images of each.
     """
-    shown: dict[str, list[int]] = {}
-    for place, prompt in enumerate(record.prompts):
-        if prompt in shown or len(shown) < num_prompts:
-            shown.setdefault(prompt, []).append(place)
-    shown = {prompt: places[:num_prompts] for prompt, places in shown.items()}
-    extras = dict(zip(column_names(list(record.extras)), record.extras.values(), strict=True))
-    rows = [
-        _GridRow(
-            prompt,
-            [record.images[place] for place in places],
-            record.rewards[:, places],
-            {column: [values[place] for place in places] for column, values in extras.items()},
-        )
-        for prompt, places in shown.items()
-    ]
     path = _path(trainer, "images", "train")
-    _write_grid(rows, names, path)
+    _write_grid(record.rows, names, path)
 
     values = dict(zip(names, record.all_rewards.tolist(), strict=True))
     title = f"Rewards of the images of the generation batch of step {trainer.state.global_step}"
@@ -122,7 +157,7 @@ def log_evaluation(
             Prompt -> what rewards logged with `log_extra`: column -> one value for each of its images.
     """
     path = _path(trainer, "images", prefix)
-    rows = [_GridRow(prompt, list(images), rewards[prompt], extras[prompt]) for prompt, images in gallery.items()]
+    rows = [GridRow(prompt, list(images), rewards[prompt], extras[prompt]) for prompt, images in gallery.items()]
     _write_grid(rows, names, path)
     send_to_trackers(trainer.callback_handler.callbacks, trainer.state.global_step, {f"{prefix}/images": path})
 
@@ -152,17 +187,7 @@ def _path(trainer: Trainer, folder: str, name: str) -> Path:
     return Path(str(trainer.args.output_dir)) / folder / f"{name}_step_{trainer.state.global_step:06d}.png"
 
 
-@dataclass(frozen=True)
-class _GridRow:
-    """A prompt with its images, their rewards `[K, number of images]` and what else was logged of them."""
-
-    prompt: str
-    images: list[Sample]
-    rewards: Tensor
-    extras: Mapping[str, Sequence[Any]]
-
-
-def _write_grid(rows: Sequence[_GridRow], names: list[str], path: Path) -> None:
+def _write_grid(rows: Sequence[GridRow], names: list[str], path: Path) -> None:
     """Write a grid and, where there is more to say of its images than their rewards, a table."""
     captions = [_captions(names, row.rewards, row.extras) for row in rows]
     image_grid([row.images for row in rows], [row.prompt for row in rows], captions=captions, path=path)
