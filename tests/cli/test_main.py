@@ -64,7 +64,7 @@ def test_version_and_bare_command(capsys):
         (["train", "--config", "run.yaml", "--model", "empty"], "holds no diffusers pipeline"),
         (["train", "--config", "run.yaml", "--resume_from_checkpoint", "latest"], "There is no checkpoint in `run`"),
         (["train", "--config", "run.yaml", "--resume_from_checkpoint", "x"], "`resume_from_checkpoint` is 'x'"),
-        (["train", "--config", "run.yaml", "--resume_from_checkpoint", "empty"], "no whole checkpoint: it is empty"),
+        (["train", "--config", "run.yaml", "--resume_from_checkpoint", "empty"], "no valid checkpoint: it is empty"),
         (["train", "--config", "run.yaml", "--reward_weights", "1"], "has 1 values ([1.0]) for 2 rewards"),
         (["eval", "--config", "run.yaml"], "there is no option `--"),
         (["eval", "--adaptor", "x"], "required: --model, --prompts, --rewards, --output_dir"),

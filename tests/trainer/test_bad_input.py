@@ -411,10 +411,10 @@ def test_a_damaged_or_missing_checkpoint_is_refused(tmp_path, whole_run) -> None
     shutil.copytree(whole_run / "checkpoint-2", checkpoint)
     content = (checkpoint / "marble_state.safetensors").read_bytes()
     (checkpoint / "marble_state.safetensors").write_bytes(content[: len(content) // 2])
-    with pytest.raises(ValueError, match="is no whole checkpoint: `marble_state.safetensors` has .* bytes of"):
+    with pytest.raises(ValueError, match="is no valid checkpoint: `marble_state.safetensors` has .* bytes of"):
         resume(tmp_path / "out", checkpoint)
     (checkpoint / "marble_state.safetensors").unlink()
-    with pytest.raises(ValueError, match="no whole checkpoint: `marble_state.safetensors` is missing"):
+    with pytest.raises(ValueError, match="no valid checkpoint: `marble_state.safetensors` is missing"):
         resume(tmp_path / "out", checkpoint)
     with pytest.raises(FileNotFoundError, match="Pass the path of a `checkpoint-<step>` folder"):
         resume(tmp_path / "out", tmp_path / "nowhere")

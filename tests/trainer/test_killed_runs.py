@@ -95,7 +95,7 @@ def nursery(hub: LocalHub, home: Path) -> Iterator[subprocess.Popen]:
         process.stdin.close()
 
 
-def newest_whole_step(folder: Path) -> int:
+def latest_valid_step(folder: Path) -> int:
     """The step of the newest checkpoint whose files have the sizes and digests of its manifest; 0 without one."""
     steps = [0]
     for checkpoint in folder.glob("checkpoint-*"):
@@ -176,7 +176,7 @@ def kill_and_restart(tmp_path: Path, plan: list[tuple[str, float]], steps: int) 
                     break
                 moment = (folder / "moment.txt").read_text().strip() if (folder / "moment.txt").exists() else ""
                 killed["push" if kind == "push" else moment or "start"] += 1
-                whole = newest_whole_step(folder)
+                whole = latest_valid_step(folder)
                 assert whole >= before, f"step {before} was lost in {moment}"
                 before = whole
             assert_same_end(folder, tmp_path / "reference", steps, hub)

@@ -166,7 +166,7 @@ def assert_same_checkpoint(folder, other):
     assert tensors.keys() == expected.keys() and all(tensors[key].equal(expected[key]) for key in tensors)
 
 
-def test_resuming_takes_the_newest_whole_checkpoint_and_says_so(make_trainer, saved, short_run, caplog):
+def test_resuming_takes_the_latest_valid_checkpoint_and_says_so(make_trainer, saved, short_run, caplog):
     (saved / "checkpoint-6" / "scheduler.safetensors").unlink()
     content = (saved / "checkpoint-5" / "optimizer.safetensors").read_bytes()
     (saved / "checkpoint-5" / "optimizer.safetensors").write_bytes(content[:-1] + bytes([content[-1] ^ 1]))

@@ -128,13 +128,16 @@ def train(script_args: ScriptArguments, training_args: "MarbleConfig") -> None:
     """Train, save the adapter with its card, push them where asked to, and say where they are."""
     from ..pipelines import lora_config
     from ..trainer import LiveTableCallback, MarbleNFTTrainer
+    from ..trainer.checkpoint_folder import find_checkpoint, make_way
     from .sources import load_model, load_rewards, load_sources
 
     check_evaluation(script_args, training_args)
     if training_args.push_to_hub:
         check_hub_access(training_args.hub_token)  # before models are loaded
     with hub_errors("nothing was trained"), usage_errors():
-        checkpoint = checkpoint_to_resume(training_args)
+        folder = Path(training_args.output_dir)
+        checkpoint = find_checkpoint(training_args.resume_from_checkpoint, folder)  # before models are loaded
+        make_way(folder, checkpoint, training_args.overwrite_output_dir, deletes=False)
         prompts = load_sources(
             script_args.prompts,
             column=script_args.prompt_column,
@@ -167,9 +170,8 @@ def train(script_args: ScriptArguments, training_args: "MarbleConfig") -> None:
             eval_reward_funcs=[*eval_rewards],
         )
     with run_errors():
-        trainer.train(resume_from_checkpoint=checkpoint)
+        trainer.train()
     trainer.save_model()
-    trainer.create_model_card()
     folder = Path(training_args.output_dir).absolute()
     if trainer.is_world_process_zero():
         print(f"The adapter and its card (README.md) are in {folder}")
@@ -216,39 +218,3 @@ def lora_targets(words: list[str]) -> list[str] | str:
     """
     is_name = re.fullmatch(r"[\w.]+", words[0]) is not None
     return words[0] if len(words) == 1 and not is_name else words
-
-
-def checkpoint_to_resume(args: "MarbleConfig") -> str | None:
-    """
-    The checkpoint that `resume_from_checkpoint` means.
-
-    Args:
-        args ([`MarbleConfig`]):
-            With the path of a checkpoint; `"latest"` or `"true"` for the latest valid one in the output folder;
-            `"auto"` for the same where there are checkpoints, so that one command begins a run and goes on with it; or
-            nothing.
-
-    Returns:
-        `str`: The checkpoint's folder, or `None` to begin anew.
-
-    Raises:
-        `FileNotFoundError`: If there is no such folder, or no valid checkpoint.
-        `ValueError`: If the files of the checkpoint are not those that were written.
-    """
-    from ..trainer.checkpoint_folder import check_checkpoint, newest_whole_checkpoint
-
-    wanted = args.resume_from_checkpoint
-    if wanted is None or wanted.lower() == "false":
-        return None
-    folder = Path(args.output_dir)
-    if wanted.lower() == "auto" and not any(folder.glob("checkpoint-*")):
-        return None
-    if wanted.lower() not in ("latest", "true", "auto"):
-        if not Path(wanted).is_dir():
-            raise FileNotFoundError(
-                f"`resume_from_checkpoint` is {wanted!r}; there is no such folder. Besides folders there are 'latest' "
-                "and 'auto'."
-            )
-        check_checkpoint(Path(wanted))  # before models are loaded
-        return wanted
-    return str(newest_whole_checkpoint(folder))

@@ -1,5 +1,5 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
-"""Checkpoint folders: written whole or not at all, checked before they are read, deleted oldest first."""
+"""Checkpoint folders: written completely or not at all, checked before they are read, deleted oldest first."""
 
 import hashlib
 import json
@@ -59,7 +59,7 @@ def check_writable(folder: Path) -> None:
 
 def write_checkpoint(folder: Path, write_files: Callable[[Path], None], makes_folder: bool) -> None:
     """
-    Write a checkpoint that is there under its name only when it is whole, however the run may end meanwhile.
+    Write a checkpoint that is there under its name only when it is complete, however the run may end meanwhile.
 
     All files go to a folder beside it, then their sizes and digests, and all of it to the disk; then the folder gets
     its name. What earlier writes left unfinished is removed. To be called by all processes.
@@ -234,7 +234,7 @@ def find_checkpoint(wanted: str | bool | None, output_dir: Path) -> Path | None:
     if wanted is None or word == "false" or (word == "auto" and not _checkpoints(output_dir)):
         return None
     if word in ("true", "latest", "auto"):
-        return newest_whole_checkpoint(output_dir)
+        return latest_valid_checkpoint(output_dir)
     check_checkpoint(Path(str(wanted)))
     return Path(str(wanted))
 
@@ -294,25 +294,25 @@ def check_checkpoint(folder: Path) -> None:
 
     Raises:
         `FileNotFoundError`: If there is no such folder.
-        [`DamagedCheckpointError`]: Naming what is wrong, and the newest whole checkpoint beside it.
+        [`DamagedCheckpointError`]: Naming what is wrong, and the latest valid checkpoint beside it.
     """
     if not folder.is_dir():
         raise FileNotFoundError(
             f"There is no folder `{folder}` to resume from. Pass the path of a `checkpoint-<step>` folder, or `True` "
-            "for the newest whole one in `output_dir`."
+            "for the latest valid one in `output_dir`."
         )
     damage = find_damage(folder)
     if damage is None:
         return
     others = [other for other in reversed(_checkpoints(folder.parent)) if other.name != folder.name]
-    whole = next((other for other in others if find_damage(other) is None), None)
-    mend = "there is no whole one beside it" if whole is None else f"resume from `{whole}`, the newest whole one"
-    raise DamagedCheckpointError(f"`{folder}` is no whole checkpoint: {damage}; {mend}.")
+    valid = next((other for other in others if find_damage(other) is None), None)
+    how = "there is no valid one beside it" if valid is None else f"resume from `{valid}`, the latest valid one"
+    raise DamagedCheckpointError(f"`{folder}` is no valid checkpoint: {damage}; {how}.")
 
 
-def newest_whole_checkpoint(output_dir: Path) -> Path:
+def latest_valid_checkpoint(output_dir: Path) -> Path:
     """
-    The newest checkpoint of a run that is whole. Newer ones that are not are told of in a warning.
+    The latest checkpoint of a run that is valid. A warning names later ones that are not.
 
     Args:
         output_dir (`Path`):

@@ -333,16 +333,20 @@ class MarbleNFTTrainer(WithoutPredictions, CheckpointedTrainer):
 
         Args:
             resume_from_checkpoint (`str` or `bool`, *optional*):
-                The folder of a checkpoint to go on from, or `True` for the newest whole one in `args.output_dir`.
-                Checkpoints that were damaged since they were written, or not written to their end, are then told of
-                in a warning and passed over.
+                The folder of a checkpoint to go on from; `True` or `"latest"` for the latest valid one in
+                `args.output_dir`, where a warning names checkpoints that were damaged since they were written, or not
+                written to their end; `"auto"` for the same if there is any; `False` to begin anew. Defaults to
+                `args.resume_from_checkpoint`. Settings that are not those of the checkpoint are used, and a warning
+                names them.
             kwargs:
                 See [`~transformers.Trainer.train`].
 
         Raises:
             `FileNotFoundError`: If there is no checkpoint to resume from.
-            `ValueError`: If the files of the checkpoint are not those that were written (the message names the newest
-                whole one), or if it belongs to another run.
+            `FileExistsError`: If the run would write its checkpoints among those of another one, see
+                `MarbleConfig.overwrite_output_dir`.
+            `ValueError`: If the files of the checkpoint are not those that were written (the message names the latest
+                valid one), or if it belongs to another run.
             `OSError`: If a checkpoint cannot be written, as on a full disk. Those before it are as they were.
         """
         self._micro_step = 0
