@@ -22,6 +22,8 @@ FILLING = r"""[\s*_`"'“”‘’\[({}<:：=|#$]{0,20}"""
 CLOSING = r"""(?:[*_`"'“”’$]|\s?[\])}>|]){0,8}"""
 
 BRACKETS = re.compile(r"[\[(]([^\[\]()\n]{1,60})[\])]")
+BRACKETS_BEHIND = re.compile(r"(?P<gap>\s{0,10})[\[(](?P<inside>[^\[\]()\n]{1,200})[\])]")
+SCALE_BEGINS = re.compile(r"\s*(?:out|of|/|max|scale|on|from|\d)", re.IGNORECASE)
 SCORE = re.compile(rf"(?P<filling>{FILLING}(?:is\b{FILLING})?)(?P<score>[-+]?{NUMBER})(?![\w½]|[.,:]\d)")
 # A scale behind the score: "/5", "out of 5", "of 5", "(out of 5)", "(1-5)", "points".
 OUT_OF = re.compile(rf"\s{{0,10}}(?:\\?/|out[\s-]of|of)\s*(?P<of>{NUMBER}){CLOSING}", re.IGNORECASE)
@@ -43,7 +45,15 @@ SCALE_TOP = re.compile(
 WORDS = {"five": 5, "ten": 10, "twenty": 20, "hundred": 100}
 # What may come behind a score on its line without changing it: the end of the clause, or a reason.
 CLAUSE_END = re.compile(r"[.,;!。，；！}\])|]")
-REASON = re.compile(r"\s*(?:[:–—-]\s|(?:because|since|as|for|due|given|with|based|but|and)\b)", re.IGNORECASE)
+REASON = re.compile(r"\s*(?:[:–—-]\s+(?=[^\W\d_])|(?:because|since|as)\b)", re.IGNORECASE)
+SHORT_REASON = re.compile(r"\s*(?:for|due|given|with|based|but|and)\b", re.IGNORECASE)
+# Of a reason with numbers in it: what tells of a sum, of another score or of a scale, and not of three cats.
+CHANGED = re.compile(
+    r"[?%=→+]|[-–—−]\s?\d|\d\s*[/*×÷]\s*\d|\b(?:minus|plus|times|less|deduct\w*|subtract\w*|or|no|not|wait|but|though|"
+    r"maybe|perhaps|rather|instead|actually|scratch|sorry|would|could|should|between|average|mean|rounded|percent|scale|max\w*|best|"
+    r"highest|perfect|out\s?of|of\s+\d)\b",
+    re.IGNORECASE,
+)
 # "4, 3" and "4; 3 for style", but not "5, 2 cats".
 ANOTHER = re.compile(rf"\s*[,;/|&]?\s*{NUMBER}\s*+(?!(?!(?:for|in|on|of|to|out)\b)[^\W\d_])", re.IGNORECASE)
 CORRECTION = re.compile(
@@ -139,14 +149,15 @@ def _check_behind(text: str, start: int, found: re.Match[str], low: float, high:
     if ("<" in found["filling"]) != (closing is not None and ">" in closing[0]):
         raise ValueError(doubt)
     for _ in range(3):  # "4/5 points", "4 points (out of 5)"
-        brackets = re.compile(rf"\s{{0,10}}{BRACKETS.pattern}").match(text, place)
+        brackets = BRACKETS_BEHIND.match(text, place)
         if out_of := OUT_OF.match(text, place):
             _check_top(out_of["of"], high)
             place = out_of.end()
         elif unit := UNIT.match(text, place):
             place = unit.end()
-        elif brackets:
-            _check_brackets(brackets[1], low, high)
+        elif brackets and (brackets["gap"].count("\n") == 0 or SCALE_BEGINS.match(brackets["inside"])):
+            if not _is_reason(brackets["inside"]):
+                _check_brackets(brackets["inside"], low, high)
             place = brackets.end()
     line_end = text.find("\n", place)
     rest = text[place : min(line_end if line_end >= 0 else len(text), place + 300)]
@@ -158,8 +169,15 @@ def _check_behind(text: str, start: int, found: re.Match[str], low: float, high:
         raise ValueError(doubt)
     if CLAUSE_END.match(rest.lstrip(" ")) or not re.search(r"[\w?+=/÷×*^~<>±→\\%-]", rest):
         return
-    if not REASON.match(rest) or re.search(r"[\d?%]", clause):
+    if REASON.match(rest) and _is_reason(clause):
+        return
+    if not (REASON.match(rest) or SHORT_REASON.match(rest)) or re.search(r"[\d?%]", clause):
         raise ValueError(doubt)
+
+
+def _is_reason(text: str) -> bool:
+    """Whether numbers in what follows a score are about the image: there are words, and none of a sum or a scale."""
+    return len(re.findall(r"[^\W\d_]{2,}", text)) >= 2 and not CHANGED.search(text)
 
 
 def _check_brackets(inside: str, low: float, high: float) -> None:
