@@ -133,7 +133,7 @@ def test_prompts_and_columns_arrive_as_they_are():
     for name, values in ({"prompts": prompts} | columns).items():
         assert [value for call in recorder.calls for value in call[name]] == values
     assert all(call["trainer_state"] is None for call in recorder.calls)
-    assert set(recorder.calls[0]) == {"images", "prompts", "trainer_state", *columns}
+    assert set(recorder.calls[0]) == {"images", "prompts", "trainer_state", "log_metric", "log_extra", *columns}
 
 
 def test_only_the_columns_that_are_named_are_sent():
@@ -142,7 +142,7 @@ def test_only_the_columns_that_are_named_are_sent():
         remote(server, columns=["a"])(images=pictures(1), prompts=["p"], a=[1], unsendable=[object()])
         with pytest.raises(ValueError, match="no column 'b', which `columns` of 'Recorder' asks for"):
             remote(server, columns=["b"])(images=pictures(1), prompts=["p"], a=[1])
-    assert set(recorder.calls[0]) == {"images", "prompts", "trainer_state", "a"}
+    assert set(recorder.calls[0]) == {"images", "prompts", "trainer_state", "log_metric", "log_extra", "a"}
 
 
 @pytest.mark.parametrize(
