@@ -17,8 +17,8 @@ def check_world_size(num_processes: int) -> None:
     """
     launched = os.environ.get("WORLD_SIZE", "1")
     how = (
-        "One process for each accelerator is started by `accelerate launch --multi_gpu --num_processes N`; for N on CPUs "
-        "also set `use_cpu=True`, or start them by `trl-marble train --cpu --num_processes N`."
+        "One process for each accelerator is started by `accelerate launch --multi_gpu --num_processes N`; for N on "
+        "CPUs also set `use_cpu=True`, or start them by `trl-marble train --cpu --num_processes N`."
     )
     if launched.isdecimal() and int(launched) > 1 and int(launched) != num_processes:
         raise ValueError(

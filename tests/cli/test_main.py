@@ -1,9 +1,11 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
 """The command line as a whole: help without waiting, errors in a line, completion by tab."""
 
+import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -66,7 +68,22 @@ def test_version_and_bare_command(capsys):
         (["train", "--config", "run.yaml", "--resume_from_checkpoint", "x"], "`resume_from_checkpoint` is 'x'"),
         (["train", "--config", "run.yaml", "--resume_from_checkpoint", "empty"], "no valid checkpoint: it is empty"),
         (["train", "--config", "run.yaml", "--reward_weights", "1"], "has 1 values ([1.0]) for 2 rewards"),
-        (["eval", "--config", "run.yaml"], "there is no option `--"),
+        (
+            ["eval", "--config", "run.yaml"],
+            "and 5 more: options of `trl-marble train`, which `trl-marble eval` does not",
+        ),
+        (["train", "--config", "run.yaml", "--batch_sise", "2"], "there is no option `--batch_sise`"),
+        (["train", "--config", "run.yaml", "--adapter", "x"], "`adapter`: options of `trl-marble eval`"),
+        (["train", "--config", "run.yaml", "--log_completions"], "did you mean `--log_images`?"),
+        (["train", "--config", "run.yaml", "--lora_rank", "2"], "did you mean `--lora_r`?"),
+        (["train", "--config", "run.yaml", "--epsilon", "2"], "`--epsilon`; there is no likelihood ratio to clip"),
+        (["train", "--config", "run.yaml", "--warmup_steps", "2"], "`warmup_steps=2.0` has no effect with"),
+        (["train", "--config", "run.yaml", "--eval_prompts", "prompts.txt"], "`eval_prompts` are never evaluated"),
+        (
+            ["train", "--config", "run.yaml", "--eval_rewards", "my_rewards.blue"],
+            "has no effect without `eval_prompts`",
+        ),
+        (["train", "--config", "run.yaml", "--eval_split", "x"], "`eval_split` has no effect without `eval_prompts`"),
         (["eval", "--adaptor", "x"], "required: --model, --prompts, --rewards, --output_dir"),
         (["compare", "empty"], "there is nothing to compare with"),
         (["compare", "empty", "nowhere"], "there is no folder 'nowhere'"),
@@ -74,12 +91,17 @@ def test_version_and_bare_command(capsys):
         (["compare", "a=empty", "b=empty"], "`empty` holds no finished evaluation"),
         (["compare", "empty", "b=empty", "--outputdir", "x"], "`--outputdir`; did you mean `--output"),
         (["card", "empty", "--after", "empty"], "`empty` holds no finished evaluation"),
+        (["compare", "x=y", "a=empty"], "there is no folder 'y'"),
+        (["compare", "x=y=empty", "a=empty"], "there is no folder 'y=empty'"),
+        (["compare", "x=cfg=1", "cfg=1"], "`x=cfg=1` holds no finished evaluation"),
         (["push", "empty", "me/x"], "has no adapter"),
         (["push", "empty", "me/x", "me/y"], "unexpected 'me/y'"),
     ],
 )
 def test_mistakes_are_one_message_and_status_2(workplace, capsys, words, message):
     (workplace / "empty").mkdir()
+    (workplace / "cfg=1").mkdir()
+    (workplace / "x=cfg=1").mkdir()
     (workplace / "typo.yaml").write_text((workplace / "run.yaml").read_text().replace("max_steps", "max_step"))
     assert main(words) == 2
     error = capsys.readouterr().err
@@ -92,6 +114,50 @@ def test_an_error_in_the_users_own_module_keeps_its_traceback(workplace):
     (workplace / "my_rewards.py").write_text("raise ValueError('my own mistake')\n")
     with pytest.raises(ValueError, match="my own mistake"):
         main(["train", "--config", "run.yaml"])
+
+
+def test_help_of_training_imports_no_diffusers():
+    code = """
+import sys
+from trl_marble.cli.main import main
+try:
+    main(["train", "--help"])
+except SystemExit:
+    print(sorted({"diffusers", "datasets", "pandas", "matplotlib"} & set(sys.modules)))
+"""
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert done.stdout.endswith("[]\n")
+
+
+PREPARED = """
+import logging, os, sys
+from trl_marble.cli import environment
+environment.ACCELERATORS = sys.argv[1:]
+from trl_marble.cli.main import main
+main([])
+import transformers.utils.import_utils as utils
+utils.logger.warning("`A` requires torchvision (not installed); falling back to `B`")
+utils.logger.warning("something else")
+print(os.environ.get("OMP_WAIT_POLICY"), "torch" in sys.modules)
+"""
+
+
+@pytest.mark.parametrize(
+    ("set_before", "devices", "policy"),
+    [(None, ["/nowhere"], "passive"), ("active", ["/nowhere"], "active"), (None, [os.sep], "None")],
+    ids=["none", "set by the user", "with an accelerator"],
+)
+def test_waiting_threads_sleep_on_machines_without_an_accelerator(set_before, devices, policy):
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    environment |= {} if set_before is None else {"OMP_WAIT_POLICY": set_before}
+    words = [sys.executable, "-c", PREPARED, *devices]
+    done = subprocess.run(words, check=True, capture_output=True, text=True, env=environment)
+    assert done.stdout.splitlines()[-1].split()[0] == policy
+    assert "torchvision" not in done.stderr and "something else" in done.stderr
+
+
+def test_types_are_shipped():
+    assert (Path(trl_marble.__file__).parent / "py.typed").is_file()
 
 
 def test_whole_help_of_training(capsys):

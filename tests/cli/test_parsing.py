@@ -9,6 +9,7 @@ import pytest
 
 from trl_marble.cli.errors import UsageError
 from trl_marble.cli.parsing import ConfigParser, read_config
+from trl_marble.cli.yaml_settings import Plain
 
 
 @dataclass
@@ -53,8 +54,67 @@ def test_values_of_a_file_are_those_of_the_command_line(parse):
 
 
 @pytest.mark.parametrize(
+    "written", ["007", "0123457", "1_0", "1:30", "1e3", "2026-01-02", "1.10", "no", "on", "True", "0x1F"]
+)
+def test_a_text_is_what_is_written(parse, written):
+    options, _ = parse(f"name: {written}\nplaces: [{written}, '{written}']\ntools: {written}\n")
+    assert options.name == written and options.places == [written, written]
+
+
+def test_quotes_say_that_a_null_is_a_text(parse):
+    assert parse("name: 'null'\ntools: ~\n")[0].name == "null"
+    with pytest.raises(UsageError, match="required: --name|`name` has no value"):
+        parse("name: null\n")
+
+
+@pytest.mark.parametrize(("written", "value"), [("0512", 512), ("-3", -3), ("'4'", 4)])
+def test_a_whole_number_is_read_in_tens(parse, written, value):
+    assert parse(f"name: a\nnumber: {written}\n")[0].number == value
+
+
+@pytest.mark.parametrize(
+    ("written", "value"), [("yes", True), ("Off", False), ("on", True), ("no", False), ("1", True)]
+)
+def test_a_truth_value_has_many_words(parse, written, value):
+    assert parse(f"name: a\nfast: {written}\n")[0].fast is value
+
+
+def test_a_choice_may_be_a_word_that_yaml_takes_for_something_else(parse):
+    @dataclass
+    class Choice:
+        when: Literal["no", "on"] = "on"
+
+    parser = ConfigParser(Choice)
+    parser.take([], {"when": Plain("no")})
+    assert parser.build([])[0].when == "no"
+
+
+def test_inside_a_mapping_values_are_what_they_look_like(parse):
+    text = "extra: {rate: 1e-5, steps: 3, old: 007, fast: false, name: no, text: '3', many: [1, a], none: }"
+    extra = {"rate": 1e-5, "steps": 3, "old": "007", "fast": False, "name": "no", "text": "3", "many": [1, "a"]}
+    assert parse(f"name: a\n{text}\n")[0].extra == extra | {"none": None}
+
+
+@pytest.mark.parametrize(
     ("text", "message"),
     [
+        ("number: 3\nnumber: 4", "`number` stands twice"),
+        ("extra: {a: 1, a: 2}", "`a` stands twice"),
+        ("number: !!int 3", "the tag `tag:yaml.org,2002:int` is not read; write the value itself"),
+        ("[a, b]: 3", "a key is not a single word"),
+    ],
+)
+def test_what_would_be_lost_or_changed_is_refused(parse, text, message):
+    with pytest.raises(UsageError) as caught:
+        parse(f"name: a\n{text}\n")
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("number: 1:30", "argument --number: invalid int value: '1:30'"),
+        ("number: 0x200", "argument --number: invalid int value: '0x200'"),
         ("number: 1.5", "argument --number: invalid int value: '1.5'"),
         ("number: many", "argument --number: invalid int value: 'many'"),
         ("number: true", "argument --number: invalid int value: 'true'"),
@@ -76,6 +136,13 @@ def test_a_bad_value_in_a_file_is_refused(parse, text, message):
 def test_what_is_not_for_the_parser_is_given_back_in_words(parse):
     _, others = parse("name: a\nprocesses: 2\ncpu: true\ndebug: false\n", "--nodes", "3", "--quick")
     assert others == ["--processes", "2", "--cpu", "--nodes", "3", "--quick"]
+
+
+def test_options_of_accelerate_launch_are_switches_or_have_values(parse):
+    text = "name: a\nmixed_precision: no\nmulti_gpu: on\ndebug: off\nmain_process_port: 0123\n"
+    assert parse(text)[1] == ["--mixed_precision", "no", "--multi_gpu", "--main_process_port", "0123"]
+    with pytest.raises(UsageError, match="`cpu` is 'maybe'; it takes `true` or `false`"):
+        parse("name: a\ncpu: maybe\n")
 
 
 def test_a_missing_option_is_named(parse):

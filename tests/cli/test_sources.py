@@ -26,6 +26,21 @@ def test_several_sources_are_mixed_by_name_and_weight(workplace):
     assert load_sources(["other.jsonl"], column="caption")["prompt"][:] == ["a tower"]
 
 
+def test_a_path_that_exists_is_that_path(workplace):
+    (workplace / "cfg=1.txt").write_text("a tower\n")
+    (workplace / "1.txt").write_text("a bridge\n")
+    prompts = load_sources(["cfg=1.txt"])
+    assert prompts["prompt"][:] == ["a tower"] and prompts.column_names == ["prompt"]
+    assert load_sources(["a=cfg=1.txt"])["source"][:] == ["a"]
+
+
+def test_a_t5_encoder_can_be_left_out_only_where_there_is_one(workplace, tiny_flux):
+    tiny_flux().save_pretrained(workplace / "flux")
+    assert load_model("base", use_t5=False).text_encoder_3 is None
+    with pytest.raises(ValueError, match="`use_t5=False` leaves out .* a FluxPipeline has none"):
+        load_model("flux", use_t5=False)
+
+
 @pytest.mark.parametrize("kind", ["ocr", "compositional"])
 def test_generated_prompts_for_training_are_never_those_for_evaluation(kind):
     train = load_sources([f"{kind}:1000"], seed=1)["prompt"][:]

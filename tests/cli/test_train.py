@@ -2,6 +2,7 @@
 """`trl-marble train` for real, on a tiny pipeline: here, in two processes, interrupted and resumed."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,7 +12,14 @@ from safetensors.torch import load_file
 
 from trl_marble.cli.launching import LAUNCHED
 from trl_marble.cli.main import main
-from trl_marble.rewards import RewardError
+
+
+FAILS_LATER = """
+def late(images, trainer_state, **kwargs):
+    if trainer_state.global_step == 1:
+        raise ValueError("no scores today")
+    return [float(i) for i in range(len(images))]
+"""
 
 
 def test_a_run_leaves_an_adapter_with_a_card_and_says_where(workplace, capsys):
@@ -52,9 +60,85 @@ def test_an_interrupted_run_can_be_continued(workplace, capsys, interruptible):
     assert (workplace / "run" / "checkpoint-3").is_dir()
 
 
-def test_an_error_of_training_keeps_its_traceback(workplace):
-    with pytest.raises(RewardError, match="no scores today"):
-        main(["train", "--config", "run.yaml", "--rewards", "my_rewards.broken"])
+def test_a_reward_that_fails_ends_with_a_message_after_its_own_traceback(workplace, capsys):
+    assert main(["train", "--config", "run.yaml", "--rewards", "my_rewards.broken"]) == 1
+    *lines, last = capsys.readouterr().err.splitlines()
+    assert last.startswith("trl-marble train: error: Reward `broken` raised ValueError: no scores today")
+    assert any('my_rewards.py", line' in line for line in lines)
+
+
+def test_the_last_line_says_where_a_stopped_run_is_saved(workplace, capsys):
+    (workplace / "my_rewards.py").write_text(FAILS_LATER)
+    assert main(["train", "--config", "run.yaml", "--max_steps", "3", "--rewards", "my_rewards.late"]) == 1
+    *_, last = capsys.readouterr().err.splitlines()
+    assert last == "Training stopped after step 1; it is saved in run/checkpoint-1."
+
+
+def test_a_fault_of_the_program_keeps_its_traceback_with_the_place_as_the_last_note(workplace, monkeypatch):
+    def fail(self, *args, **kwargs):
+        raise KeyError("a fault")
+
+    monkeypatch.setattr("trl_marble.trainer.live_table.LiveTableCallback.on_log", fail)
+    with pytest.raises(KeyError, match="a fault") as caught:
+        main(["train", "--config", "run.yaml"])
+    assert caught.value.__notes__[-1] == "Training stopped after step 1; it is saved in run/checkpoint-1."
+
+
+def test_auto_begins_a_run_and_goes_on_with_it(workplace):
+    words = ["train", "--config", "run.yaml", "--save_steps", "1", "--resume_from_checkpoint", "auto"]
+    assert main(words) == 0
+    first = (workplace / "run" / "checkpoint-1" / "trainer_state.json").stat().st_mtime_ns
+    assert main([*words, "--max_steps", "2"]) == 0
+    assert (workplace / "run" / "checkpoint-1" / "trainer_state.json").stat().st_mtime_ns == first
+    assert (workplace / "run" / "checkpoint-2").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("written", "layers"),
+    [
+        ("to_q", {"to_q"}),
+        ("all-linear", {"to_q", "to_k", "to_v", "proj", "linear", "linear_1", "proj_out"}),
+        (r".*\.attn\.to_[qv]", {"to_q", "to_v"}),
+    ],
+)
+def test_one_word_for_the_layers_may_be_a_name_all_of_them_or_an_expression(workplace, written, layers):
+    with (workplace / "run.yaml").open("a") as file:
+        file.write(f"lora_target_modules: {written}\n")
+    assert main(["train", "--config", "run.yaml"]) == 0
+    weights = load_file(workplace / "run" / "pytorch_lora_weights.safetensors")
+    found = {name.split(".")[-3] for name in weights}
+    assert found == layers if written != "all-linear" else found > layers
+
+
+def test_values_of_a_file_are_those_that_are_written(workplace):
+    with (workplace / "run.yaml").open("a") as file:
+        file.write("save_strategy: no\nrun_name: 007\n")
+    words = (workplace / "run.yaml").read_text().replace("output_dir: run", "output_dir: 0123457")
+    (workplace / "run.yaml").write_text(words)
+    assert main(["train", "--config", "run.yaml"]) == 0
+    assert (workplace / "0123457" / "pytorch_lora_weights.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    ("offline", "message"),
+    [
+        (True, "nothing can be pushed offline: .* HF_HUB_OFFLINE"),
+        (False, "you are not logged in to the Hub: run `hf auth"),
+    ],
+)
+@pytest.mark.parametrize("command", ["train", "push"])
+def test_pushing_without_a_login_or_a_network_is_refused_before_anything_is_done(
+    workplace, capsys, monkeypatch, command, offline, message
+):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", offline)
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
+    if command == "push":
+        (workplace / "run").mkdir()
+        (workplace / "run" / "README.md").write_text("---\ntags: [x]\n---\n")
+        (workplace / "run" / "pytorch_lora_weights.safetensors").touch()
+    words = {"train": ["--config", "run.yaml", "--push_to_hub"], "push": ["run", "me/x"]}
+    assert main([command, *words[command]]) == 2
+    assert re.search(message, capsys.readouterr().err)
 
 
 def test_two_processes_are_started_and_train_together(workplace):

@@ -90,7 +90,10 @@ def test_every_part_of_the_accelerator_config_is_known(settings) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"warmup_steps": 2}, "`warmup_steps=2` has no effect with `lr_scheduler_type='constant'`; set .*_with_warmup"),
+        (
+            {"warmup_steps": 2},
+            "`warmup_steps=2` has no effect with `lr_scheduler_type='constant'`; set .*_with_warmup",
+        ),
         ({"warmup_steps": 0.1}, "`warmup_steps=0.1` has no effect"),
         ({"lr_scheduler_kwargs": {"min_lr": 1e-5}}, "`lr_scheduler_kwargs=.* has no effect .*'constant'"),
         ({"eval_steps": 5}, "`eval_steps=5` has no effect with `eval_strategy='no'`; set `eval_strategy='steps'`"),

@@ -318,11 +318,13 @@ def test_other_processes_than_were_launched_are_refused(monkeypatch, environment
 @pytest.mark.parametrize("options", [["--multi_gpu"], []], ids=["two apart", "one for two"])
 def test_two_processes_that_would_work_apart_are_refused_for_real(tmp_path, options) -> None:
     script = tmp_path / "script.py"
-    script.write_text("import sys\nfrom trl_marble import MarbleConfig\nMarbleConfig('out', use_cpu='cpu' in sys.argv)\n")
+    script.write_text(
+        "import sys\nfrom trl_marble import MarbleConfig\nMarbleConfig('out', use_cpu='cpu' in sys.argv)\n"
+    )
     launch = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--num_processes", "2"]
     launch += ["--main_process_port", "0", *options]
     done = subprocess.run([*launch, str(script)], capture_output=True, text=True, timeout=300)
-    assert done.returncode != 0 and "`accelerate launch --multi_gpu --num_processes N`; for N on CPUs" in done.stderr
+    assert done.returncode != 0 and "`accelerate launch --multi_gpu --num_processes N`; for N on" in done.stderr
     if options:  # the line that the message names
         subprocess.run([*launch, str(script), "cpu"], check=True, capture_output=True, timeout=300)
 

@@ -62,8 +62,8 @@ def main(argv: list[str] | None = None) -> int:
             The words after `trl-marble`. Defaults to those of the process.
 
     Returns:
-        `int`: The exit status: 0, 1 if the run stopped, 2 if the command cannot be run as it was written, 130 if it was
-        interrupted.
+        `int`: The exit status: 0, 1 if the run stopped, 2 if the command cannot be run as it was written, 130 if it
+        was interrupted.
     """
     prepare_environment()
     argv = sys.argv[1:] if argv is None else argv

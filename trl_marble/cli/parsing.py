@@ -173,6 +173,8 @@ class ConfigParser(TrlParser):
     def _checked(self, action: argparse.Action, value: Any) -> Any:
         """A value of a YAML file as the option has it; `TrlParser` itself takes anything."""
         if value is None:
+            if action.required:
+                raise UsageError(f"`{action.dest}` has no value")
             if action.default is None:
                 return None
             raise UsageError(f"`{action.dest}` has no value; leave it out to keep {action.default!r}")
@@ -181,7 +183,9 @@ class ConfigParser(TrlParser):
                 wanted = "a list" if action.nargs == "+" else "one value"
                 raise UsageError(f"`{action.dest}` is {guess_types(value)!r}; it takes {wanted}")
             if action.nargs != "+":
-                return guess_types(value)  # of `TrainingArguments`, which has fields that the command line cannot write in full
+                return guess_types(
+                    value
+                )  # of `TrainingArguments`, which has fields that the command line cannot write in full
         values = value if isinstance(value, list) else [value]
         if any(isinstance(entry, list | dict) for entry in values):
             raise UsageError(f"`{action.dest}` is {guess_types(value)!r}; it takes a list of single values")

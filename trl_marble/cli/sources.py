@@ -71,8 +71,8 @@ def _with_t5(pipeline: DiffusionPipeline, use_t5: bool) -> DiffusionPipeline:
     """The pipeline, checked: diffusers passes over a component that is to be left out and that there is not."""
     if not use_t5 and "text_encoder_3" not in pipeline.components:
         raise ValueError(
-            f"`use_t5=False` leaves out the T5 encoder of Stable Diffusion 3, and a {type(pipeline).__name__} has none "
-            "of that kind; leave the setting out."
+            "`use_t5=False` leaves out the T5 encoder of Stable Diffusion 3, and a "
+            f"{type(pipeline).__name__} has none of that kind; leave the setting out."
         )
     return pipeline
 

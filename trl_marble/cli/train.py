@@ -98,8 +98,8 @@ class ScriptArguments:
     lora_target_modules: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Layers to adapt: ends of names, 'all-linear', or one regular expression for whole names. Defaults "
-            "to the attention layers of the pipeline's family."
+            "help": "Layers to adapt: ends of names, 'all-linear', or one regular expression for whole names. "
+            "Defaults to the attention layers of the pipeline's family."
         },
     )
     weighting: str = field(default="mgda", metadata={"help": "How the rewards are balanced."})

@@ -41,7 +41,8 @@ REFUSED: dict[str, Refusal] = {
         "it would change the prompts of a step. Set `per_device_train_batch_size` and `rollout_batch_size` yourself",
     ),
     "torch_empty_cache_steps": Refusal(
-        (None,), "no step empties the cache; lower `per_device_train_batch_size`, or set `activation_checkpointing=True`"
+        (None,),
+        "no step empties the cache; lower `per_device_train_batch_size`, or set `activation_checkpointing=True`",
     ),
     # Language models
     "use_liger_kernel": Refusal((False,), "its kernels are for language models; see `torch_compile`"),
@@ -80,7 +81,9 @@ REFUSED: dict[str, Refusal] = {
     ),
     "do_train": Refusal((False,), f"{_SCRIPTS}; call `trainer.train()`"),
     "do_predict": Refusal((False,), f"{_SCRIPTS}; call `trainer.evaluate(prompts)`"),
-    "debug": Refusal(("", [], None), "set `on_nonfinite` for numbers that are not finite; its default names where they arose"),
+    "debug": Refusal(
+        ("", [], None), "set `on_nonfinite` for numbers that are not finite; its default names where they arose"
+    ),
     "optim_target_modules": Refusal((None,), "it is of GaLore and APOLLO, which are not supported; leave it out"),
 }
 
@@ -108,7 +111,9 @@ WORKS: frozenset[str] = frozenset(
 
 ACCELERATOR_CONFIG: dict[str, Refusal] = {
     "split_batches": Refusal((False,), "a batch is the part of one process already; leave it out"),
-    "dispatch_batches": Refusal((None, False), "every process reads its own rows, which are not tensors; leave it out"),
+    "dispatch_batches": Refusal(
+        (None, False), "every process reads its own rows, which are not tensors; leave it out"
+    ),
     "even_batches": Refusal((True,), _OWN_SAMPLER),
     "use_seedable_sampler": Refusal((True,), _OWN_SAMPLER),
     "non_blocking": Refusal((False,), "a batch holds rows of a dataset and no tensors; leave it out"),
@@ -200,7 +205,9 @@ def _check_ranges(args: TrainingArguments) -> None:
             raise ValueError(f"`{name}` is {getattr(args, name)}; it must be in [0, 1).")
     if args.max_steps == 0 or args.num_train_epochs <= 0:
         name = "max_steps" if args.max_steps == 0 else "num_train_epochs"
-        raise ValueError(f"`{name}` is {getattr(args, name)}; set the number of optimizer steps, `max_steps`, above 0.")
+        raise ValueError(
+            f"`{name}` is {getattr(args, name)}; set the number of optimizer steps, `max_steps`, above 0."
+        )
 
 
 def _check_optimizer(args: TrainingArguments) -> None:
@@ -237,8 +244,8 @@ def _check_evaluation(args: TrainingArguments) -> None:
         _refuse(args, "greater_is_better", "`metric_for_best_model=None`", "set that, or leave it out")
     if args.metric_for_best_model in ("loss", "eval_loss"):
         raise ValueError(
-            f"`metric_for_best_model` is {args.metric_for_best_model!r} (the default where one is needed); an evaluation "
-            "has no loss. Name one of its metrics, such as 'rewards/pickscore/mean'."
+            f"`metric_for_best_model` is {args.metric_for_best_model!r} (the default where one is needed); an "
+            "evaluation has no loss. Name one of its metrics, such as 'rewards/pickscore/mean'."
         )
 
 

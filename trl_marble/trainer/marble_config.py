@@ -474,7 +474,9 @@ class MarbleConfig(TrainingArguments):
                 f"and the gradients of each reward are needed whole. {PLAIN_PROCESSES}, and set `shard_base=True`: it "
                 "shards the frozen base, which is nearly all of the memory, by FSDP2."
             )
-        if self.parallelism_config is not None or _is_set("ACCELERATE_USE_PARALLELISM_CONFIG", "ACCELERATE_USE_MEGATRON_LM"):
+        if self.parallelism_config is not None or _is_set(
+            "ACCELERATE_USE_PARALLELISM_CONFIG", "ACCELERATE_USE_MEGATRON_LM"
+        ):
             raise ValueError(f"Tensor, context and pipeline parallelism are not supported. {PLAIN_PROCESSES}.")
 
     def _check_devices(self) -> None:

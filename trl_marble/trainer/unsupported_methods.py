@@ -38,7 +38,9 @@ class WithoutPredictions(Trainer):
 
     def hyperparameter_search(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Not supported: it makes a new model for each trial by `model_init`."""
-        _refuse("hyperparameter_search", "make a new `MarbleNFTTrainer` for each trial, with a freshly loaded pipeline")
+        _refuse(
+            "hyperparameter_search", "make a new `MarbleNFTTrainer` for each trial, with a freshly loaded pipeline"
+        )
 
 
 def _refuse(method: str, instead: str) -> NoReturn:
