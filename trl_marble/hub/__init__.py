@@ -7,7 +7,7 @@ from .arithmetic import AdapterComparison, WeightComparison, compare_adapters, i
 from .card_inputs import CardInputs, GalleryItem, RewardRow
 from .fusing import fuse_adapter
 from .model_card import build_model_card
-from .push import is_rendered_card, published_files, push_adapter
+from .push import published_files, push_adapter
 from .results_card import card_from_evaluations
 
 
@@ -23,7 +23,6 @@ __all__ = [
     "compare_adapters",
     "fuse_adapter",
     "interpolate_adapters",
-    "is_rendered_card",
     "load_adapter",
     "published_files",
     "push_adapter",

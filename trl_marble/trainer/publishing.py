@@ -17,7 +17,8 @@ from transformers.utils import PushInProgress, logging
 import trl_marble
 
 from ..evaluation import plot_balance, summarize_balance
-from ..hub import CardInputs, GalleryItem, RewardRow, build_model_card, is_rendered_card, published_files
+from ..hub import CardInputs, GalleryItem, RewardRow, build_model_card, published_files
+from ..hub.push import is_rendered_card
 from ..media import sample_suffix, save_sample
 
 
