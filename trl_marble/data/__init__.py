@@ -5,7 +5,7 @@ from .generators import compositional_prompts, ocr_prompts
 from .loading import load_prompts
 from .mixing import mix_prompts, source_weights
 from .prompt_sampler import RepeatPromptSampler
-from .prompts import validate_prompts
+from .prompts import prepare_prompts, validate_prompts
 
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "load_prompts",
     "mix_prompts",
     "ocr_prompts",
+    "prepare_prompts",
     "source_weights",
     "validate_prompts",
 ]

@@ -24,12 +24,15 @@ class Evaluation:
             Rewards of all images, those of one prompt in a row; NaN where a reward does not apply.
         gallery (`dict[str, list]`, *optional*):
             Images of some of the prompts, in the order of their seeds; a video is a list of frames.
+        name (`str`, *optional*):
+            The name of the prompt set, where the trainer has several; `None` for all of them together.
     """
 
     step: int
     reward_names: list[str]
     rewards: Tensor
     gallery: dict[str, list[Sample]] = field(default_factory=dict)
+    name: str | None = None
 
     def summary(self) -> dict[str, tuple[float, float]]:
         """Mean over the valid images and its standard error, for each reward."""
