@@ -57,6 +57,35 @@ def test_weights_stay_with_the_rows(tmp_path) -> None:
     assert source_weights(mixed.filter(lambda row: row["source"] != "ocr")) == {"general": 3, "geneval": 2}
 
 
+def test_quotes_of_general_prompts_beside_written_text_are_counted() -> None:
+    general = Dataset.from_dict({"prompt": ["a cat", 'the "great" wall', 'a 6" nail', "a hen", "„Guten Tag“"]})
+    with pytest.warns(UserWarning) as caught:
+        mix_prompts({"general": general, "objects": OBJECTS, "ocr": SIGNS})
+    (message,) = [str(each.message) for each in caught]
+    assert "2 of the 5 prompts (40.00%) of 'general' have words in quotes, such as 'the \"great\" wall'" in message
+    assert "'ocr' asks for written text" in message
+    without_column = Dataset.from_dict({"prompt": SIGNS["prompt"][:]})
+    with pytest.warns(UserWarning, match="2 of the 5 prompts"):
+        mix_prompts({"ocr": without_column, "general": general})
+    with pytest.warns(UserWarning, match="2 of the 5 prompts"):
+        mix_prompts({"ocr": SIGNS, "general": general.add_column("text", [None] * 5, feature=Value("string"))})
+
+
+@pytest.mark.filterwarnings("error")
+def test_quotes_that_are_meant_or_said_to_be_none_are_not_warned_of() -> None:
+    general = Dataset.from_dict({"prompt": ["a cat", 'the "great" wall', "a hen"]})
+    empty = general.map(lambda row: {"text": ""})  # what the warning says to do
+    assert mix_prompts({"general": empty, "ocr": SIGNS})["text"][:] == ["", "", "", "hi", "yo"]
+    mix_prompts({"general": general, "objects": OBJECTS})  # nothing asks for written text
+    signs = Dataset.from_dict({"prompt": ['a sign "hi"', 'a sign "yo"', "a sign"]})
+    mix_prompts({"more": signs, "ocr": SIGNS})  # both are for it
+
+
+def test_conversations_are_mixed_as_their_prompts() -> None:
+    conversations = Dataset.from_dict({"prompt": [[{"role": "user", "content": "a cow"}]]})
+    assert mix_prompts({"general": GENERAL, "chat": conversations})["prompt"][-1] == "a cow"
+
+
 def test_a_set_that_was_not_mixed_has_no_weights() -> None:
     assert source_weights(GENERAL) is None
     assert source_weights(GENERAL.add_column("source", ["a", "b", "c"])) is None

@@ -62,7 +62,11 @@ def test_arguments_that_the_page_names_exist(column, config, trainer):
 
 
 def test_what_is_said_of_arguments_is_about_ones_that_exist():
-    known = names_of(GRPOConfig, GRPOTrainer) | names_of(MarbleConfig, MarbleNFTTrainer) | {"mix_prompts", "target_modules"}
+    known = (
+        names_of(GRPOConfig, GRPOTrainer)
+        | names_of(MarbleConfig, MarbleNFTTrainer)
+        | {"mix_prompts", "target_modules"}
+    )
     named = {name for row in ROWS for name in names_in(row[2]) if "_" in name}
     assert len(named) >= 10 and named <= known
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
@@ -62,6 +62,35 @@ def test_a_missing_or_wrong_prompt_set_is_refused(tmp_path) -> None:
         MarbleNFTTrainer(tiny_sd3(), bright, small_config(tmp_path))
     with pytest.raises(TypeError, match="`train_dataset` is a list; pass a `datasets.Dataset`"):
         small_trainer(tmp_path, train_dataset=["a cat"])
+
+
+@pytest.mark.parametrize("which", ["train_dataset", "eval_dataset"])
+def test_sets_of_other_kinds_are_refused_with_what_to_pass(tmp_path, which) -> None:
+    prompts = prompt_set()
+    with pytest.raises(TypeError, match=rf"`{which}` is a DatasetDict with the splits train, test; use \["):
+        small_trainer(tmp_path, **{which: DatasetDict(train=prompts, test=prompts)})
+    with pytest.raises(TypeError, match=rf"`{which}` is an IterableDataset \(streaming\).*Make a `datasets.Dataset`"):
+        small_trainer(tmp_path, **{which: prompts.to_iterable_dataset()})
+
+
+@pytest.mark.parametrize(
+    ("sets", "error", "message"),
+    [
+        ({}, ValueError, "`eval_dataset` is an empty dict"),
+        ({"a/b": prompt_set()}, ValueError, "`eval_dataset` has a set named 'a/b'; a name is of letters"),
+        ({1: prompt_set()}, ValueError, "has a set named 1"),
+        ({"a": prompt_set(), "b": ["a cat"]}, TypeError, r'`eval_dataset\["b"\]` is a list; pass a'),
+        ({"a": prompt_set().remove_columns("prompt")}, ValueError, r'`eval_dataset\["a"\]` has the columns'),
+        ({"a": DatasetDict(x=prompt_set())}, TypeError, r'`eval_dataset\["a"\]` is a DatasetDict'),
+    ],
+)
+def test_bad_evaluation_sets_are_refused_by_name(tmp_path, sets, error, message) -> None:
+    with pytest.raises(error, match=message):
+        small_trainer(tmp_path, eval_dataset=sets)
+    if sets:
+        trainer = small_trainer(tmp_path)
+        with pytest.raises(error, match=message):
+            trainer.evaluate(sets)
 
 
 def test_fewer_prompts_than_a_generation_batch_are_refused(tmp_path) -> None:

@@ -5,7 +5,7 @@ from .generators import compositional_prompts, ocr_prompts
 from .loading import load_prompts
 from .mixing import mix_prompts, source_weights
 from .prompt_sampler import RepeatPromptSampler
-from .prompts import validate_prompts
+from .prompts import prepare_prompts, validate_prompts
 from .rows import read_rows
 
 
@@ -15,6 +15,7 @@ __all__ = [
     "load_prompts",
     "mix_prompts",
     "ocr_prompts",
+    "prepare_prompts",
     "read_rows",
     "source_weights",
     "validate_prompts",

@@ -10,11 +10,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from datasets import ClassLabel, Dataset, DatasetDict, Json, LargeList, List, Value, load_dataset, load_from_disk
+from datasets import ClassLabel, Dataset, DatasetDict, Json, LargeList, List, load_dataset, load_from_disk
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
+from .conversations import is_conversation, plain_prompts
 from .csv_files import ESCAPED_QUOTE, SEPARATORS, TableError, read_table
-from .prompts import validate_prompts
+from .prompts import prepare_prompts, replace_column
 
 
 SUFFIXES = (".parquet", ".csv", ".tsv", ".jsonl", ".json", ".txt")
@@ -45,7 +46,7 @@ def load_prompts(
     whatever the fields; fields that are `None` are left out. Labels that are stored as numbers become their names. In
     a txt or jsonl file blank lines are skipped, with a warning that says how many. Fields of a csv file are separated
     by commas, semicolons or tabs; quotes inside of quoted fields are doubled or behind a backslash. A line whose
-    quotes can be read in several ways is refused.
+    quotes can be read in several ways is refused. Of prompts that are conversations the last user message is taken.
 
     Example:
 
@@ -72,7 +73,7 @@ def load_prompts(
     Raises:
         `FileNotFoundError`: If there is no such file, folder or dataset.
         `ValueError`: If the format is not known or the content does not follow it, the split or the column does not
-            exist, or the prompts cannot be rolled out, see [`validate_prompts`] (rows are counted from 0).
+            exist, or the prompts cannot be rolled out, see [`prepare_prompts`] (rows are counted from 0).
     """
     path = Path(source).expanduser()
     if path.is_dir():
@@ -208,6 +209,8 @@ def _load_json(file: Path, column: str) -> Dataset:
         for _, record in records:
             value = record.get(key)
             values.append(_dump(value) if isinstance(value, list | dict) and key != column else value)
+        if any(is_conversation(value) for value in values):
+            columns[key] = values = plain_prompts(values, str(file))
         kinds = {type(value).__name__ for value in values if value is not None}
         if len(kinds) > 1 and kinds != {"int", "float"}:
             raise ValueError(
@@ -266,18 +269,11 @@ def _as_prompts(dataset: Dataset, column: str, where: str) -> Dataset:
         if name == "prompt":
             continue  # one that is no text is refused below
         if isinstance(feature, dict | List | LargeList | Json):
-            dataset = _replace(dataset, name, _to_text(dataset[name][:], name, where))
+            dataset = replace_column(dataset, name, _to_text(dataset[name][:], name, where))
         elif isinstance(feature, ClassLabel):
             labels = [None if label is None else feature.int2str(label) for label in dataset[name][:]]
-            dataset = _replace(dataset, name, labels)
-    validate_prompts(dataset, where)
-    return dataset
-
-
-def _replace(dataset: Dataset, name: str, values: list[str | None]) -> Dataset:
-    order = dataset.column_names
-    replaced = dataset.remove_columns(name).add_column(name, values, feature=Value("string"))
-    return replaced.select_columns(order)
+            dataset = replace_column(dataset, name, labels)
+    return prepare_prompts(dataset, where)
 
 
 def _to_text(values: Iterable[Any], name: str, where: str) -> list[str | None]:

@@ -2,17 +2,20 @@
 """Several prompt sets as one, and the share that each of them has in training."""
 
 import math
+import warnings
 from collections.abc import Collection, Mapping
 from numbers import Real
 from typing import Any
 
 from datasets import Dataset, Features, Value, concatenate_datasets
 
-from .prompts import validate_prompts
+from ..rewards.ocr import quoted_text
+from .prompts import prepare_prompts
 
 
 SOURCE_COLUMN = "source"
 WEIGHT_COLUMN = "source_weight"
+TEXT_COLUMN = "text"  # that `OCRAccuracy` reads by default
 
 STRINGS = {"string", "large_string"}
 INTEGERS = {f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)}
@@ -30,6 +33,10 @@ def mix_prompts(datasets: Mapping[str, Dataset], weights: Mapping[str, float] | 
 
     The weights are kept as a column, because rows are what `save_to_disk`, `push_to_hub`, `filter`, `select` and
     `shuffle` all keep. The shares are worked out when training begins, from the sources that are then left.
+
+    Where one of the sets asks for written text, [`~trl_marble.rewards.OCRAccuracy`] takes quotes in the prompts of the
+    others for such text too. A warning counts these prompts; an empty string in their column `text` says that the
+    image need not show any.
 
     Example:
 
@@ -52,30 +59,59 @@ def mix_prompts(datasets: Mapping[str, Dataset], weights: Mapping[str, float] | 
 
     Raises:
         `TypeError`: If a prompt set is not a `datasets.Dataset`.
-        `ValueError`: If there is no set, a set cannot be rolled out (see [`validate_prompts`]) or has a column
+        `ValueError`: If there is no set, a set cannot be rolled out (see [`prepare_prompts`]) or has a column
             `source` or `source_weight` already, the weights do not fit the names, or two sets have a column of the
             same name whose types have nothing in common.
     """
     if not datasets:
         raise ValueError("`datasets` is empty; pass at least one prompt set by name.")
+    prepared: dict[str, Dataset] = {}
     for name, dataset in datasets.items():
         if not isinstance(name, str) or not name:
             raise ValueError(f"A source has the name {name!r}; a name is a non-empty string.")
-        validate_prompts(dataset, f'datasets["{name}"]')
+        prepared[name] = prepare_prompts(dataset, f'datasets["{name}"]')
         if taken := {SOURCE_COLUMN, WEIGHT_COLUMN} & set(dataset.column_names):
             raise ValueError(
                 f"The source {name!r} has a column `{sorted(taken)[0]}` already. Rename or remove it; mix all prompt "
                 "sets at once."
             )
-    weights = check_source_weights(datasets, weights)
-    features = _common_features(datasets)
+    weights = check_source_weights(prepared, weights)
+    features = _common_features(prepared)
+    _warn_of_quotes(prepared)
     parts = []
-    for name, dataset in datasets.items():
+    for name, dataset in prepared.items():
         wanted = Features({column: features[column] for column in dataset.column_names})
         part = dataset if dataset.features == wanted else dataset.cast(wanted)
         part = part.add_column(SOURCE_COLUMN, [name] * len(part), feature=Value("string"))
         parts.append(part.add_column(WEIGHT_COLUMN, [weights[name]] * len(part), feature=Value("float64")))
     return concatenate_datasets(parts)
+
+
+def _warn_of_quotes(datasets: Mapping[str, Dataset]) -> None:
+    """Count the prompts that an OCR reward would take for ones of written text, beside a set that is for it."""
+    quoted: dict[str, list[str]] = {}
+    for_text = []
+    for name, dataset in datasets.items():
+        prompts = dataset["prompt"][:]
+        texts = dataset[TEXT_COLUMN][:] if TEXT_COLUMN in dataset.column_names else [None] * len(prompts)
+        quoted[name] = [
+            prompt for prompt, text in zip(prompts, texts, strict=True) if text is None and quoted_text(prompt).strip()
+        ]
+        if 2 * (len(quoted[name]) + sum(text not in (None, "") for text in texts)) > len(prompts):
+            for_text.append(name)
+    counts = [
+        f"{len(found)} of the {len(datasets[name])} prompts ({len(found) / len(datasets[name]):.2%}) of {name!r}"
+        for name, found in quoted.items()
+        if found and name not in for_text
+    ]
+    if for_text and counts:
+        example = next(found[0] for name, found in quoted.items() if found and name not in for_text)
+        warnings.warn(
+            f"{' and '.join(counts)} have words in quotes, such as {example!r}. {' and '.join(map(repr, for_text))} "
+            "asks for written text, and `OCRAccuracy` takes both for text that the image must show. Where that is not "
+            f'meant, give the set an empty text: `dataset.map(lambda row: {{"{TEXT_COLUMN}": ""}})`.',
+            stacklevel=3,
+        )
 
 
 def source_weights(dataset: Dataset) -> dict[str, float] | None:

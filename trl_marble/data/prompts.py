@@ -1,7 +1,41 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
 """What a prompt set must look like."""
 
-from datasets import Dataset
+from collections.abc import Sequence
+from typing import Any
+
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, Value
+
+from .conversations import is_conversation, plain_prompts
+
+
+def prepare_prompts(dataset: Dataset, name: str = "train_dataset") -> Dataset:
+    """
+    Bring a prompt set to the form in which it is rolled out, or refuse it.
+
+    Conversations become the text of their last user message, see [`~trl_marble.data.conversations.plain_prompts`].
+
+    Args:
+        dataset (`datasets.Dataset`):
+            The prompt set.
+        name (`str`, *optional*, defaults to `"train_dataset"`):
+            What to call the dataset in messages.
+
+    Returns:
+        `datasets.Dataset`: the set itself where it has no conversations.
+
+    Raises:
+        `TypeError`: See [`validate_prompts`].
+        `ValueError`: See [`validate_prompts`]; or if a conversation has no message of the user, or its last one has
+            something other than text.
+    """
+    _check_type(dataset, name)
+    if "prompt" in dataset.column_names and dataset.features["prompt"] != Value("string"):
+        prompts = dataset["prompt"][:]
+        if any(is_conversation(prompt) for prompt in prompts):
+            dataset = replace_column(dataset, "prompt", plain_prompts(prompts, name))
+    validate_prompts(dataset, name)
+    return dataset
 
 
 def validate_prompts(dataset: Dataset, name: str = "train_dataset") -> None:
@@ -20,11 +54,7 @@ def validate_prompts(dataset: Dataset, name: str = "train_dataset") -> None:
         `ValueError`: If it is empty, has no `prompt` column, has a column that rewards receive from the trainer, or a
             prompt is not a non-empty string.
     """
-    if not isinstance(dataset, Dataset):
-        raise TypeError(
-            f"`{name}` is a {type(dataset).__name__}; pass a `datasets.Dataset` with a `prompt` column, for example "
-            '`Dataset.from_dict({"prompt": [...]})`.'
-        )
+    _check_type(dataset, name)
     if "prompt" not in dataset.column_names:
         raise ValueError(
             f"`{name}` has the columns {dataset.column_names} but no `prompt`. Name the text column so, for example "
@@ -43,3 +73,43 @@ def validate_prompts(dataset: Dataset, name: str = "train_dataset") -> None:
             raise ValueError(
                 f"Row {row} of `{name}` has the prompt {prompt!r}; every prompt must be a non-empty string."
             )
+
+
+def replace_column(dataset: Dataset, name: str, values: Sequence[str | None]) -> Dataset:
+    """
+    The same dataset with text in a column.
+
+    Args:
+        dataset (`datasets.Dataset`):
+            The dataset.
+        name (`str`):
+            One of its columns, which keeps its place.
+        values (`Sequence[str | None]`):
+            Its new content, one value per row.
+    """
+    order, old = dataset.column_names, f"old {name}"
+    replaced = dataset.rename_column(name, old).add_column(name, list(values), feature=Value("string"))
+    return replaced.select_columns(order)
+
+
+def _check_type(dataset: Any, name: str) -> None:
+    kind = type(dataset).__name__
+    if isinstance(dataset, DatasetDict | IterableDatasetDict):
+        splits = list(dataset)
+        is_for_training = name not in ("eval_dataset", "prompts")
+        wanted = next((split for split in splits if (split == "train") == is_for_training), (splits or ["train"])[0])
+        message = f'`{name}` is a {kind} with the splits {", ".join(splits) or "none"}; use ["{wanted}"] of it.'
+        if name == "eval_dataset" and isinstance(dataset, DatasetDict):
+            message += " To evaluate on all of them pass `dict(eval_dataset)`."
+        raise TypeError(message)
+    if isinstance(dataset, IterableDataset):
+        raise TypeError(
+            f"`{name}` is an {kind} (streaming). Prompts are drawn from all over the set, and a resumed run finds the "
+            "same ones again, which takes its length and any row at any time. Make a `datasets.Dataset` of it: load "
+            "it without `streaming=True`, or keep a part with `Dataset.from_list(list(dataset.take(10_000)))`."
+        )
+    if not isinstance(dataset, Dataset):
+        raise TypeError(
+            f"`{name}` is a {kind}; pass a `datasets.Dataset` with a `prompt` column, for example "
+            '`Dataset.from_dict({"prompt": [...]})`.'
+        )

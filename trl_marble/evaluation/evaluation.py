@@ -27,6 +27,8 @@ class Evaluation:
             one prompt are not independent, so that standard errors are taken over prompts.
         gallery (`dict[str, list]`, *optional*):
             Images of some of the prompts, in the order of their seeds; a video is a list of frames.
+        name (`str`, *optional*):
+            The name of the prompt set, where the trainer has several; `None` for all of them together.
     """
 
     step: int
@@ -34,6 +36,7 @@ class Evaluation:
     rewards: Tensor
     groups: Tensor
     gallery: dict[str, list[Sample]] = field(default_factory=dict)
+    name: str | None = None
 
     def summary(self) -> dict[str, tuple[float, float]]:
         """

@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from transformers import TrainerState
 from transformers.utils import logging
 
-from ..data import read_rows, validate_prompts
+from ..data import prepare_prompts, read_rows
 from ..media import Sample
 from ..pipelines import (
     FlowPipeline,
@@ -106,7 +106,7 @@ def evaluate_pipeline(
         `OSError`: if the pipeline or the adapter cannot be found.
         [`~trl_marble.rewards.RewardError`]: if a reward failed, see `EvaluationConfig.reward_failure`.
     """
-    validate_prompts(prompts, "prompts")
+    prompts = prepare_prompts(prompts, "prompts")
     if not isinstance(args, EvaluationConfig):
         raise TypeError(f"`args` is a {type(args).__name__}; pass an `EvaluationConfig`.")
     scorer = RewardScorer(reward_funcs, args.reward_timeout)

@@ -81,7 +81,7 @@ class PolicyEvaluation:
         return metrics
 
 
-def evaluate_policy(trainer: "MarbleNFTTrainer", dataset: Dataset) -> PolicyEvaluation:
+def evaluate_policy(trainer: "MarbleNFTTrainer", dataset: Dataset, name: str | None = None) -> PolicyEvaluation:
     """
     Sample and score `num_generations_eval` images for each prompt with the weights that are in place now.
 
@@ -90,6 +90,8 @@ def evaluate_policy(trainer: "MarbleNFTTrainer", dataset: Dataset) -> PolicyEval
             The run.
         dataset ([`~datasets.Dataset`]):
             The prompts. Each process takes its share of the images.
+        name (`str`, *optional*):
+            The name of the prompt set, where there are several.
     """
     args = trainer.args
     repeats = args.num_generations_eval
@@ -121,7 +123,7 @@ def evaluate_policy(trainer: "MarbleNFTTrainer", dataset: Dataset) -> PolicyEval
     diversity = group_diversity(features, groups).nanmean().item()
     policy, base = torch.tensor([image.velocity for image in images if image.velocity], dtype=torch.float64).sum(dim=0)
     return PolicyEvaluation(
-        evaluation=Evaluation(trainer.state.global_step, names, rewards, groups, gallery),
+        evaluation=Evaluation(trainer.state.global_step, names, rewards, groups, gallery, name),
         gallery_rewards={prompt: torch.stack(values, dim=1) for prompt, values in gallery_rewards.items()},
         gallery_extras=gallery_extras,
         logged=logged,

@@ -32,7 +32,7 @@ from ..balance import (
     weight_ema_decay,
     weighted_sum_weights,
 )
-from ..data import RepeatPromptSampler, read_rows, source_weights, validate_prompts
+from ..data import RepeatPromptSampler, prepare_prompts, read_rows, source_weights
 from ..evaluation import Evaluation
 from ..evaluation.diversity import group_diversity, thumbnails
 from ..hub import save_adapter
@@ -57,7 +57,8 @@ from .callbacks import MarbleCallback
 from .checkpoint_folder import check_writable
 from .checkpointed_trainer import OPTIMIZER_FILE, CheckpointedTrainer
 from .checkpointing import base_fingerprint, copy_into, load_state, save_state
-from .evaluating import evaluate_policy
+from .evaluating import PolicyEvaluation, evaluate_policy
+from .evaluation_sets import evaluation_sets, pool_evaluations, prepare_evaluation_sets, set_label
 from .generation import GenerationBatch, digest_of, training_order
 from .held_out import held_out_scorer
 from .live_table import LiveTableCallback, ProgressBar
@@ -113,10 +114,11 @@ class MarbleNFTTrainer(WithoutPredictions, CheckpointedTrainer):
             Configuration. Defaults to `MarbleConfig` with an output folder named after the pipeline.
         train_dataset ([`~datasets.Dataset`]):
             Prompts, in a column `prompt`. All other columns are passed to the rewards. Where the pipeline edits
-            images, the column `image` (`datasets.Image`) holds them. A set that [`~trl_marble.data.mix_prompts`]
-            made gives each generation batch its share of every source.
-        eval_dataset ([`~datasets.Dataset`], *optional*):
-            Prompts to evaluate on.
+            images, the column `image` (`datasets.Image`) holds them, of any mode: both the pipeline and the rewards
+            get them in RGB. Of conversations the last user message is the prompt. A set that
+            [`~trl_marble.data.mix_prompts`] made gives each generation batch its share of every source.
+        eval_dataset ([`~datasets.Dataset`] or `dict[str, Dataset]`, *optional*):
+            Prompts to evaluate on; or several sets by name, which are evaluated one by one and together.
         eval_reward_funcs (`str`, `RewardFunc` or a list of them, *optional*):
             Held-out rewards: scored in evaluations beside `reward_funcs`, and never trained on. What rises in training
             and not here is not quality, see [`RewardHackingCallback`].
@@ -143,7 +145,7 @@ class MarbleNFTTrainer(WithoutPredictions, CheckpointedTrainer):
     args: MarbleConfig
     model: Policy
     train_dataset: Dataset
-    eval_dataset: Dataset | None
+    eval_dataset: Dataset | dict[str, Dataset] | None
     hub_model_id: Any  # transformers sets it later than where it declares it as `None`
 
     def __init__(
@@ -152,7 +154,7 @@ class MarbleNFTTrainer(WithoutPredictions, CheckpointedTrainer):
         reward_funcs: str | RewardFunc | list[str | RewardFunc],
         args: MarbleConfig | None = None,
         train_dataset: Dataset | None = None,
-        eval_dataset: Dataset | None = None,
+        eval_dataset: Dataset | dict[str, Dataset] | None = None,
         peft_config: LoraConfig | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
@@ -166,9 +168,9 @@ class MarbleNFTTrainer(WithoutPredictions, CheckpointedTrainer):
             raise TypeError(f"`args` is a {type(args).__name__}; pass a `MarbleConfig`.")
         if train_dataset is None:
             raise ValueError("`train_dataset` is missing; pass a `datasets.Dataset` with a `prompt` column.")
-        validate_prompts(train_dataset, "train_dataset")
+        train_dataset = prepare_prompts(train_dataset, "train_dataset")
         if eval_dataset is not None:
-            validate_prompts(eval_dataset, "eval_dataset")
+            eval_dataset = prepare_evaluation_sets(eval_dataset)
         self.source_weights = source_weights(train_dataset)
         check_writable(Path(args.output_dir))
 
@@ -210,13 +212,13 @@ class MarbleNFTTrainer(WithoutPredictions, CheckpointedTrainer):
         self.edits = edits_images(self.flow, train_dataset, "train_dataset")
         if self.edits:
             train_dataset = with_rgb_images(train_dataset)
-        if eval_dataset is not None:
-            edits_images(self.flow, eval_dataset, "eval_dataset")
+        for set_name, prompts in evaluation_sets(eval_dataset).items():
+            edits_images(self.flow, prompts, set_label(set_name))
         for scorer in self.scorers:
             check_media(scorer.funcs, scorer.names, self.flow.family.output, type(self.pipeline).__name__)
         self._check_rewards([self.scorer], train_dataset, "train_dataset")
-        if eval_dataset is not None:
-            self._check_rewards(self.scorers, eval_dataset, "eval_dataset")
+        for set_name, prompts in evaluation_sets(eval_dataset).items():
+            self._check_rewards(self.scorers, prompts, set_label(set_name))
         self.trainable = dict(add_trainable_adapter(self.pipeline, peft_config or lora_config(self.pipeline)))
         self._fingerprint = base_fingerprint(self.flow.transformer)
         place_base(self.flow, self.trainable.values(), args)
@@ -617,7 +619,7 @@ class MarbleNFTTrainer(WithoutPredictions, CheckpointedTrainer):
 
     def evaluate(
         self,
-        eval_dataset: Dataset | None = None,
+        eval_dataset: Dataset | dict[str, Dataset] | None = None,
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
@@ -625,8 +627,8 @@ class MarbleNFTTrainer(WithoutPredictions, CheckpointedTrainer):
         Score the averaged weights on a prompt set, with the same seeds at every call.
 
         Args:
-            eval_dataset ([`~datasets.Dataset`], *optional*):
-                Prompts; defaults to the trainer's `eval_dataset`.
+            eval_dataset ([`~datasets.Dataset`] or `dict[str, Dataset]`, *optional*):
+                Prompts, or several sets by name; defaults to the trainer's `eval_dataset`.
             ignore_keys:
                 Not used.
             metric_key_prefix (`str`, *optional*, defaults to `"eval"`):
@@ -637,27 +639,41 @@ class MarbleNFTTrainer(WithoutPredictions, CheckpointedTrainer):
             (fraction of the images that it applies to), held-out ones included; `<prefix>_drift/diversity`, how much
             the images of a prompt differ from each other (with at least two a prompt); and
             `<prefix>_drift/velocity_norm`, the norm of the velocity relative to the base model's. The images and
-            rewards themselves are appended to `trainer.evaluations`.
+            rewards themselves are appended to `trainer.evaluations`. With several sets each has its metrics under
+            `<prefix>_<set>_...`, and those under `<prefix>_...` are of the prompts of all sets together.
 
         Raises:
             `ValueError`: If there is no dataset to evaluate on.
         """
-        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        dataset = self.eval_dataset if eval_dataset is None else prepare_evaluation_sets(eval_dataset)
         if dataset is None:
             raise ValueError("There is nothing to evaluate on: pass `eval_dataset` here or to the trainer.")
-        validate_prompts(dataset, "eval_dataset")
-        self._check_rewards(self.scorers, dataset, "eval_dataset")
+        if not isinstance(dataset, dict):
+            return self._record_evaluation(self._evaluate_on(dataset), metric_key_prefix)
+        metrics: dict[str, float] = {}
+        results: dict[str, PolicyEvaluation] = {}
+        for name, prompts in dataset.items():
+            results[name] = self._evaluate_on(prompts, name)
+            metrics |= self._record_evaluation(results[name], f"{metric_key_prefix}_{name}")
+        return metrics | self._record_evaluation(pool_evaluations(results), metric_key_prefix)
+
+    def _evaluate_on(self, dataset: Dataset, name: str | None = None) -> PolicyEvaluation:
+        """Evaluate the averaged weights on one prompt set."""
+        self._check_rewards(self.scorers, dataset, set_label(name))
         with (
             self.average.swapped_in(),
             rollout_advice("per_device_eval_batch_size", self.args.per_device_eval_batch_size),
         ):
-            result = evaluate_policy(self, dataset)
+            return evaluate_policy(self, dataset, name)
+
+    def _record_evaluation(self, result: PolicyEvaluation, metric_key_prefix: str) -> dict[str, float]:
+        """Keep an evaluation, log it and tell the callbacks. Returns its metrics."""
         evaluation = result.evaluation
         self.evaluations.append(evaluation)
         metrics = result.metrics(metric_key_prefix, count_failures=self.args.masks_rewards)
         with self.together.phase():
             super().log(dict(metrics))
-            if self.args.log_images and self.is_world_process_zero():
+            if self.args.log_images and result.gallery_rewards and self.is_world_process_zero():
                 names = evaluation.reward_names
                 log_evaluation(
                     self, metric_key_prefix, names, evaluation.gallery, result.gallery_rewards, result.gallery_extras
