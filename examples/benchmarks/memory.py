@@ -346,7 +346,7 @@ class Setting:
 
     batch_size: int = 8
     rollout_batch_size: int = 24
-    gradient_checkpointing: bool = False
+    activation_checkpointing: bool = False
     offload_components: bool = False
     nf4: bool = False
 
@@ -502,8 +502,8 @@ def compute(model: Model, settings: Sequence[Setting], num_rewards: int = 5) -> 
         step = Step(model, pipeline, num_rewards, "cpu")
 
         @functools.cache
-        def peak(part: str, batch_size: int, gradient_checkpointing: bool = False) -> int:
-            step.checkpoint(gradient_checkpointing)
+        def peak(part: str, batch_size: int, activation_checkpointing: bool = False) -> int:
+            step.checkpoint(activation_checkpointing)
             with LiveTensors() as tensors:
                 getattr(step, part)(batch_size)
             return tensors.peak
@@ -523,7 +523,7 @@ def compute(model: Model, settings: Sequence[Setting], num_rewards: int = 5) -> 
                     decode=held
                     + (step.vae if setting.offload_components else 0)
                     + peak("decode", setting.rollout_batch_size),
-                    update=held + peak("update", setting.batch_size, setting.gradient_checkpointing),
+                    update=held + peak("update", setting.batch_size, setting.activation_checkpointing),
                 )
             )
     return needs
@@ -547,7 +547,7 @@ def measure(model: Model, setting: Setting, num_rewards: int, device: str) -> in
     step.decode(setting.rollout_batch_size)
     if setting.offload_components:
         step.pipeline.vae.to("cpu")
-    step.checkpoint(setting.gradient_checkpointing)
+    step.checkpoint(setting.activation_checkpointing)
     step.update(setting.batch_size)
     peak = torch.cuda.max_memory_allocated(device)
     del step, blocks
@@ -572,7 +572,7 @@ def settings_in_turn() -> dict[str, Setting]:
     settings = {"defaults": Setting()}
     setting = Setting()
     for name, change in (
-        ("+ gradient_checkpointing", {"gradient_checkpointing": True}),
+        ("+ activation_checkpointing", {"activation_checkpointing": True}),
         ("+ rollout_batch_size 4", {"rollout_batch_size": 4}),
         ("+ offload_components", {"offload_components": True}),
         ("+ quantize_base nf4", {"nf4": True}),

@@ -64,7 +64,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--balance_fraction", type=float, default=0.125, help="Of the mode `streaming`.")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=None, help="Default: on a GPU only.")
-    parser.add_argument("--gradient_checkpointing", action="store_true")
+    parser.add_argument("--activation_checkpointing", action="store_true")
     parser.add_argument("--torch_compile", action="store_true", help="Measure two modes with compiled blocks too.")
     parser.add_argument("--json", type=Path, help="Write the table here too.")
     return parser.parse_args()
@@ -108,7 +108,7 @@ class Bench:
             balance_on=args.balance_on,
             beta=args.beta,
             bf16=bf16,
-            gradient_checkpointing=args.gradient_checkpointing,
+            activation_checkpointing=args.activation_checkpointing,
             torch_compile=compiled,
             use_cpu=self.device.type == "cpu",
             disable_tqdm=True,

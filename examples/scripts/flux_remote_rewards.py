@@ -28,7 +28,7 @@ accelerate launch --num_processes 8 examples/scripts/flux_remote_rewards.py \\
     --width 512 \\
     --guidance_scale 3.5 \\
     --bf16 \\
-    --gradient_checkpointing \\
+    --activation_checkpointing \\
     --gradient_accumulation_steps 18 \\
     --reward_timeout 600 \\
     --max_steps 500

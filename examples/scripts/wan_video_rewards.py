@@ -27,7 +27,7 @@ accelerate launch --num_processes 8 examples/scripts/wan_video_rewards.py \\
     --per_device_train_batch_size 1 \\
     --per_device_eval_batch_size 1 \\
     --gradient_accumulation_steps 16 \\
-    --gradient_checkpointing \\
+    --activation_checkpointing \\
     --bf16 \\
     --max_steps 300
 ```

@@ -24,7 +24,7 @@ def test_the_command_in_the_docstring_is_the_papers_step(script, tmp_path):
 def test_the_configuration_for_one_small_gpu(script, tmp_path):
     config = str(EXAMPLES / "configs" / "sd3_five_rewards_24gb.yaml")
     script_args, args = parse(script, "--config", config, "--output_dir", str(tmp_path), "--use_cpu")
-    assert script_args.offload_rewards and not script_args.use_t5 and args.bf16 and args.gradient_checkpointing
+    assert script_args.offload_rewards and not script_args.use_t5 and args.bf16 and args.activation_checkpointing
     assert args.prompts_per_generation == 12 and args.num_generations == 24
 
 
@@ -56,7 +56,9 @@ def test_the_script_trains_and_leaves_an_adapter_with_a_card(script, tmp_path, m
         "report_to": "none",
     }
     command = as_options(arguments)
-    script.main(*parse(script, *command, "--offload_rewards", "--no_use_t5", "--use_cpu", "--gradient_checkpointing"))
+    script.main(
+        *parse(script, *command, "--offload_rewards", "--no_use_t5", "--use_cpu", "--activation_checkpointing")
+    )
     card = (tmp_path / "run" / "README.md").read_text()
     for name in ("PickScore", "HPSv2", "CLIPScore", "OCRAccuracy", "GenEval"):
         assert name in card

@@ -55,7 +55,7 @@ def test_the_script_trains_and_leaves_an_adapter_with_a_card(script, tmp_path, m
         "report_to": "none",
     }
     command = as_options(arguments)
-    script.main(*parse(script, *command, "--use_cpu", "--gradient_checkpointing"))
+    script.main(*parse(script, *command, "--use_cpu", "--activation_checkpointing"))
     card = (tmp_path / "run" / "README.md").read_text()
     for name in ("PickScore", "HPSv2", "motion", "smoothness"):
         assert name in card

@@ -446,7 +446,7 @@ def test_gradients_are_the_same_with_checkpointing_or_it_is_refused(case, adapte
     stored = adapted.gradients()
     transformer = adapted.flow.transformer
     if case.name in WRONG_CHECKPOINTING:
-        with pytest.raises(ValueError, match="gradient_checkpointing=False"):
+        with pytest.raises(ValueError, match="activation_checkpointing=False"):
             Policy(adapted.flow).activation_checkpointing_enable()
         transformer.enable_gradient_checkpointing()  # as diffusers has it: once it is right, the refusal must go
     else:

@@ -199,6 +199,6 @@ def test_layers_that_the_default_adapter_does_not_find_are_named(tmp_path):
 
 def test_gradient_checkpointing_is_refused(tmp_path, no_rows):
     make, _ = TINY["ChromaPipeline"]
-    trainer = trainer_of(make(), tmp_path, gradient_checkpointing=True)
+    trainer = trainer_of(make(), tmp_path, activation_checkpointing=True)
     with pytest.raises(ValueError, match="compared for the classes in the table only"):
         trainer.train()

@@ -57,9 +57,9 @@ def test_checkpointing_that_gives_wrong_gradients_is_refused(tmp_path):
         height=call["height"],
         width=call["width"],
         max_sequence_length=call["max_sequence_length"],
-        gradient_checkpointing=True,
+        activation_checkpointing=True,
     )
-    with pytest.raises(ValueError, match="not to be trusted for ChromaPipeline: .*Set gradient_checkpointing=False"):
+    with pytest.raises(ValueError, match="not to be trusted for ChromaPipeline: .*Set activation_checkpointing=False"):
         trainer.train()
 
 

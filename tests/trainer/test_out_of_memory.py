@@ -45,7 +45,7 @@ def test_in_an_update_and_the_step_before_is_kept(tmp_path) -> None:
         trainer.train()
     note = note_of(caught.value)
     for part in (
-        "`gradient_checkpointing=True`",
+        "`activation_checkpointing=True`",
         "`per_device_train_batch_size` (it is 2)",
         "`gradient_accumulation_steps` (they are 2)",
     ):

@@ -95,8 +95,8 @@ def _explain_options_of_other_command(words: list[str], name: str) -> None:
         shown = ", ".join(f"`{word.lstrip('-')}`" for word in found[:3])
         more = f" and {len(found) - 3} more" if len(found) > 3 else ""
         raise UsageError(
-            f"{shown}{more}: options of `trl-marble {other}`, which `trl-marble {name}` does not have. Each of the two "
-            "commands needs a file of its own (`--config`); they share the model, the prompts and the rewards"
+            f"{shown}{more}: options of `trl-marble {other}`, which `trl-marble {name}` does not have. Each of the "
+            "two commands needs a file of its own (`--config`); they share the model, the prompts and the rewards"
         )
 
 

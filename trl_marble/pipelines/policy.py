@@ -74,7 +74,7 @@ class Policy(nn.Module):
         if (fault := self.flow.family.checkpointing_fault) is not None:
             raise ValueError(
                 f"Gradient checkpointing is not to be trusted for {type(self.flow.pipeline).__name__}: {fault}. Set "
-                "gradient_checkpointing=False, and lower the batch size if memory is short."
+                "activation_checkpointing=False, and lower the batch size if memory is short."
             )
         if every_n_layers != 1 or offload:
             raise ValueError(

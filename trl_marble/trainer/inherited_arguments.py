@@ -143,12 +143,12 @@ def check_arguments(args: TrainingArguments) -> None:
         `ValueError`: With the value, the reason, and what to use instead.
     """
     for name, refusal in REFUSED.items():
-        value = getattr(args, name, refusal.accepted[0])  # older versions of `transformers` lack some
+        value = getattr(args, name)
         if value not in refusal.accepted:
             raise ValueError(f"`{name}={value!r}` is not supported: {refusal.reason}.")
 
 
-def check_combinations(args: TrainingArguments) -> None:
+def check_combinations(args: Any) -> None:
     """
     Refuse values out of range, and settings that have no effect beside others.
 
@@ -178,8 +178,8 @@ def check_combinations(args: TrainingArguments) -> None:
             if getattr(args, name):
                 _refuse(args, name, "`dataloader_num_workers=0`", "set that to 1 or more, or leave it out")
     if not args.push_to_hub:
-        for name, default in (("hub_strategy", "every_save"), ("hub_always_push", False)):
-            if getattr(args, name) != default:
+        for name, usual in (("hub_strategy", "every_save"), ("hub_always_push", False)):
+            if getattr(args, name) != usual:
                 _refuse(args, name, "`push_to_hub=False`", "set `push_to_hub=True` to push at each save")
     if "trackio" not in args.report_to:
         for name in ("trackio_space_id", "trackio_bucket_id", "trackio_static_space_id"):
@@ -187,14 +187,14 @@ def check_combinations(args: TrainingArguments) -> None:
                 _refuse(args, name, f"`report_to={args.report_to}`", "set `report_to='trackio'`")
 
 
-def _refuse(args: TrainingArguments, name: str, beside: str, instead: str) -> None:
+def _refuse(args: Any, name: str, beside: str, instead: str) -> None:
     value = getattr(args, name)
     value = getattr(value, "value", value)  # of an enumeration
     beside = f" with {beside}" if beside else ""
     raise ValueError(f"`{name}={value!r}` has no effect{beside}; {instead}.")
 
 
-def _check_ranges(args: TrainingArguments) -> None:
+def _check_ranges(args: Any) -> None:
     for name in ("learning_rate", "weight_decay", "max_grad_norm", "adam_epsilon"):
         value = getattr(args, name)
         if value is None or not 0 <= value < math.inf:
@@ -210,8 +210,8 @@ def _check_ranges(args: TrainingArguments) -> None:
         )
 
 
-def _check_optimizer(args: TrainingArguments) -> None:
-    optimizer = str(args.optim.value)
+def _check_optimizer(args: Any) -> None:
+    optimizer: str = args.optim.value
     for start, reason in _REFUSED_OPTIMIZERS.items():
         if optimizer.startswith(start):
             raise ValueError(f"`optim={optimizer!r}` is not supported: {reason}. Leave it out to use AdamW.")
@@ -224,8 +224,8 @@ def _check_optimizer(args: TrainingArguments) -> None:
             _refuse(args, name, f"`optim={optimizer!r}`", "leave one of the two out")
 
 
-def _check_schedule(args: TrainingArguments) -> None:
-    schedule = str(args.lr_scheduler_type.value)
+def _check_schedule(args: Any) -> None:
+    schedule: str = args.lr_scheduler_type.value
     if args.warmup_steps and schedule in ("constant", "reduce_lr_on_plateau", "greedy"):
         instead = "set `lr_scheduler_type='constant_with_warmup'`" if schedule == "constant" else "leave it out"
         _refuse(args, "warmup_steps", f"`lr_scheduler_type={schedule!r}`", instead)
@@ -233,7 +233,7 @@ def _check_schedule(args: TrainingArguments) -> None:
         _refuse(args, "lr_scheduler_kwargs", f"`lr_scheduler_type={schedule!r}`", "leave one of the two out")
 
 
-def _check_evaluation(args: TrainingArguments) -> None:
+def _check_evaluation(args: Any) -> None:
     never = args.eval_strategy == "no"
     if args.eval_steps and args.eval_strategy != "steps":
         _refuse(args, "eval_steps", f"`eval_strategy='{args.eval_strategy.value}'`", "set `eval_strategy='steps'`")

@@ -1,6 +1,7 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
 """The trainer, in the order of the data: prompts, rollout, rewards, advantages, gradients, update, adapter."""
 
+import dataclasses
 import os
 import sys
 import warnings
@@ -639,7 +640,8 @@ class MarbleNFTTrainer(WithoutPredictions, CheckpointedTrainer):
             (fraction of the images that it applies to), held-out ones included; `<prefix>_drift/diversity`, how much
             the images of a prompt differ from each other (with at least two a prompt); and
             `<prefix>_drift/velocity_norm`, the norm of the velocity relative to the base model's. The images and
-            rewards themselves are appended to `trainer.evaluations`. With several sets each has its metrics under
+            rewards themselves are appended to `trainer.evaluations`, which keeps the images of the first and the
+            latest evaluation. With several sets each has its metrics under
             `<prefix>_<set>_...`, and those under `<prefix>_...` are of the prompts of all sets together.
 
         Raises:
@@ -669,7 +671,7 @@ class MarbleNFTTrainer(WithoutPredictions, CheckpointedTrainer):
     def _record_evaluation(self, result: PolicyEvaluation, metric_key_prefix: str) -> dict[str, float]:
         """Keep an evaluation, log it and tell the callbacks. Returns its metrics."""
         evaluation = result.evaluation
-        self.evaluations.append(evaluation)
+        self._keep_evaluation(evaluation)
         metrics = result.metrics(metric_key_prefix, count_failures=self.args.masks_rewards)
         with self.together.phase():
             super().log(dict(metrics))
@@ -680,6 +682,13 @@ class MarbleNFTTrainer(WithoutPredictions, CheckpointedTrainer):
                 )
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def _keep_evaluation(self, evaluation: Evaluation) -> None:
+        """Keep all rewards, and the images of the first and the latest evaluation of each prompt set."""
+        before = [place for place, each in enumerate(self.evaluations) if each.name == evaluation.name]
+        for place in before[1:]:
+            self.evaluations[place] = dataclasses.replace(self.evaluations[place], gallery={})
+        self.evaluations.append(evaluation)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log; a training step's log also holds what was recorded since the last one, averaged NaN-aware."""
