@@ -10,8 +10,6 @@ from tiny import tiny_sd3
 from trainer_helpers import bright, small_trainer
 
 from trl_marble.evaluation import EvaluationConfig, evaluate_pipeline
-from trl_marble.evaluation.evaluator import image_seed
-from trl_marble.trainer import evaluating
 
 
 REPEATS = 3
@@ -41,9 +39,7 @@ def trainer_of(folder, prompts, **settings):
     return trainer
 
 
-def test_the_trainer_and_the_command_say_the_same_of_the_same_images(tmp_path, monkeypatch):
-    # The two draw different seeds; here the trainer gets those of the command.
-    monkeypatch.setattr(evaluating, "derive_seed", lambda seed, _, number: image_seed(seed, *divmod(number, REPEATS)))
+def test_the_trainer_and_the_command_say_the_same(tmp_path):
     trainer = trainer_of(tmp_path / "run", PROMPTS)
     metrics = trainer.evaluate()
     trainer.save_model()
@@ -73,3 +69,11 @@ def test_one_prompt_has_a_mean_and_no_standard_error(tmp_path):
     metrics = trainer_of(tmp_path, ["a red dog"] * 2).evaluate()
     assert metrics["eval_rewards/bright/mean"] > 0
     assert math.isnan(metrics["eval_rewards/bright/standard_error"])
+
+
+def test_images_are_kept_of_the_first_and_the_latest_evaluation(tmp_path):
+    trainer = trainer_of(tmp_path, PROMPTS)
+    for _ in range(4):
+        trainer.evaluate()
+    assert [bool(evaluation.gallery) for evaluation in trainer.evaluations] == [True, False, False, True]
+    assert len({evaluation.rewards.shape for evaluation in trainer.evaluations}) == 1

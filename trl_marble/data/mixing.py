@@ -9,7 +9,7 @@ from typing import Any
 
 from datasets import Dataset, Features, Value, concatenate_datasets
 
-from ..rewards.ocr import quoted_text
+from ..rewards.quotes import read_quotes
 from .prompts import prepare_prompts
 
 
@@ -95,7 +95,7 @@ def _warn_of_quotes(datasets: Mapping[str, Dataset]) -> None:
         prompts = dataset["prompt"][:]
         texts = dataset[TEXT_COLUMN][:] if TEXT_COLUMN in dataset.column_names else [None] * len(prompts)
         quoted[name] = [
-            prompt for prompt, text in zip(prompts, texts, strict=True) if text is None and quoted_text(prompt).strip()
+            prompt for prompt, text in zip(prompts, texts, strict=True) if text is None and read_quotes(prompt).text
         ]
         if 2 * (len(quoted[name]) + sum(text not in (None, "") for text in texts)) > len(prompts):
             for_text.append(name)
