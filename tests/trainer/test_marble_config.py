@@ -165,8 +165,8 @@ def test_notebooks_and_inspect_see_the_settings() -> None:
         ({"auto_find_batch_size": True}, ["`auto_find_batch_size=True`", "rollout_batch_size"]),
         ({"remove_unused_columns": True}, ["`remove_unused_columns=True`", "must be `False`"]),
         (
-            {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 50},
-            ["`load_best_model_at_end=True`", "load_lora_weights"],
+            {"metric_for_best_model": "loss", "eval_strategy": "steps", "eval_steps": 50},
+            ["`metric_for_best_model` is 'loss'", "rewards/pickscore/mean"],
         ),
     ],
     ids=lambda value: "-".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else "",

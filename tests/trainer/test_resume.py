@@ -314,6 +314,14 @@ def test_the_best_checkpoint_is_loaded_at_the_end(make_trainer, prompts):
     assert not all(torch.equal(saved[name], value) for name, value in last.items())
 
 
+def test_a_metric_that_no_evaluation_has_is_refused_at_once(make_trainer, prompts):
+    settings = {"eval_strategy": "steps", "eval_steps": 1, "eval_dataset": {"one": prompts, "two": prompts}}
+    for known in ("rewards/brightness/mean", "eval_one_rewards/redness/valid", "my_own_metric"):
+        make_trainer(metric_for_best_model=known, **settings)
+    with pytest.raises(ValueError, match="'rewards/beauty/mean', which no evaluation has.* two_rewards/redness/mean"):
+        make_trainer(metric_for_best_model="rewards/beauty/mean", **settings)
+
+
 def test_half_an_update_is_not_saved(make_trainer, caplog):
     """Weights of step 3 and the averages of step 2 make no checkpoint."""
 

@@ -58,6 +58,37 @@ def set_label(name: str | None) -> str:
     return "eval_dataset" if name is None else f'eval_dataset["{name}"]'
 
 
+def check_best_metric(
+    metric: str | None, reward_names: Sequence[str], prepared: Dataset | dict[str, Dataset] | None
+) -> None:
+    """
+    Refuse a `metric_for_best_model` that no evaluation will have, before anything is trained.
+
+    Args:
+        metric (`str`, *optional*):
+            The metric, with or without `eval_` before it. One that a reward may log itself is not checked.
+        reward_names (`Sequence[str]`):
+            The rewards that evaluations measure.
+        prepared ([`~datasets.Dataset`] or `dict[str, Dataset]`, *optional*):
+            The evaluation sets.
+
+    Raises:
+        `ValueError`: With the metrics that there are.
+    """
+    if metric is None or "rewards/" not in metric:
+        return
+    prefixes = ["", *(f"{name}_" for name in evaluation_sets(prepared) if name is not None)]
+    known = [
+        f"{prefix}rewards/{name}/{what}"
+        for prefix in prefixes
+        for name in reward_names
+        for what in ("mean", "standard_error", "valid")
+    ]
+    if metric.removeprefix("eval_") not in known:
+        shown = ", ".join(name for name in known if name.endswith("/mean"))
+        raise ValueError(f"`metric_for_best_model` is {metric!r}, which no evaluation has; choose one of {shown}.")
+
+
 def pool_evaluations(results: Mapping[str, PolicyEvaluation]) -> PolicyEvaluation:
     """
     The evaluation of all sets together, as if they were one.
@@ -68,8 +99,8 @@ def pool_evaluations(results: Mapping[str, PolicyEvaluation]) -> PolicyEvaluatio
 
     Returns:
         [`PolicyEvaluation`]: its rewards are those of all images, set by set, and its gallery takes prompts of each
-        set in turn. A prompt that two sets have counts as two. The diversity is the mean over sets weighted by their images, the norm of the velocity the root
-        mean square over sets.
+        set in turn. A prompt that two sets have counts as two. The diversity is the mean over sets weighted by their
+        images, the norm of the velocity the root mean square over sets.
     """
     parts = list(results.values())
     evaluations = [part.evaluation for part in parts]

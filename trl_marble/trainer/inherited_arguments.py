@@ -27,6 +27,7 @@ _TOKENS = "it is about the tokens of a language model, and there are none here; 
 _LABELS = "it is about labels, and rewards take their place here; leave it out"
 _PREDICTION = "it is about collecting a model's predictions, and an evaluation samples and scores images"
 _OWN_SAMPLER = "prompts are drawn in whole groups by a sampler of our own, seeded by `data_seed`; leave it out"
+_ROW_NUMBERS = "a batch holds row numbers only, and rows are read once, when they are sampled from; leave it out"
 _DDP = "gradients of the adapter are added up once an optimizer step, without DDP's machinery; leave it out"
 _SCRIPTS = "it is a note for scripts, which nothing reads here"
 _LAUNCH = "start plain processes, `accelerate launch --multi_gpu --num_processes N`"
@@ -66,7 +67,11 @@ REFUSED: dict[str, Refusal] = {
     "length_column_name": Refusal(("length",), _OWN_SAMPLER),
     "dataloader_drop_last": Refusal((False,), _OWN_SAMPLER),
     "dataloader_in_order": Refusal((True,), "generation batches come in order, so that a run can be repeated"),
-    "dataloader_pin_memory": Refusal((False,), "a batch holds rows of a dataset and no tensors; leave it out"),
+    "dataloader_pin_memory": Refusal((False,), _ROW_NUMBERS),
+    "dataloader_num_workers": Refusal((0,), _ROW_NUMBERS),
+    "dataloader_persistent_workers": Refusal((False,), _ROW_NUMBERS),
+    "dataloader_prefetch_factor": Refusal((None,), _ROW_NUMBERS),
+    "dataloader_multiprocessing_context": Refusal((None,), _ROW_NUMBERS),
     # How processes share the work
     "parallelism_config": Refusal((None,), f"tensor, context and pipeline parallelism are not supported; {_LAUNCH}"),
     "fsdp_config": Refusal((None, {}), f"`accelerate`'s FSDP is not supported; {_LAUNCH}, with `shard_base=True`"),
@@ -104,8 +109,7 @@ WORKS: frozenset[str] = frozenset(
     metric_for_best_model greater_is_better ignore_data_skip restore_callback_states_from_checkpoint
     resume_from_checkpoint
     push_to_hub hub_token hub_private_repo hub_model_id hub_strategy hub_always_push hub_revision
-    full_determinism seed data_seed accelerator_config dataloader_num_workers dataloader_persistent_workers
-    dataloader_prefetch_factor dataloader_multiprocessing_context ddp_backend ddp_timeout fsdp deepspeed
+    full_determinism seed data_seed accelerator_config ddp_backend ddp_timeout fsdp deepspeed
     """.split()
 )
 
@@ -116,7 +120,7 @@ ACCELERATOR_CONFIG: dict[str, Refusal] = {
     ),
     "even_batches": Refusal((True,), _OWN_SAMPLER),
     "use_seedable_sampler": Refusal((True,), _OWN_SAMPLER),
-    "non_blocking": Refusal((False,), "a batch holds rows of a dataset and no tensors; leave it out"),
+    "non_blocking": Refusal((False,), _ROW_NUMBERS),
     "gradient_accumulation_kwargs": Refusal((None,), "set `gradient_accumulation_steps`"),
 }
 
@@ -173,10 +177,6 @@ def check_combinations(args: Any) -> None:
         _refuse(args, "num_train_epochs", f"`max_steps={args.max_steps}`", "leave one of the two out")
     if args.activation_checkpointing_kwargs and not args.activation_checkpointing:
         _refuse(args, "activation_checkpointing_kwargs", "", "set `activation_checkpointing=True`")
-    if args.dataloader_num_workers == 0:
-        for name in ("dataloader_persistent_workers", "dataloader_multiprocessing_context"):
-            if getattr(args, name):
-                _refuse(args, name, "`dataloader_num_workers=0`", "set that to 1 or more, or leave it out")
     if not args.push_to_hub:
         for name, usual in (("hub_strategy", "every_save"), ("hub_always_push", False)):
             if getattr(args, name) != usual:

@@ -229,7 +229,7 @@ class MarbleConfig(TrainingArguments):
     logging_steps: float = field(default=1, metadata={"help": "Log every X optimizer steps."})
     save_steps: float = field(default=50, metadata={"help": "Save a checkpoint every X optimizer steps."})
     dataloader_pin_memory: bool = field(
-        default=False, metadata={"help": "Whether to pin memory. A batch holds rows of text, where it does nothing."}
+        default=False, metadata={"help": "Whether to pin memory. A batch holds row numbers, where it does nothing."}
     )
     remove_unused_columns: bool = field(
         default=False, metadata={"help": "Must stay `False`: rewards receive every column of the dataset."}
@@ -350,7 +350,6 @@ class MarbleConfig(TrainingArguments):
         self._check_ranges()
         self._check_batches()
         self._check_unused()
-        self._check_inherited()
         check_combinations(self)
         self._check_devices()
 
@@ -452,13 +451,6 @@ class MarbleConfig(TrainingArguments):
                 raise ValueError(
                     f"`{name}={getattr(self, name)!r}` has no effect with {reason}; leave one of the two out."
                 )
-
-    def _check_inherited(self) -> None:
-        if self.load_best_model_at_end:
-            raise ValueError(
-                "`load_best_model_at_end=True` is not supported. Keep checkpoints (`save_total_limit`) and load the "
-                "one you want with `load_lora_weights`."
-            )
 
     def _check_launch(self) -> None:
         """Refuse ways of sharing the work under which the gradients would be wrong, before they are set up."""

@@ -59,7 +59,13 @@ from .checkpoint_folder import check_writable
 from .checkpointed_trainer import OPTIMIZER_FILE, CheckpointedTrainer
 from .checkpointing import base_fingerprint, copy_into, load_state, save_state
 from .evaluating import PolicyEvaluation, evaluate_policy
-from .evaluation_sets import evaluation_sets, pool_evaluations, prepare_evaluation_sets, set_label
+from .evaluation_sets import (
+    check_best_metric,
+    evaluation_sets,
+    pool_evaluations,
+    prepare_evaluation_sets,
+    set_label,
+)
 from .generation import GenerationBatch, digest_of, training_order
 from .held_out import held_out_scorer
 from .live_table import LiveTableCallback, ProgressBar
@@ -220,6 +226,7 @@ class MarbleNFTTrainer(WithoutPredictions, CheckpointedTrainer):
         self._check_rewards([self.scorer], train_dataset, "train_dataset")
         for set_name, prompts in evaluation_sets(eval_dataset).items():
             self._check_rewards(self.scorers, prompts, set_label(set_name))
+        check_best_metric(args.metric_for_best_model, [*self.scorer.names, *self.held_out_names], eval_dataset)
         self.trainable = dict(add_trainable_adapter(self.pipeline, peft_config or lora_config(self.pipeline)))
         self._fingerprint = base_fingerprint(self.flow.transformer)
         place_base(self.flow, self.trainable.values(), args)
