@@ -9,7 +9,7 @@ from typing import Any
 from PIL import Image
 
 from .model_reward import to_rgb
-from .quotes import read_quotes
+from .quotes import quoted_text, read_quotes
 
 
 # Scripts that the reader reads, by the first word of the Unicode names of their letters. It has plain Greek letters
@@ -132,7 +132,7 @@ class OCRAccuracy:
 
     def _target(self, prompt: str, text: Any) -> str:
         if text is None:
-            return read_quotes(prompt).text
+            return quoted_text(prompt)
         if not isinstance(text, str):
             raise TypeError(
                 f"The column `{self.column}` holds {text!r} ({type(text).__name__}) for the prompt {prompt!r}; it "

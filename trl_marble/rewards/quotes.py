@@ -82,6 +82,11 @@ def read_quotes(prompt: str) -> Quoted:
     return Quoted(text, not paired or (not text and SINGLE_QUOTES.search(prompt) is not None))
 
 
+def quoted_text(prompt: str) -> str:
+    """What stands between quotation marks in a prompt, with spaces between the parts; empty if there is nothing."""
+    return read_quotes(prompt).text
+
+
 def _without_escapes(prompt: str) -> str:
     """The prompt without what CSV, JSON and HTML make of quotation marks."""
     field = CSV_FIELD.fullmatch(prompt)
