@@ -242,6 +242,33 @@ def test_bad_input_is_refused_before_anything_is_written(pipeline, tmp_path) -> 
     assert not (tmp_path / "out").exists()
 
 
+def test_a_reward_that_cannot_be_called_is_refused_before_anything_is_sampled(pipeline, tmp_path) -> None:
+    def narrow(images, prompts):
+        return bright(images)
+
+    def needs_a_target(images, target, log_metric, **kwargs):
+        return bright(images)
+
+    with pytest.raises(ValueError, match=r"`narrow` .* does not accept .*columns of `prompts` \(`source`, `tag`\)"):
+        evaluate_pipeline(pipeline, [bright, narrow], prompt_set(), small_evaluation(tmp_path / "out"))
+    with pytest.raises(ValueError, match="nothing gives it `target`"):
+        evaluate_pipeline(pipeline, needs_a_target, prompt_set(), small_evaluation(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_broken_reward_stops_an_evaluation_without_advice_to_mask_it(pipeline, tmp_path) -> None:
+    calls = []
+
+    def broken(images, log_metric, log_extra, **kwargs):
+        calls.append(None)
+        log_metric("n", 1)
+        raise TypeError("takes no cats")
+
+    with pytest.raises(RewardError, match="takes no cats.* Batches that were finished are kept") as caught:
+        evaluate_pipeline(pipeline, broken, prompt_set(), small_evaluation(tmp_path))
+    assert "mask" not in str(caught.value) and len(calls) <= 2
+
+
 def test_bfloat16_is_close(whole, pipeline, tmp_path) -> None:
     results = evaluate_pipeline(pipeline, bright, prompt_set(), small_evaluation(tmp_path, bf16=True))
     assert not results.table["bright"].equals(whole.table["bright"])

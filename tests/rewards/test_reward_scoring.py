@@ -521,6 +521,33 @@ print("the end", flush=True)
 """
 
 
+BUSY = """
+import threading, torch
+from PIL import Image
+from trl_marble.rewards import RewardScorer
+
+started = threading.Event()
+
+def busy(images, **kwargs):
+    model = torch.nn.Linear(300, 300)
+    while True:
+        model(torch.randn(300, 300)).sum().backward()
+        started.set()
+
+scorer = RewardScorer(busy)
+scorer.submit([Image.new("RGB", (2, 2))], ["a"], {}, None)
+started.wait()
+scorer.close()
+print("the end", flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_a_model_that_is_left_behind_does_not_abort_the_interpreter() -> None:
+    ran = subprocess.run([sys.executable, "-c", BUSY], capture_output=True, text=True, timeout=120)
+    assert ran.stdout == "the end\n" and ran.returncode == 0, ran.stderr
+
+
 @pytest.mark.slow
 def test_nothing_that_hangs_keeps_the_interpreter_from_ending() -> None:
     ran = subprocess.run([sys.executable, "-c", HANGING], capture_output=True, text=True, timeout=120)

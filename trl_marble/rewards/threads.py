@@ -2,10 +2,13 @@
 """Threads that rewards run on. None of them keeps the interpreter from ending, whatever it does."""
 
 import asyncio
+import atexit
+import ctypes
 import functools
 import queue
 import threading
 import time
+import weakref
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ALL_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import Any
@@ -15,8 +18,13 @@ import torch
 
 # Seconds that async rewards get to end after they were interrupted, as closing connections takes.
 INTERRUPT_SECONDS = 1.0
+# Seconds that calls which were left behind get to end when the interpreter does.
+EXIT_SECONDS = 2.0
 # Longest time in seconds without looking whether the user interrupts, which does not end every wait.
 WAKE_SECONDS = 0.5
+
+
+_started: "weakref.WeakSet[Worker | EventLoopThread]" = weakref.WeakSet()  # those whose thread has not ended
 
 
 class Worker:
@@ -38,6 +46,12 @@ class Worker:
         self._device = device
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
+        _started.add(self)
+
+    @property
+    def threads(self) -> list[threading.Thread]:
+        """The threads that were started."""
+        return [self._thread]
 
     def submit(self, call: Callable[[], Any]) -> Future:
         """Run a call when all those before it have ended."""
@@ -81,9 +95,16 @@ class EventLoopThread:
     def __init__(self, name: str, device: torch.device) -> None:
         self._device = device
         self._loop = asyncio.new_event_loop()
-        self._loop.set_default_executor(_DaemonExecutor(device))
+        self._executor = _DaemonExecutor(device)
+        self._loop.set_default_executor(self._executor)
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
+        _started.add(self)
+
+    @property
+    def threads(self) -> list[threading.Thread]:
+        """The threads that were started."""
+        return [self._thread, *self._executor.daemons]
 
     def submit(self, call: Callable[[], Awaitable[Any]]) -> Future:
         """Start a call beside those that run."""
@@ -91,10 +112,13 @@ class EventLoopThread:
 
     def stop(self) -> None:
         """Interrupt all calls and end the thread; leave it behind if they do not end within a second."""
-        asyncio.run_coroutine_threadsafe(_cancel_other_tasks_and_stop(), self._loop)
-        self._thread.join(INTERRUPT_SECONDS)
-        if not self._thread.is_alive():
-            self._loop.close()
+        if self._thread.is_alive():
+            asyncio.run_coroutine_threadsafe(_cancel_other_tasks_and_stop(), self._loop)
+            self._thread.join(INTERRUPT_SECONDS)
+        if self._thread.is_alive():
+            self._executor.shutdown()
+        else:
+            self._loop.close()  # and its executor
 
     def _run(self) -> None:
         set_current_device(self._device)
@@ -108,18 +132,18 @@ class _DaemonExecutor(ThreadPoolExecutor):
         super().__init__()
         self._device = device
         self._calls: queue.SimpleQueue[tuple[Future, Callable[[], Any]] | None] = queue.SimpleQueue()
-        self._daemons: list[threading.Thread] = []
+        self.daemons: list[threading.Thread] = []
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future:
         future: Future = Future()
         self._calls.put((future, functools.partial(fn, *args, **kwargs)))
-        if len(self._daemons) < self._max_workers:
-            self._daemons.append(threading.Thread(target=self._work, name="async-rewards-thread", daemon=True))
-            self._daemons[-1].start()
+        if len(self.daemons) < self._max_workers:
+            self.daemons.append(threading.Thread(target=self._work, name="async-rewards-thread", daemon=True))
+            self.daemons[-1].start()
         return future
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
-        for _ in self._daemons:
+        for _ in self.daemons:
             self._calls.put(None)
 
     def _work(self) -> None:
@@ -169,3 +193,21 @@ async def _cancel_other_tasks_and_stop() -> None:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
     asyncio.get_running_loop().stop()
+
+
+@atexit.register
+def _end_threads() -> None:
+    """
+    End what still runs when the interpreter does, as far as that can be done within some seconds.
+
+    A thread that comes back from C++, such as a model's, while the interpreter is taken down aborts the process.
+    """
+    started = list(_started)
+    for each in started:
+        each.stop()
+    running = [thread for each in started for thread in each.threads if thread.is_alive()]
+    for thread in running:
+        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident or 0), ctypes.py_object(SystemExit))
+    deadline = time.monotonic() + EXIT_SECONDS
+    for thread in running:
+        thread.join(max(0.0, deadline - time.monotonic()))
