@@ -38,6 +38,31 @@ def assert_equal_adapters(one: Path, other: Path) -> None:
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+# ---- The pipeline and its adapter ----
+
+
+@pytest.mark.parametrize("as_text", [str, Path], ids=["text", "path"])
+def test_a_pipeline_may_be_a_path(tmp_path, monkeypatch, as_text) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "models" / "my-sd3"
+    tiny_sd3(num_layers=1).save_pretrained(folder)
+    settings = {"reward_funcs": [bright], "train_dataset": prompt_set()}
+    trainer = MarbleNFTTrainer(as_text(folder), **settings)
+    assert trainer.args.output_dir == "my-sd3-marble"
+    assert trainer.pipeline.config["_name_or_path"] == str(folder)
+    monkeypatch.chdir(folder)
+    assert MarbleNFTTrainer(as_text("."), **settings).args.output_dir == "my-sd3-marble"
+
+
+def test_a_lora_without_layers_gets_those_of_the_family(tmp_path) -> None:
+    given = LoraConfig(r=3, lora_alpha=6)
+    own = small_trainer(tmp_path, peft_config=given)
+    usual = small_trainer(tmp_path)
+    assert own.trainable.keys() == usual.trainable.keys()
+    assert {min(weight.shape) for weight in own.trainable.values()} == {3}
+    assert given.target_modules is None  # it is the user's
+
+
 # ---- Prompts ----
 
 

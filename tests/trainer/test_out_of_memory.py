@@ -26,7 +26,7 @@ def run_out(trainer: MarbleNFTTrainer, in_update: bool, after: int = 0) -> None:
 
 
 def note_of(error: BaseException) -> str:
-    (note,) = error.__notes__
+    (note,) = (note for note in error.__notes__ if "it is saved in" not in note)
     return note
 
 

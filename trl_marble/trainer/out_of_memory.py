@@ -61,9 +61,10 @@ def update_advice(args: MarbleConfig) -> Iterator[None]:
     """
     size, steps = args.per_device_train_batch_size, args.gradient_accumulation_steps
     with _advice(
-        "The update ran out of memory: set `activation_checkpointing=True`; or a smaller `per_device_train_batch_size` "
-        f"(it is {size}) with as many times more `gradient_accumulation_steps` (they are {steps}), which gives the "
-        "same gradient. Rewards that are models leave the device during updates with `offload=True`."
+        "The update ran out of memory: set `activation_checkpointing=True`; or a smaller "
+        f"`per_device_train_batch_size` (it is {size}) with as many times more `gradient_accumulation_steps` (they "
+        f"are {steps}), which gives the same gradient. "
+        "Rewards that are models leave the device during updates with `offload=True`."
     ):
         yield
 
