@@ -158,8 +158,7 @@ def train(script_args: ScriptArguments, training_args: "MarbleConfig") -> None:
             eval_reward_funcs=[*eval_rewards],
         )
     trainer.train(resume_from_checkpoint=checkpoint)
-    trainer.save_model()
-    trainer.create_model_card()
+    trainer.save_model()  # and its card
     if trainer.is_world_process_zero():
         print(f"The adapter and its card (README.md) are in {Path(training_args.output_dir).absolute()}")
     if training_args.push_to_hub:
