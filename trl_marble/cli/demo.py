@@ -66,11 +66,10 @@ def run_demo(output_dir: str, seed: int = 42, max_steps: int = DEMO_STEPS) -> No
         callbacks=[LiveTableCallback()],
     )
     seconds = trainer.train().metrics["train_runtime"]
-    trainer.save_model()
     before, after = trainer.evaluations[0], trainer.evaluations[-1]
     old, new = ([row[:4] for row in evaluation.gallery.values()] for evaluation in (before, after))
     before_after_grid(list(before.gallery), old, new, Path(output_dir, "before_after.png"))
-    trainer.create_model_card()  # README.md, with balance.png
+    trainer.save_model()  # and README.md, with balance.png
 
     errors = {name: error for name, (_, error) in after.change_since(before).items()}
     first, last = before.summary(), after.summary()

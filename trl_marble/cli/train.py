@@ -171,7 +171,7 @@ def train(script_args: ScriptArguments, training_args: "MarbleConfig") -> None:
         )
     with run_errors():
         trainer.train()
-    trainer.save_model()
+    trainer.save_model()  # and its card
     folder = Path(training_args.output_dir).absolute()
     if trainer.is_world_process_zero():
         print(f"The adapter and its card (README.md) are in {folder}")
