@@ -62,6 +62,9 @@ def test_another_learning_rate_is_used_and_named(make_trainer, saved, caplog):
     (message,) = [record.message for record in caplog.records if "Resuming" in record.message]
     for change in ("learning_rate 0.01 -> 0.0001", "weight_decay 0.0001 -> 0.5", "adam_beta1 0.9 -> 0.5"):
         assert change in message
+    trainer.save_model()
+    card = (saved / "README.md").read_text()
+    assert "| `learning_rate` | `0.0001` |" in card and "| `learning_rate until step 2` | `0.01` |" in card
     history = load_settings(saved / "checkpoint-4")
     assert [each.step for each in history] == [0, 2]
     assert [each.settings["learning_rate"] for each in history] == [1e-2, 1e-4]

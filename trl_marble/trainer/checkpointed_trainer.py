@@ -2,6 +2,7 @@
 """A `transformers.Trainer` whose checkpoints are whole and hold no pickles, and that saves one when training fails."""
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,7 @@ class CheckpointedTrainer(Trainer):
     push_in_progress: Any = None
     current_flos: Any  # set by `transformers`
     together: FailingTogether
-    settings_history: list[SettingsFrom]
+    settings_history: Sequence[SettingsFrom] = ()  # none before training
     _changed_settings: Changes
     _saved_step = _resumed_step = 0
     _between_steps = False

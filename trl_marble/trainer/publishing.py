@@ -3,6 +3,7 @@
 
 import dataclasses
 import importlib.metadata
+import itertools
 import os
 import shutil
 from concurrent.futures import Future
@@ -291,6 +292,10 @@ def _card_settings(trainer: "MarbleNFTTrainer") -> dict[str, Any]:
         settings |= trainer.flow.family.guidance_arguments(settings.pop("guidance_scale"))
     settings |= {"optimizer_steps": trainer.state.global_step, "processes": args.world_size}
     settings |= {"lora_rank": config.r, "lora_alpha": config.lora_alpha}
+    for before, after in itertools.pairwise(trainer.settings_history):
+        for name in CARD_SETTINGS:
+            if name in settings and before.settings.get(name) != after.settings.get(name):
+                settings[f"{name} until step {after.step}"] = before.settings.get(name)
     return {name: value for name, value in settings.items() if value is not None}
 
 

@@ -2,6 +2,7 @@
 """With which settings each part of a run was trained: written to checkpoints, and compared when a run is resumed."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,14 +59,14 @@ def describe_settings(args: TrainingArguments) -> Settings:
     return json.loads(json.dumps({name: kept[name] for name in kept.keys() - NOT_KEPT}, default=str, sort_keys=True))
 
 
-def save_settings(folder: Path, history: list[SettingsFrom]) -> None:
+def save_settings(folder: Path, history: Sequence[SettingsFrom]) -> None:
     """
     Write the settings of a run to a checkpoint.
 
     Args:
         folder (`Path`):
             The checkpoint folder.
-        history (`list[SettingsFrom]`):
+        history (`Sequence[SettingsFrom]`):
             The settings since the run began, the first ones first.
     """
     content = [vars(each) for each in history]
