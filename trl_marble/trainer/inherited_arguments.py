@@ -170,7 +170,7 @@ def check_combinations(args: Any) -> None:
     _check_accelerator_config(args.accelerator_config)
     strategies = ((args.save_strategy, "save_steps", 50), (args.logging_strategy, "logging_steps", 1))
     for strategy, name, default in strategies:
-        if strategy != "steps" and getattr(args, name) != default:
+        if strategy not in ("steps", "no") and getattr(args, name) != default:  # "no" is said on purpose
             kind = name.partition("_")[0]
             _refuse(args, name, f"`{kind}_strategy='{strategy.value}'`", f"set `{kind}_strategy='steps'`")
     if args.max_steps > 0 and args.num_train_epochs != 3:

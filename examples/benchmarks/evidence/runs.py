@@ -278,7 +278,7 @@ def _train_stage(
         save_steps=5,
         save_total_limit=1,
         eval_strategy="steps" if run.has_curves else "no",
-        eval_steps=CURVE_STEPS,
+        eval_steps=CURVE_STEPS if run.has_curves else None,
         eval_on_start=run.has_curves and number == 0,
         num_generations_eval=min(CURVE_IMAGES, run.scale.images),
         per_device_eval_batch_size=DEMO_SETTINGS["per_device_eval_batch_size"],
