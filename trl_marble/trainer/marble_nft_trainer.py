@@ -114,7 +114,7 @@ class MarbleNFTTrainer(WithoutPredictions, CheckpointedTrainer):
         reward_funcs (`str`, `RewardFunc` or a list of them):
             The rewards, see [`~trl_marble.rewards.RewardFunc`]. Called with keywords `images` (`videos` for a pipeline
             of videos), `prompts`, the other columns of the dataset, `trainer_state`, and where they accept them
-            `log_metric` and `log_extra`; they return one number an image, or `None` where they do not apply. A string
+            `log_metric` and `log_extra`; they return one score per image, or `None` where they do not apply. A string
             is a known name (`"pickscore"`) or a dotted path (`"my_rewards.brightness"`), see
             [`~trl_marble.rewards.load_reward`].
         args ([`MarbleConfig`], *optional*):
