@@ -166,7 +166,15 @@ def test_rewards_have_their_evaluations_with_errors_over_prompts(tmp_path):
     assert points.get_xydata().tolist() == [[0, 0.5]] + [[step, mean] for step, mean, _ in shown]
     drawn = [segment[:, 1].tolist() for segment in bars.get_segments() if segment.size]
     assert drawn == [pytest.approx([0.45, 0.55]), pytest.approx([0.5, 0.7])]
-    assert not panels["big"].containers[0][0].get_xydata().size
+    assert not panels["big"].containers
+
+
+@pytest.mark.filterwarnings("error")  # matplotlib's layout warns where it gives up
+def test_rewards_without_evaluations_fill_the_picture(tmp_path):
+    rows = [{"step": step, "rewards/reader/mean": 0.5 + 0.1 * step} for step in range(1, 4)]
+    picture = np.asarray(Image.open(plot_rewards(rows, tmp_path / "rewards.png")).convert("L"))
+    columns = np.flatnonzero((picture < 250).any(axis=0))
+    assert columns[0] < 0.05 * picture.shape[1] and columns[-1] > 0.95 * picture.shape[1]
 
 
 def test_rewards_may_be_missing_in_some_steps(tmp_path):

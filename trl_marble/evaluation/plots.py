@@ -155,6 +155,8 @@ def _points_of_evaluations(axes: Axes, history: Sequence[Mapping[str, Any]], nam
     """A reward's evaluations, ringed in ink to stand out from the line."""
     key = f"eval_rewards/{name}"
     rows = [row for row in history if f"{key}/mean" in row]
+    if not rows:  # bars of no points have an unbounded box, for which the layout of the whole figure gives up
+        return
     means = [row[f"{key}/mean"] for row in rows]
     errors = [row.get(f"{key}/standard_error", math.nan) for row in rows]
     axes.errorbar(
