@@ -287,3 +287,9 @@ def test_a_solver_that_draws_noise_gives_the_same_images_when_continued(tmp_path
     (tmp_path / "again" / "records" / "batch_00001.json").unlink()
     again = evaluate_pipeline(pipeline, bright, prompt_set(), small_evaluation(tmp_path / "again"))
     assert again.table.equals(whole.table)
+
+
+def test_processes_that_were_launched_and_do_not_work_together_are_refused(pipeline, tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="2 processes were launched .* and 1 would work together"):
+        evaluate_pipeline(pipeline, bright, prompt_set(), small_evaluation(tmp_path))

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig
 from safetensors.torch import load_file
 
 from trl_marble.trainer.checkpoint_folder import find_checkpoint
@@ -80,6 +81,26 @@ def test_another_learning_rate_keeps_the_place_in_its_schedule(make_trainer, tmp
     assert rates(resumed) == pytest.approx([1e-2, 0.75e-2, 0.5e-3, 0.25e-3])
 
 
+@pytest.mark.parametrize(
+    ("schedule", "right"),
+    [
+        ({"lr_scheduler_type": "linear"}, [0.5e-2, 0.25e-2]),
+        ({"lr_scheduler_type": "linear", "learning_rate": 1e-3}, [0.5e-3, 0.25e-3]),
+        ({"lr_scheduler_type": "constant_with_warmup", "warmup_steps": 8}, [0.25e-2, 0.375e-2]),
+    ],
+    ids=str,
+)
+def test_the_first_step_after_resuming_has_the_rate_of_its_own_schedule(make_trainer, saved, schedule, right):
+    assert rates(resume(make_trainer, saved, **schedule))[2:] == pytest.approx(right)
+
+
+def test_a_run_that_was_over_goes_on_in_a_longer_schedule(make_trainer):
+    make_trainer(**STEPS, lr_scheduler_type="linear").train()  # to a rate of 0
+    resumed = make_trainer(**{**STEPS, "max_steps": 4}, lr_scheduler_type="linear")
+    resumed.train(resume_from_checkpoint=True)
+    assert rates(resumed) == pytest.approx([1e-2, 0.5e-2, 0.5e-2, 0.25e-2])
+
+
 def test_what_cannot_go_on_is_refused(make_trainer, saved, prompts):
     with pytest.raises(ValueError, match="saved with the optimizer AdamW, this run has SGD"):
         resume(make_trainer, saved, optim="sgd")
@@ -122,6 +143,30 @@ def test_going_back_warns_of_later_checkpoints_or_deletes_them(make_trainer, sav
     settings = STEPS | {"max_steps": 1}
     make_trainer(saved, **settings, overwrite_output_dir=True).train(str(saved / "checkpoint-1"))
     assert [path.name for path in saved.glob("checkpoint-*")] == ["checkpoint-1"]
+
+
+@pytest.mark.parametrize("spelling", ["link/checkpoint-1", "run/../run/checkpoint-1"])
+def test_overwriting_keeps_what_is_resumed_however_its_folder_is_spelled(make_trainer, saved, tmp_path, spelling):
+    (tmp_path / "link").symlink_to(saved)
+    settings = STEPS | {"max_steps": 1}
+    make_trainer(saved, **settings, overwrite_output_dir=True).train(str(tmp_path / spelling))
+    assert [path.name for path in saved.glob("checkpoint-*")] == ["checkpoint-1"]
+
+
+def test_a_refused_run_overwrites_nothing(make_trainer, saved, rewards):
+    with pytest.raises(ValueError, match="was written with rewards"):
+        trainer = make_trainer(saved, **STEPS, overwrite_output_dir=True, reward_funcs=rewards[:1])
+        trainer.train(str(saved / "checkpoint-1"))
+    assert {path.name for path in saved.glob("checkpoint-*")} == {"checkpoint-1", "checkpoint-2"}
+
+
+@pytest.mark.parametrize("change", [{"use_rslora": True}, {"alpha_pattern": {"to_q": 7}}], ids=str)
+def test_an_adapter_of_another_strength_is_refused(make_trainer, change):
+    layers = {"r": 2, "target_modules": ["attn.to_q"]}
+    make_trainer(**STEPS, peft_config=LoraConfig(**layers)).train()
+    other = make_trainer(**STEPS, peft_config=LoraConfig(**layers, **change))
+    with pytest.raises(ValueError, match="was written with lora = "):
+        other.train(resume_from_checkpoint=True)
 
 
 def test_what_resuming_means(tmp_path):

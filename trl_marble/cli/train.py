@@ -128,7 +128,7 @@ def train(script_args: ScriptArguments, training_args: "MarbleConfig") -> None:
     """Train, save the adapter with its card, push them where asked to, and say where they are."""
     from ..pipelines import lora_config
     from ..trainer import LiveTableCallback, MarbleNFTTrainer
-    from ..trainer.checkpoint_folder import find_checkpoint, make_way
+    from ..trainer.checkpoint_folder import find_checkpoint, find_replaced
     from .sources import load_model, load_rewards, load_sources
 
     check_evaluation(script_args, training_args)
@@ -137,7 +137,7 @@ def train(script_args: ScriptArguments, training_args: "MarbleConfig") -> None:
     with hub_errors("nothing was trained"), usage_errors():
         folder = Path(training_args.output_dir)
         checkpoint = find_checkpoint(training_args.resume_from_checkpoint, folder)  # before models are loaded
-        make_way(folder, checkpoint, training_args.overwrite_output_dir, deletes=False)
+        find_replaced(folder, checkpoint, training_args.overwrite_output_dir, warns=False)  # refuses a mixed folder
         prompts = load_sources(
             script_args.prompts,
             column=script_args.prompt_column,

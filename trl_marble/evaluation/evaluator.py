@@ -37,6 +37,7 @@ from ..processes import FailingTogether
 from ..rewards import PendingScores, RewardError, RewardFunc, RewardScorer
 from ..rewards.protocol import BrokenRewardError, check_media
 from ..rewards.signatures import check_signatures
+from ..world_size import check_world_size
 from .contact_sheet import write_contact_sheet
 from .evaluation_config import EvaluationConfig
 from .measures import PromptDiversity
@@ -101,8 +102,8 @@ def evaluate_pipeline(
     Raises:
         `ValueError`: for a pipeline that is not flow matching, a prompt set without prompts or without the images that
             the pipeline edits, rewards of images for a pipeline of videos or the other way round, rewards that cannot
-            be called with the columns of the prompt set, rewards whose names are those of columns of the table, or an
-            `output_dir` with an evaluation of other settings.
+            be called with the columns of the prompt set, rewards whose names are those of columns of the table, an
+            `output_dir` with an evaluation of other settings, or fewer processes than were launched.
         `OSError`: if the pipeline or the adapter cannot be found.
         [`~trl_marble.rewards.RewardError`]: if a reward failed, see `EvaluationConfig.reward_failure`.
     """
@@ -116,6 +117,7 @@ def evaluate_pipeline(
         )
     # Without an accelerator it has to be told, or the processes would not find each other.
     state = PartialState(cpu=not torch.accelerator.is_available())
+    check_world_size(state.num_processes)
     is_object = isinstance(pipeline, DiffusionPipeline)
     model = load_pipeline(pipeline, None if is_object or not args.bf16 else torch.bfloat16)
     if not is_object:

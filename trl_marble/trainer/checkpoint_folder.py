@@ -190,7 +190,18 @@ def prune_checkpoints(output_dir: Path, limit: int | None, keep: Collection[Path
         return
     folders = _checkpoints(output_dir)
     old = [folder for folder in folders if folder not in keep]
-    for folder in old[: max(0, len(folders) - limit)]:
+    delete_checkpoints(old[: max(0, len(folders) - limit)])
+
+
+def delete_checkpoints(folders: Collection[Path]) -> None:
+    """
+    Delete checkpoints; one that the process is stopped in is not found again.
+
+    Args:
+        folders (`Collection[Path]`):
+            The checkpoints.
+    """
+    for folder in folders:
         _discard(folder)
 
 
@@ -239,7 +250,7 @@ def find_checkpoint(wanted: str | bool | None, output_dir: Path) -> Path | None:
     return Path(str(wanted))
 
 
-def make_way(output_dir: Path, resumed: Path | None, overwrite: bool, deletes: bool) -> None:
+def find_replaced(output_dir: Path, resumed: Path | None, overwrite: bool, warns: bool) -> list[Path]:
     """
     See that a run does not write its checkpoints among those of another run, whose latest would be taken for its own.
 
@@ -249,39 +260,38 @@ def make_way(output_dir: Path, resumed: Path | None, overwrite: bool, deletes: b
         resumed (`Path`, *optional*):
             The checkpoint that it resumes from.
         overwrite (`bool`):
-            Whether to delete the checkpoints that it does not go on from: all others, or those after `resumed` where
-            that is one of them.
-        deletes (`bool`):
-            Whether this process deletes them: one a file system.
+            Whether the checkpoints that it does not go on from are to be deleted: all others, or those after `resumed`
+            where that is one of them.
+        warns (`bool`):
+            Whether this process warns: one is enough.
+
+    Returns:
+        `list[Path]`: The checkpoints to delete, when all of `resumed` is loaded.
 
     Raises:
         `FileExistsError`: If there are such checkpoints and they are to be kept. Those after `resumed` in the same
             folder are only warned of.
     """
     others = _checkpoints(output_dir)
-    goes_on = resumed is not None and resumed.absolute() in [folder.absolute() for folder in others]
+    goes_on = resumed is not None and resumed.resolve() in [folder.resolve() for folder in others]
     if resumed is not None and goes_on:
         others = [folder for folder in others if _step(folder) > _step(resumed)]
-    if not others:
-        return
+    if not others or overwrite:
+        return others
     names = ", ".join(folder.name for folder in others)
-    if overwrite:
-        for folder in others if deletes else []:
-            _discard(folder)
-    elif goes_on:
-        others = [folder for folder in others if find_damage(folder) is None]
-        if others and deletes:
-            logger.warning(
-                f"`{output_dir}` has checkpoints after the one that this run resumes from ({names}). Each is replaced "
-                "when this run comes to its step; until then the latest checkpoint is not one of this run. "
-                "`overwrite_output_dir=True` deletes them."
-            )
-    else:
+    if not goes_on:
         raise FileExistsError(
             f"`{output_dir}` has checkpoints of an earlier run ({names}). Go on with that run by "
             "`resume_from_checkpoint=True`, choose another `output_dir`, or set `overwrite_output_dir=True` to delete "
             "them."
         )
+    if warns and any(find_damage(folder) is None for folder in others):
+        logger.warning(
+            f"`{output_dir}` has checkpoints after the one that this run resumes from ({names}). Each is replaced "
+            "when this run comes to its step; until then the latest checkpoint is not one of this run. "
+            "`overwrite_output_dir=True` deletes them."
+        )
+    return []
 
 
 def check_checkpoint(folder: Path) -> None:

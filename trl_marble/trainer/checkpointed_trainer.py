@@ -19,8 +19,9 @@ from transformers.utils import logging
 from ..processes import FailingTogether
 from .checkpoint_folder import (
     CheckpointWriteError,
+    delete_checkpoints,
     find_checkpoint,
-    make_way,
+    find_replaced,
     prune_checkpoints,
     write_checkpoint,
 )
@@ -64,6 +65,7 @@ class CheckpointedTrainer(Trainer):
     together: FailingTogether
     settings_history: Sequence[SettingsFrom] = ()  # none before training
     _changed_settings: Changes
+    _replaced: Sequence[Path] = ()  # checkpoints of another run
     _saved_step = _resumed_step = 0
     _between_steps = False
 
@@ -82,7 +84,7 @@ class CheckpointedTrainer(Trainer):
         wanted = self.args.resume_from_checkpoint if resume_from_checkpoint is None else resume_from_checkpoint
         checkpoint = find_checkpoint(wanted, folder)
         resume_from_checkpoint = None if checkpoint is None else str(checkpoint)
-        make_way(folder, checkpoint, self.args.overwrite_output_dir, self.args.should_save)
+        self._replaced = find_replaced(folder, checkpoint, self.args.overwrite_output_dir, self.args.should_save)
         self.together = FailingTogether()
         self._resumed_step = 0
         self.settings_history, self._changed_settings = [SettingsFrom(0, describe_settings(self.args))], {}
@@ -205,6 +207,13 @@ class CheckpointedTrainer(Trainer):
 
     # ---- Reading ----
 
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        """Also delete the checkpoints that are overwritten: only now that the run is known to fit the one it loads."""
+        prepared = super()._prepare_for_training(*args, **kwargs)
+        if self.args.should_save:
+            delete_checkpoints(self._replaced)
+        return prepared
+
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         """Not if training was over at the checkpoint: `transformers` looks only after a step, and takes one more."""
         if self.state.global_step >= self.state.max_steps:
@@ -215,13 +224,14 @@ class CheckpointedTrainer(Trainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:
             return
-        rate = self._changed_settings.get("learning_rate")
-        if rate is not None and not isinstance(self.lr_scheduler, LambdaLR):
-            raise ValueError(
-                f"`learning_rate` was {rate[0]} in `{checkpoint}` and is {rate[1]} in this run, but "
-                f"{type(self.lr_scheduler).__name__} goes on from the rate that it has come to. Resume with "
-                f"`learning_rate={rate[0]}`."
-            )
+        for name in ("learning_rate", "lr_scheduler_kwargs"):
+            before, now = self._changed_settings.get(name, (None, None))
+            if before != now and not isinstance(self.lr_scheduler, LambdaLR):
+                raise ValueError(
+                    f"`{name}` was {before} in `{checkpoint}` and is {now} in this run, but "
+                    f"{type(self.lr_scheduler).__name__} goes on with what it has come to. Resume with "
+                    f"`{name}={before}`."
+                )
         own = group_settings(self.bare_optimizer)
         optimizer = load_tree(Path(checkpoint) / OPTIMIZER_FILE)
         scheduler = load_tree(Path(checkpoint) / SCHEDULER_FILE)

@@ -1,10 +1,14 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
 """What becomes of every argument that [`MarbleConfig`] inherits: it works, or it is refused with a reason."""
 
+import inspect
 import math
+from numbers import Integral, Real
 from typing import Any, NamedTuple
 
-from transformers import TrainingArguments
+import torch
+from torch.utils.checkpoint import checkpoint
+from transformers import TrainingArguments, get_scheduler
 from transformers.trainer_pt_utils import AcceleratorConfig
 
 
@@ -166,6 +170,7 @@ def check_combinations(args: Any) -> None:
     _check_ranges(args)
     _check_optimizer(args)
     _check_schedule(args)
+    _check_checkpointing(args)
     _check_evaluation(args)
     _check_accelerator_config(args.accelerator_config)
     strategies = ((args.save_strategy, "save_steps", 50), (args.logging_strategy, "logging_steps", 1))
@@ -175,8 +180,6 @@ def check_combinations(args: Any) -> None:
             _refuse(args, name, f"`{kind}_strategy='{strategy.value}'`", f"set `{kind}_strategy='steps'`")
     if args.max_steps > 0 and args.num_train_epochs != 3:
         _refuse(args, "num_train_epochs", f"`max_steps={args.max_steps}`", "leave one of the two out")
-    if args.activation_checkpointing_kwargs and not args.activation_checkpointing:
-        _refuse(args, "activation_checkpointing_kwargs", "", "set `activation_checkpointing=True`")
     if not args.push_to_hub:
         for name, usual in (("hub_strategy", "every_save"), ("hub_always_push", False)):
             if getattr(args, name) != usual:
@@ -197,13 +200,25 @@ def _refuse(args: Any, name: str, beside: str, instead: str) -> None:
 def _check_ranges(args: Any) -> None:
     for name in ("learning_rate", "weight_decay", "max_grad_norm", "adam_epsilon"):
         value = getattr(args, name)
-        if value is None or not 0 <= value < math.inf:
+        if not isinstance(value, Real) or not 0 <= value < math.inf:
             off = " (0 does not clip)" if name == "max_grad_norm" else ""
-            raise ValueError(f"`{name}` is {value}; it must be a finite number of at least 0{off}.")
+            raise ValueError(f"`{name}` is {value!r}; it must be a finite number of at least 0{off}.")
+    if args.adam_epsilon == 0:
+        raise ValueError(
+            "`adam_epsilon` is 0; a weight without a gradient would become 0 / 0. Set a small number above 0."
+        )
     for name in ("adam_beta1", "adam_beta2"):
         if not 0 <= getattr(args, name) < 1:
             raise ValueError(f"`{name}` is {getattr(args, name)}; it must be in [0, 1).")
-    if args.max_steps == 0 or args.num_train_epochs <= 0:
+    if not isinstance(args.max_steps, Integral):
+        raise ValueError(f"`max_steps` is {args.max_steps!r}; it must be an integer.")
+    for name, strategy in (("save_steps", args.save_strategy), ("eval_steps", args.eval_strategy)):
+        if strategy == "steps" and not 0 < getattr(args, name) < math.inf:
+            raise ValueError(
+                f"`{name}` is {getattr(args, name)}; it must be above 0: a number of optimizer steps, or below 1 a "
+                f"fraction of the run. Set `{name.partition('_')[0]}_strategy='no'` for never."
+            )
+    if args.max_steps == 0 or not 0 < args.num_train_epochs < math.inf:
         name = "max_steps" if args.max_steps == 0 else "num_train_epochs"
         raise ValueError(
             f"`{name}` is {getattr(args, name)}; set the number of optimizer steps, `max_steps`, above 0."
@@ -231,6 +246,28 @@ def _check_schedule(args: Any) -> None:
         _refuse(args, "warmup_steps", f"`lr_scheduler_type={schedule!r}`", instead)
     if args.lr_scheduler_kwargs and schedule in ("constant", "constant_with_warmup"):
         _refuse(args, "lr_scheduler_kwargs", f"`lr_scheduler_type={schedule!r}`", "leave one of the two out")
+    kwargs = dict(args.lr_scheduler_kwargs or {})
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=args.learning_rate)
+    try:  # here, and not when everything is loaded
+        get_scheduler(schedule, optimizer, num_warmup_steps=0, num_training_steps=1, scheduler_specific_kwargs=kwargs)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"`lr_scheduler_type={schedule!r}` cannot be made with `lr_scheduler_kwargs={kwargs}` and "
+            f"`learning_rate={args.learning_rate}`: {error}. Change `lr_scheduler_kwargs`."
+        ) from error
+
+
+def _check_checkpointing(args: Any) -> None:
+    given = args.activation_checkpointing_kwargs or {}
+    if given and not args.activation_checkpointing:
+        _refuse(args, "activation_checkpointing_kwargs", "", "set `activation_checkpointing=True`")
+    own = [p.name for p in inspect.signature(checkpoint).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    known = ["use_reentrant", "preserve_rng_state", *own]
+    if unknown := sorted(given.keys() - set(known)):
+        raise ValueError(
+            f"`activation_checkpointing_kwargs` has {', '.join(map(repr, unknown))}, which "
+            f"`torch.utils.checkpoint.checkpoint` does not know. Use some of {', '.join(dict.fromkeys(known))}."
+        )
 
 
 def _check_evaluation(args: Any) -> None:

@@ -6,7 +6,7 @@ import inspect
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any, Literal, Self
 
 from accelerate.utils import is_torch_version, parse_flag_from_env
@@ -387,6 +387,8 @@ class MarbleConfig(TrainingArguments):
             "max_sequence_length": (1, "leave it out to use the pipeline's own"),
         }
         for name, (minimum, why) in at_least.items():
+            if not isinstance(getattr(self, name), Integral | None):
+                raise ValueError(f"`{name}` is {getattr(self, name)!r}; it must be an integer.")
             if getattr(self, name) is not None and getattr(self, name) < minimum:
                 raise ValueError(f"`{name}` is {getattr(self, name)}; it must be at least {minimum}: {why}.")
         for name in ("nft_beta", "advantage_clip"):

@@ -814,12 +814,15 @@ class MarbleNFTTrainer(WithoutPredictions, CheckpointedTrainer):
     def _identity(self) -> dict[str, Any]:
         """What a run must share with a checkpoint that it resumes from."""
         config = self.flow.transformer.peft_config["default"]
+        lora = {"r": config.r, "lora_alpha": config.lora_alpha}
+        # What else says how strong the adapter is; ranks and DoRA are seen in the weights.
+        lora |= {name: value for name in ("use_rslora", "alpha_pattern") if (value := getattr(config, name))}
         return {
             "pipeline": type(self.pipeline).__name__,
             "base_model": self._fingerprint,
             "rewards": self.scorer.names,
             "source_weights": self.source_weights,
-            "lora": {"r": config.r, "lora_alpha": config.lora_alpha},
+            "lora": lora,
             "world_size": self.args.world_size,
             "generation_batch": [
                 self.args.per_device_train_batch_size,

@@ -116,7 +116,8 @@ def describe_changes(changes: Changes) -> str:
 def use_own_settings(optimizer: torch.optim.Optimizer, scheduler: Any, own: list[Settings]) -> None:
     """
     After an optimizer's saved state was loaded, go on with the settings of this run where they differ from the saved
-    ones, as with another learning rate. What was learned, such as moments, and the place in the schedule stay.
+    ones, as with another learning rate. What was learned, such as moments, and the number of steps taken stay: the
+    next step has the learning rate that this run's schedule has for it.
 
     Args:
         optimizer ([`~torch.optim.Optimizer`]):
@@ -130,12 +131,8 @@ def use_own_settings(optimizer: torch.optim.Optimizer, scheduler: Any, own: list
         group |= {name: value for name, value in wanted.items() if name not in ("lr", "initial_lr")}
         if not isinstance(scheduler, LambdaLR):  # others go on from the rate that they have come to
             continue
-        saved, peak = group["initial_lr"], wanted["initial_lr"]
-        if saved != peak:
-            # The schedule multiplies it by a factor, so that the place in the schedule is kept.
-            group["lr"] = group["lr"] / saved * peak if saved else peak
-            group["initial_lr"] = scheduler.base_lrs[place] = peak
-            scheduler._last_lr[place] = group["lr"]
+        group["initial_lr"] = scheduler.base_lrs[place] = peak = wanted["initial_lr"]
+        group["lr"] = scheduler._last_lr[place] = peak * scheduler.lr_lambdas[place](scheduler.last_epoch)
 
 
 def group_settings(optimizer: torch.optim.Optimizer) -> list[Settings]:
