@@ -680,10 +680,22 @@ def test_scores_are_found(answer, score):
         # Thoughts, finished or not.
         *(f"<think>{THINKING}", f"<think>{THINKING}</think>I cannot rate this.", f"{THINKING}</think>"),
         *("<reasoning>Final Score: 4</reasoning>", "<|channel|>analysis<|message|>Final Score: 4"),
-        *("<|START_THINKING|>Final Score: 4", "<|channel>thought\nFinal Score: 4", "<unused94>thought\nFinal Score: 4"),
-        *("<inner_thoughts>Final Score: 4</inner_thoughts>", "<cot>Final Score: 4</cot>", "&lt;think&gt;Final Score: 4"),
+        *(
+            "<|START_THINKING|>Final Score: 4",
+            "<|channel>thought\nFinal Score: 4",
+            "<unused94>thought\nFinal Score: 4",
+        ),
+        *(
+            "<inner_thoughts>Final Score: 4</inner_thoughts>",
+            "<cot>Final Score: 4</cot>",
+            "&lt;think&gt;Final Score: 4",
+        ),
         "<details><summary>Thinking</summary>Final Score: 4</details>",
-        *('{"scale": 10, "final_score": 4}', '{"final_score": 4, "scale": "1-10"}', '{"final_score": 4, "out_of": 10}'),
+        *(
+            '{"scale": 10, "final_score": 4}',
+            '{"final_score": 4, "scale": "1-10"}',
+            '{"final_score": 4, "out_of": 10}',
+        ),
         *('{"score_range": [0, 10], "final_score": 4}', "Ratings are from 1 to 10.\nFinal Score: 4"),
         *("Final Score: 4, on a ten-point scale", "Final Score: 4. (10 is perfect)", "Final Score: 4 on a 1-10 scale"),
         *("Final Score: 4, i.e. 8/10", "Final Score: 4‰", "Final Score: 4\nThe final score of 3 reflects that."),

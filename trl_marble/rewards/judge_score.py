@@ -70,7 +70,9 @@ CHANGED = re.compile(
 # "4, 3" and "4; 3 for style", but not "5, 2 cats".
 ANOTHER = re.compile(rf"\s*[,;/|&]?\s*{NUMBER}\s*+(?!(?!(?:for|in|on|of|to|out)\b)[^\W\d_])", re.IGNORECASE)
 CORRECTION = re.compile(
-    r"[\s.,;!…(-]*(?:i\.e|which\sis|equals|equivalent|no|wait|hmm+|actually|or|maybe|perhaps|correction|rather|possibly|sorry)\b.*\d", re.IGNORECASE
+    r"[\s.,;!…(-]*(?:i\.e|which\sis|equals|equivalent|no|wait|hmm+|actually|or|maybe|perhaps|correction|rather|possibly"
+    r"|sorry)\b.*\d",
+    re.IGNORECASE,
 )
 
 
