@@ -11,6 +11,8 @@ _NO_TEXT = "nothing generates text; `num_inference_steps` and `guidance_scale` s
 _NO_ENGINE = "the pipeline itself samples the images; see `rollout_batch_size`"
 _RATIO = "`warmup_steps` below 1 is a fraction of the run: `warmup_steps=0.1`"
 _SIZE = "set `height` and `width`"
+_8BIT = "set `optim='adamw_bnb_8bit'`"
+_BF16 = "set `bf16=True`"
 _ADAPTER = "pass a `peft.LoraConfig` as `peft_config` of the trainer"
 
 # What other trainers call it: TRL's GRPOConfig and DDPOConfig, diffusers' scripts, Flow-GRPO, DiffusionNFT, and older
@@ -37,7 +39,17 @@ ELSEWHERE = {
     "ref_model_mixup_alpha": "old_policy_preset",
     "ref_model_sync_steps": "old_policy_preset",
     "use_vllm": _NO_ENGINE,
-    "vllm_mode": _NO_ENGINE,
+    "ds3_gather_for_generation": _NO_ENGINE,
+    "generation_kwargs": _NO_TEXT,
+    "chat_template_kwargs": _NO_TEXT,
+    "max_length": "max_sequence_length",
+    "disable_dropout": "the adapter's dropout is `lora_dropout` of the `peft_config`",
+    "normalize_advantages": "scale_rewards",
+    "rloo_k": "num_generations",
+    "num_ppo_epochs": "num_iterations",
+    "log_with": "report_to",
+    "tracker_project_name": "project",
+    "train_use_8bit_adam": _8BIT,
     "shuffle_dataset": "prompts are always shuffled, by `data_seed`",
     "kl_coef": "beta",
     "kl_beta": "beta",
@@ -58,6 +70,7 @@ ELSEWHERE = {
     "pretrained_model_name_or_path": "model",
     "model_name_or_path": "model",
     "train_batch_size": "per_device_train_batch_size",
+    "micro_batch_size": "per_device_train_batch_size",
     "batch_size": "per_device_train_batch_size",
     "test_batch_size": "per_device_eval_batch_size",
     "eval_batch_size": "per_device_eval_batch_size",
@@ -69,9 +82,15 @@ ELSEWHERE = {
     "lr_scheduler": "lr_scheduler_type",
     "lr_warmup_steps": "warmup_steps",
     "adam_weight_decay": "weight_decay",
-    "use_8bit_adam": "set `optim='adamw_bnb_8bit'`",
+    "use_8bit_adam": _8BIT,
     "allow_tf32": "tf32",
-    "mixed_precision": "set `bf16=True`",
+    "mixed_precision": _BF16,
+    "precision": _BF16,
+    "dtype": _BF16,
+    "torch_dtype": _BF16,
+    "gradient_clip": "max_grad_norm",
+    "grad_accum": "gradient_accumulation_steps",
+    "repo_id": "hub_model_id",
     "checkpointing_steps": "save_steps",
     "checkpoints_total_limit": "save_total_limit",
     "validation_steps": "eval_steps",
@@ -136,7 +155,7 @@ def suggest_name(name: str, known: Collection[str], prefix: str = "") -> str | N
     Returns:
         `str`: A clause such as `` did you mean `log_images`? ``, or `None` if nothing is near.
     """
-    meant = ELSEWHERE.get(name)
+    meant = ELSEWHERE.get(name, _NO_ENGINE if name.startswith("vllm_") else None)
     if meant is not None and " " in meant:
         return meant
     meant = meant or name

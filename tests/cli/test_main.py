@@ -65,7 +65,7 @@ def test_version_and_bare_command(capsys):
         (["train", "--config", "run.yaml", "--rewards", "pikscore"], "Did you mean 'pickscore'?"),
         (["train", "--config", "run.yaml", "--model", "empty"], "holds no diffusers pipeline"),
         (["train", "--config", "run.yaml", "--resume_from_checkpoint", "latest"], "There is no checkpoint in `run`"),
-        (["train", "--config", "run.yaml", "--resume_from_checkpoint", "x"], "`resume_from_checkpoint` is 'x'"),
+        (["train", "--config", "run.yaml", "--resume_from_checkpoint", "x"], "There is no folder `x` to resume from"),
         (["train", "--config", "run.yaml", "--resume_from_checkpoint", "empty"], "no valid checkpoint: it is empty"),
         (["train", "--config", "run.yaml", "--reward_weights", "1"], "has 1 values ([1.0]) for 2 rewards"),
         (
@@ -75,6 +75,9 @@ def test_version_and_bare_command(capsys):
         (["train", "--config", "run.yaml", "--batch_sise", "2"], "there is no option `--batch_sise`"),
         (["train", "--config", "run.yaml", "--adapter", "x"], "`adapter`: options of `trl-marble eval`"),
         (["train", "--config", "run.yaml", "--log_completions"], "did you mean `--log_images`?"),
+        (["train", "--config", "run.yaml", "--batch_size", "4"], "did you mean `--per_device_train_batch_size`?"),
+        (["train", "--config", "run.yaml", "--num_processes", "two"], "invalid int value: 'two'"),
+        (["train", "--config", "hyphen.yaml"], "there is no option `max-steps` in files; write `max_steps`"),
         (["train", "--config", "run.yaml", "--lora_rank", "2"], "did you mean `--lora_r`?"),
         (["train", "--config", "run.yaml", "--epsilon", "2"], "`--epsilon`; there is no likelihood ratio to clip"),
         (["train", "--config", "run.yaml", "--warmup_steps", "2"], "`warmup_steps=2.0` has no effect with"),
@@ -103,6 +106,7 @@ def test_mistakes_are_one_message_and_status_2(workplace, capsys, words, message
     (workplace / "cfg=1").mkdir()
     (workplace / "x=cfg=1").mkdir()
     (workplace / "typo.yaml").write_text((workplace / "run.yaml").read_text().replace("max_steps", "max_step"))
+    (workplace / "hyphen.yaml").write_text((workplace / "run.yaml").read_text().replace("max_steps", "max-steps"))
     assert main(words) == 2
     error = capsys.readouterr().err
     assert message in error

@@ -90,8 +90,11 @@ def test_a_choice_may_be_a_word_that_yaml_takes_for_something_else(parse):
 
 
 def test_inside_a_mapping_values_are_what_they_look_like(parse):
-    text = "extra: {rate: 1e-5, steps: 3, old: 007, fast: false, name: no, text: '3', many: [1, a], none: }"
-    extra = {"rate": 1e-5, "steps": 3, "old": "007", "fast": False, "name": "no", "text": "3", "many": [1, "a"]}
+    text = (
+        "extra: {rate: 1e-5, steps: 3, old: 007, fast: false, slow: no, name: 'no', text: '3', many: [1, a], none: }"
+    )
+    extra = {"rate": 1e-5, "steps": 3, "old": "007", "fast": False, "slow": False, "name": "no"}
+    extra |= {"text": "3", "many": [1, "a"]}
     assert parse(f"name: a\n{text}\n")[0].extra == extra | {"none": None}
 
 

@@ -10,8 +10,10 @@ import sys
 import pytest
 from safetensors.torch import load_file
 
+from trl_marble.cli.errors import UsageError
 from trl_marble.cli.launching import LAUNCHED
 from trl_marble.cli.main import main
+from trl_marble.cli.train import lora_targets
 
 
 FAILS_LATER = """
@@ -91,6 +93,24 @@ def test_auto_begins_a_run_and_goes_on_with_it(workplace):
     assert main([*words, "--max_steps", "2"]) == 0
     assert (workplace / "run" / "checkpoint-1" / "trainer_state.json").stat().st_mtime_ns == first
     assert (workplace / "run" / "checkpoint-2").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["to_q", "to_qq"], "['to_qq']: there is no such layer. Layers have names such as 'a.to_q'"),
+        (["all-linear", "to_q"], "['all-linear']: there is no such layer"),
+        (["o_q"], "['o_q']: there is no such layer"),
+        ([], "[]: there is no such layer"),
+        (["to_q,to_k"], "'to_q,to_k' fits the whole name of no layer"),
+        (["to_[qk]"], "'to_[qk]' fits the whole name of no layer"),
+        (["*.to_q"], "'*.to_q' is no regular expression: nothing to repeat"),
+    ],
+)
+def test_layers_that_there_are_not_are_refused(words, message):
+    with pytest.raises(UsageError) as caught:
+        lora_targets(words, ["a.to_q", "a.to_k", "proj"])
+    assert message in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -202,6 +202,7 @@ def test_csv_with_quotes_and_empty_fields(write) -> None:
         ("prompt\na cat, a dog\n", "more fields than its header. Put fields that hold a comma in double quotes"),
         ("prompt\na cat\na cat, a dog\n", "`.*a.csv`, line 3: it has 2 fields, more fields than its header"),
         ("prompt,tag,tag\na cat,x,y\n", "line 1: the header has the column 'tag' twice. Rename one"),
+        ("sep=;\nprompt;tag\n\na;b;c\n", "line 4: it has 3 fields"),
         ("\n\nprompt;tag\n\na;b;c\n", "line 5: it has 3 fields, .* Put fields that hold a semicolon in double quotes"),
         ("prompt,tag\na cat,x\n,y\n", "Row 1 of `.*a.csv` has the prompt None"),
     ],
@@ -248,6 +249,12 @@ def test_quotes_of_a_csv_file_are_read_as_they_were_meant(write, content, meant)
     assert with_more["prompt"][:] == [meant, meant]
     in_utf_16 = load_prompts(write("c.csv", content.removeprefix("\ufeff").encode("utf-16")))
     assert in_utf_16["prompt"][:] == [meant]
+
+
+@pytest.mark.parametrize("separator", [",", ";", "\t"])
+def test_the_separator_may_be_told_as_excel_wants_it(write, separator) -> None:
+    lines = [f"sep={separator}", f"prompt{separator}topic", f'"a, b; c"{separator}door']
+    assert load_prompts(write("a.csv", "\r\n".join(lines)))[:] == {"prompt": ["a, b; c"], "topic": ["door"]}
 
 
 @pytest.mark.parametrize(

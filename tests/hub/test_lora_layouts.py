@@ -60,7 +60,15 @@ def test_what_only_has_other_names_is_loaded(adapter, rename, tmp_path):
     np.testing.assert_allclose(images(pipeline), trained, atol=1e-5)
 
 
-@pytest.mark.parametrize("rename", [kohya_names, RENAMED["ComfyUI, up and down"]])
+def own_prefix(key):
+    return f"transformer.{key}"
+
+
+def own_prefix_up_and_down(key):
+    return own_prefix(key).replace("lora_A", "lora_down").replace("lora_B", "lora_up")
+
+
+@pytest.mark.parametrize("rename", [kohya_names, RENAMED["ComfyUI, up and down"], own_prefix, own_prefix_up_and_down])
 def test_an_alpha_in_the_file_is_the_scale(adapter, rename, tmp_path):
     state, _, trained = adapter
     renamed = {rename(key): value for key, value in state.items()}

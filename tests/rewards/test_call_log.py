@@ -4,6 +4,7 @@
 import asyncio
 import math
 import threading
+from decimal import Decimal
 
 import numpy as np
 import pytest
@@ -18,7 +19,8 @@ IMAGES = [Image.new("RGB", (2, 2)), Image.new("RGB", (2, 2), "red")]
 
 
 @pytest.mark.parametrize(
-    "value", [1, 1.0, True, np.float32(1), np.bool_(1), torch.tensor(1.0), torch.tensor([1]), np.array([1])]
+    "value",
+    [1, 1.0, True, Decimal(1), np.float32(1), np.bool_(1), torch.tensor(1.0), torch.tensor([1]), np.array([1])],
 )
 def test_numbers_of_all_kinds_are_metrics(value):
     log = CallLog(2)

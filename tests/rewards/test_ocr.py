@@ -97,6 +97,8 @@ def reward():
         ('"a sign that says ""Open"""', "Open"),
         ('a sign \\"Open\\"', "Open"),
         ("a sign &quot;Open&quot;", "Open"),
+        ("a sign &ldquo;Open&rdquo; and &#34;Shut&#34;", "Open Shut"),
+        ("a sign ❝Open❞", "Open"),
         # The same mark on both sides, as in Swedish and Finnish, and marks of two kinds.
         ("en skylt ”Öppet” och ”Stängt”", "Öppet Stängt"),
         ("en skylt »Öppet»", "Öppet"),

@@ -791,6 +791,21 @@ def test_a_server_that_hangs_is_a_timeout_and_not_asked_again():
         assert len(seen) == 1
 
 
+def test_one_refused_request_is_a_failure_of_its_images_alone():
+    refused, good = (answer({"error": "no"}, "403 Forbidden", Connection="close"), answer({"values": [0.5]}))
+    with listening(refused, good) as (url, _):
+        first, second = ask(url, batch_size=1)
+    assert isinstance(first, RewardError) and "answered 403: no" in str(first)
+    assert second == 0.5
+    with listening(refused) as (url, seen), pytest.raises(RewardError, match="answered 403: no"):
+        ask(url, batch_size=1)
+    assert len(seen) == 2
+    unauthorized = answer({"error": "no"}, "401 Unauthorized", Connection="close")
+    with listening(unauthorized, good) as (url, seen), pytest.raises(RewardError, match="answered 401: no"):
+        ask(url, batch_size=1)
+    assert len(seen) == 1
+
+
 def test_an_answer_that_comes_byte_by_byte_is_a_timeout():
     def drip(connection):
         connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n")

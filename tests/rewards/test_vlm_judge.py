@@ -636,6 +636,14 @@ THINKING = "Final Score: 2 is too low"
         ("I will give the Final Score:\nFinal Score: 4\nFinal Score: 4", 4),
         # What was thought.
         (f"<think>{THINKING}</think>\n\nFinal Score: 4", 4),
+        ("analysisPerhaps Final Score: 2.assistantfinalFinal Score: 4", 4),
+        ("<|START_THINKING|>Final Score: 2<|END_THINKING|>Final Score: 4", 4),
+        ("Final Score: 4 on a scale of 1 to 5.", 4),
+        ("Final Score: 4 on a 5-point scale", 4),
+        ("Final Score: 4 (1 = worst, 5 = best)", 4),
+        ("Final Score: 4\n\nThe final score of 4 reflects how well it fits.", 4),
+        ("| **Final Score** | **4** | Good alignment overall |", 4),
+        ("__Final Score__: 4分", 4),
         (f"{THINKING}\n</think>\n\nFinal Score: 4", 4),
         (f"<thinking>a <think>b</think> {THINKING}</thinking> Final Score: 4", 4),
         (f"<Reasoning effort='low'>{THINKING}</Reasoning>\n<score>Final Score: 4</score>", 4),
@@ -672,6 +680,25 @@ def test_scores_are_found(answer, score):
         # Thoughts, finished or not.
         *(f"<think>{THINKING}", f"<think>{THINKING}</think>I cannot rate this.", f"{THINKING}</think>"),
         *("<reasoning>Final Score: 4</reasoning>", "<|channel|>analysis<|message|>Final Score: 4"),
+        *(
+            "<|START_THINKING|>Final Score: 4",
+            "<|channel>thought\nFinal Score: 4",
+            "<unused94>thought\nFinal Score: 4",
+        ),
+        *(
+            "<inner_thoughts>Final Score: 4</inner_thoughts>",
+            "<cot>Final Score: 4</cot>",
+            "&lt;think&gt;Final Score: 4",
+        ),
+        "<details><summary>Thinking</summary>Final Score: 4</details>",
+        *(
+            '{"scale": 10, "final_score": 4}',
+            '{"final_score": 4, "scale": "1-10"}',
+            '{"final_score": 4, "out_of": 10}',
+        ),
+        *('{"score_range": [0, 10], "final_score": 4}', "Ratings are from 1 to 10.\nFinal Score: 4"),
+        *("Final Score: 4, on a ten-point scale", "Final Score: 4. (10 is perfect)", "Final Score: 4 on a 1-10 scale"),
+        *("Final Score: 4, i.e. 8/10", "Final Score: 4‰", "Final Score: 4\nThe final score of 3 reflects that."),
         *("Final Score: <think>4</think>", "<think>a<think>b</think>Final Score: 4"),
         # Other scales.
         *(

@@ -89,6 +89,11 @@ def test_an_unknown_setting_that_is_near_to_none_is_refused() -> None:
         ("train_batch_size", "did you mean `per_device_train_batch_size`?"),
         ("num_image_per_prompt", "did you mean `num_generations`?"),
         ("num_epochs", "did you mean `num_train_epochs`?"),
+        ("micro_batch_size", "did you mean `per_device_train_batch_size`?"),
+        ("num_ppo_epochs", "did you mean `num_iterations`?"),
+        ("log_with", "did you mean `report_to`?"),
+        ("repo_id", "did you mean `hub_model_id`?"),
+        ("vllm_max_model_length", "the pipeline itself samples the images; see `rollout_batch_size`."),
         ("epsilon", "no likelihood ratio to clip; `advantage_clip` limits the advantages."),
         ("clip_range", "no likelihood ratio to clip; `advantage_clip` limits the advantages."),
         ("warmup_ratio", "is a fraction of the run: `warmup_steps=0.1`."),
@@ -110,7 +115,7 @@ def test_names_of_other_trainers_mean_settings_that_exist() -> None:
     for meant in ELSEWHERE.values():
         assert " " in meant or meant in known, meant
         for named in re.findall(r"`([a-z_]+)`", meant):
-            assert named in known or named in ("peft_config",), named
+            assert named in known or named in ("peft_config", "lora_dropout"), named
 
 
 def test_notebooks_and_inspect_see_the_settings() -> None:

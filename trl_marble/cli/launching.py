@@ -8,8 +8,9 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
+from ..setting_names import ELSEWHERE
 from .errors import UsageError, unknown_option
 
 
@@ -64,8 +65,13 @@ def launch_parser() -> argparse.ArgumentParser:
     from accelerate.commands.launch import launch_command_parser
 
     parser = launch_command_parser()
+    parser.error = _refuse  # type: ignore[method-assign]  # its own prints a page of options
     parser.add_argument("--accelerate_config", dest="config_file")
     return parser
+
+
+def _refuse(message: str) -> NoReturn:
+    raise UsageError(message)
 
 
 def _launch_arguments(others: list[str], parser: "ConfigParser", command: list[str]) -> argparse.Namespace:
@@ -90,7 +96,8 @@ def _explain_options_of_other_command(words: list[str], name: str) -> None:
 
     other, make_parser = ("eval", eval.make_parser) if name == "train" else ("train", train.make_parser)
     others = make_parser().option_strings
-    found = [word.partition("=")[0] for word in words if word.partition("=")[0] in others]
+    names = [word.partition("=")[0] for word in words]
+    found = [option for option in names if option in others and option.lstrip("-") not in ELSEWHERE]
     if found:
         shown = ", ".join(f"`{word.lstrip('-')}`" for word in found[:3])
         more = f" and {len(found) - 3} more" if len(found) > 3 else ""

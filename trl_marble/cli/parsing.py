@@ -119,6 +119,9 @@ class ConfigParser(TrlParser):
             [`UsageError`]: For a missing option, or a value that an option cannot have.
         """
         actions = {action.dest: action for action in self._actions}
+        for key in config:
+            if key not in actions and (name := key.replace("-", "_")) in actions:
+                raise UsageError(f"there is no option `{key}` in files; write `{name}`")
         known = {key: self._checked(actions[key], value) for key, value in config.items() if key in actions}
         self.set_defaults_with_config(**known)
         others = [word for key, value in config.items() if key not in actions for word in _as_words(key, value)]

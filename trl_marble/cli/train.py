@@ -3,6 +3,7 @@
 
 import re
 from argparse import Namespace
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -126,6 +127,8 @@ def run(args: Namespace) -> int:
 
 def train(script_args: ScriptArguments, training_args: "MarbleConfig") -> None:
     """Train, save the adapter with its card, push them where asked to, and say where they are."""
+    from torch import nn
+
     from ..pipelines import lora_config
     from ..trainer import LiveTableCallback, MarbleNFTTrainer
     from ..trainer.checkpoint_folder import find_checkpoint, find_replaced
@@ -156,8 +159,9 @@ def train(script_args: ScriptArguments, training_args: "MarbleConfig") -> None:
         eval_rewards = load_rewards(script_args.eval_rewards or [], script_args.offload_rewards)
         pipeline = load_model(script_args.model, training_args.bf16, script_args.use_t5, script_args.quantize_base)
         peft_config = lora_config(pipeline, script_args.lora_r, script_args.lora_alpha)
-        if script_args.lora_target_modules:
-            peft_config.target_modules = lora_targets(script_args.lora_target_modules)
+        if script_args.lora_target_modules is not None:
+            linears = [name for name, layer in pipeline.transformer.named_modules() if isinstance(layer, nn.Linear)]
+            peft_config.target_modules = lora_targets(script_args.lora_target_modules, linears)
         trainer = MarbleNFTTrainer(
             pipeline,
             reward_funcs=[*rewards],
@@ -204,17 +208,35 @@ def check_evaluation(script_args: ScriptArguments, args: "MarbleConfig") -> None
         raise UsageError(f"`{name}` has no effect without `eval_prompts`; name the prompts to evaluate on")
 
 
-def lora_targets(words: list[str]) -> list[str] | str:
+def lora_targets(words: list[str], layers: Collection[str]) -> list[str] | str:
     """
     The layers that a LoRA adapts, as peft has them.
 
     Args:
         words (`list[str]`):
             As they were written.
+        layers (`Collection[str]`):
+            The names of the transformer's layers.
 
     Returns:
         `list[str]` or `str`: Ends of layers' names; or the text itself of a single word that is no name: `all-linear`,
         or a regular expression for whole names.
+
+    Raises:
+        [`UsageError`]: If a name or an expression fits no layer: peft says nothing of one of several names.
     """
-    is_name = re.fullmatch(r"[\w.]+", words[0]) is not None
-    return words[0] if len(words) == 1 and not is_name else words
+    how = f"Layers have names such as {next(iter(layers), '')!r}; several are separated by spaces (a list in a file)."
+    if len(words) == 1 and not re.fullmatch(r"[\w.]+", words[0]):
+        if words[0].lower() == "all-linear":
+            return words[0]
+        try:
+            fits = any(re.fullmatch(words[0], layer) for layer in layers)
+        except re.error as error:
+            raise UsageError(f"`lora_target_modules` {words[0]!r} is no regular expression: {error}. {how}") from error
+        if not fits:
+            raise UsageError(f"`lora_target_modules` {words[0]!r} fits the whole name of no layer. {how}")
+        return words[0]
+    unknown = [word for word in words if not any(f".{layer}".endswith(f".{word}") for layer in layers)]
+    if unknown or not words:
+        raise UsageError(f"`lora_target_modules` {(unknown or words)!r}: there is no such layer. {how}")
+    return words

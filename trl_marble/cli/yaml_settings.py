@@ -86,7 +86,7 @@ def read_boolean(text: str) -> bool | None:
 
 def guess_types(value: Any) -> Any:
     """
-    A value inside a mapping, for which no option says the type: numbers, `true` and `false`, or text.
+    A value inside a mapping, for which no option says the type: numbers, truth values (`no` and `off` too), or text.
 
     Args:
         value (`Any`):
@@ -101,8 +101,8 @@ def guess_types(value: Any) -> Any:
         return [guess_types(entry) for entry in value]
     if not isinstance(value, Plain):
         return value
-    if value.lower() in ("true", "false"):
-        return value.lower() == "true"
+    if (chosen := read_boolean(value)) is not None:
+        return chosen
     if _INTEGER.fullmatch(value):
         return int(value)
     return float(value) if _NUMBER.fullmatch(value) else str(value)

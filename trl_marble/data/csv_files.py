@@ -9,6 +9,7 @@ from datasets import Dataset
 
 
 SEPARATORS = {",": "a comma", ";": "a semicolon", "\t": "a tab"}
+SEPARATOR_LINE = re.compile(r"sep=([,;\t])(?=\n)", re.IGNORECASE)  # what Excel reads and some programs write
 ESCAPED_QUOTE = '\\"'
 
 # How a program writes numbers. A text of digits such as "007" is none.
@@ -53,7 +54,7 @@ def read_table(
             written as such.
         separators (`Sequence[str]`, *optional*, defaults to `(",", ";", "\t")`):
             What may separate fields. The first one with which the header has `column` does; if there is none, the
-            first of all.
+            first of all. A line such as `sep=;` at the beginning of the file says it.
 
     Returns:
         `Dataset`: an empty field is `None`; a column without a name is called `"Unnamed: <place>"`.
@@ -61,6 +62,8 @@ def read_table(
     Raises:
         `TableError`: If a line cannot be read for certain.
     """
+    if told := SEPARATOR_LINE.match(text):
+        text, separators = text[told.end() :], (told[1],)  # a blank line stays, so that lines keep their numbers
     header, rows = _records(text, _separator(text, column, separators))
     columns: dict[str, list[Any]] = {}
     for place, name in enumerate(header):

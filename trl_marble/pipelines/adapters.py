@@ -257,7 +257,9 @@ def _with_own_names(
         if layout == "diffusers":
             raise
         converted = {}  # a converter for another model, that did not find what it needs
-    if layout == "diffusers" or (layout != "PEFT" and converted and not _find_misfits(pipeline, converted)):
+    # What it did not convert ("transformer.<layer>.lora_down.weight", ".alpha") it cannot load either.
+    is_converted = converted and layout != "PEFT" and find_layout(converted) != "older diffusers"
+    if layout == "diffusers" or (is_converted and not _find_misfits(pipeline, converted)):
         return str(file), converted
     problem = f"its keys, such as {min(state)!r}, are no weights of a LoRA"
     if layout != "unknown":

@@ -61,7 +61,7 @@ def load_pipeline(
         )
     try:
         return DiffusionPipeline.from_pretrained(os.fspath(pipeline), dtype=dtype, use_safetensors=True, **components)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, AttributeError) as error:  # the last for a class that diffusers does not have
         raise OSError(
             f"No pipeline could be loaded from {os.fspath(pipeline)!r}. It must be a local folder or a Hub model id "
             f"of a diffusers pipeline with safetensors weights. The cause: {error}"

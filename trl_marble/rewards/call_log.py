@@ -1,14 +1,14 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
 """What a reward logs beside its scores."""
 
-import math
 import threading
 from collections.abc import Mapping, Sequence
-from numbers import Real
 from typing import Any
 
 import numpy as np
 from torch import Tensor
+
+from .reward_value import to_number
 
 
 LOG_KEYWORDS = ("log_metric", "log_extra")
@@ -58,11 +58,14 @@ class CallLog:
                 f"Use a name that is none of {', '.join(sorted(OWN_METRICS))} and does not begin with "
                 f"{', '.join(OWN_PREFIXES)}."
             )
-        number = value.item() if isinstance(value, Tensor | np.ndarray) and math.prod(value.shape) == 1 else value
-        if not isinstance(number, Real | np.bool_):
+        try:
+            number = to_number(value)
+        except TypeError:
+            number = None
+        if number is None or value is None:
             raise TypeError(f"`log_metric({name!r}, ...)` was called with {value!r}; pass one number.")
         with self._lock:
-            self._metrics.setdefault(name, []).append(float(number))
+            self._metrics.setdefault(name, []).append(number)
 
     def log_extra(self, column: str, values: Sequence[Any] | np.ndarray | Tensor) -> None:
         """

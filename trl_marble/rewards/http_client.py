@@ -14,6 +14,7 @@ from ..media import to_rgb
 
 # What is sent, and what may come back: uncompressed, so that its size is that of what was received.
 PLAIN_JSON = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
+ABOUT_ALL = (401, 402, 404, 405, 407, 410)  # statuses that say something of the secret, the address or the model
 
 
 def encode_png(image: Image.Image) -> bytes:

@@ -1,18 +1,22 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
 """Finds the score in what a judge wrote, and refuses every answer that leaves a doubt about it."""
 
+import html
 import re
 from collections.abc import Iterator
 
 
 LONGEST = 100_000  # characters, without thoughts
-# What models put around their thoughts: <think>, [THINK], ◁think▷, <|begin_of_thought|>, <reasoning>, ...
+# What models put around their thoughts: <think>, [THINK], ◁think▷, <|begin_of_thought|>, <|START_THINKING|>, ...
 THOUGHT_TAG = re.compile(
-    r"[<\[◁]\|?(?P<end>/|end_of_)?(?:begin_of_|seed:)?"
-    r"(?:think(?:ing)?|thoughts?|reason(?:ing)?|reflection|analysis|rationale|scratchpad)\b[^<>\[\]◁▷\n]{0,80}[>\]▷]",
+    r"[<\[◁]\|?\s?(?P<end>/\s?|end_(?:of_)?)?(?:begin_of_|start_|seed:|inner[\s_-]?|internal[\s_-]?)?"
+    r"(?:think(?:ing)?|thoughts?|reason(?:ing)?|reflection|analysis|rationale|scratchpad|monologue|chain[\s_-]of[\s_-]"
+    r"thoughts?|cot|ponder(?:ing)?|plan(?:ning)?|draft|details)\b[^<>\[\]◁▷\n]{0,80}[>\]▷]"
+    r"|<\|channel>thought\b|<unused94>thought\b|(?P<channel_end><channel\|>|<unused95>)",  # Gemma 4, MedGemma
     re.IGNORECASE,
 )
 FINAL_CHANNEL = "<|channel|>final<|message|>"  # gpt-oss writes thoughts into other channels
+FINAL_WITHOUT_TOKENS = "assistantfinal"  # what is left of it where a server drops special tokens
 OTHER_TAG = re.compile(r"</?[A-Za-z][\w:-]{0,30}/?>|<\|[^<>|\n]{1,40}\|>")  # <b>, <answer>, <|begin_of_box|>, ...
 LATEX = re.compile(r"\\(?:boxed|text(?:bf|it|rm)?|math(?:bf|rm|it)|bf|left|right)\b|\\[\[\]()]")
 
@@ -24,13 +28,14 @@ CLOSING = r"""(?:[*_`"'“”’$]|\s?[\])}>|]){0,8}"""
 BRACKETS = re.compile(r"[\[(]([^\[\]()\n]{1,60})[\])]")
 BRACKETS_BEHIND = re.compile(r"(?P<gap>\s{0,10})[\[(](?P<inside>[^\[\]()\n]{1,200})[\])]")
 SCALE_BEGINS = re.compile(r"\s*(?:out|of|/|max|scale|on|from|\d)", re.IGNORECASE)
-SCORE = re.compile(rf"(?P<filling>{FILLING}(?:is\b{FILLING})?)(?P<score>[-+]?{NUMBER})(?![\w½]|[.,:]\d)")
+SCORE = re.compile(rf"(?P<filling>{FILLING}(?:is\b{FILLING})?)(?P<score>[-+]?{NUMBER})(?!(?![分点])\w|½|[.,:]\d)")
 # A scale behind the score: "/5", "out of 5", "of 5", "(out of 5)", "(1-5)", "points".
 OUT_OF = re.compile(rf"\s{{0,10}}(?:\\?/|out[\s-]of|of)\s*(?P<of>{NUMBER}){CLOSING}", re.IGNORECASE)
 UNIT = re.compile(r"\s*(?:points?|pts?|stars?|[★⭐分点])(?!\w)", re.IGNORECASE)
 # The scale of an answer, wherever it is told. "3 out of 4 cats" is none.
 SCALE_RANGE = re.compile(
-    rf"\bscale\s*(?:is|was|of|from|[:=(])*\s*(?P<low>{NUMBER}){SEPARATOR}(?P<high>{NUMBER})"
+    rf"(?:(?<![^\W_])scale|(?:scor(?:es?|ing)|ratings?)(?:[\s_]range|\s(?:is|are|go(?:es)?)\s(?=from)))"
+    rf"""(?:["'\s:=(\[]|is\b|was\b|of\b|from\b){{0,12}}(?P<low>{NUMBER})(?:{SEPARATOR}|\s*,\s*)(?P<high>{NUMBER})"""
     rf"|(?<![\d.])(?P<low_before>{NUMBER}){SEPARATOR}(?P<high_before>{NUMBER})[\s-]*(?:point\s*)?scale\b",
     re.IGNORECASE,
 )
@@ -38,8 +43,16 @@ SCALE_TOP = re.compile(
     rf"\bscale\sof\s(?P<of>{NUMBER})(?![\w.]|{SEPARATOR}\d)"
     rf"|(?<!\d\s)\bout\sof\s(?P<out>{NUMBER})(?=\s*(?:points?\b|[^\w\s]|\n|\Z))"
     rf"""|\bmax(?:imum)?[\s_]*(?:score|points?|rating)["'\s:=(]*(?:is\s|of\s)?(?P<most>{NUMBER})"""
-    rf"|(?<![\d.])(?P<point>{NUMBER})-?\s?point\sscale\b"
+    rf"|(?<![\d.])(?P<point>{NUMBER})-?\s?point\sscale\b|\b(?P<point_word>five|ten|twenty|hundred)[\s-]point\sscale\b"
+    rf"""|["'](?:scale|out[\s_]of|max(?:imum)?)["']\s*:\s*["']?(?P<key>{NUMBER})(?![\w.]|{SEPARATOR}\d)"""
+    rf"|(?<![\d.])(?P<best>{NUMBER})\s(?:is|being|=|means)\s(?:the\s)?(?:best|perfect|highest|max(?:imum)?)\b"
     r"|\b(?:out\sof|scale\s(?:of|from))\s(?:\w+\sto\s)?(?:a\s|one\s)?(?P<word>five|ten|twenty|hundred)\b",
+    re.IGNORECASE,
+)
+# "4 on a scale of 1 to 5", "4 on a 1-5 scale": which scale it is, is checked wherever one is told.
+ON_SCALE = re.compile(
+    rf"\s{{0,10}}on\s(?:a|the)\s(?:scale\s(?:of|from)\s(?:{NUMBER}{SEPARATOR})?{NUMBER}"
+    rf"|(?:{NUMBER}{SEPARATOR})?{NUMBER}[\s-]*(?:point\s*)?scale\b)",
     re.IGNORECASE,
 )
 WORDS = {"five": 5, "ten": 10, "twenty": 20, "hundred": 100}
@@ -57,7 +70,9 @@ CHANGED = re.compile(
 # "4, 3" and "4; 3 for style", but not "5, 2 cats".
 ANOTHER = re.compile(rf"\s*[,;/|&]?\s*{NUMBER}\s*+(?!(?!(?:for|in|on|of|to|out)\b)[^\W\d_])", re.IGNORECASE)
 CORRECTION = re.compile(
-    r"[\s.,;!…(-]*(?:no|wait|hmm+|actually|or|maybe|perhaps|correction|rather|possibly|sorry)\b.*\d", re.IGNORECASE
+    r"[\s.,;!…(-]*(?:i\.e|which\sis|equals|equivalent|no|wait|hmm+|actually|or|maybe|perhaps|correction|rather|possibly"
+    r"|sorry)\b.*\d",
+    re.IGNORECASE,
 )
 
 
@@ -86,8 +101,9 @@ def parse_score(answer: str, label: str, score_range: tuple[float, float]) -> fl
     if len(text) > LONGEST:
         raise ValueError(f"The answer has {len(text)} characters, too many for a score and its reasons.")
     text = LATEX.sub("", OTHER_TAG.sub(" ", text))
-    scores = list(dict.fromkeys(_scores(text, label, low, high)))
-    if not scores:
+    found = list(_scores(text, label, low, high))
+    scores = list(dict.fromkeys(score for score, _ in found))
+    if not any(is_answer for _, is_answer in found):
         raise ValueError(f"The answer has no score: expected '{label}: ' and a number from {low:g} to {high:g}.")
     if len(scores) > 1:
         raise ValueError(f"The answer has several scores: {', '.join(f'{score:g}' for score in scores)}.")
@@ -104,13 +120,15 @@ def without_thoughts(answer: str) -> str:
     All before the end of thoughts that nothing began was thought, too: many templates begin it for the model. So is
     all behind a beginning that nothing ends.
     """
+    answer = html.unescape(answer)
     if "<|channel|>" in answer:
         _, _, answer = answer.rpartition(FINAL_CHANNEL) if FINAL_CHANNEL in answer else ("", "", "")
+    answer = answer.rpartition(FINAL_WITHOUT_TOKENS)[2]
     kept, depth, place = "", 0, 0
     for tag in THOUGHT_TAG.finditer(answer):
         if depth == 0:
             kept += answer[place : tag.start()] + " "
-        if not tag["end"]:
+        if not tag["end"] and not tag["channel_end"]:
             depth += 1
         elif depth == 0:
             kept = ""
@@ -120,10 +138,13 @@ def without_thoughts(answer: str) -> str:
     return kept + answer[place:] if depth == 0 else kept
 
 
-def _scores(text: str, label: str, low: float, high: float) -> Iterator[float]:
-    """The number behind each mention of the label that has one."""
+def _scores(text: str, label: str, low: float, high: float) -> Iterator[tuple[float, bool]]:
+    """
+    The number behind each mention of the label that has one, and whether it is the answer or one that a sentence talks
+    about: "The final score of 4 reflects ...".
+    """
     words = r"[\s*_`-]{1,4}".join(re.escape(word) for word in label.split())
-    for mention in re.finditer(rf"(?<!\w)(?<!\w-){words}(?!\w)", text, re.IGNORECASE):
+    for mention in re.finditer(rf"(?<![^\W_])(?<![^\W_][_-]){words}(?!_{{0,2}}[^\W_])", text, re.IGNORECASE):
         place = mention.end()
         told = re.compile(FILLING).match(text, place)
         before = BRACKETS.search(text, place, (told.end() if told else place) + 62)
@@ -131,12 +152,15 @@ def _scores(text: str, label: str, low: float, high: float) -> Iterator[float]:
             _check_brackets(before[1], low, high)
             place = before.end()
         elif out_of := OUT_OF.match(text, place):
+            if out_of[0].lower().lstrip().startswith("of") and not SCORE.match(text, out_of.end()):
+                yield float(out_of["of"]), False
+                continue
             _check_top(out_of["of"], high)
             place = out_of.end()
         found = SCORE.match(text, place)
         if found:
             _check_behind(text, mention.start(), found, low, high)
-            yield float(found["score"])
+            yield float(found["score"]), True
         elif re.compile(rf"{FILLING}(?:is\b{FILLING})?[-+]?\d").match(text, place):
             raise ValueError(f"The score is in doubt: {_line(text, mention.start(), place)!r}.")
 
@@ -155,6 +179,8 @@ def _check_behind(text: str, start: int, found: re.Match[str], low: float, high:
             place = out_of.end()
         elif unit := UNIT.match(text, place):
             place = unit.end()
+        elif on_scale := ON_SCALE.match(text, place):
+            place = on_scale.end()
         elif brackets and (brackets["gap"].count("\n") == 0 or SCALE_BEGINS.match(brackets["inside"])):
             if not _is_reason(brackets["inside"]):
                 _check_brackets(brackets["inside"], low, high)
@@ -167,11 +193,13 @@ def _check_behind(text: str, start: int, found: re.Match[str], low: float, high:
     # Of a number on a line of its own, the line is the score. "1. The cat is blue" begins a list.
     if "\n" in found["filling"] and re.search(r"\w", rest):
         raise ValueError(doubt)
-    if CLAUSE_END.match(rest.lstrip(" ")) or not re.search(r"[\w?+=/÷×*^~<>±→\\%-]", rest):
+    if CLAUSE_END.match(rest.lstrip(" ")) or not re.search(r"[\w?+=/÷×*^~<>±→\\%‰-]", rest):
         return
-    if REASON.match(rest) and _is_reason(clause):
+    # Of a row of a table, the next cell may have the reason.
+    begins_reason = REASON.match(rest) or (closing is not None and "|" in closing[0])
+    if begins_reason and _is_reason(clause):
         return
-    if not (REASON.match(rest) or SHORT_REASON.match(rest)) or re.search(r"[\d?%]", clause):
+    if not (begins_reason or SHORT_REASON.match(rest)) or re.search(r"[\d?%]", clause):
         raise ValueError(doubt)
 
 
@@ -184,7 +212,7 @@ def _check_brackets(inside: str, low: float, high: float) -> None:
     """Refuse numbers in brackets next to a score unless they are its scale."""
     numbers = [float(number) for number in re.findall(NUMBER, inside)]
     words = re.sub(NUMBER, "", inside)
-    is_range = numbers == [low, high] and not re.search(r"[/+*=×÷]", words)
+    is_range = numbers == [low, high] and not re.search(r"[/+*×÷]|=(?!\s*[^\W\d_])", words)
     is_top = numbers == [high] and re.search(r"/|out\s?of|\bof\b|max|scale", words, re.IGNORECASE)
     is_other = numbers or re.search(r"[?%]|percent|out\s?of|scale", words, re.IGNORECASE)
     if is_other and not is_range and not is_top:

@@ -1,18 +1,20 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
 """Reads which text a prompt asks for: what stands between its quotation marks."""
 
+import html
 import re
 from typing import NamedTuple
 
 
 # Marks of one family may open and close each other: people and keyboards mix them.
-FAMILIES = ('"＂“”„‟〝〞〟″', "«»", "‹›", "「」｢｣﹁﹂", "『』﹃﹄")
-OPENING = frozenset("“„‟〝«‹「｢﹁『﹃`‘‚")
-CLOSING = frozenset("”〞〟»›」｣﹂』﹄’")
+FAMILIES = ('"＂“”„‟〝〞〟″❝❞', "«»", "‹›", "「」｢｣﹁﹂", "『』﹃﹄")
+OPENING = frozenset("“„‟〝❝«‹「｢﹁『﹃`‘‚")
+CLOSING = frozenset("”〞〟❞»›」｣﹂』﹄’")
 CLOSED_BY_OPENING = {"„": "“", "»": "«", "›": "‹"}  # as German has them
 # Two single marks in a row are a double one, as typewriters and LaTeX write it.
 MARKS = re.compile(f"[{''.join(FAMILIES)}]|`{{2,}}|'{{2,}}|‘{{2,}}|’{{2,}}|‚{{2,}}")
 INCHES = frozenset("\"”″'’")
+ENTITY = re.compile(r"&#?\w{2,8};")  # of HTML, such as &quot; and &#34;
 # A whole prompt as one field of a CSV file, with each quotation mark in it written twice.
 CSV_FIELD = re.compile(r'\s*"((?:[^"]|"")*)"\s*')
 # Something in single quotes, or in what may be two apostrophes: 'Open'.
@@ -92,7 +94,7 @@ def _without_escapes(prompt: str) -> str:
     field = CSV_FIELD.fullmatch(prompt)
     if field and '""' in field[1]:
         prompt = field[1].replace('""', '"')
-    return prompt.replace('\\"', '"').replace("&quot;", '"')
+    return ENTITY.sub(lambda found: html.unescape(found[0]), prompt.replace('\\"', '"'))
 
 
 def _marks(prompt: str) -> list[_Mark]:

@@ -12,6 +12,7 @@ import httpx2
 from PIL import Image
 
 from .http_client import (
+    ABOUT_ALL,
     PLAIN_JSON,
     bearer,
     check_secret,
@@ -27,6 +28,10 @@ from .retry import RetryPolicy, asked_delay, is_permanent, means_later
 
 
 LARGEST_ANSWER = 2**24  # bytes; far more than the values of any batch
+
+
+class RefusedRequestError(RewardError):
+    """A request that was refused, perhaps because of one of its images, perhaps as any would be."""
 
 
 class RemoteReward:
@@ -108,16 +113,18 @@ class RemoteReward:
 
         Returns:
             `list[float | Exception | None]`: One value an image, `None` where the reward does not apply, a
-            [`RewardError`] where the reward failed for that image alone.
+            [`RewardError`] where the reward failed for that image alone, or where the request with it was refused
+            and another one was not.
 
         Raises:
-            [`RewardError`]: If the server cannot be reached, takes too long, refuses, or answers something else than
-                one value an image; and if the reward itself raised there.
+            [`RewardError`]: If the server cannot be reached, takes too long, refuses the token or every request, or
+                answers something else than one value an image; and if the reward itself raised there.
             `TypeError`: If a column holds what JSON cannot carry unchanged; names the column.
             `ValueError`: If an image cannot be converted to RGB, or a column of `columns` is missing.
         """
         sent = self._columns_to_send(columns)
         values: list[float | Exception | None] = []
+        refusals: list[RefusedRequestError] = []
         with open_client(self.url) as client:
             for start in range(0, len(images), self.batch_size):
                 part = slice(start, start + self.batch_size)
@@ -127,7 +134,13 @@ class RemoteReward:
                     "columns": {name: column[part] for name, column in sent.items()},
                 }
                 status, answer = self._post(client, json.dumps(request).encode("ascii"))
-                values += self._values(status, answer, len(images[part]))
+                try:
+                    values += self._values(status, answer, len(images[part]))
+                except RefusedRequestError as error:
+                    refusals.append(error)
+                    values += [error] * len(images[part])
+        if refusals and all(isinstance(value, RefusedRequestError) for value in values):
+            raise refusals[0]
         return values
 
     def _columns_to_send(self, columns: dict[str, list]) -> dict[str, list]:
@@ -216,7 +229,8 @@ class RemoteReward:
                 401: " Is `token` the token that the server was started with?",
                 413: " Send fewer images at once: lower `batch_size`.",
             }.get(status, "")
-            raise RewardError(f"The reward server at {self.url} answered {status}: {self._reason(answer)}{fix}")
+            kind = RefusedRequestError if 400 <= status < 500 and status not in ABOUT_ALL else RewardError
+            raise kind(f"The reward server at {self.url} answered {status}: {self._reason(answer)}{fix}")
         content = _parse(answer)
         told = redact(answer.decode("utf-8", "replace"), self._token)
         values = content.get("values") if isinstance(content, dict) else None

@@ -12,6 +12,7 @@ import httpx2
 from PIL import Image
 
 from .http_client import (
+    ABOUT_ALL,
     PLAIN_JSON,
     bearer,
     check_secret,
@@ -39,7 +40,6 @@ Your task is provided as follows:
 Text Caption: [{prompt}]"""
 
 LARGEST_ANSWER = 2**22  # bytes; far more than a model writes about an image
-ABOUT_ALL = (401, 402, 404, 405, 407, 410)  # statuses that say something of the key, the endpoint or the model
 # What servers give as the reason why an answer ended, where the model itself ended it.
 ENDED_BY_MODEL = ("stop", "eos", "eos_token", "stop_sequence", "end_turn")
 
