@@ -279,8 +279,8 @@ def make_way(output_dir: Path, resumed: Path | None, overwrite: bool, deletes: b
     else:
         raise FileExistsError(
             f"`{output_dir}` has checkpoints of an earlier run ({names}). Go on with that run by "
-            "`resume_from_checkpoint=True`, choose another `output_dir`, or set `overwrite_output_dir=True` to delete "
-            "them."
+            "`resume_from_checkpoint=True` (`--resume_from_checkpoint latest`), choose another `output_dir`, or set "
+            "`overwrite_output_dir=True` to delete them."
         )
 
 
