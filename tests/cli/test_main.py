@@ -5,12 +5,14 @@ import os
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
 
 import trl_marble
 from trl_marble.cli.env import environment
+from trl_marble.cli.environment import prepare_environment
 from trl_marble.cli.main import main
 
 
@@ -224,3 +226,11 @@ def test_env_is_a_list_without_secrets(capsys, monkeypatch, tmp_path):
     assert found["trl_marble"].startswith(trl_marble.__version__)
     for name in ("Python", "torch", "diffusers", "peft", "trl", "accelerator", "torchjd (optional)"):
         assert found[name]
+
+
+def test_warnings_of_the_package_are_sentences(monkeypatch):
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
+    prepare_environment()
+    own, other = str(Path(trl_marble.__file__).parent / "data" / "loading.py"), "/elsewhere/plot.py"
+    assert warnings.formatwarning("3 blank lines.", UserWarning, own, 7) == "Warning: 3 blank lines.\n"
+    assert "plot.py:7: UserWarning: no room" in warnings.formatwarning("no room", UserWarning, other, 7)

@@ -56,7 +56,7 @@ def test_an_interrupted_run_can_be_continued(workplace, capsys, interruptible):
     words = ["train", "--config", "run.yaml", "--max_steps", "3", "--save_steps", "3"]
     words += ["--rewards", "my_rewards.bright", "my_rewards.interrupted"]
     assert main(words) == 130
-    assert "--resume_from_checkpoint latest" in capsys.readouterr().err
+    assert "--resume_from_checkpoint auto" in capsys.readouterr().err
     assert (workplace / "run" / "checkpoint-1").is_dir()
     assert main([*words, "--resume_from_checkpoint", "latest"]) == 0
     assert (workplace / "run" / "checkpoint-3").is_dir()

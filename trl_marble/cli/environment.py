@@ -4,6 +4,7 @@
 import logging
 import os
 import sys
+import warnings
 from pathlib import Path
 
 
@@ -17,9 +18,14 @@ NOISE = {
 }
 
 
+PACKAGE = str(Path(__file__).parents[1])
+_format_warning = warnings.formatwarning
+
+
 def prepare_environment() -> None:
     """
-    Let OpenMP's threads sleep while they wait, on machines without an accelerator, and drop two notes of libraries.
+    Let OpenMP's threads sleep while they wait, on machines without an accelerator, drop two notes of libraries, and
+    print the package's own warnings as sentences, without the line of code that they come from.
 
     Threads that spin take the cores from each other and from other processes: with two of them on two busy cores an
     evaluation took nine times as long. A value of `OMP_WAIT_POLICY` that is set already stays; it is read when torch
@@ -31,6 +37,15 @@ def prepare_environment() -> None:
         logger = logging.getLogger(name)
         if not any(isinstance(known, _Without) for known in logger.filters):
             logger.addFilter(_Without(text))
+    warnings.formatwarning = _warning_as_sentence
+
+
+def _warning_as_sentence(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    if filename.startswith(PACKAGE):
+        return f"Warning: {message}\n"
+    return _format_warning(message, category, filename, lineno, line)
 
 
 class _Without(logging.Filter):

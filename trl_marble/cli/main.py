@@ -93,8 +93,8 @@ def main(argv: list[str] | None = None) -> int:
         return RUN_ERROR
     except KeyboardInterrupt:
         if os.environ.get("LOCAL_RANK", "0") == "0":
-            mend = " Continue from the latest checkpoint with `--resume_from_checkpoint latest`."
-            print("Interrupted." + (mend if args.command == "train" else ""), file=sys.stderr)
+            advice = " Continue from the latest checkpoint, if there is one, with `--resume_from_checkpoint auto`."
+            print("Interrupted." + (advice if args.command == "train" else ""), file=sys.stderr)
         return INTERRUPTED
 
 

@@ -282,8 +282,8 @@ def find_replaced(output_dir: Path, resumed: Path | None, overwrite: bool, warns
     if not goes_on:
         raise FileExistsError(
             f"`{output_dir}` has checkpoints of an earlier run ({names}). Go on with that run by "
-            "`resume_from_checkpoint=True`, choose another `output_dir`, or set `overwrite_output_dir=True` to delete "
-            "them."
+            "`resume_from_checkpoint=True` (`--resume_from_checkpoint latest`), choose another `output_dir`, or set "
+            "`overwrite_output_dir=True` to delete them."
         )
     if warns and any(find_damage(folder) is None for folder in others):
         logger.warning(

@@ -191,6 +191,9 @@ class MarbleConfig(TrainingArguments):
         overwrite_output_dir (`bool`, *optional*, defaults to `False`):
             Whether to delete the checkpoints in `output_dir` that the run does not go on from. Without it a run that
             starts anew among the checkpoints of an earlier one is refused.
+        resume_from_checkpoint (`str`, *optional*):
+            The checkpoint that `train()` goes on from: its path, `"latest"` for the latest valid one in `output_dir`,
+            or `"auto"` for that one where there are checkpoints, and a new run where there are none.
 
         > Parameters that control logging
 
@@ -216,6 +219,13 @@ class MarbleConfig(TrainingArguments):
     )
     overwrite_output_dir: bool = field(
         default=False, metadata={"help": "Whether to delete checkpoints of an earlier run in `output_dir`."}
+    )
+    resume_from_checkpoint: str | None = field(
+        default=None,
+        metadata={
+            "help": "Checkpoint to go on from: its path, 'latest' for the latest valid one in `output_dir`, or 'auto' "
+            "for that one where there are checkpoints and a new run where there are none."
+        },
     )
     learning_rate: float = field(default=3e-4, metadata={"help": "The initial learning rate for AdamW."})
     lr_scheduler_type: str = field(default="constant", metadata={"help": "The learning rate schedule."})

@@ -512,11 +512,12 @@ class MarbleNFTTrainer(WithoutPredictions, CheckpointedTrainer):
             self.metrics.record(f"rewards/{name}/std", _spread(valid) if len(valid) else float("nan"))
             if len(valid) == 0 and name not in self._silent_rewards:
                 self._silent_rewards.add(name)
-                warnings.warn(
-                    f"Reward `{name}` applied to none of the {len(row)} images of step {self.state.global_step + 1}; "
-                    "it takes no part in it. (This is said once a reward.)",
-                    stacklevel=2,
-                )
+                if self.accelerator.is_main_process:
+                    warnings.warn(
+                        f"Reward `{name}` applied to none of the {len(row)} images of step "
+                        f"{self.state.global_step + 1}; it takes no part in it. (This is said once for each reward.)",
+                        stacklevel=2,
+                    )
 
     def _weighted_sum(self, rewards: Tensor) -> Tensor:
         """How "weighted sum of the raw rewards, then one advantage" would mix the per-reward gradients."""
