@@ -3,7 +3,7 @@
 
 import inspect
 import math
-from numbers import Integral, Real
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import torch
@@ -200,7 +200,7 @@ def _refuse(args: Any, name: str, beside: str, instead: str) -> None:
 def _check_ranges(args: Any) -> None:
     for name in ("learning_rate", "weight_decay", "max_grad_norm", "adam_epsilon"):
         value = getattr(args, name)
-        if not isinstance(value, Real) or not 0 <= value < math.inf:
+        if not isinstance(value, int | float) or not 0 <= value < math.inf:
             off = " (0 does not clip)" if name == "max_grad_norm" else ""
             raise ValueError(f"`{name}` is {value!r}; it must be a finite number of at least 0{off}.")
     if args.adam_epsilon == 0:
