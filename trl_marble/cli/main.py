@@ -16,6 +16,7 @@ EPILOG = """`trl-marble COMMAND --help` shows the options of a command.
 
 Completion by tab: write the script once, and again after an update,
 
+  mkdir -p ~/.local/share/bash-completion/completions
   trl-marble --print-completion bash > ~/.local/share/bash-completion/completions/trl-marble
   trl-marble --print-completion zsh > ~/.zfunc/_trl-marble     # with `fpath+=~/.zfunc` before `compinit` in ~/.zshrc
   trl-marble --print-completion tcsh > ~/.trl-marble.tcsh      # with `source ~/.trl-marble.tcsh` in ~/.tcshrc"""

@@ -168,6 +168,8 @@ def check_combinations(args: Any) -> None:
         `ValueError`: With the values, the reason, and what to use instead.
     """
     _check_ranges(args)
+    if "no" in args.report_to:
+        raise ValueError("`report_to` is 'no', which is no tracker; set `report_to='none'` to report to none.")
     _check_optimizer(args)
     _check_schedule(args)
     _check_checkpointing(args)
