@@ -177,6 +177,7 @@ def run_scenario(
     """Train and evaluate; what happened goes to `folder`, one file of tensors and one of text a process."""
     folder.mkdir(parents=True, exist_ok=True)
     record = Record()
+    balances = settings.get("multi_objective_aggregation", "marble") == "marble"
     trainer = small_trainer(
         folder / "out",
         [REWARDS[name] for name in rewards],
@@ -184,7 +185,7 @@ def run_scenario(
         train_dataset=Dataset.from_dict({"prompt": prompts}),
         eval_dataset=Dataset.from_dict({"prompt": [f"{i} dogs" for i in range(eval_prompts)]}),
         eval_reward_funcs=dark,
-        weighting=record.weighting,
+        weighting=record.weighting if balances else "mgda",
         callbacks=[record],
         **(SETTINGS | settings),
     )

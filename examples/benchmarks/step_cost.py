@@ -128,7 +128,7 @@ class Bench:
         self.trainer = MarbleNFTTrainer(pipeline, rewards, config, prompts)
         self.trainer.create_optimizer()
         self.linears = self.trainer.step_gradient.linears
-        self.rows = [prompts[n // args.num_generations] for n in range(size)]
+        self.rows = [n // args.num_generations for n in range(size)]
         self.cycle = 0
         # The policy has left the old one, as it has at almost every step.
         for parameter in self.trainer.parameters:
@@ -143,7 +143,7 @@ class Bench:
         """Gradients and optimizer, on the latest generation batch."""
         trainer = self.trainer
         trainer.state.global_step = 0 if solves else 1
-        trainer._begin_update(0, [row["prompt"] for row in self.rows])
+        trainer._begin_update(0)
         for slot in range(trainer.args.gradient_accumulation_steps):
             trainer._accumulate(slot, 0, 0)
         trainer.nonfinite.settle()

@@ -14,7 +14,7 @@ from trl_marble.evaluation import compare_evaluations, evaluate_pipeline, thumbn
 from trl_marble.hub import card_from_evaluations
 from trl_marble.media import open_sample
 from trl_marble.pipelines import FlowPipeline
-from trl_marble.rewards import FrameReward
+from trl_marble.rewards import FrameReward, RewardError
 
 
 SIZE = {"height": 16, "width": 32, "num_frames": 9, "num_generations": 2}
@@ -98,7 +98,7 @@ def test_it_continues_where_it_was_interrupted(base, tmp_path):
         tmp_path,
         **SIZE,
     )
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(RewardError, match="KeyboardInterrupt"):
         evaluate_pipeline(tiny_wan(), breaks, prompt_set(), args)
     interrupted["left"] = 5
     results = evaluate_pipeline(tiny_wan(), breaks, prompt_set(), args)

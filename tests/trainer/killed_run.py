@@ -81,6 +81,7 @@ def train(pipeline: Any, prompts: Any, folder: Path, steps: int, kill_at: list |
         timestep_fraction=0.5,
         balance_every=2,
         learning_rate=1e-3,
+        lr_scheduler_type="constant_with_warmup",
         warmup_steps=3,
         max_steps=steps,
         save_steps=1,

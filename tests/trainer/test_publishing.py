@@ -146,6 +146,7 @@ CHECKPOINT = {
     "pytorch_lora_weights.safetensors",
     "random_state_0.safetensors",
     "scheduler.safetensors",
+    "settings.json",
     "trainer_state.json",
 }
 

@@ -121,7 +121,7 @@ def test_a_failure_saves_although_an_older_run_left_a_checkpoint_of_that_step(ma
         return rewards[0](images)
 
     breaks.__name__ = "brightness"
-    own = SETTINGS | {"save_strategy": "no", "seed": 7}
+    own = SETTINGS | {"save_strategy": "no", "seed": 7, "overwrite_output_dir": True}
     broken = make_trainer("shared", reward_funcs=[breaks, *rewards[1:]], **own)
     with pytest.raises(RewardError):
         broken.train()

@@ -59,8 +59,8 @@ def test_a_hacked_run_stops_with_a_checkpoint_and_goes_on_when_resumed(tmp_path,
     step = stopped.state.global_step
     assert 2 <= step < 12 and step % 2 == 0
     (message,) = said(caplog)
-    assert message.startswith(f"Reward hacking at step {step}: held-out `dark` fell from -0.20")
-    for part in ("`bright` rose from 0.20", "standard errors", "Training stops here", "raise `beta`"):
+    assert message.startswith(f"Reward hacking at step {step}: held-out `dark` fell from -0.21")
+    for part in ("`bright` rose from 0.21", "standard errors", "Training stops here", "raise `beta`"):
         assert part in message
     first, *_, last = [row for row in stopped.state.log_history if "eval_rewards/dark/mean" in row]
     errors = [row["eval_rewards/dark/standard_error"] for row in (first, last)]

@@ -159,7 +159,7 @@ class CheckpointedTrainer(Trainer):
                 (SCHEDULER_FILE, "learning rate scheduler", scheduler),
             ):
                 kind = type(part).__name__
-                save_tree(folder / file, {"kind": kind, "state": part.state_dict()}, f"the {what} {kind}")
+                save_tree(folder / file, {**part.state_dict(), "kind": kind}, f"the {what} {kind}")
         save_tree(folder / self._random_file(), random_state(self.args.device), "the random generators")
 
     def _random_file(self) -> str:
@@ -237,14 +237,15 @@ class CheckpointedTrainer(Trainer):
         scheduler = load_tree(Path(checkpoint) / SCHEDULER_FILE)
         self._check_kind(checkpoint, "optimizer", self.bare_optimizer, optimizer)
         self._check_kind(checkpoint, "lr_scheduler", self.lr_scheduler, scheduler)
-        self.optimizer.load_state_dict(optimizer["state"])
-        self.lr_scheduler.load_state_dict(scheduler["state"])
+        self.optimizer.load_state_dict(optimizer)
+        self.lr_scheduler.load_state_dict(scheduler)
         use_own_settings(self.bare_optimizer, self.lr_scheduler, own)
 
     def _check_kind(self, checkpoint: str, what: str, mine: Any, saved: dict[str, Any]) -> None:
-        if saved["kind"] != type(mine).__name__:
+        kind = saved.pop("kind")
+        if kind != type(mine).__name__:
             raise ValueError(
-                f"`{checkpoint}` was saved with the {what} {saved['kind']}, this run has {type(mine).__name__}, which "
+                f"`{checkpoint}` was saved with the {what} {kind}, this run has {type(mine).__name__}, which "
                 "cannot go on from its state. Resume with the `optim` and `lr_scheduler_type` that it was saved with."
             )
 

@@ -120,9 +120,9 @@ def use_own_settings(optimizer: torch.optim.Optimizer, scheduler: Any, own: list
     next step has the learning rate that this run's schedule has for it.
 
     Args:
-        optimizer ([`~torch.optim.Optimizer`]):
+        optimizer (`torch.optim.Optimizer`):
             With the saved state. Changed in place.
-        scheduler ([`~torch.optim.lr_scheduler.LRScheduler`]):
+        scheduler (`torch.optim.lr_scheduler.LRScheduler`):
             With the saved state. Changed in place.
         own (`list[dict[str, Any]]`):
             The settings of each parameter group before the state was loaded, see [`group_settings`].
@@ -140,7 +140,7 @@ def group_settings(optimizer: torch.optim.Optimizer) -> list[Settings]:
     The settings of each parameter group of an optimizer.
 
     Args:
-        optimizer ([`~torch.optim.Optimizer`]):
+        optimizer (`torch.optim.Optimizer`):
             The optimizer.
     """
     return [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
