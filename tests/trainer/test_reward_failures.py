@@ -253,8 +253,16 @@ def test_rollout_batches_do_not_add_up_their_waits(make_trainer, rewards):
     release.set()
 
 
+@pytest.fixture
+def sigint_interrupts():
+    """Also where the tests run in the background of a shell, which lets its children ignore the signal."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize("kind", ["sync", "async", "async that blocks"])
-def test_ctrl_c_leaves_a_hanging_reward_behind(make_trainer, rewards, kind):
+def test_ctrl_c_leaves_a_hanging_reward_behind(make_trainer, rewards, sigint_interrupts, kind):
     """The signal comes while the trainer waits for a reward that never answers."""
     release, calls = threading.Event(), []
 
@@ -285,7 +293,8 @@ def test_ctrl_c_leaves_a_hanging_reward_behind(make_trainer, rewards, kind):
 
 
 HANGING_RUN = """
-import sys, threading
+import signal, sys, threading
+signal.signal(signal.SIGINT, signal.default_int_handler)
 sys.path.insert(0, sys.argv[1])
 from trainer_helpers import bright, small_trainer
 
