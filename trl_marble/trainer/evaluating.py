@@ -102,14 +102,14 @@ def evaluate_policy(trainer: "MarbleNFTTrainer", dataset: Dataset, name: str | N
         logged = average_logged(scores.metrics)
 
     images = sorted(gather_object(found), key=lambda image: image.number)
-    all_prompts = dataset["prompt"]
+    prompts = dataset["prompt"][:]
     gallery: dict[str, list[Sample]] = {}
     gallery_rewards: dict[str, list[Tensor]] = {}
     gallery_extras: dict[str, dict[str, list[Any]]] = {}
     keys = list(dict.fromkeys(key for image in images for key in image.extras))  # not every process may have them all
     for image in images:
         if image.shown is not None:
-            prompt = all_prompts[image.number // repeats]
+            prompt = prompts[image.number // repeats]
             gallery.setdefault(prompt, []).append(image.shown)
             gallery_rewards.setdefault(prompt, []).append(torch.tensor(image.rewards))
             columns = gallery_extras.setdefault(prompt, {column: [] for column in column_names(keys)})
@@ -117,7 +117,7 @@ def evaluate_policy(trainer: "MarbleNFTTrainer", dataset: Dataset, name: str | N
                 values.append(image.extras.get(key))
     rewards = torch.tensor([image.rewards for image in images]).T
     features = torch.stack([torch.from_numpy(image.thumbnail) for image in images])
-    rows, prompts = [image.number // repeats for image in images], dataset["prompt"][:]
+    rows = [image.number // repeats for image in images]
     edits = edits_images(trainer.flow, dataset, "eval_dataset")
     groups = torch.from_numpy(number_prompts([prompts[row] for row in rows], rows, edits))
     diversity = group_diversity(features, groups).nanmean().item()
