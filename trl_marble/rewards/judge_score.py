@@ -32,7 +32,7 @@ SCORE = re.compile(rf"(?P<filling>{FILLING}(?:is\b{FILLING})?)(?P<score>[-+]?{NU
 # A scale behind the score: "/5", "out of 5", "of 5", "(out of 5)", "(1-5)", "points".
 OUT_OF = re.compile(rf"\s{{0,10}}(?:\\?/|out[\s-]of|of)\s*(?P<of>{NUMBER}){CLOSING}", re.IGNORECASE)
 UNIT = re.compile(r"\s*(?:points?|pts?|stars?|[★⭐分点])(?!\w)", re.IGNORECASE)
-# The scale of an answer, wherever it is told. "3 out of 4 cats" is none.
+# The scale that an answer names. "3 out of 4 cats" names none.
 SCALE_RANGE = re.compile(
     rf"(?:(?<![^\W_])scale|(?:scor(?:es?|ing)|ratings?)(?:[\s_]range|\s(?:is|are|go(?:es)?)\s(?=from)))"
     rf"""(?:["'\s:=(\[]|is\b|was\b|of\b|from\b){{0,12}}(?P<low>{NUMBER})(?:{SEPARATOR}|\s*,\s*)(?P<high>{NUMBER})"""
@@ -49,7 +49,7 @@ SCALE_TOP = re.compile(
     r"|\b(?:out\sof|scale\s(?:of|from))\s(?:\w+\sto\s)?(?:a\s|one\s)?(?P<word>five|ten|twenty|hundred)\b",
     re.IGNORECASE,
 )
-# "4 on a scale of 1 to 5", "4 on a 1-5 scale": which scale it is, is checked wherever one is told.
+# "4 on a scale of 1 to 5", "4 on a 1-5 scale": the scale itself is checked with all others that the answer names.
 ON_SCALE = re.compile(
     rf"\s{{0,10}}on\s(?:a|the)\s(?:scale\s(?:of|from)\s(?:{NUMBER}{SEPARATOR})?{NUMBER}"
     rf"|(?:{NUMBER}{SEPARATOR})?{NUMBER}[\s-]*(?:point\s*)?scale\b)",

@@ -118,7 +118,7 @@ class RemoteReward:
 
         Raises:
             [`RewardError`]: If the server cannot be reached, takes too long, refuses the token or every request, or
-                answers something else than one value an image; and if the reward itself raised there.
+                answers something else than one value per image; and if the reward itself raised there.
             `TypeError`: If a column holds what JSON cannot carry unchanged; names the column.
             `ValueError`: If an image cannot be converted to RGB, or a column of `columns` is missing.
         """

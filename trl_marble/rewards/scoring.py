@@ -36,7 +36,7 @@ MISTAKES = (TypeError, NameError, AttributeError, ImportError, NotImplementedErr
 
 
 class PendingScores(NamedTuple):
-    """Scores on their way: one future a reward, the prompts they are for, and what each call logs."""
+    """Scores on their way: a future for each reward, the prompts they are for, and what each call logs."""
 
     futures: list[Future]
     prompts: list[str]
