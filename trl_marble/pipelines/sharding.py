@@ -9,7 +9,7 @@ from torch.distributed import get_world_size
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from .policy import transformer_blocks
+from .compilation import transformer_blocks
 
 
 def shard_base(transformer: nn.Module, trainable: Iterable[nn.Parameter], device: torch.device) -> None:

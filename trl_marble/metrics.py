@@ -2,34 +2,10 @@
 """Values recorded during optimizer steps, until they are logged."""
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 from torch import Tensor
-
-from ..evaluation import nan_aware_mean
-from ..rewards.call_log import LogKey
-
-
-def average_logged(metrics: Mapping[LogKey, list[float]]) -> dict[str, float]:
-    """
-    The means of what rewards logged with `log_metric`, NaN-aware, over all their calls on all processes.
-
-    Args:
-        metrics (`Mapping[tuple[str, str], list[float]]`):
-            Reward and metric -> the numbers that were logged on this process. Rewards that log one name share it.
-
-    Returns:
-        `dict[str, float]`: Metric -> mean; the same names in the same order on all processes.
-    """
-    values: dict[str, list[float]] = defaultdict(list)
-    for own in gather_object([dict(metrics)]):
-        for (_, name), numbers in own.items():
-            values[name] += numbers
-    return {name: nan_aware_mean(values[name]) for name in sorted(values)}
 
 
 class MetricBuffer:
@@ -37,7 +13,6 @@ class MetricBuffer:
 
     def __init__(self) -> None:
         self._values: dict[str, list[float | Tensor]] = defaultdict(list)
-        self._is_paused = False
 
     def record(self, name: str, value: float | Tensor) -> None:
         """
@@ -49,17 +24,7 @@ class MetricBuffer:
             value (`float` or `Tensor` of shape `[]`):
                 A tensor is not read before it is logged, so that nothing waits for the device.
         """
-        if not self._is_paused:
-            self._values[name].append(value)
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Record nothing inside the context: what is done there was measured before."""
-        self._is_paused = True
-        try:
-            yield
-        finally:
-            self._is_paused = False
+        self._values[name].append(value)
 
     def clear(self) -> None:
         """Forget everything recorded since the last call of [`flush`]."""
@@ -72,3 +37,18 @@ class MetricBuffer:
         names = list(self._values)
         self.clear()
         return {name: nan_aware_mean(column.tolist()) for name, column in zip(names, gathered.T, strict=True)}
+
+
+def nan_aware_mean(values: list[float]) -> float:
+    """Mean of the values that are not NaN; NaN if there is none."""
+    return torch.tensor(values, dtype=torch.float64).nanmean().item()
+
+
+def finite_mean(values: Tensor) -> Tensor:
+    """Mean of the values that are finite; NaN if there is none."""
+    return values.where(values.isfinite(), torch.nan).nanmean()
+
+
+def mean_rms(values: Tensor) -> Tensor:
+    """Root mean square of each finite sample, averaged over samples: the same however they are cut into batches."""
+    return finite_mean(values.float().square().flatten(1).mean(dim=1).sqrt())

@@ -3,51 +3,72 @@
 
 from collections.abc import Iterable
 
+import torch
 from torch import nn
 from transformers.utils import logging
 
-from ..pipelines import FlowPipeline, compile_blocks, offload_components, plain_lora_linears, shard_base
-from .marble_config import MarbleConfig
+from .compilation import compile_blocks
+from .flow_pipeline import FlowPipeline
+from .loading import plain_lora_linears
+from .offloading import offload_components
+from .sharding import shard_base
 
 
 logger = logging.get_logger(__name__)
 
 
-def place_base(flow: FlowPipeline, trainable: Iterable[nn.Parameter], args: MarbleConfig) -> None:
+def place_base(
+    flow: FlowPipeline,
+    trainable: Iterable[nn.Parameter],
+    device: torch.device,
+    *,
+    shards: bool = False,
+    offloads: bool = False,
+    compile_backend: str | None = None,
+    compile_mode: str | None = None,
+) -> None:
     """
-    Bring a pipeline to where it is trained, as the settings say: whole, sharded, or in part; and compile it.
+    Bring a pipeline to where it is trained: complete, sharded, or in part; and compile it.
 
     Args:
         flow ([`~trl_marble.pipelines.FlowPipeline`]):
             The pipeline with its adapter, changed in place.
         trainable (`Iterable[nn.Parameter]`):
             The adapter's weights.
-        args ([`MarbleConfig`]):
-            The settings.
+        device (`torch.device`):
+            Where the process works.
+        shards (`bool`, *optional*, defaults to `False`):
+            Whether each process keeps a part of the frozen transformer only, see [`shard_base`].
+        offloads (`bool`, *optional*, defaults to `False`):
+            Whether everything but the transformer is on the CPU between its uses, see [`offload_components`].
+        compile_backend (`str`, *optional*):
+            The backend of `torch.compile`; by default nothing is compiled.
+        compile_mode (`str`, *optional*):
+            Its mode.
 
     Raises:
         `ValueError`: If the pipeline is of a class that is not in the table and its velocities are wrong, or if it
             cannot be sharded.
     """
-    if args.base_is_sharded:
-        shard_base(flow.transformer, trainable, args.device)
-    if args.offload_components:
-        offload_components(flow.pipeline, args.device)
+    if shards:
+        shard_base(flow.transformer, trainable, device)
+    if offloads:
+        offload_components(flow.pipeline, device)
     else:
-        flow.pipeline.to(args.device)
+        flow.pipeline.to(device)
     flow.verify()
-    if args.shard_base and flow.splits_batches:
+    if shards and flow.splits_batches:
         raise ValueError(
             "`shard_base=True` needs processes that call the transformer equally often, and "
             f"{type(flow.pipeline).__name__} is called once for every different time of a micro-batch. Set "
             "`shard_base=False`."
         )
-    if args.torch_compile_backend is not None:  # `torch_compile` sets it, and is set by it
-        compile_blocks(flow.transformer, args.torch_compile_backend, args.torch_compile_mode)
+    if compile_backend is not None:
+        compile_blocks(flow.transformer, compile_backend, compile_mode)
 
 
 def measured_linears(
-    flow: FlowPipeline, names: Iterable[str], edits: bool, args: MarbleConfig
+    flow: FlowPipeline, names: Iterable[str], edits: bool, micro_batch_size: int
 ) -> list[nn.Linear] | None:
     """
     The linear layers from whose inputs and outputs per-reward gradients are taken, see
@@ -62,8 +83,8 @@ def measured_linears(
             Of the adapter's weights in the transformer.
         edits (`bool`):
             Whether it edits images.
-        args ([`MarbleConfig`]):
-            The settings.
+        micro_batch_size (`int`):
+            Number of images in one forward and backward pass.
 
     Returns:
         `list[nn.Linear]`: The layer of each weight, or `None`.
@@ -75,7 +96,7 @@ def measured_linears(
             "steps; each step that solves the balancing problem takes one backward pass a reward."
         )
         return None
-    if (flow.splits_batches or edits) and args.per_device_train_batch_size > 1:
+    if (flow.splits_batches or edits) and micro_batch_size > 1:
         # No call of the transformer sees the whole micro-batch.
         one = "sample" if flow.family.one_sample or edits else "time"
         logger.warning(
@@ -85,7 +106,7 @@ def measured_linears(
         )
         return None
     linears = plain_lora_linears(flow.transformer, names)
-    if linears is None and args.balances_gradients:
+    if linears is None:
         logger.warning(
             "The adapter is not plain LoRA on linear layers, so each step that solves the balancing problem takes "
             "one backward pass a reward. Plain LoRA (no DoRA, no convolutions) takes two in all."

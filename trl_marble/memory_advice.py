@@ -6,8 +6,6 @@ from contextlib import contextmanager
 
 import torch
 
-from .marble_config import MarbleConfig
-
 
 @contextmanager
 def rollout_advice(setting: str, batch_size: int) -> Iterator[None]:
@@ -48,22 +46,23 @@ def reward_advice() -> Iterator[None]:
 
 
 @contextmanager
-def update_advice(args: MarbleConfig) -> Iterator[None]:
+def update_advice(micro_batch_size: int, micro_batches: int) -> Iterator[None]:
     """
     Say what to change where forward and backward passes run out of memory.
 
     Args:
-        args ([`MarbleConfig`]):
-            The settings.
+        micro_batch_size (`int`):
+            `per_device_train_batch_size`.
+        micro_batches (`int`):
+            `gradient_accumulation_steps`.
 
     Raises:
         `torch.OutOfMemoryError`: The one that came, with a note.
     """
-    size, steps = args.per_device_train_batch_size, args.gradient_accumulation_steps
     with _advice(
         "The update ran out of memory: set `activation_checkpointing=True`; or a smaller "
-        f"`per_device_train_batch_size` (it is {size}) with as many times more `gradient_accumulation_steps` (they "
-        f"are {steps}), which gives the same gradient. "
+        f"`per_device_train_batch_size` (it is {micro_batch_size}) with as many times more `gradient_accumulation_steps` (they "
+        f"are {micro_batches}), which gives the same gradient. "
         "Rewards that are models leave the device during updates with `offload=True`."
     ):
         yield
