@@ -6,7 +6,7 @@ import math
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol, Self
+from typing import Any, Self
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -18,24 +18,13 @@ from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 
 from ..evaluation import format_value
 from ..evaluation.summary import SIGNIFICANT
-from .callbacks import MarbleCallback
+from .marble_callback import MarbleCallback
 
-
-if TYPE_CHECKING:
-    from .marble_nft_trainer import MarbleNFTTrainer
 
 BLOCKS = "▁▂▃▄▅▆▇█"
 TREND_WIDTH = 16
 
 History = Sequence[Mapping[str, Any]]
-
-
-class ProgressBar(Protocol):
-    """What the trainer tells of one part of a step."""
-
-    def __enter__(self) -> Any: ...
-    def __exit__(self, *exception: Any) -> Any: ...
-    def update(self, number: int = 1) -> Any: ...
 
 
 class LiveTableCallback(MarbleCallback):
@@ -58,6 +47,8 @@ class LiveTableCallback(MarbleCallback):
             Where to write. Defaults to the standard output.
     """
 
+    replaces = (PrinterCallback, DEFAULT_PROGRESS_CALLBACK)
+
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or Console()
         self._live: Live | None = None
@@ -69,10 +60,8 @@ class LiveTableCallback(MarbleCallback):
         """Whether the table is there to show progress in."""
         return self._live is not None
 
-    def open(self, trainer: "MarbleNFTTrainer") -> None:
-        self._names, self._held_out_names = list(trainer.scorer.names), list(trainer.held_out_names)
-        for shown in (PrinterCallback, DEFAULT_PROGRESS_CALLBACK):
-            trainer.remove_callback(shown)
+    def open(self, reward_names: Sequence[str], held_out_names: Sequence[str]) -> None:
+        self._names, self._held_out_names = list(reward_names), list(held_out_names)
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
         self._started, self._first_step = time.monotonic(), state.global_step
@@ -161,7 +150,7 @@ def run_table(history: History, names: Sequence[str], held_out_names: Sequence[s
             The rewards that are scored in evaluations only.
 
     Returns:
-        `rich.table.Table`: One row a reward. Changes are since the first value; those of evaluations are coloured
+        `rich.table.Table`: One row per reward. Changes are since the first value; those of evaluations are coloured
         where they are at least two standard errors (over prompts).
     """
     table = Table(caption=_footer(history), caption_justify="left", expand=False)

@@ -9,12 +9,14 @@ from typing import Any
 
 import pandas as pd
 from torch import Tensor
-from transformers import Trainer
+from transformers import TrainerCallback
 
 from ..evaluation import format_value, image_grid, plot_balance, plot_rewards, summarize_balance
 from ..evaluation.plots import plot_histograms
+from ..evaluation.policy_evaluation import PolicyEvaluation
 from ..media import Sample
-from ..rewards.call_log import LogKey, column_names
+from ..rewards.call_log import column_names
+from ..rollout import RolloutRecord
 from .trackers import send_to_trackers
 
 
@@ -41,7 +43,7 @@ class GridRow:
 
 
 @dataclass(frozen=True)
-class RolloutRecord:
+class RolloutPicture:
     """
     What is kept of a generation batch to be shown: of its images only those of a few prompts.
 
@@ -58,133 +60,112 @@ class RolloutRecord:
     all_rewards: Tensor
     all_sources: list[str] | None
 
+    @classmethod
+    def of(cls, record: RolloutRecord, num_prompts: int) -> "RolloutPicture":
+        """
+        The picture of a rollout.
 
-def choose_rows(
-    prompts: Sequence[str],
-    images: Sequence[Sample],
-    rewards: Tensor,
-    extras: Mapping[LogKey, Sequence[Any]],
-    num_prompts: int,
-) -> list[GridRow]:
+        Args:
+            record ([`~trl_marble.rollout.RolloutRecord`]):
+                The rollout.
+            num_prompts (`int`):
+                How many prompts the grid shows, and at most how many images of each.
+        """
+        shown: dict[str, list[int]] = {}
+        for place, prompt in enumerate(record.prompts):
+            if prompt in shown or len(shown) < num_prompts:
+                shown.setdefault(prompt, []).append(place)
+        scores = record.scores
+        columns = dict(zip(column_names(list(scores.extras)), scores.extras.values(), strict=True))
+        rows = []
+        for prompt, all_places in shown.items():
+            places = all_places[:num_prompts]
+            extras = {column: [values[place] for place in places] for column, values in columns.items()}
+            rows.append(GridRow(prompt, [record.images[p] for p in places], scores.rewards[:, places], extras))
+        return cls(rows, record.all_rewards, record.all_sources)
+
+
+class RunPictures:
     """
-    The rows of a grid of a generation batch's images.
+    Saves the pictures of a run and sends them to its trackers.
 
     Args:
-        prompts (`Sequence[str]`):
-            The prompt of each image.
-        images (`Sequence[PIL.Image.Image]` or `Sequence[list[PIL.Image.Image]]`):
-            The images, or videos.
-        rewards (`Tensor` of shape `[K, number of images]`, float32):
-            Their rewards, NaN where one does not apply.
-        extras (`Mapping[tuple[str, str], Sequence[Any]]`):
-            What rewards logged with `log_extra`: reward and column -> one value for each image.
-        num_prompts (`int`):
-            How many prompts the grid shows, and at most how many images of each.
+        output_dir (`str`):
+            The output folder of the run.
+        callbacks (`Sequence` of [`~transformers.TrainerCallback`]):
+            Those of the trainer, among them the ones that hold the trackers.
     """
-    shown: dict[str, list[int]] = {}
-    for place, prompt in enumerate(prompts):
-        if prompt in shown or len(shown) < num_prompts:
-            shown.setdefault(prompt, []).append(place)
-    shown = {prompt: places[:num_prompts] for prompt, places in shown.items()}
-    columns = dict(zip(column_names(list(extras)), extras.values(), strict=True))
-    return [
-        GridRow(
-            prompt,
-            [images[place] for place in places],
-            rewards[:, places],
-            {column: [values[place] for place in places] for column, values in columns.items()},
-        )
-        for prompt, places in shown.items()
-    ]
 
+    def __init__(self, output_dir: str, callbacks: Sequence[TrainerCallback]) -> None:
+        self.folder, self.callbacks = Path(output_dir), callbacks
 
-def log_rollout(trainer: Trainer, names: list[str], record: RolloutRecord) -> None:
-    """
-    Save a grid of a generation batch's images with their rewards, `<output_dir>/images/train_step_<step>.png`, and the
-    histograms of all its rewards, `<output_dir>/images/rewards_step_<step>.png`; send both to the trackers. Beside a
-    grid of videos one with them playing is saved, `train_step_<step>.webp`. What rewards logged with `log_extra`
-    stands under the images too, and in full in a table of the grid's images, `train_step_<step>.csv`.
+    def log_rollout(self, step: int, names: list[str], picture: RolloutPicture) -> None:
+        """
+        Save a grid of a generation batch's images with their rewards, `<output_dir>/images/train_step_<step>.png`, and
+        the histograms of all its rewards, `<output_dir>/images/rewards_step_<step>.png`; send both to the trackers.
+        Beside a grid of videos one with them playing is saved, `train_step_<step>.webp`. What rewards logged with
+        `log_extra` stands under the images too, and in full in a table of the grid's images, `train_step_<step>.csv`.
 
-    Trackers get their own kind of histogram, `train/rewards/<name>/histogram`, and one more for each source.
+        Trackers get their own kind of histogram, `train/rewards/<name>/histogram`, and one more for each source.
 
-    Args:
-        trainer ([`~transformers.Trainer`]):
-            The trainer; its callbacks hold the trackers.
-        names (`list[str]`):
-            The K rewards.
-        record ([`RolloutRecord`]):
-            The generation batch.
-    """
-    path = _path(trainer, "images", "train")
-    _write_grid(record.rows, names, path)
+        Args:
+            step (`int`):
+                The optimizer step.
+            names (`list[str]`):
+                The K rewards.
+            picture ([`RolloutPicture`]):
+                The generation batch.
+        """
+        path = self._path("train", step)
+        _write_grid(picture.rows, names, path)
+        values = dict(zip(names, picture.all_rewards.tolist(), strict=True))
+        title = f"Rewards of the images of the generation batch of step {step}"
+        plot_histograms(values, self._path("rewards", step), sources=picture.all_sources, title=title)
+        histograms = _histograms(values, picture.all_sources)
+        send_to_trackers(self.callbacks, step, {"train/images": path}, histograms)
 
-    values = dict(zip(names, record.all_rewards.tolist(), strict=True))
-    title = f"Rewards of the images of the generation batch of step {trainer.state.global_step}"
-    plot_histograms(values, _path(trainer, "images", "rewards"), sources=record.all_sources, title=title)
-    send_to_trackers(
-        trainer.callback_handler.callbacks,
-        trainer.state.global_step,
-        {"train/images": path},
-        _histograms(values, record.all_sources),
-    )
+    def log_evaluation(self, step: int, prefix: str, result: PolicyEvaluation) -> None:
+        """
+        Save a grid of an evaluation's images with their rewards, `<output_dir>/images/<prefix>_step_<step>.png`, and
+        send it to the trackers. Beside a grid of videos one with them playing is saved, `<prefix>_step_<step>.webp`;
+        and where rewards logged with `log_extra`, a table, `<prefix>_step_<step>.csv`.
 
+        Args:
+            step (`int`):
+                The optimizer step.
+            prefix (`str`):
+                Of the evaluation's metrics.
+            result ([`~trl_marble.evaluation.policy_evaluation.PolicyEvaluation`]):
+                The evaluation.
+        """
+        path = self._path(prefix, step)
+        gallery, rewards, extras = result.evaluation.gallery, result.gallery_rewards, result.gallery_extras
+        rows = [GridRow(prompt, list(images), rewards[prompt], extras[prompt]) for prompt, images in gallery.items()]
+        _write_grid(rows, result.evaluation.reward_names, path)
+        send_to_trackers(self.callbacks, step, {f"{prefix}/images": path})
 
-def log_evaluation(
-    trainer: Trainer,
-    prefix: str,
-    names: list[str],
-    gallery: Mapping[str, Sequence[Sample]],
-    rewards: Mapping[str, Tensor],
-    extras: Mapping[str, Mapping[str, Sequence[Any]]],
-) -> None:
-    """
-    Save a grid of an evaluation's images with their rewards, `<output_dir>/images/<prefix>_step_<step>.png`, and send
-    it to the trackers. Beside a grid of videos one with them playing is saved, `<prefix>_step_<step>.webp`; and where
-    rewards logged with `log_extra`, a table, `<prefix>_step_<step>.csv`.
+    def log_plots(self, step: int, history: Sequence[Mapping[str, Any]]) -> None:
+        """
+        Draw the run so far, `<output_dir>/plots/balance.png` (weights and cosines) and `rewards.png` (rollouts and
+        evaluations), and send both to the trackers. What nothing was logged of is left out.
 
-    Args:
-        trainer ([`~transformers.Trainer`]):
-            The trainer; its callbacks hold the trackers.
-        prefix (`str`):
-            Of the evaluation's metrics.
-        names (`list[str]`):
-            The K rewards.
-        gallery (`Mapping[str, Sequence[PIL.Image.Image]]` or `Mapping[str, Sequence[list[PIL.Image.Image]]]`):
-            Images or videos by prompt.
-        rewards (`Mapping[str, Tensor]`):
-            Prompt -> rewards of its images, of shape `[K, number of images]`.
-        extras (`Mapping[str, Mapping[str, Sequence]]`):
-            Prompt -> what rewards logged with `log_extra`: column -> one value for each of its images.
-    """
-    path = _path(trainer, "images", prefix)
-    rows = [GridRow(prompt, list(images), rewards[prompt], extras[prompt]) for prompt, images in gallery.items()]
-    _write_grid(rows, names, path)
-    send_to_trackers(trainer.callback_handler.callbacks, trainer.state.global_step, {f"{prefix}/images": path})
+        Args:
+            step (`int`):
+                The optimizer step.
+            history (`Sequence[Mapping[str, Any]]`):
+                `trainer.state.log_history`.
+        """
+        plots: dict[str, Path] = {}
+        balance = summarize_balance(history)
+        if balance is not None and balance.cos_min is not None:  # some step had a reward to balance
+            plots["plots/balance"] = plot_balance(history, self.folder / "plots" / "balance.png")
+        if any(key.startswith(("rewards/", "eval_rewards/")) for row in history for key in row):
+            plots["plots/rewards"] = plot_rewards(history, self.folder / "plots" / "rewards.png")
+        if plots:
+            send_to_trackers(self.callbacks, step, plots)
 
-
-def log_plots(trainer: Trainer) -> None:
-    """
-    Draw the run so far, `<output_dir>/plots/balance.png` (weights and cosines) and `rewards.png` (rollouts and
-    evaluations), and send both to the trackers. What nothing was logged of is left out.
-
-    Args:
-        trainer ([`~transformers.Trainer`]):
-            The trainer, with its log.
-    """
-    history = trainer.state.log_history
-    folder = Path(str(trainer.args.output_dir)) / "plots"
-    plots: dict[str, Path] = {}
-    balance = summarize_balance(history)
-    if balance is not None and balance.cos_min is not None:  # some step had a reward to balance
-        plots["plots/balance"] = plot_balance(history, folder / "balance.png")
-    if any(key.startswith(("rewards/", "eval_rewards/")) for row in history for key in row):
-        plots["plots/rewards"] = plot_rewards(history, folder / "rewards.png")
-    if plots:
-        send_to_trackers(trainer.callback_handler.callbacks, trainer.state.global_step, plots)
-
-
-def _path(trainer: Trainer, folder: str, name: str) -> Path:
-    return Path(str(trainer.args.output_dir)) / folder / f"{name}_step_{trainer.state.global_step:06d}.png"
+    def _path(self, name: str, step: int) -> Path:
+        return self.folder / "images" / f"{name}_step_{step:06d}.png"
 
 
 def _write_grid(rows: Sequence[GridRow], names: list[str], path: Path) -> None:

@@ -4,22 +4,19 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from transformers.utils import logging
 
 from ..evaluation import format_value
 from ..evaluation.summary import SIGNIFICANT
-from .callbacks import MarbleCallback
+from .marble_callback import MarbleCallback
 
-
-if TYPE_CHECKING:
-    from .marble_nft_trainer import MarbleNFTTrainer
 
 logger = logging.get_logger(__name__)
 
 DIVERSITY = "eval_drift/diversity"
-MEND = (
+ADVICE = (
     "What to do: go back to a checkpoint from before (`output_dir/checkpoint-*`), raise `beta` or lower "
     "`learning_rate`, and train on the reward that fell if it is what you want."
 )
@@ -46,7 +43,7 @@ class RewardHackingCallback(MarbleCallback):
     Warns, or stops training, when a reward is being hacked.
 
     Evaluations are compared with the first one of the run. A signal is either a held-out reward (`eval_reward_funcs`
-    of [`MarbleNFTTrainer`]) that fell clearly while a reward that is trained on rose clearly, or a diversity within
+    of the trainer) that fell clearly while a reward that is trained on rose clearly, or a diversity within
     prompts below a fraction of what it was. Clearly is by `threshold` standard errors of the difference,
     sqrt(se_first^2 + se_now^2), each taken over prompts; as evaluations have the same prompts and seeds, this is on
     the careful side. With a single prompt there is no error, and no such signal.
@@ -94,8 +91,8 @@ class RewardHackingCallback(MarbleCallback):
         self._names: list[str] = []
         self._held_out_names: list[str] = []
 
-    def open(self, trainer: "MarbleNFTTrainer") -> None:
-        self._names, self._held_out_names = list(trainer.scorer.names), list(trainer.held_out_names)
+    def open(self, reward_names: Sequence[str], held_out_names: Sequence[str]) -> None:
+        self._names, self._held_out_names = list(reward_names), list(held_out_names)
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
         if not state.is_world_process_zero:
@@ -124,7 +121,7 @@ class RewardHackingCallback(MarbleCallback):
         if state.is_world_process_zero:
             ending = "Training stops here. " if self.action == "stop" else ""
             for signal in signals:
-                logger.warning(f"Reward hacking at step {state.global_step}: {signal.message} {ending}{MEND}")
+                logger.warning(f"Reward hacking at step {state.global_step}: {signal.message} {ending}{ADVICE}")
         if self.action == "stop":
             control.should_training_stop = True
             control.should_save = control.should_save or args.save_strategy != "no"

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -85,7 +84,7 @@ def load_state(folder: Path, identity: Mapping[str, Any]) -> dict[str, dict[str,
     for file in (STATE_FILE, IDENTITY_FILE):
         if not (folder / file).is_file():
             raise FileNotFoundError(
-                f"`{folder}` has no `{file}`: it is not a whole checkpoint of `MarbleNFTTrainer`. Pass the path of a "
+                f"`{folder}` has no `{file}`: it is not a complete checkpoint. Pass the path of a "
                 "`checkpoint-<step>` folder."
             )
     try:
@@ -109,32 +108,3 @@ def load_state(folder: Path, identity: Mapping[str, Any]) -> dict[str, dict[str,
         group, _, name = key.partition("/")
         groups.setdefault(group, {})[name] = tensor
     return groups
-
-
-@torch.no_grad()
-def copy_into(parameters: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
-    """
-    Copy saved values into live parameters.
-
-    Args:
-        parameters (`Mapping[str, Tensor]`):
-            The live parameters by name.
-        values (`Mapping[str, Tensor]`):
-            The saved values by the same names.
-
-    Raises:
-        `ValueError`: If a name is missing on either side or a shape differs; nothing was copied.
-    """
-    if parameters.keys() != values.keys():
-        name = min(parameters.keys() ^ values.keys())
-        raise ValueError(
-            f"The checkpoint and the run do not train the same parameters: `{name}` is only in one of them."
-        )
-    for name, parameter in parameters.items():
-        if parameter.shape != values[name].shape:
-            raise ValueError(
-                f"`{name}` has shape {tuple(values[name].shape)} in the checkpoint and {tuple(parameter.shape)} in "
-                "this run. Use the `peft_config` that the checkpoint was trained with."
-            )
-    for name, parameter in parameters.items():
-        parameter.copy_(values[name])

@@ -9,7 +9,7 @@ import evaluate
 import numpy as np
 import torch
 
-from .diversity import group_diversity
+from ..rollout.diversity import group_diversity
 from .statistics import clustered_mean, count_wins
 
 

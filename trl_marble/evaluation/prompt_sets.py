@@ -13,9 +13,9 @@ from datasets import Dataset, DatasetDict
 from torch import Tensor
 
 from ..data import prepare_prompts
-from ..evaluation.evaluation import nan_aware_mean
 from ..media import Sample
-from .evaluating import PolicyEvaluation
+from ..metrics import nan_aware_mean
+from .policy_evaluation import PolicyEvaluation
 
 
 SET_NAME = re.compile(r"[\w.-]+")  # a part of metrics' and files' names

@@ -1,35 +1,33 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
-"""What a run pushes to the Hub: its card with pictures, its adapter, and checkpoints if asked for."""
+"""What a run leaves for the Hub: its card with pictures, its adapter, and checkpoints if asked for."""
 
 import dataclasses
 import importlib.metadata
 import itertools
 import os
 import shutil
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from diffusers import DiffusionPipeline
 from huggingface_hub import CommitInfo, HfApi
 from transformers.trainer_utils import HubStrategy
-from transformers.utils import PushInProgress, logging
+from transformers.utils import logging
 
 import trl_marble
 
 from ..evaluation import plot_balance, summarize_balance
-from ..hub import CardInputs, GalleryItem, RewardRow, build_model_card, published_files
-from ..hub.push import is_rendered_card
-from ..media import sample_suffix, save_sample
+from ..media import Sample, sample_suffix, save_sample
+from .card_inputs import CardInputs, GalleryItem, RewardRow
+from .model_card import build_model_card
+from .push import is_rendered_card, published_files
 
-
-if TYPE_CHECKING:
-    from .marble_nft_trainer import MarbleNFTTrainer
 
 logger = logging.get_logger(__name__)
 
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "datasets")
-BALANCE_SETTINGS = ("balance_on", "balance_every", "balance_ema")
 CARD_SETTINGS = (
     "num_inference_steps",
     "guidance_scale",
@@ -40,10 +38,19 @@ CARD_SETTINGS = (
     "num_generations",
     "timestep_fraction",
     "multi_objective_aggregation",
-    *BALANCE_SETTINGS,
+    "weighting",
+    "balance_on",
+    "balance_every",
+    "balance_ema",
     "scale_rewards",
     "reward_weights",
+    "policy_loss",
     "nft_beta",
+    "awm_weighting",
+    "awm_power",
+    "awm_off_policy",
+    "awm_clip_range",
+    "awm_ema_beta",
     "beta",
     "advantage_clip",
     "old_policy_preset",
@@ -59,53 +66,91 @@ CARD_SETTINGS = (
 )
 
 
-def write_card(trainer: "MarbleNFTTrainer", model_name: str | None = None, folder: Path | None = None) -> None:
+@dataclass(frozen=True)
+class RunSummary:
+    """
+    What the card of a run is made from.
+
+    Args:
+        history (`Sequence[Mapping[str, Any]]`):
+            `trainer.state.log_history`.
+        reward_names (`Sequence[str]`):
+            The rewards that are trained on.
+        held_out_names (`Sequence[str]`):
+            Those that are scored in evaluations only.
+        pipeline_class (`str`):
+            The class of the pipeline.
+        base_model (`str`, *optional*):
+            Where the pipeline was loaded from: a Hub id or a folder.
+        dataset_name (`str`, *optional*):
+            The training prompts.
+        settings (`Mapping[str, Any]`):
+            What the card says of the training.
+        gallery (`Mapping[str, Sequence[Sample]]`):
+            Prompt -> images of the latest evaluation.
+        edits_images (`bool`):
+            Whether images are edited.
+        model_id (`str`, *optional*):
+            The repository on the Hub.
+    """
+
+    history: Sequence[dict[str, Any]]
+    reward_names: Sequence[str]
+    held_out_names: Sequence[str]
+    pipeline_class: str
+    base_model: str | None
+    dataset_name: str | None
+    settings: Mapping[str, Any]
+    gallery: Mapping[str, Sequence[Sample]]
+    edits_images: bool
+    model_id: str | None
+
+
+def write_card(run: RunSummary, folder: Path, model_name: str | None = None) -> None:
     """
     Write `README.md`, the pictures it shows, and `model_card.json`, what it was rendered from.
 
     Args:
-        trainer ([`MarbleNFTTrainer`]):
+        run ([`RunSummary`]):
             The run.
+        folder (`Path`):
+            Where to.
         model_name (`str`, *optional*):
             Title of the card. Defaults to the name of the folder.
-        folder (`Path`, *optional*):
-            Where to. Defaults to the output folder.
     """
-    folder = Path(trainer.args.output_dir) if folder is None else folder
     folder.mkdir(parents=True, exist_ok=True)
-    history = trainer.state.log_history
-    balance = summarize_balance(history)
+    balance = summarize_balance(run.history)
     balance_plot = None
     if balance is not None and balance.cos_min is not None:  # some step had a reward to balance
         balance_plot = "balance.png"
-        plot_balance(history, folder / balance_plot)
+        plot_balance(run.history, folder / balance_plot)
     inputs = CardInputs(
         repo_name=model_name or folder.absolute().name,
-        rewards=reward_rows(trainer.scorer.names, history)
-        + [dataclasses.replace(row, held_out=True) for row in reward_rows(trainer.held_out_names, history)],
-        pipeline_class=trainer.flow.family.pipeline_class.__name__,
-        base_model=_source(trainer.pipeline),
-        dataset_name=trainer.train_dataset.info.dataset_name,
+        rewards=reward_rows(run.reward_names, run.history)
+        + [dataclasses.replace(row, held_out=True) for row in reward_rows(run.held_out_names, run.history)],
+        pipeline_class=run.pipeline_class,
+        base_model=run.base_model,
+        dataset_name=run.dataset_name,
         balance=balance,
-        settings=_card_settings(trainer),
-        gallery=_save_gallery(trainer, folder),
+        settings=run.settings,
+        gallery=_save_gallery(run.gallery, folder),
         balance_plot=balance_plot,
         before_after="before_after.png" if (folder / "before_after.png").is_file() else None,
-        model_id=trainer.hub_model_id,
+        model_id=run.model_id,
         framework_versions=framework_versions(),
-        diversity=diversity_row(history),
-        edits_images=trainer.edits,
+        diversity=diversity_row(run.history),
+        edits_images=run.edits_images,
     )
     inputs.save(folder)
     build_model_card(inputs).save(folder / "README.md")
 
 
-def write_card_beside_adapter(trainer: "MarbleNFTTrainer", folder: Path) -> None:
+def write_card_beside_adapter(run: RunSummary, folder: Path) -> None:
     """
     Write the card to the folder of a saved adapter, unless that has a `README.md` of somebody else's.
 
     Args:
-        trainer ([`MarbleNFTTrainer`]):
+        run ([`RunSummary`]):
             The run.
         folder (`Path`):
             The adapter's folder.
@@ -116,7 +161,7 @@ def write_card_beside_adapter(trainer: "MarbleNFTTrainer", folder: Path) -> None
     except ValueError:  # of another version of this package: nobody knows
         is_ours = False
     if is_ours:
-        write_card(trainer, folder=folder)
+        write_card(run, folder)
         return
     logger.warning(
         f"The adapter is saved, and {readme} is left as it is: it was not written by this package, or was changed "
@@ -125,20 +170,42 @@ def write_card_beside_adapter(trainer: "MarbleNFTTrainer", folder: Path) -> None
     )
 
 
+def card_settings(
+    chosen: Mapping[str, Any], unused: Sequence[str], history: Sequence[tuple[int, Mapping[str, Any]]]
+) -> dict[str, Any]:
+    """
+    The settings that a card shows.
+
+    Args:
+        chosen (`Mapping[str, Any]`):
+            All settings of the run by name.
+        unused (`Sequence[str]`):
+            Those that the run does not use.
+        history (`Sequence[tuple[int, Mapping[str, Any]]]`):
+            The step from which on settings were in use, and these settings, the first ones first.
+    """
+    settings = {name: chosen[name] for name in CARD_SETTINGS if name not in unused}
+    for (_, before), (step, after) in itertools.pairwise(history):
+        for name in CARD_SETTINGS:
+            if name in settings and before.get(name) != after.get(name):
+                settings[f"{name} until step {step}"] = before.get(name)
+    return settings
+
+
 def framework_versions() -> dict[str, str]:
     """Versions of this package and of those that it stands on."""
     # Not from the installed metadata: the package may be run from a source tree.
     return {"trl_marble": trl_marble.__version__} | {name: importlib.metadata.version(name) for name in PACKAGES}
 
 
-def reward_rows(names: list[str], history: list[dict[str, Any]]) -> list[RewardRow]:
+def reward_rows(names: Sequence[str], history: Sequence[dict[str, Any]]) -> list[RewardRow]:
     """
     Each reward before and after training.
 
     Args:
-        names (`list[str]`):
+        names (`Sequence[str]`):
             The rewards.
-        history (`list[dict[str, Any]]`):
+        history (`Sequence[dict[str, Any]]`):
             `trainer.state.log_history`.
 
     Returns:
@@ -160,17 +227,17 @@ def reward_rows(names: list[str], history: list[dict[str, Any]]) -> list[RewardR
     return rows
 
 
-def diversity_row(history: list[dict[str, Any]]) -> RewardRow | None:
+def diversity_row(history: Sequence[dict[str, Any]]) -> RewardRow | None:
     """
     How much the images of one prompt differed before and after training.
 
     Args:
-        history (`list[dict[str, Any]]`):
+        history (`Sequence[dict[str, Any]]`):
             `trainer.state.log_history`.
 
     Returns:
         `RewardRow`: From the same evaluations as [`reward_rows`]; `None` if diversity was not measured, as with one
-        image a prompt.
+        image per prompt.
     """
     key = "eval_drift/diversity"
     before, after = (row.get(key) for row in _first_and_last(history, key))
@@ -179,7 +246,7 @@ def diversity_row(history: list[dict[str, Any]]) -> RewardRow | None:
     return RewardRow("diversity within a prompt", before=before, after=after)
 
 
-def _first_and_last(history: list[dict[str, Any]], key: str) -> tuple[dict[str, Any], dict[str, Any]]:
+def _first_and_last(history: Sequence[dict[str, Any]], key: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """The log's first row with a key if it is of before training, and the last one if it is not; else empty rows."""
     found = [entry for entry in history if key in entry]
     before = found[0] if found and found[0]["step"] == 0 else {}
@@ -187,126 +254,102 @@ def _first_and_last(history: list[dict[str, Any]], key: str) -> tuple[dict[str, 
     return before, after
 
 
-def push_output(
-    trainer: "MarbleNFTTrainer",
-    commit_message: str,
-    blocking: bool,
-    token: str | None,
-    revision: str | None,
-    private: bool | None,
-    model_name: str | None,
-) -> CommitInfo | Future[CommitInfo] | None:
+def push_folder(
+    folder: Path, repo_id: str, message: str, *, token: str | None, revision: str | None, blocking: bool
+) -> CommitInfo | Future[CommitInfo]:
     """
-    Save the adapter, write its card and push both, with the card's pictures and nothing else of the output folder: no
-    logs, which name the machine and its folders, and no private state of the run.
+    Push a saved adapter with its card and the card's pictures, and nothing else of the folder: no logs, which name the
+    machine and its folders, and no private state of the run.
 
     Args:
-        trainer ([`MarbleNFTTrainer`]):
-            The run. The other arguments are those of its `push_to_hub`.
+        folder (`Path`):
+            The output folder of a run.
+        repo_id (`str`):
+            The repository.
+        message (`str`):
+            Title of the commit.
+        token (`str`, *optional*):
+            An access token with the right to write.
+        revision (`str`, *optional*):
+            The branch.
+        blocking (`bool`):
+            Whether to return only when everything is pushed.
 
     Returns:
-        The commit, or its future where `blocking` is `False`; `None` in all processes but the first.
+        The commit, or its future where `blocking` is `False`.
     """
-    args = trainer.args
-    trainer.callback_handler.on_push_begin(args, trainer.state, trainer.control)
-    token = args.hub_token if token is None else token
-    if trainer.hub_model_id is None:  # not asked for in the configuration
-        trainer.init_hf_repo(token=token, private=private)
-    trainer.save_model(_internal_call=True)
-    if not trainer.is_world_process_zero():
-        return None
-    trainer.create_model_card(model_name=model_name or trainer.hub_model_id.split("/")[-1])
-    trainer._finish_current_push()
-    upload: dict[str, Any] = {
-        "repo_id": trainer.hub_model_id,
-        "revision": args.hub_revision if revision is None else revision,
-        "run_as_future": not blocking,
-    }
+    upload: dict[str, Any] = {"repo_id": repo_id, "revision": revision, "run_as_future": not blocking}
+    wanted = published_files(folder)
     return HfApi(token=token).upload_folder(
-        folder_path=args.output_dir,
-        allow_patterns=published_files(args.output_dir),
-        commit_message=commit_message,
-        **upload,
+        folder_path=folder, commit_message=message, allow_patterns=wanted, **upload
     )
 
 
-def push_checkpoint(trainer: "MarbleNFTTrainer", checkpoint: Path) -> None:
+def push_checkpoint(
+    checkpoint: Path,
+    folder: Path,
+    repo_id: str,
+    step: int,
+    strategy: HubStrategy,
+    write_card_to: Callable[[], None],
+    *,
+    token: str | None,
+    revision: str | None,
+) -> list[Future[CommitInfo]]:
     """
     Push the adapter of a checkpoint with its card, and the checkpoint itself where `hub_strategy` asks for it.
 
     Args:
-        trainer ([`MarbleNFTTrainer`]):
-            The run.
         checkpoint (`Path`):
-            A whole checkpoint folder.
+            A complete checkpoint folder.
+        folder (`Path`):
+            The output folder of the run, which the adapter is copied to.
+        repo_id (`str`):
+            The repository.
+        step (`int`):
+            The optimizer step.
+        strategy (`HubStrategy`):
+            `hub_strategy`.
+        write_card_to (`Callable[[], None]`):
+            Writes the card to the output folder, once the adapter is there.
+        token (`str`, *optional*):
+            An access token with the right to write.
+        revision (`str`, *optional*):
+            The branch.
+
+    Returns:
+        `list[Future[CommitInfo]]`: The uploads, which go on.
     """
-    args = trainer.args
-    if not args.hub_always_push and trainer.push_in_progress is not None and not trainer.push_in_progress.is_done():
-        return
-    folder = Path(args.output_dir)
     for file in checkpoint.glob("pytorch_lora_weights*.safetensors"):
         unfinished = folder / f"tmp-{file.name}"
         shutil.copy(file, unfinished)
         os.replace(unfinished, folder / file.name)  # never half a file, nor one that changes while it is uploaded
-    trainer.create_model_card(model_name=trainer.hub_model_id.split("/")[-1])
-    trainer.callback_handler.on_push_begin(args, trainer.state, trainer.control)
-    api = HfApi(token=args.hub_token)
-    message = f"Training in progress, step {trainer.state.global_step}"
-    upload: dict[str, Any] = {
-        "repo_id": trainer.hub_model_id,
-        "revision": args.hub_revision,
-        "run_as_future": True,
-    }
+    write_card_to()
+    api, message = HfApi(token=token), f"Training in progress, step {step}"
+    upload: dict[str, Any] = {"repo_id": repo_id, "revision": revision, "run_as_future": True}
     wanted = published_files(folder)
     jobs: Any = [api.upload_folder(folder_path=folder, commit_message=message, allow_patterns=wanted, **upload)]
-    if args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
-        place = "last-checkpoint" if args.hub_strategy == HubStrategy.CHECKPOINT else checkpoint.name
+    if strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
+        place = "last-checkpoint" if strategy == HubStrategy.CHECKPOINT else checkpoint.name
         message += ", checkpoint"
         jobs.append(api.upload_folder(folder_path=checkpoint, path_in_repo=place, commit_message=message, **upload))
     for job in jobs:
-        job.add_done_callback(_tell_failure)
-    if trainer.push_in_progress is None or trainer.push_in_progress.is_done():
-        trainer.push_in_progress = PushInProgress(jobs)
-    else:
-        trainer.push_in_progress.jobs.extend(jobs)
+        job.add_done_callback(_warn_of_failure)
+    return jobs
 
 
-def _tell_failure(job: Future[CommitInfo]) -> None:
+def _warn_of_failure(job: Future[CommitInfo]) -> None:
     """`transformers` waits for uploads and does not look at what became of them."""
     if not job.cancelled() and (error := job.exception()) is not None:
         logger.warning(f"A push to the Hub failed, and training goes on: {error}")
 
 
-def _source(pipeline: DiffusionPipeline) -> str | None:
-    """Where a pipeline was loaded from: a Hub id or a folder (which diffusers keeps as given, `Path` or string)."""
-    source = pipeline.config.get("_name_or_path")
-    return None if source is None else str(source)
-
-
-def _card_settings(trainer: "MarbleNFTTrainer") -> dict[str, Any]:
-    args = trainer.args
-    config = trainer.flow.transformer.peft_config["default"]
-    unused = () if args.balances_gradients else BALANCE_SETTINGS
-    settings = {name: getattr(args, name) for name in CARD_SETTINGS if name not in unused}
-    if not trainer.flow.is_listed:  # the card cannot look its guidance up
-        settings |= trainer.flow.family.guidance_arguments(settings.pop("guidance_scale"))
-    settings |= {"optimizer_steps": trainer.state.global_step, "processes": args.world_size}
-    settings |= {"lora_rank": config.r, "lora_alpha": config.lora_alpha}
-    for before, after in itertools.pairwise(trainer.settings_history):
-        for name in CARD_SETTINGS:
-            if name in settings and before.settings.get(name) != after.settings.get(name):
-                settings[f"{name} until step {after.step}"] = before.settings.get(name)
-    return {name: value for name, value in settings.items() if value is not None}
-
-
-def _save_gallery(trainer: "MarbleNFTTrainer", folder: Path) -> list[GalleryItem]:
-    """The first image of each prompt that the latest evaluation kept."""
-    if not trainer.evaluations:
-        return []
-    (folder / "images").mkdir(exist_ok=True)
+def _save_gallery(gallery: Mapping[str, Sequence[Sample]], folder: Path) -> list[GalleryItem]:
+    """The first image of each prompt."""
     items = []
-    for number, (prompt, images) in enumerate(trainer.evaluations[-1].gallery.items()):
+    for number, (prompt, images) in enumerate(gallery.items()):
         path = f"images/sample_{number}{sample_suffix(images[0])}"
+        (folder / "images").mkdir(exist_ok=True)
         save_sample(images[0], folder / path, lossless=False)
         items.append(GalleryItem(path=path, prompt=prompt))
     return items

@@ -1,5 +1,5 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
-"""Advantage weighted matching ([AWM](https://huggingface.co/papers/2509.25050)): flow matching, weighted by advantage."""
+"""Flow matching weighted by advantages ([AWM](https://huggingface.co/papers/2509.25050))."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass

@@ -9,9 +9,7 @@ from torch import Tensor
 from .policy_loss import Drawn, StepCounts
 
 
-def noise_samples(
-    x0: Tensor, times: Tensor, num_times: int, generators: Sequence[torch.Generator]
-) -> Iterator[Drawn]:
+def noise_samples(x0: Tensor, times: Tensor, num_times: int, generators: Sequence[torch.Generator]) -> Iterator[Drawn]:
     """
     Each sample at some times of a grid, drawn without replacement, with fresh noise at each of them.
 

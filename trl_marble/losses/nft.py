@@ -88,10 +88,11 @@ class NFTLoss:
         counts: StepCounts,
     ) -> Tensor | None:
         trust_region = penalty = None
-        # Where the old policy is the trained one its gradient is 0.
-        if self.balance_on == "advantage" and frozen.old is not None:
-            share = scored.to(terms[1].dtype) / counts.scored.to(terms[1]).clamp_min(1)
-            trust_region = self._scale * share * 0.5 * terms[1]
+        if self.balance_on == "advantage":
+            # Where the old policy is the trained one, its gradient is 0 and only its value counts.
+            both = terms[1].detach() if frozen.old is None else terms[1]
+            share = scored.to(both.dtype) / counts.scored.to(both).clamp_min(1)
+            trust_region = self._scale * share * 0.5 * both
         if frozen.reference is not None:
             penalty = self.beta * (1 / counts.total) * mean_square_distance(velocity, frozen.reference)
         return add_shared(trust_region, penalty)

@@ -161,6 +161,7 @@ class PolicyLoss(Protocol):
                 What to divide by.
 
         Returns:
-            `torch.Tensor` of shape `(B,)`: each sample's part, to be summed; `None` where there is nothing shared.
+            `torch.Tensor` of shape `(B,)`: each sample's part, to be summed; `None` where there is nothing shared. It
+            may be detached, where only its value is of interest.
         """
         ...

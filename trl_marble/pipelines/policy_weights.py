@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .conditioning import Conditioning
 from .policy import Policy, adapters_disabled
-from .weight_shadow import WeightShadow
+from .weight_shadow import WeightShadow, check_same_weights
 
 
 class PolicyWeights:
@@ -75,7 +75,7 @@ class PolicyWeights:
 
         Args:
             weights (context manager):
-                What puts them in place, such as `weights.averaged.swapped_in()`, or `nullcontext()` for the trained ones.
+                What puts them in place, such as `weights.averaged.swapped_in()`; `nullcontext()` for the trained ones.
         """
         self.policy.eval()
         with weights:
@@ -101,9 +101,10 @@ class PolicyWeights:
                 What [`~PolicyWeights.state_dict`] returned for an adapter of the same names and shapes.
 
         Raises:
-            `ValueError`: If names or shapes differ; the trained weights are as they were.
+            `ValueError`: If names or shapes differ; nothing was loaded.
         """
-        self.old.load_state_dict(state_dict["current"])  # the one check of names and shapes
+        for saved in state_dict.values():
+            check_same_weights(self.trained, saved)
         for name, parameter in self.trained.items():
             parameter.copy_(state_dict["current"][name])
         self.old.load_state_dict(state_dict["old"])

@@ -98,21 +98,37 @@ class WeightShadow:
             `RuntimeError`: the shadow is swapped in.
         """
         self._refuse_while_swapped_in("load_state_dict")
-        missing = sorted(self._values.keys() - state_dict.keys())
-        unexpected = sorted(state_dict.keys() - self._values.keys())
-        misshapen = [
-            f"{name}: {tuple(state_dict[name].shape)} instead of {tuple(value.shape)}"
-            for name, value in self._values.items()
-            if name in state_dict and state_dict[name].shape != value.shape
-        ]
-        if missing or unexpected or misshapen:
-            raise ValueError(
-                f"The saved weights belong to another adapter. Missing: {missing}. Unexpected: {unexpected}. Of "
-                f"another shape: {misshapen}. Load one of the same base model and LoRA configuration."
-            )
+        check_same_weights(self._values, state_dict)
         for name, value in self._values.items():
             value.copy_(state_dict[name])
 
     def _refuse_while_swapped_in(self, method: str) -> None:
         if self._swapped_in:
             raise RuntimeError(f"{method} was called while these weights are swapped in; leave swapped_in() first.")
+
+
+def check_same_weights(weights: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
+    """
+    See that saved weights are of the adapter of this run.
+
+    Args:
+        weights (`Mapping[str, Tensor]`):
+            The adapter's weights by name.
+        saved (`Mapping[str, Tensor]`):
+            The saved ones.
+
+    Raises:
+        `ValueError`: If names or shapes differ.
+    """
+    missing = sorted(weights.keys() - saved.keys())
+    unexpected = sorted(saved.keys() - weights.keys())
+    misshapen = [
+        f"{name}: {tuple(saved[name].shape)} instead of {tuple(value.shape)}"
+        for name, value in weights.items()
+        if name in saved and saved[name].shape != value.shape
+    ]
+    if missing or unexpected or misshapen:
+        raise ValueError(
+            f"The saved weights belong to another adapter. Missing: {missing}. Unexpected: {unexpected}. Of another "
+            f"shape: {misshapen}. Use the base model and the `peft_config` that the checkpoint was trained with."
+        )

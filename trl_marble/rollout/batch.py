@@ -1,8 +1,8 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
-"""What one round of sampling and scoring leaves behind for training."""
+"""A generation batch: what one round of sampling and scoring leaves behind for training."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,25 +12,30 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..pipelines import row_digests
+from ..pipelines import Conditioning, row_digests
+
+
+_TENSORS = ("prompt_index", "sample_ids", "latents", "advantages", "counts", "active", "scored", "weighted_sum")
 
 
 @dataclass
-class GenerationBatch:
+class RolloutBatch:
     """
     The samples of one generation batch on this process, in the order in which they are trained on.
 
     Args:
+        prompts (`list[str]`):
+            The prompt of each sample, in the order in which they were sampled.
+        conditioning ([`~trl_marble.pipelines.Conditioning`]):
+            Embeddings of their different prompts, or pairs of prompt and image.
         rows_digest (`str`):
             Of the rows of the dataset that were sampled from, see [`digest_of`].
         prompt_index (`Tensor` of shape `[B]`, int64):
-            Which of their different prompts, or pairs of prompt and image, each sample belongs to.
+            Which row of `conditioning` each sample belongs to.
         sample_ids (`Tensor` of shape `[B]`, int64):
             Place of each sample in the generation batch of all processes: the seed of its training noise.
         latents (`Tensor` of shape `[B, ...]`):
-            Clean latents x0.
-        finite (`Tensor` of shape `[B]`, bool):
-            Which samples have latents at all: those that were sampled as NaN or infinite are left out, and 0 here.
+            Clean latents x0; 0 for samples whose latents are not finite, which no reward applies to.
         advantages (`Tensor` of shape `[K, B]`, float32):
             NaN where a reward does not apply.
         counts (`Tensor` of shape `[U, K]`, int64):
@@ -43,60 +48,94 @@ class GenerationBatch:
             How a weighted sum of the raw rewards would have mixed the per-reward gradients.
     """
 
+    prompts: list[str]
+    conditioning: Conditioning
     rows_digest: str
     prompt_index: Tensor
     sample_ids: Tensor
     latents: Tensor
-    finite: Tensor
     advantages: Tensor
     counts: Tensor
     active: Tensor
     scored: Tensor
     weighted_sum: Tensor
 
-    _TENSORS = (
-        "prompt_index",
-        "sample_ids",
-        "latents",
-        "finite",
-        "advantages",
-        "counts",
-        "active",
-        "scored",
-        "weighted_sum",
-    )
+    def prompts_of(self, sample_ids: Tensor) -> list[str]:
+        """The prompts of some of this process's samples."""
+        first = int(self.sample_ids.min())
+        return [self.prompts[number - first] for number in sample_ids.tolist()]
 
     def save(self, path: Path) -> None:
         """Write it to a safetensors file. The embeddings are computed again from the rows when training goes on."""
-        tensors = {name: getattr(self, name).detach().cpu().contiguous() for name in self._TENSORS}
+        tensors = {name: getattr(self, name).detach().cpu().contiguous() for name in _TENSORS}
         save_file(tensors, path, metadata={"rows": self.rows_digest})
 
+
+@dataclass(frozen=True)
+class StoredBatch:
+    """
+    A generation batch as it is in a checkpoint.
+
+    Args:
+        rows_digest (`str`):
+            See [`RolloutBatch`].
+        tensors (`dict[str, Tensor]`):
+            Its tensors by name.
+    """
+
+    rows_digest: str
+    tensors: dict[str, Tensor]
+
     @classmethod
-    def load(cls, path: Path, device: torch.device) -> "GenerationBatch":
+    def load(cls, path: Path, device: torch.device) -> "StoredBatch":
         """
         Read a generation batch back.
 
         Args:
             path (`Path`):
-                A file written by [`save`].
+                A file written by [`RolloutBatch.save`].
             device (`torch.device`):
                 Where to put the tensors.
         """
         with safe_open(path, framework="pt") as file:
-            rows_digest = file.metadata()["rows"]
-            tensors = {name: file.get_tensor(name).to(device, copy=True) for name in cls._TENSORS}
-        return cls(rows_digest=rows_digest, **tensors)
+            tensors = {name: file.get_tensor(name).to(device, copy=True) for name in _TENSORS}
+            return cls(file.metadata()["rows"], tensors)
+
+    def with_rows(
+        self, prompts: list[str], images: Sequence[Image.Image] | None, encode: Callable[[], Conditioning]
+    ) -> RolloutBatch:
+        """
+        The batch with what is made anew from its rows of the dataset.
+
+        Args:
+            prompts (`list[str]`):
+                The prompts, one per sample.
+            images (`Sequence[PIL.Image.Image]`, *optional*):
+                The images to be edited, one per sample.
+            encode (`Callable[[], Conditioning]`):
+                Makes their embeddings.
+
+        Raises:
+            `ValueError`: If these are not the rows that the batch was sampled from.
+        """
+        if digest_of(prompts, images) != self.rows_digest:
+            raise ValueError(
+                "The checkpoint was saved in the middle of a generation batch that was sampled from other rows than "
+                f"those of this run (the first is {prompts[0]!r}). Resume with the same `train_dataset` and without "
+                "`ignore_data_skip`, or from a checkpoint between two generation batches."
+            )
+        return RolloutBatch(prompts, encode(), self.rows_digest, **self.tensors)
 
 
 def digest_of(prompts: Sequence[str], images: Sequence[Image.Image] | None = None) -> str:
     """
-    What rows of a dataset a generation batch was sampled from, told by their content and order.
+    A digest of the rows of a dataset that a generation batch was sampled from: of their content and order.
 
     Args:
         prompts (`Sequence[str]`):
-            The prompts, one a sample.
+            The prompts, one per sample.
         images (`Sequence[PIL.Image.Image]`, *optional*):
-            The images to be edited, one a sample.
+            The images to be edited, one per sample.
     """
     return hashlib.sha256("".join(row_digests(prompts, images)).encode()).hexdigest()
 

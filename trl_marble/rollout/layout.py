@@ -83,6 +83,10 @@ class BatchLayout:
         starts_generation = iteration == 0 and micro_batch == 0
         return Position(generation, iteration, micro_batch, update, micro_batch_of_update, starts_generation)
 
+    def starts_generation_after(self, step: int) -> bool:
+        """Whether a generation batch is used up after some optimizer steps, so that the next one is to be sampled."""
+        return self.locate(step * self.micro_batches_per_update).starts_generation
+
     def samples_of(self, micro_batch: int) -> slice:
         """The samples of a micro-batch, by their place in the process's part of the generation batch."""
         return slice(micro_batch * self.micro_batch_size, (micro_batch + 1) * self.micro_batch_size)

@@ -1,7 +1,8 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
-"""What becomes of a generation batch in which a reward failed."""
+"""What becomes of images that get no score because a reward failed, or because they are not finite."""
 
 from collections.abc import Sequence
+from typing import Literal, NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -10,41 +11,69 @@ from transformers.utils import logging
 
 from ..rewards import InfiniteRewardError, RewardError, Scores
 from ..rewards.protocol import BrokenRewardError
-from .marble_config import MarbleConfig
 
 
 logger = logging.get_logger(__name__)
 
 
-def raise_failures(errors: Sequence[RewardError], args: MarbleConfig) -> None:
+class FailurePolicy(NamedTuple):
     """
-    Raise the first failure that ends training, if there is one.
+    What becomes of images without a score.
 
     Args:
-        errors (`Sequence` of [`~trl_marble.rewards.RewardError`]):
-            The failures for this process's images.
-        args ([`MarbleConfig`]):
-            `on_nonfinite` says what an infinite reward means, `reward_failure` every other failure.
-
-    Raises:
-        [`~trl_marble.rewards.RewardError`]: If a reward failed for any image and the setting says so. It does not
-            advise to leave out the images of a reward that is broken.
+        reward_failure (`str`):
+            Where a reward fails: `"raise"`, or `"mask"` to treat the image as one that the reward does not apply to.
+        on_nonfinite (`str`, *optional*):
+            Where latents or a reward are not finite: `"raise"`, or `"skip"` to treat the image like that. By default
+            as `reward_failure` says.
     """
-    for error in errors:
-        setting = "on_nonfinite" if isinstance(error, InfiniteRewardError) else "reward_failure"
-        if getattr(args, setting) == "raise":
-            advice = f" To leave failed images out instead, set `{setting}='mask'`."
-            text = str(error) if isinstance(error, BrokenRewardError) else f"{error}{advice}"
-            raise RewardError(text) from error.__cause__  # with the traceback of the reward
+
+    reward_failure: Literal["raise", "mask"]
+    on_nonfinite: Literal["raise", "skip"] | None = None
+
+    @property
+    def raises_nonfinite(self) -> bool:
+        """Whether latents or a reward that are not finite end the run."""
+        return (self.on_nonfinite or self.reward_failure) == "raise"
+
+    @property
+    def how_to_leave_out_nonfinite(self) -> str:
+        """The setting with which what is not finite is left out."""
+        return "`reward_failure='mask'`" if self.on_nonfinite is None else "`on_nonfinite='skip'`"
+
+    @property
+    def leaves_out(self) -> bool:
+        """Whether any image may be left out."""
+        return self.reward_failure == "mask" or not self.raises_nonfinite
+
+    def raise_failures(self, errors: Sequence[RewardError]) -> None:
+        """
+        Raise the first failure that ends the run, if there is one.
+
+        Args:
+            errors (`Sequence` of [`~trl_marble.rewards.RewardError`]):
+                The failures for this process's images.
+
+        Raises:
+            [`~trl_marble.rewards.RewardError`]: If a reward failed for any image and the policy says so. It does not
+                advise to leave out the images of a reward that is broken.
+        """
+        for error in errors:
+            infinite = isinstance(error, InfiniteRewardError)
+            if self.raises_nonfinite if infinite else self.reward_failure == "raise":
+                setting = self.how_to_leave_out_nonfinite if infinite else "`reward_failure='mask'`"
+                advice = f" To leave failed images out instead, set {setting}."
+                text = str(error) if isinstance(error, BrokenRewardError) else f"{error}{advice}"
+                raise RewardError(text) from error.__cause__  # with the traceback of the reward
 
 
 def count_failures(scores: Scores, names: list[str], accelerator: Accelerator) -> dict[str, int]:
     """
-    Count the failures that are left out, as `reward_failure="mask"` or `on_nonfinite="mask"` asks for.
+    Count the failures that are left out. All processes call it.
 
     Args:
         scores ([`~trl_marble.rewards.Scores`]):
-            What the rewards said of this process's images.
+            The scores of this process's images.
         names (`list[str]`):
             Of the rewards.
         accelerator ([`~accelerate.Accelerator`]):

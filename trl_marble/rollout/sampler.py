@@ -1,42 +1,59 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
-"""Images or videos of a policy and what the rewards say of them, for rollouts and evaluations alike."""
+"""Samples images or videos and scores them: for rollouts and for evaluations alike."""
 
 import time
-from collections.abc import Sequence
-from concurrent.futures import FIRST_COMPLETED
-from typing import TYPE_CHECKING, Any, NamedTuple, Self
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..media import Sample
-from ..pipelines import Conditioning
-from ..rewards import PendingScores, RewardScorer, Scores
-from ..rewards.call_log import LogKey
-from ..rewards.threads import wait_until
-from .out_of_memory import reward_advice
-from .reward_failures import raise_failures
+from ..memory_advice import reward_advice
+from ..nonfinite import CAUSES
+from ..pipelines import Conditioning, FlowPipeline
+from ..processes import FailingTogether
+from ..progress import MakeBar
+from ..rewards import RewardScorer, Scores
+from .reward_failures import FailurePolicy
+from .reward_requests import RewardRequests
 
 
-if TYPE_CHECKING:
-    from .live_table import ProgressBar
-    from .marble_config import MarbleConfig
-    from .marble_nft_trainer import MarbleNFTTrainer
+class SampleBatch(NamedTuple):
+    """
+    What one call of the pipeline samples from, and what the rewards are told of it.
+
+    Args:
+        prompts (`list[str]`):
+            The prompt of each image.
+        columns (`dict[str, list]`):
+            The other columns of the dataset, one value per image.
+        seeds (`list[int]`):
+            The seed of each image.
+        conditioning ([`~trl_marble.pipelines.Conditioning`]):
+            One row per image.
+    """
+
+    prompts: list[str]
+    columns: dict[str, list]
+    seeds: list[int]
+    conditioning: Conditioning
 
 
 class Samples(NamedTuple):
     """
-    This process's samples.
+    A scored batch.
 
     Args:
         latents (`Tensor` of shape `[B, ...]`):
             Clean latents x0, all 0 where they are not finite.
         images (`list[PIL.Image.Image]` or `list[list[PIL.Image.Image]]`):
-            What they look like: images, or videos.
+            The decoded images, or videos.
         finite (`Tensor` of shape `[B]`, bool, on the CPU):
             Which samples have finite latents. No reward is asked about the others.
         scores ([`~trl_marble.rewards.Scores`]):
-            What the rewards said of them: one row a reward, those of the first scorer first.
+            The rewards' scores: one row per reward, those of the first scorer first.
     """
 
     latents: Tensor
@@ -44,146 +61,139 @@ class Samples(NamedTuple):
     finite: Tensor
     scores: Scores
 
+    @staticmethod
+    def concatenate(parts: "Sequence[Samples]") -> "Samples":
+        """Several batches as one."""
+        return Samples(
+            torch.cat([part.latents for part in parts]),
+            [image for part in parts for image in part.images],
+            torch.cat([part.finite for part in parts]),
+            Scores.concatenate([part.scores for part in parts]),
+        )
 
-@torch.no_grad()
-def sample_and_score(
-    trainer: "MarbleNFTTrainer",
-    scorers: Sequence[RewardScorer],
-    conditioning: Conditioning,
-    prompt_index: Tensor,
-    prompts: list[str],
-    columns: dict[str, list],
-    seeds: list[int],
-    batch_size: int,
-) -> Samples:
+
+class RolloutSampler:
     """
-    Sample with the weights that are in place now, and score. A batch is scored while the next one is sampled, and a
-    failure that ends training does so before one more is.
+    Samples with the weights that are in place, and scores. A batch is scored while the next ones are sampled.
 
     Args:
-        trainer ([`MarbleNFTTrainer`]):
-            The run.
-        scorers (`Sequence[RewardScorer]`):
-            The rewards to ask.
-        conditioning ([`~trl_marble.pipelines.Conditioning`]):
-            Embeddings of the different prompts.
-        prompt_index (`Tensor` of shape `[B]`, int64):
-            Which of them each image is sampled from.
-        prompts (`list[str]`):
-            The prompt of each image.
-        columns (`dict[str, list]`):
-            The other columns of the dataset, one value an image.
-        seeds (`list[int]`):
-            The seed of each image.
-        batch_size (`int`):
-            Number of images that one call of the pipeline samples.
-
-    Raises:
-        [`~trl_marble.rewards.RewardError`]: If a reward answered nonsense, or failed and `MarbleConfig.reward_failure`
-            is `"raise"`.
+        flow ([`~trl_marble.pipelines.FlowPipeline`]):
+            The pipeline.
+        together ([`~trl_marble.processes.FailingTogether`]):
+            Lets all processes stop where one fails.
+        num_inference_steps (`int`):
+            Number of solver steps.
+        failures ([`FailurePolicy`]):
+            What becomes of images without a score.
+        reward_timeout (`float`, *optional*):
+            Longest time in seconds to wait for scores once everything is sampled. Defaults to waiting for ever.
+        calls_together (`bool`, *optional*, defaults to `False`):
+            Whether all processes must call the transformer equally often, as with a sharded base.
+        make_bar (`Callable[[str, int], ProgressBar]`):
+            Makes the progress bars.
     """
-    trainer.model.eval()
-    latents: list[Tensor] = []
-    images: list[Sample] = []
-    finite: list[Tensor] = []
-    together, sharded = trainer.together, trainer.args.base_is_sharded
-    with _AskedRewards(scorers, trainer.args) as asked:
-        with trainer.progress("rollout", len(prompts)) as bar:
-            for start in range(0, len(prompts), batch_size):
-                part = slice(start, start + batch_size)
-                with together.phase(exchanges=sharded, ask=False):
-                    rollout = trainer.flow.rollout(
-                        conditioning.select(prompt_index[part]), seeds[part], trainer.args.num_inference_steps
-                    )
-                    sampled = list(rollout.images)
-                    is_finite = rollout.latents.flatten(1).isfinite().all(dim=1)
-                    keep = is_finite.view(-1, *[1] * (rollout.latents.ndim - 1))
-                    latents.append(torch.where(keep, rollout.latents, 0.0))
-                    finite.append(is_finite.cpu())
-                    images.extend(sampled)
-                    part_columns = {name: values[part] for name, values in columns.items()}
-                    asked.ask(sampled, prompts[part], part_columns, finite[-1], trainer.state)
-                # Here processes tell each other, so that none of them samples on when one has failed.
-                with together.phase(), reward_advice():
-                    asked.raise_failures()
-                bar.update(len(sampled))
-        with together.phase(), reward_advice(), trainer.progress("rewards", len(prompts)) as bar:
-            scores = asked.collect(bar)
-            for scorer in scorers:
-                scorer.release()
-    return Samples(torch.cat(latents), images, torch.cat(finite), scores)
 
-
-class _AskedRewards:
-    """The answers of several scorers about batch after batch, on their way. An exception in its context drops them."""
-
-    def __init__(self, scorers: Sequence[RewardScorer], args: "MarbleConfig") -> None:
-        self.scorers = scorers
-        self.args = args
-        self._batches: list[tuple[list[PendingScores], Tensor]] = []
-        self._unchecked: list[tuple[RewardScorer, PendingScores]] = []
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is not None:
-            for waiting, _shown in self._batches:
-                for pending in waiting:
-                    pending.cancel()
-
-    def ask(
-        self, sampled: list[Sample], prompts: list[str], columns: dict[str, list], shown: Tensor, trainer_state: Any
+    def __init__(
+        self,
+        flow: FlowPipeline,
+        together: FailingTogether,
+        num_inference_steps: int,
+        failures: FailurePolicy,
+        *,
+        reward_timeout: float | None = None,
+        calls_together: bool = False,
+        make_bar: MakeBar,
     ) -> None:
-        """Let all rewards score those images of a batch that are to be shown to them."""
-        places = shown.nonzero().flatten().tolist()
-        chosen = {name: [values[i] for i in places] for name, values in columns.items()}
-        waiting = [
-            scorer.submit([sampled[i] for i in places], [prompts[i] for i in places], chosen, trainer_state)
-            for scorer in (self.scorers if places else [])
-        ]
-        self._batches.append((waiting, shown))
-        self._unchecked += zip(self.scorers, waiting, strict=False)
+        self.flow, self.together, self.num_inference_steps = flow, together, num_inference_steps
+        self.failures, self.reward_timeout, self.calls_together = failures, reward_timeout, calls_together
+        self.make_bar = make_bar
 
-    def raise_failures(self) -> None:
-        """Raise the first failure that ends training, among the calls that have ended by now."""
-        unchecked = self._unchecked
-        self._unchecked = [(scorer, pending) for scorer, pending in unchecked if not pending.done]
-        for scorer, pending in unchecked:
-            raise_failures(scorer.failures(pending), self.args)
+    @torch.no_grad()
+    def sample_and_score(
+        self,
+        scorers: Sequence[RewardScorer],
+        batches: Iterator[SampleBatch],
+        rounds: int,
+        num_images: int,
+        trainer_state: Any,
+        deliver: Callable[[Samples], None],
+        max_waiting: int | None = None,
+    ) -> None:
+        """
+        Sample and score batch by batch. A failure that ends the run does so before more is sampled.
 
-    def collect(self, bar: "ProgressBar") -> Scores:
-        """All scores, for which it waits `reward_timeout` seconds at most."""
-        timeout = self.args.reward_timeout
-        deadline = None if timeout is None else time.monotonic() + timeout
-        scores = []
-        for waiting, shown in self._batches:
-            while not all(pending.done for pending in waiting) and (deadline is None or time.monotonic() < deadline):
-                calls = [call for _, pending in self._unchecked for call in pending.futures if not call.done()]
-                wait_until(calls, deadline, FIRST_COMPLETED)
-                self.raise_failures()
-            answers = [
-                scorer.collect(pending, deadline) for scorer, pending in zip(self.scorers, waiting, strict=False)
-            ]
-            for part in answers:
-                raise_failures(part.errors, self.args)
-            scores.append(_stack(answers, shown, sum(len(scorer) for scorer in self.scorers)))
-            bar.update(len(shown))
-        return Scores.concatenate(scores)
+        Args:
+            scorers (`Sequence[RewardScorer]`):
+                The rewards to ask.
+            batches (`Iterator[SampleBatch]`):
+                This process's batches, each made when its turn comes.
+            rounds (`int`):
+                The largest number of batches that any process has.
+            num_images (`int`):
+                Number of images of this process.
+            trainer_state ([`~transformers.TrainerState`]):
+                Passed on to the rewards.
+            deliver (`Callable[[Samples], None]`):
+                Called with each scored batch, in their order.
+            max_waiting (`int`, *optional*):
+                How many batches may wait for their scores while the next one is sampled; beyond it the first of them
+                is waited for. By default any number, and scores are waited for at the end only.
 
+        Raises:
+            [`~trl_marble.rewards.RewardError`]: If a reward returned something that is not a score, or failed and the
+                failure policy is to raise.
+            `FloatingPointError`: If latents are not finite and the failure policy is to raise.
+        """
+        with RewardRequests(scorers, self.failures, self.reward_timeout) as requests:
+            waiting: deque[tuple[Tensor, list[Sample], Tensor]] = deque()
 
-def _stack(parts: Sequence[Scores], was_shown: Tensor, num_rewards: int) -> Scores:
-    """What several scorers said of the images that they were shown, as one, and nothing of the other images."""
-    rewards = torch.full((num_rewards, len(was_shown)), torch.nan)
-    failed = torch.zeros(rewards.shape, dtype=torch.bool)
-    if parts:
-        rewards[:, was_shown] = torch.cat([part.rewards for part in parts])
-        failed[:, was_shown] = torch.cat([part.failed for part in parts])
-    metrics: dict[LogKey, list[float]] = {}
-    extras: dict[LogKey, list[Any]] = {}
-    for part in parts:
-        metrics |= part.metrics
-        for key, values in part.extras.items():
-            each = iter(values)
-            extras[key] = [next(each) if is_shown else None for is_shown in was_shown.tolist()]
-    return Scores(rewards, failed, [error for part in parts for error in part.errors], metrics, extras)
+            def deliver_next(deadline: float | None) -> None:
+                latents, images, finite = waiting.popleft()
+                deliver(Samples(latents, images, finite, requests.collect_next(deadline)))
+
+            with self.make_bar("rollout", num_images) as bar:
+                for _ in range(rounds):
+                    with self.together.phase(exchanges=self.calls_together, ask=False):
+                        batch = next(batches, None)
+                        if batch is not None:
+                            latents, images, finite = self._sample(batch)
+                            waiting.append((latents, images, finite))
+                            requests.ask(images, batch.prompts, batch.columns, finite, trainer_state)
+                    # Here processes learn of each other's failures, so that none of them goes on when one has failed.
+                    with self.together.phase(), reward_advice():
+                        requests.raise_failures()
+                        while waiting and requests.next_is_done:
+                            deliver_next(None)
+                        while max_waiting is not None and len(waiting) > max_waiting:
+                            deliver_next(self._deadline())
+                    if batch is not None:
+                        bar.update(len(batch.prompts))
+            with self.together.phase(), reward_advice(), self.make_bar("rewards", num_images) as bar:
+                deadline = self._deadline()
+                bar.update(num_images - sum(len(images) for _, images, _ in waiting))
+                while waiting:
+                    bar.update(len(waiting[0][1]))
+                    deliver_next(deadline)
+                for scorer in scorers:
+                    scorer.release()
+
+    def _deadline(self) -> float | None:
+        return None if self.reward_timeout is None else time.monotonic() + self.reward_timeout
+
+    def _sample(self, batch: SampleBatch) -> tuple[Tensor, list[Sample], Tensor]:
+        device = self.flow.device
+        # Of the batch's seeds alone, also for solvers that draw noise at every step.
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(batch.seeds[0])
+            rollout = self.flow.rollout(batch.conditioning, batch.seeds, self.num_inference_steps)
+        is_finite = rollout.latents.flatten(1).isfinite().all(dim=1)
+        keep = is_finite.view(-1, *[1] * (rollout.latents.ndim - 1))
+        finite = is_finite.cpu()
+        if not finite.all() and self.failures.raises_nonfinite:
+            first = batch.prompts[finite.tolist().index(False)]
+            raise FloatingPointError(
+                f"The latents of {int((~finite).sum())} of {len(finite)} images that were sampled together are not "
+                f"finite, first for the prompt {first!r}. {CAUSES} To leave such images out instead, set "
+                f"{self.failures.how_to_leave_out_nonfinite}."
+            )
+        return torch.where(keep, rollout.latents, 0.0), list(rollout.images), finite

@@ -3,7 +3,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator
@@ -13,73 +13,40 @@ from ..balance import (
     BalanceSchedule,
     GradientRows,
     Harmonization,
-    NFTLosses,
     Objective,
-    SampleCoefficients,
     SeparateBackward,
     WeightedBackward,
-    advantage_coefficients,
-    anchor_coefficients,
     assign_gradients,
     balance_diagnostics,
     flatten_gradients,
     gram_matrix,
     harmonize,
-    mix_coefficients,
-    nft_coefficients,
-    weighted_loss,
 )
-from .generation import GenerationBatch
-from .marble_config import MarbleConfig
-from .metrics import MetricBuffer
-from .nonfinite import NonFiniteGuard, finite_mean, finite_sum
-from .seeding import Draw, derive_seed
+from ..metrics import MetricBuffer
+from ..seeding import Draw, derive_seed
+from .nonfinite import NonFiniteGuard, drop_gradients
 
 
-class LossShares(NamedTuple):
+@dataclass(frozen=True)
+class BalanceSettings:
     """
-    How much each sample of a micro-batch counts at each of its timesteps.
+    How per-reward gradients become a direction.
 
     Args:
-        whole ([`~trl_marble.balance.SampleCoefficients`] of shape `(K, B)`):
-            In the whole loss of each reward.
-        balanced ([`~trl_marble.balance.SampleCoefficients`] of shape `(K, B)`):
-            In what is balanced.
-        mixed ([`~trl_marble.balance.SampleCoefficients`] of shape `(B,)`, *optional*):
-            In the one loss that `balanced` becomes with the weights known beforehand, where they are known.
-        anchor ([`~trl_marble.balance.SampleCoefficients`] of shape `(B,)`, *optional*):
-            In the pull toward the old policy that all rewards share, where that is not part of `balanced`.
-        penalty (`float`):
-            In the penalty on the distance to the base model, `beta` left out.
-        scored_rewards (`Tensor` of shape `()`):
-            Number of rewards that apply to any sample of the step.
+        schedule ([`~trl_marble.balance.BalanceSchedule`]):
+            Says which steps solve, and which weights are known.
+        weighting (`Callable[[Tensor], Tensor]`):
+            From a Gram matrix to coefficients.
+        fraction (`float`):
+            Fraction of a step's micro-steps that a solution is taken from, in (0, 1].
+        names (`list[str]`):
+            Of the rewards.
     """
 
-    whole: SampleCoefficients
-    balanced: SampleCoefficients
-    mixed: SampleCoefficients | None
-    anchor: SampleCoefficients | None
-    penalty: float
-    scored_rewards: Tensor
-
-    def select(self, samples: Tensor) -> "LossShares":
-        """
-        The shares of some samples, as they are.
-
-        Args:
-            samples (`Tensor` of shape `[b]`, int64):
-                Which of the micro-batch.
-        """
-
-        def chosen(shares: SampleCoefficients) -> SampleCoefficients:
-            return SampleCoefficients(*(part[..., samples.to(part.device)] for part in shares))
-
-        return self._replace(
-            whole=chosen(self.whole),
-            balanced=chosen(self.balanced),
-            mixed=None if self.mixed is None else chosen(self.mixed),
-            anchor=None if self.anchor is None else chosen(self.anchor),
-        )
+    schedule: BalanceSchedule
+    weighting: Callable[[Tensor], Tensor]
+    fraction: float
+    names: list[str]
 
 
 class StepGradient:
@@ -92,131 +59,89 @@ class StepGradient:
     weights are known and nothing is measured.
 
     Args:
-        args ([`MarbleConfig`]):
-            The settings.
         accelerator ([`~accelerate.Accelerator`]):
-            Adds up gradients over processes, once a step.
+            Adds up gradients over processes, once per step.
         parameters (`Sequence[nn.Parameter]`):
             What is trained.
         linears (`Sequence[nn.Linear]` or `None`):
             The linear layers whose weights `parameters` are, in the same order: then per-reward gradients take one
-            backward pass an objective. With `None` they take one a reward.
-        schedule ([`~trl_marble.balance.BalanceSchedule`]):
-            Says which steps solve, and which weights are known.
-        weighting (`Callable[[Tensor], Tensor]`):
-            From a Gram matrix to coefficients.
-        names (`list[str]`):
-            Of the rewards, for the metrics.
-        metrics ([`MetricBuffer`]):
-            Where to record them.
+            backward pass per term of the loss. With `None` they take one per reward.
+        balance ([`BalanceSettings`], *optional*):
+            How rewards are balanced; `None` where there is one advantage, and nothing to balance.
+        seed (`int`):
+            Seed of the run, for which micro-steps are measured.
         guard ([`NonFiniteGuard`]):
-            Says what gradients that are not finite mean.
+            Raises or skips where gradients are not finite.
+        metrics ([`~trl_marble.metrics.MetricBuffer`]):
+            Where to record.
     """
 
     def __init__(
         self,
-        args: MarbleConfig,
         accelerator: Accelerator,
         parameters: Sequence[nn.Parameter],
         linears: Sequence[nn.Linear] | None,
-        schedule: BalanceSchedule,
-        weighting: Callable[[Tensor], Tensor],
-        names: list[str],
-        metrics: MetricBuffer,
+        balance: BalanceSettings | None,
+        seed: int,
         guard: NonFiniteGuard,
+        metrics: MetricBuffer,
     ) -> None:
-        self.args, self.accelerator, self.schedule, self.weighting = args, accelerator, schedule, weighting
-        self.parameters, self.linears = parameters, linears
-        self.names, self.metrics, self.guard = names, metrics, guard
+        self.accelerator, self.parameters, self.linears = accelerator, parameters, linears
+        self.balance, self.seed, self.guard, self.metrics = balance, seed, guard, metrics
         self._rows: GradientRows | None = None  # while a step is measured
         self._recorder: GradientRows | None = None  # the same, while a micro-step of it is
-        self._solution: Harmonization | None = None  # of this step, until the step is whole
+        self._solution: Harmonization | None = None  # of this step, until the optimizer has taken it
 
     # ---- What kind of step this is ----
 
-    def begin(self, step: int, batch: GenerationBatch, update: int, num_times: int, on_policy: bool) -> None:
+    def begin(self, step: int, active: Tensor, num_micro_steps: int, weighted_sum: Tensor) -> None:
         """
         Start an optimizer step.
 
         Args:
             step (`int`):
                 Optimizer steps taken so far.
-            batch ([`GenerationBatch`]):
-                The samples.
-            update (`int`):
-                Which optimizer step of the generation batch this is.
-            num_times (`int`):
-                Timesteps that each sample is trained on.
-            on_policy (`bool`):
-                Whether the old policy is the trained one: the pull toward it then has no gradient.
+            active (`Tensor` of shape `[K]`, bool):
+                The rewards that tell samples apart in this step.
+            num_micro_steps (`int`):
+                Micro-steps of this step on each process.
+            weighted_sum (`Tensor` of shape `[K]`):
+                How the weighted sum that is not taken would mix the gradients, for comparison.
         """
-        self._on_advantage = self.args.balances_gradients and self.args.balance_on == "advantage"
-        self._anchors = self._on_advantage and not on_policy
-        self._batch, self._update, self._num_times = batch, update, num_times
-        self._active = batch.active[update]
-        self._solution = None
-        device = self.args.device
-        due = self.args.balances_gradients and self.schedule.is_due(step, self._active)
-        self._solves = due and (self.args.balance_fraction == 1 or not self.schedule.knows(self._active))
-        self._measured = self._draw_measured(step) if due else frozenset()
-        self._rows = None
+        self._active, self._weighted_sum = active, weighted_sum
+        self._solution, self._rows, self._measured = None, None, frozenset[int]()
+        self._solves = False
+        device = self.accelerator.device
+        if self.balance is None:
+            self._weights: Tensor | None = torch.ones(1, device=device)
+            return
+        schedule = self.balance.schedule
+        due = schedule.is_due(step, active)
+        self._solves = due and (self.balance.fraction == 1 or not schedule.knows(active))
+        self._weights = None if self._solves else schedule.weights(active).to(device, torch.float32)
         if due:
-            rows = len(self.names) + 1  # the last one is for what all rewards share
-            if self.linears is None:
-                self._rows = SeparateBackward(rows, self.parameters)
-            else:
-                self._rows = WeightedBackward(rows, self.linears)
-        if self._solves:
-            self._weights = None
-        elif self.args.balances_gradients:
-            self._weights = self.schedule.weights(self._active).to(device, torch.float32)
-        else:
-            self._weights = torch.ones(1, device=device)
+            self._measured = self._draw_measured(step, num_micro_steps)
+            self._rows = self._new_rows(len(self.balance.names) + 1)  # the last one is for what all rewards share
 
-    def _draw_measured(self, step: int) -> frozenset[int]:
+    def _new_rows(self, number: int) -> GradientRows:
+        if self.linears is None:
+            return SeparateBackward(number, self.parameters)
+        return WeightedBackward(number, self.linears)
+
+    def _draw_measured(self, step: int, total: int) -> frozenset[int]:
         """
         The micro-steps that are measured, by their place in the step.
 
         A streaming step measures a random few, the same ones on all processes: these go through a step in time.
         """
-        total = self.args.gradient_accumulation_steps * self._num_times
+        assert self.balance is not None
         if self._solves:
             return frozenset(range(total))
-        generator = torch.Generator().manual_seed(derive_seed(self.args.seed, Draw.MEASURED, step))
-        drawn = torch.randperm(total, generator=generator)[: max(1, round(self.args.balance_fraction * total))]
+        generator = torch.Generator().manual_seed(derive_seed(self.seed, Draw.MEASURED, step))
+        drawn = torch.randperm(total, generator=generator)[: max(1, round(self.balance.fraction * total))]
         return frozenset(drawn.tolist())
 
-    # ---- Micro-batches ----
-
-    def shares(self, advantages: Tensor) -> LossShares:
-        """
-        What each sample of a micro-batch counts. It is the same for all timesteps.
-
-        Args:
-            advantages (`Tensor` of shape `(K, B)`):
-                NaN where a reward does not apply.
-        """
-        args, batch = self.args, self._batch
-        counts = batch.counts[self._update] * self._num_times
-        scored_count = batch.scored[self._update] * self._num_times
-        settings = (args.advantage_clip, args.nft_beta)
-        scored = ~advantages.isnan().all(dim=0)
-        whole = nft_coefficients(advantages, counts, *settings)
-        balanced = advantage_coefficients(advantages, counts, *settings) if self._on_advantage else whole
-        anchor = anchor_coefficients(scored, scored_count, *settings) if self._anchors else None
-        mixed = None
-        if self._weights is not None:
-            if args.amortization == "reference" and args.balances_gradients:
-                # One advantage of the smoothed alpha, which need not sum to 1: hence a second clip.
-                alpha = self.schedule.alpha.nan_to_num().to(advantages)
-                blend = (alpha @ advantages.nan_to_num()).clamp(-args.advantage_clip, args.advantage_clip)
-                make = advantage_coefficients if self._on_advantage else nft_coefficients
-                one = make(blend.masked_fill(~scored, torch.nan)[None], scored_count[None], *settings)
-                mixed = SampleCoefficients(one.positive[0], one.negative[0])
-            else:
-                mixed = mix_coefficients(balanced, self._weights)
-        total = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size * self._num_times
-        return LossShares(whole, balanced, mixed, anchor, 1 / total, (counts > 0).sum().clamp(min=1))
+    # ---- Micro-steps ----
 
     @contextmanager
     def recording(self, place: int, batch_size: int) -> Iterator[None]:
@@ -236,54 +161,33 @@ class StepGradient:
         finally:
             self._recorder = None
 
-    def backward(self, losses: NFTLosses, divergence: Tensor | None, shares: LossShares) -> Tensor:
+    def backward(self, terms: Sequence[Tensor], coefficients: Sequence[Tensor], shared: Tensor | None) -> None:
         """
         Run the backward passes of one micro-step.
 
         Args:
-            losses ([`~trl_marble.balance.NFTLosses`] of shape `(B,)`):
-                The two losses of every sample.
-            divergence (`Tensor` of shape `(B,)` or `None`):
-                Squared distance of every sample's velocity to the base model's, where it is penalized.
-            shares ([`LossShares`]):
-                See [`~StepGradient.shares`].
-
-        Returns:
-            `Tensor` of shape `()`: this micro-step's share of the step's loss, detached.
+            terms (`Sequence[Tensor]` of shape `(B,)`):
+                What the rewards act through, see [`~trl_marble.losses.PolicyLoss.terms`].
+            coefficients (`Sequence[Tensor]` of shape `(K, B)`):
+                One for each of these terms.
+            shared (`Tensor` of shape `(B,)`, *optional*):
+                What enters the direction with weight 1.
         """
-        shared: list[Tensor] = []  # loss of every sample that enters the direction with weight 1
-        if shares.anchor is not None:
-            shared.append(shares.anchor.positive * losses.positive + shares.anchor.negative * losses.negative)
-        if divergence is not None:
-            shared.append(self.args.beta * shares.penalty * divergence)
-
+        if shared is not None and not shared.requires_grad:
+            shared = None
         if self._recorder is not None:
-            if self._on_advantage:  # its two coefficients are opposite, so one objective holds both losses
-                objectives = [Objective(losses.positive - losses.negative, _with_shared(shares.balanced.positive, 0))]
-            else:
-                objectives = [
-                    Objective(loss, _with_shared(coefficients, 0))
-                    for loss, coefficients in zip(losses, shares.balanced, strict=True)
-                ]
-            if shared:
-                nothing = torch.zeros_like(shares.balanced.positive)
-                objectives.append(Objective(torch.stack(shared).sum(dim=0), _with_shared(nothing, 1)))
+            objectives = [Objective(term, _with_shared(own, 0)) for term, own in zip(terms, coefficients, strict=True)]
+            if shared is not None:
+                objectives.append(Objective(shared, _with_shared(torch.zeros_like(coefficients[0]), 1)))
             self._recorder.backward(objectives)
-        else:
-            assert shares.mixed is not None  # only a step that solves has no weights, and it measures everything
-            total = weighted_loss(losses, shares.mixed)
-            for part in shared:
-                total = total + part.sum()
-            total.backward()
-
-        with torch.no_grad():
-            whole = shares.whole
-            loss = finite_sum(whole.positive * losses.positive + whole.negative * losses.negative)
-            loss = loss / shares.scored_rewards
-            if divergence is not None:
-                loss = loss + self.args.beta * shares.penalty * finite_sum(divergence)
-                self.metrics.record("kl", finite_mean(divergence))
-            return loss
+            return
+        assert self._weights is not None  # only a step that solves has none, and it measures every micro-step
+        # With the weights known, sum_k w_k L_k is one loss with mixed coefficients: exact, and one backward pass.
+        mixed = [self._weights.to(own) @ own * term for term, own in zip(terms, coefficients, strict=True)]
+        total = torch.stack(mixed).sum(dim=0).sum()
+        if shared is not None:
+            total = total + shared.sum()
+        total.backward()
 
     # ---- The direction ----
 
@@ -292,48 +196,71 @@ class StepGradient:
         Add up the gradients of all processes, and leave the update's direction in `.grad`: none if it is not finite.
 
         Raises:
-            `FloatingPointError`: See `MarbleConfig.on_nonfinite`.
+            `FloatingPointError`: See [`NonFiniteGuard`].
         """
-        self._set_direction()
-        if not self.guard.settle_direction(self.parameters):
-            self._solution = None
-
-    def _set_direction(self) -> None:
         if self._rows is None:
-            if self.accelerator.num_processes > 1:
-                total = flatten_gradients([p.grad for p in self.parameters], self.parameters)
-                assign_gradients(self.accelerator.reduce(total, reduction="sum"), self.parameters)
-            if self.args.balances_gradients:
-                self._log_alpha(self.schedule.alpha)
-            return
-        rows, self._rows = self._rows.gradients, None
+            self._finish_mixed()
+        else:
+            self._finish_measured(self._rows)
+        self._rows = None
+
+    def _finish_mixed(self) -> None:
+        if self.accelerator.num_processes > 1:
+            total = flatten_gradients([p.grad for p in self.parameters], self.parameters)
+            assign_gradients(self.accelerator.reduce(total, reduction="sum"), self.parameters)
+        self.guard.check_direction(self.parameters)
+        if self.balance is not None:
+            self._record_alpha(self.balance.schedule.alpha)
+
+    def _finish_measured(self, measured: GradientRows) -> None:
+        assert self.balance is not None
+        rows = measured.gradients
         if not self._solves:  # micro-steps that were not measured
             rows[-1] += flatten_gradients([p.grad for p in self.parameters], self.parameters)
         rows = self.accelerator.reduce(rows, reduction="sum")
         gradients, shared = rows[:-1], rows[-1]
         gram = gram_matrix(gradients)
-        norms = gram.diagonal().sqrt()
-        gram = self.guard.settle_rewards(gradients, gram)
-        solution = harmonize(gram, self.weighting, self.args.normalize_gradients, self._active)
-        self._solution = solution
+        if not self.guard.check_rewards(self.balance.names, gram.diagonal()):
+            drop_gradients(self.parameters)
+            self._record_balance(None)
+            return
+        solution = self._solve(gram)
         weights = solution.weights if self._weights is None else self._weights
         assign_gradients(shared + weights.to(gradients) @ gradients, self.parameters)
-        self._log_alpha(solution.alpha if self._solves else self.schedule.alpha)
-        for name, norm in zip(self.names, norms.where(norms.isfinite(), torch.nan).tolist(), strict=True):
+        if self.guard.check_direction(self.parameters):
+            self._solution = solution
+        self._record_balance(solution)
+
+    def _solve(self, gram: Tensor) -> Harmonization:
+        assert self.balance is not None
+        return harmonize(gram, self.balance.weighting, self._active)
+
+    def _record_balance(self, solution: Harmonization | None) -> None:
+        """Record a measured step; NaN where it was not finite, as every step records the same metrics."""
+        assert self.balance is not None
+        names = self.balance.names
+        alpha = self.balance.schedule.alpha
+        self._record_alpha(alpha if solution is None or not self._solves else solution.alpha)
+        norms = [torch.nan] * len(names) if solution is None else solution.norms.tolist()
+        for name, norm in zip(names, norms, strict=True):
             self.metrics.record(f"balance/grad_norm/{name}", norm)
-        for prefix, w in (("balance", weights), ("balance/weighted_sum", self._batch.weighted_sum)):
-            for key, value in balance_diagnostics(solution.gram, w, solution.active).items():
+        if solution is None:
+            return
+        weights = solution.weights if self._weights is None else self._weights
+        for prefix, taken in (("balance", weights), ("balance/weighted_sum", self._weighted_sum)):
+            for key, value in balance_diagnostics(solution.gram, taken, solution.active).items():
                 self.metrics.record(f"{prefix}/{key}", value)
 
-    def _log_alpha(self, alpha: Tensor) -> None:
+    def _record_alpha(self, alpha: Tensor) -> None:
+        assert self.balance is not None
         # NaN stands for a reward that has not taken part yet: it weighs nothing.
-        for name, value in zip(self.names, alpha.nan_to_num().tolist(), strict=True):
+        for name, value in zip(self.balance.names, alpha.nan_to_num().tolist(), strict=True):
             self.metrics.record(f"balance/alpha/{name}", value)
 
     def commit(self) -> None:
         """Let the schedule take in this step's solution: only now, so that a step that fails leaves no trace."""
-        if self._solution is not None:
-            self.schedule.update(self._solution)
+        if self._solution is not None and self.balance is not None:
+            self.balance.schedule.update(self._solution)
             self._solution = None
 
 
