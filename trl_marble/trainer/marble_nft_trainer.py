@@ -33,19 +33,8 @@ from ..pipelines import Policy, PolicyWeights, add_trainable_adapter, load_pipel
 from ..processes import FailingTogether
 from ..rewards import RewardFunc
 from ..rollout import RolloutBatch, StoredBatch
+from . import construction
 from .checkpointed_trainer import OPTIMIZER_FILE
-from .construction import (
-    build_flow,
-    build_layout,
-    build_policy_loss,
-    build_sampler,
-    build_scorers,
-    build_source,
-    build_update,
-    check_prompts,
-    default_config,
-    place_pipeline,
-)
 from .marble_config import MarbleConfig
 from .observed_trainer import ObservedTrainer
 from .run_state import RunState, base_fingerprint, describe_run, refuse_nonfinite_optimizer
@@ -136,7 +125,7 @@ class MarbleNFTTrainer(WithoutPredictions, ObservedTrainer):
         weighting: Callable[[Tensor], Tensor] | None = None,
         eval_reward_funcs: str | RewardFunc | list[str | RewardFunc] | None = None,
     ) -> None:
-        args = default_config(pipeline) if args is None else args
+        args = construction.default_config(pipeline) if args is None else args
         if not isinstance(args, MarbleConfig):
             raise TypeError(f"`args` is a {type(args).__name__}; pass a `MarbleConfig`.")
         if train_dataset is None:
@@ -152,15 +141,15 @@ class MarbleNFTTrainer(WithoutPredictions, ObservedTrainer):
         check_writable(Path(args.output_dir))
 
         # Rewards, then the base model, the adapter that is trained, and the other sets of weights for it.
-        self.scorers = build_scorers(reward_funcs, eval_reward_funcs, args)
+        self.scorers = construction.build_scorers(reward_funcs, eval_reward_funcs, args)
         self.scorer = self.scorers[0]
         set_seed(args.seed)  # the adapter is initialized here, before `Trainer` sets the seed
         self.pipeline = load_pipeline(pipeline)
-        self.flow = build_flow(self.pipeline, args)
-        self.edits = check_prompts(self.flow, self.scorers, train_dataset, eval_dataset, args)
+        self.flow = construction.build_flow(self.pipeline, args)
+        self.edits = construction.check_prompts(self.flow, self.scorers, train_dataset, eval_dataset, args)
         trainable = dict(add_trainable_adapter(self.pipeline, peft_config or lora_config(self.pipeline)))
         fingerprint = base_fingerprint(self.flow.transformer)
-        place_pipeline(self.flow, trainable, args)
+        construction.place_pipeline(self.flow, trainable, args)
         super().__init__(
             model=Policy(self.flow),
             args=args,
@@ -180,16 +169,16 @@ class MarbleNFTTrainer(WithoutPredictions, ObservedTrainer):
         self.together, self.metrics = FailingTogether(), MetricBuffer()
         self.weights = PolicyWeights(self.model, trainable)
         self.schedule = BalanceSchedule(len(self.scorer), args.balance_every, args.balance_ema)
-        self.policy_loss = build_policy_loss(args)
-        self.layout = build_layout(args)
+        self.policy_loss = construction.build_policy_loss(args)
+        self.layout = construction.build_layout(args)
         self.run_state = RunState(
             self.weights, self.schedule, describe_run(self.flow, fingerprint, self.scorer, self.source_weights, args)
         )
-        self.sampler = build_sampler(self.flow, self.together, self.progress, args)
-        self.rollouts = build_source(
+        self.sampler = construction.build_sampler(self.flow, self.together, self.progress, args)
+        self.rollouts = construction.build_source(
             self.sampler, self.scorer, self.train_dataset, self.edits, self.accelerator, self.metrics, args
         )
-        self.update = build_update(
+        self.update = construction.build_update(
             self.weights,
             self.policy_loss,
             self.schedule,

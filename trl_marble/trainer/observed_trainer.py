@@ -14,9 +14,9 @@ from ..evaluation.policy_evaluation import PolicyEvaluation, PolicyEvaluator
 from ..evaluation.prompt_sets import pool_evaluations, prepare_evaluation_sets
 from ..memory_advice import rollout_advice
 from ..metrics import MetricBuffer
+from ..pipelines import PolicyWeights
 from ..progress import ProgressBar, tqdm_bar
 from ..rollout import RolloutSampler
-from ..pipelines import PolicyWeights
 from .construction import check_evaluation_prompts
 from .published_trainer import PublishedTrainer
 
