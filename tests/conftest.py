@@ -23,11 +23,11 @@ settings.load_profile("shared machine")
 
 @pytest.fixture
 def tiny_sd3():
-    """Factory of fresh tiny SD3 pipelines, see tests/tiny.py."""
+    """Factory of fresh tiny SD3 pipelines, see tests/support/tiny.py."""
     return tiny.tiny_sd3
 
 
 @pytest.fixture
 def tiny_flux():
-    """Factory of fresh tiny Flux pipelines, see tests/tiny.py."""
+    """Factory of fresh tiny Flux pipelines, see tests/support/tiny.py."""
     return tiny.tiny_flux

@@ -308,7 +308,7 @@ small_trainer(sys.argv[2], [bright, hangs]).train()
 
 @pytest.mark.slow
 def test_ctrl_c_ends_a_process_whose_reward_hangs(tmp_path):
-    command = [sys.executable, "-c", HANGING_RUN, str(Path(__file__).parents[1]), str(tmp_path)]
+    command = [sys.executable, "-c", HANGING_RUN, str(Path(__file__).parents[1] / "support"), str(tmp_path)]
     run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         assert run.stdout.readline() == "waiting\n"

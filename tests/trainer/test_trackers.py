@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 
-WORKER = Path(__file__).with_name("tracked_run.py")
+WORKER = Path(__file__).parents[1] / "support" / "tracked_run.py"
 HISTOGRAMS = {
     f"train/rewards/{name}/histogram{source}" for name in ("bright", "blue") for source in ("", "/even", "/odd")
 }

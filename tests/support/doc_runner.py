@@ -12,7 +12,7 @@ page. In the page's process
 
 What is small: `MarbleConfig` and `EvaluationConfig` take at most the values below wherever they are made, evaluations
 use a few of their prompts, benchmarks get further arguments, everything is on the CPU, and the Hub is that of
-tests/little_hub.py. The files that pages rely on are made in `prepare`.
+tests/support/little_hub.py. The files that pages rely on are made in `prepare`.
 """
 
 import contextlib
@@ -33,7 +33,7 @@ from typing import Any
 from PIL import Image
 
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 PAGE_SECONDS = 150
 
 SMALL_TRAINING = {
@@ -409,7 +409,7 @@ def run_python(words: list[str]) -> None:
     elif words[:2] == ["-m", "trl_marble.cli.main"]:
         run_cli(words[2:])
     elif words[0] == "-m":
-        raise ValueError(f"python {shlex.join(words)}: say in tests/doc_runner.py how to run this module.")
+        raise ValueError(f"python {shlex.join(words)}: say in tests/support/doc_runner.py how to run this module.")
     else:
         script, *arguments = words
         sys.argv = [script, *arguments, *shlex.split(SMALL_ARGUMENTS.get(script, ""))]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 # What is executed or checked, and what is only shown.
 CHECKED = ("python", "bash", "yaml")
 SHOWN = ("text", "bibtex", "mermaid")

@@ -6,12 +6,8 @@ import sys
 from pathlib import Path
 
 import torch
-
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from datasets import Dataset  # noqa: E402
-from trainer_helpers import PROMPTS, blue, bright, small_trainer  # noqa: E402
+from datasets import Dataset
+from trainer_helpers import PROMPTS, blue, bright, small_trainer
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from trl import TrlParser
 from trl_marble import MarbleConfig
 
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 def load_script(name: str) -> ModuleType:

@@ -6,14 +6,10 @@ import sys
 from pathlib import Path
 
 import torch
+from trainer_helpers import small_trainer
 from transformers import TrainerCallback
 
 from trl_marble.trainer.checkpoint_folder import CheckpointWriteError
-
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from trainer_helpers import small_trainer  # noqa: E402
 
 
 SETTINGS = {

@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 
 
-sys.path.insert(0, str(Path(__file__).parent))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from evaluation_helpers import bright as brightness  # noqa: E402

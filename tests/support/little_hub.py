@@ -86,7 +86,7 @@ def _aesthetic_layers() -> dict[str, torch.Tensor]:
 
 def _image_reward() -> Any:
     """The tests of ImageReward, where its checkpoint is written down tensor by tensor."""
-    path = Path(__file__).parent / "rewards" / "test_image_reward.py"
+    path = Path(__file__).parents[1] / "rewards" / "test_image_reward.py"
     spec: Any = importlib.util.spec_from_file_location("image_reward_checkpoint", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

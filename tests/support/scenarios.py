@@ -19,15 +19,11 @@ import torch
 from accelerate import PartialState
 from datasets import Dataset
 from safetensors.torch import save_file
+from tiny import tiny_sd3
+from trainer_helpers import PROMPTS, blue, small_trainer
 from transformers import TrainerCallback
 
-
-sys.path.insert(0, str(Path(__file__).parent))
-
-from tiny import tiny_sd3  # noqa: E402
-from trainer_helpers import PROMPTS, blue, small_trainer  # noqa: E402
-
-from trl_marble.balance import get_weighting  # noqa: E402
+from trl_marble.balance import get_weighting
 
 
 SETTINGS = {

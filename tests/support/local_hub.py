@@ -26,7 +26,7 @@ import yaml
 
 USER = "me"
 TOKEN = "hf_local"
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 REPO = r"(?P<repo>[^/]+/[^/]+)"
 METADATA = re.compile(r"\A---\r?\n(?P<yaml>.*?)\r?\n---\r?\n", re.DOTALL)
@@ -82,7 +82,7 @@ class LocalHub:
             "HF_HUB_DISABLE_PROGRESS_BARS": "1",
             "NO_PROXY": "127.0.0.1",
             "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
+            "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests" / "support")]),
         }
 
     def run(
@@ -92,7 +92,7 @@ class LocalHub:
         Run Python source in a fresh process whose Hub this is.
 
         Args:
-            script (`str`): the source; the package and the helpers in `tests/` can be imported.
+            script (`str`): the source; the package and the helpers in `tests/support/` can be imported.
             *args (`str`): `sys.argv[1:]` of the process.
             home (`str` or `os.PathLike`): see [`LocalHub.environment`].
             check (`bool`, *optional*, defaults to `True`): raise `AssertionError` with the process's output where it
