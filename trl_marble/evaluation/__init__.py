@@ -1,7 +1,8 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
 """Evaluating pipelines and adapters, and what a run shows of itself: tables, plots, contact sheets."""
 
-from .comparison import EvaluationComparison, compare_evaluations
+from .compare import compare_evaluations
+from .comparison import EvaluationComparison
 from .diversity import group_diversity, thumbnails
 from .evaluation import Evaluation, nan_aware_mean
 from .evaluation_config import EvaluationConfig

@@ -4,7 +4,7 @@
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import quote
 
 import jinja2
@@ -12,14 +12,12 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
+from .comparison import EvaluationComparison
 from .formatting import format_p_value, format_percentage, format_value, format_with_error
 from .records import write_atomically
+from .results import EvaluationResults
 from .summary import SIGNIFICANT
 
-
-if TYPE_CHECKING:
-    from .comparison import EvaluationComparison
-    from .results import EvaluationResults
 
 TEMPLATE_FOLDER = Path(__file__).parent
 TEMPLATE = "contact_sheet.html"
@@ -29,9 +27,9 @@ SMALL = 128
 
 
 def write_contact_sheet(
-    evaluations: "Mapping[str, EvaluationResults]",
+    evaluations: Mapping[str, EvaluationResults],
     path: str | os.PathLike,
-    comparison: "EvaluationComparison | None" = None,
+    comparison: EvaluationComparison | None = None,
 ) -> Path:
     """
     Write a page with the images of one evaluation, or of several side by side.
@@ -97,7 +95,7 @@ def write_contact_sheet(
     return path
 
 
-def _summary(results: "EvaluationResults") -> list[dict[str, Any]]:
+def _summary(results: EvaluationResults) -> list[dict[str, Any]]:
     rows = [
         {"name": name, "value": format_with_error(value), "images": int(results.table[name].notna().sum())}
         for name, value in results.summary().items()
@@ -108,7 +106,7 @@ def _summary(results: "EvaluationResults") -> list[dict[str, Any]]:
     ]
 
 
-def _compared(comparison: "EvaluationComparison") -> dict[str, Any]:
+def _compared(comparison: EvaluationComparison) -> dict[str, Any]:
     """Rows of the table of a comparison: each with a cell for the baseline and some for each of the others."""
     summaries = {name: results.summary() for name, results in comparison.evaluations.items()}
     rewards = []
@@ -151,7 +149,7 @@ def _breakdown(column: str, name: str | None, averages: pd.DataFrame, are_change
     return {"column": column, "evaluation": name, "rows": rows}
 
 
-def _prompts(evaluations: "Mapping[str, EvaluationResults]", start: Path) -> list[dict[str, Any]]:
+def _prompts(evaluations: Mapping[str, EvaluationResults], start: Path) -> list[dict[str, Any]]:
     """What the page shows of each row of the prompt set."""
     results = list(evaluations.values())
     first = results[0].table

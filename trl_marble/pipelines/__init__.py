@@ -12,6 +12,7 @@ from .policy import Policy, WeightShadow, adapters_disabled, compile_blocks
 from .quantization import quantization_config
 from .schedulers import check_flow_matching
 from .sharding import shard_base
+from .verification import verify_velocities
 
 
 __all__ = [
@@ -40,5 +41,6 @@ __all__ = [
     "quantization_config",
     "row_digests",
     "shard_base",
+    "verify_velocities",
     "with_rgb_images",
 ]

@@ -16,10 +16,13 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor, nn
 
 from ..media import to_rgb
+from .assumed_family import assume_family
 from .conditioning import Conditioning, Rows
 from .families import find_family
-from .overrides import giving, remembered
+from .overrides import encode_once, replace_latents
+from .pipeline_checks import check_guidance, check_images, check_size, check_trainable
 from .precision import autocast_calls
+from .prompt_length import describe_long_prompts
 from .quantization import base_dtype
 from .schedulers import (
     FLOW_MATCHING_SCHEDULERS,
@@ -29,7 +32,6 @@ from .schedulers import (
     keep_samples,
     record_times,
 )
-from .unlisted import assumed_family, checked_family
 
 
 class Rollout(NamedTuple):
@@ -60,7 +62,7 @@ class FlowPipeline:
     Args:
         pipeline ([`~diffusers.DiffusionPipeline`]):
             A pipeline with a flow-matching scheduler, of a class in `trl_marble.pipelines.FAMILIES`. Another class is
-            called with text and without guidance; call [`~FlowPipeline.verify`] before anything else.
+            called with text and without guidance; call [`verify_velocities`] before anything else.
         height (`int`, *optional*):
             Height of the images in pixels. Defaults to the pipeline's own.
         width (`int`, *optional*):
@@ -96,32 +98,13 @@ class FlowPipeline:
         num_frames: int | None = None,
         autocast_dtype: torch.dtype | None = None,
     ):
-        if not isinstance(pipeline, DiffusionPipeline):
-            raise TypeError(
-                f"`pipeline` must be a diffusers.DiffusionPipeline, got {type(pipeline).__name__}. Load one with "
-                "trl_marble.pipelines.load_pipeline or DiffusionPipeline.from_pretrained."
-            )
-        check_flow_matching(pipeline.components.get("scheduler"))
-        if pipeline.components.get("transformer") is None:
-            raise ValueError(
-                f"{type(pipeline).__name__} has no `transformer` to train (its components: "
-                f"{sorted(pipeline.components)}). Use a transformer-based flow-matching pipeline."
-            )
-        if pipeline.config.get("boundary_ratio") is not None:
-            raise ValueError(
-                f"This {type(pipeline).__name__} has two transformers, one for times above and one for times below "
-                f"boundary_ratio={pipeline.config.boundary_ratio}, and only one can be trained. Use a model that has "
-                "one (Wan 2.1, or the 5B of Wan 2.2)."
-            )
+        check_trainable(pipeline)
         self.pipeline = pipeline
         family = find_family(pipeline)
         self.is_listed = family is not None
-        self.family = family or assumed_family(pipeline)
-        if self.family.needs_both_sides and (height is None) != (width is None):
-            raise ValueError(
-                f"height={height}, width={width}: {type(pipeline).__name__} would not keep one without the other. "
-                "Give both or neither."
-            )
+        self.family = family or assume_family(pipeline)
+        check_size(pipeline, self.family, height, width, num_frames)
+        check_guidance(pipeline, self.family, guidance_scale)
         self.height = height
         self.width = width
         self.guidance_scale = guidance_scale
@@ -129,28 +112,9 @@ class FlowPipeline:
         self._encode_parameters = inspect.signature(pipeline_class.encode_prompt).parameters
         self._call_parameters = inspect.signature(pipeline_class.__call__).parameters
         self.max_sequence_length: int | None = self._length_limit(max_sequence_length)
-        if num_frames is not None and self.family.output != "video":
-            raise ValueError(
-                f"num_frames={num_frames} would be ignored: {type(pipeline).__name__} makes images, not videos. Leave "
-                "it out."
-            )
         self.num_frames = num_frames
         self.autocast_dtype = autocast_dtype
         self._warned_of_long_prompt = False
-        self._check_guidance()
-
-    def verify(self) -> None:
-        """
-        Make sure that velocities are those of the pipeline's own denoising steps, whatever class it is of.
-
-        Does nothing for a class in the table, where the tests have done it. For another one a few images are sampled,
-        so call it when the pipeline is on its device.
-
-        Raises:
-            `ValueError`: they are not; the message says what to add.
-        """
-        if not self.is_listed:
-            self.family = checked_family(self)
 
     @property
     def transformer(self) -> ModelMixin:
@@ -212,8 +176,12 @@ class FlowPipeline:
             raise TypeError(f"`prompts` must be a sequence of strings, got one string: pass [{prompts!r}].")
         if len(prompts) == 0:
             raise ValueError("`prompts` is empty; pass at least one prompt.")
-        self._check_images(prompts, images)
-        self._warn_of_long_prompts(prompts)
+        check_images(self.pipeline, self.family, prompts, images)
+        if not self._warned_of_long_prompt:
+            message = describe_long_prompts(self.pipeline, self.family, self.max_sequence_length, prompts)
+            if message is not None:
+                warnings.warn(message, UserWarning, stacklevel=3)  # the caller, beyond the no_grad decorator
+                self._warned_of_long_prompt = True
         rows: dict[str, Rows] = {} if images is None else {"image": [to_rgb(image) for image in images]}
         if self.family.encoded_names is None:
             return Conditioning({**rows, "prompt": list(prompts)})
@@ -389,7 +357,7 @@ class FlowPipeline:
         driver.set_progress_bar_config(disable=True)
         driver.scheduler = solver
         if self.family.encoded_names is None:
-            driver.encode_prompt = remembered(driver.encode_prompt, conditioning)
+            driver.encode_prompt = encode_once(driver.encode_prompt, conditioning)
         return driver
 
     def _sample(
@@ -418,7 +386,7 @@ class FlowPipeline:
         driver = self._driver(solver, conditioning)
         options: dict[str, Any] = {}
         if "prepare_latents" in dir(driver):  # else x_t in the layout that `__call__` takes is the loop's
-            driver.prepare_latents = giving(driver.prepare_latents, x_t)
+            driver.prepare_latents = replace_latents(driver.prepare_latents, x_t)
             options["generator"] = torch.Generator("cpu").manual_seed(0)  # not torch's global one
         else:
             options["latents"] = x_t.to(self.dtype)
@@ -517,59 +485,6 @@ class FlowPipeline:
                 "such argument. Leave it out."
             )
         return None
-
-    def _check_images(self, prompts: Sequence[str], images: Sequence[PIL.Image.Image] | None) -> None:
-        kind = type(self.pipeline).__name__
-        if images is None and self.family.takes_image == "required":
-            raise ValueError(f"{kind} edits images, but there are none. Pass `images`, one for each prompt.")
-        if images is not None and self.family.takes_image == "no":
-            raise ValueError(f"{kind} takes no images to edit, but there are {len(images)}. Leave them out.")
-        if images is not None and len(images) != len(prompts):
-            raise ValueError(f"got {len(images)} images for {len(prompts)} prompts; pass one image for each prompt.")
-
-    def _check_guidance(self) -> None:
-        scale, kind = self.guidance_scale, type(self.pipeline).__name__
-        if self.family.guidance == "embedded":
-            if scale > 1 and not self.transformer.config.guidance_embeds:
-                raise ValueError(
-                    f"guidance_scale={scale} would be ignored: this {type(self.transformer).__name__} is not "
-                    "guidance-distilled (its config has guidance_embeds=False). Set guidance_scale=1.0."
-                )
-        elif scale < 1:
-            raise ValueError(
-                f"guidance_scale={scale} is below 1, which is no guidance in every family of {kind}'s kind, whatever "
-                "the pipeline's own argument means. Set guidance_scale=1.0 for no guidance."
-            )
-        elif scale > 1 and self.pipeline.config.get("is_distilled"):
-            raise ValueError(
-                f"guidance_scale={scale} would be ignored: this {kind} is distilled (its config has "
-                "is_distilled=True). Set guidance_scale=1.0."
-            )
-
-    def _warn_of_long_prompts(self, prompts: Sequence[str]) -> None:
-        if self._warned_of_long_prompt:
-            return
-        if self.family.long_text_tokenizer is None:
-            return
-        components = self.pipeline.components
-        if self.max_sequence_length is not None and components[self.family.long_text_encoder] is not None:
-            tokenizer, limit = components[self.family.long_text_tokenizer], self.max_sequence_length
-        else:
-            tokenizer = components["tokenizer"]
-            limit = tokenizer.model_max_length
-        lengths = [len(ids) for ids in tokenizer(list(prompts)).input_ids]
-        too_long = [index for index, length in enumerate(lengths) if length > limit]
-        if not too_long:
-            return
-        first = too_long[0]
-        warnings.warn(
-            f"The prompt {prompts[first]!r} has {lengths[first]} tokens, but the text encoders read only the first "
-            f"{limit}; what follows does not reach the image. {len(too_long)} of these {len(prompts)} prompts are too "
-            "long. Shorten them, or raise `max_sequence_length` where the text encoder allows it. This is said once.",
-            UserWarning,
-            stacklevel=4,  # the caller of encode, beyond its no_grad decorator
-        )
-        self._warned_of_long_prompt = True
 
 
 def _given(values: dict[str, Any], parameters: Mapping[str, Any]) -> dict[str, Any]:

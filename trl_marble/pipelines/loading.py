@@ -13,9 +13,9 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 
+from .assumed_family import assume_family
 from .families import Family, find_family
 from .quantization import lora_linear_classes
-from .unlisted import assumed_family
 
 
 def load_pipeline(
@@ -87,7 +87,7 @@ def lora_config(pipeline: DiffusionPipeline | Family, r: int = 32, lora_alpha: i
     Raises:
         `ValueError`: the pipeline's class is known not to work.
     """
-    family = pipeline if isinstance(pipeline, Family) else find_family(pipeline) or assumed_family(pipeline)
+    family = pipeline if isinstance(pipeline, Family) else find_family(pipeline) or assume_family(pipeline)
     targets = family.lora_target_modules
     return LoraConfig(
         r=r,

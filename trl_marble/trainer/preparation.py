@@ -6,7 +6,14 @@ from collections.abc import Iterable
 from torch import nn
 from transformers.utils import logging
 
-from ..pipelines import FlowPipeline, compile_blocks, offload_components, plain_lora_linears, shard_base
+from ..pipelines import (
+    FlowPipeline,
+    compile_blocks,
+    offload_components,
+    plain_lora_linears,
+    shard_base,
+    verify_velocities,
+)
 from .marble_config import MarbleConfig
 
 
@@ -35,7 +42,7 @@ def place_base(flow: FlowPipeline, trainable: Iterable[nn.Parameter], args: Marb
         offload_components(flow.pipeline, args.device)
     else:
         flow.pipeline.to(args.device)
-    flow.verify()
+    verify_velocities(flow)
     if args.shard_base and flow.splits_batches:
         raise ValueError(
             "`shard_base=True` needs processes that call the transformer equally often, and "

@@ -1,24 +1,22 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
-"""A pipeline class that is not in the table: what is assumed of it, and the check that it is so."""
+"""Whether velocities are right for a pipeline class that is not in the table, found out by sampling."""
 
 import copy
 import functools
 import inspect
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from torch import Tensor
 
+from .assumed_family import describe_unusable
 from .conditioning import Conditioning
-from .families import ATTENTION, Family
-
-
-if TYPE_CHECKING:
-    from .flow_pipeline import FlowPipeline
+from .families import Family
+from .flow_pipeline import FlowPipeline
 
 
 # Of different length, and both shorter than what any text encoder reads.
@@ -37,71 +35,30 @@ class Step(NamedTuple):
     next_sigma: Tensor
 
 
-def assumed_family(pipeline: DiffusionPipeline) -> Family:
-    """
-    What is assumed of a pipeline of an unknown class: it is called with text, and without guidance.
-
-    Nothing is known to be right before [`checked_family`] has tried it.
-
-    Args:
-        pipeline ([`~diffusers.DiffusionPipeline`]):
-            The pipeline.
-
-    Returns:
-        `Family`: a row for it.
-
-    Raises:
-        `ValueError`: it lacks what every row needs: `encode_prompt`, LoRA files, an argument that turns guidance off.
-    """
-    kind = type(pipeline)
-    missing = [name for name in ("encode_prompt", "save_lora_weights") if name not in dir(kind)]
-    if missing:
-        raise ValueError(
-            f"{kind.__name__} has no `{missing[0]}`, which training an adapter needs. Use another pipeline: "
-            "docs/pipelines.md lists those that are tested."
-        )
-    call = inspect.signature(kind.__call__).parameters
-    scales = [name for name in ("true_cfg_scale", "guidance_scale") if name in call]
-    if not scales:
-        raise ValueError(
-            _mend(pipeline, "its `__call__` has no `guidance_scale`, so its guidance cannot be turned off")
-        )
-    embedded = "guidance_scale" in call and bool(pipeline.transformer.config.get("guidance_embeds"))
-    return Family(
-        pipeline_class=kind,
-        encoded_names=None,
-        guidance="embedded" if embedded else "classifier_free",
-        lora_target_modules=ATTENTION,
-        guidance_argument="guidance_scale" if embedded else scales[0],
-        arguments={"true_cfg_scale": 1.0} if embedded else {},
-        output="video" if "num_frames" in call else "image",
-        checkpointing_fault="its gradients are compared for the classes in the table only",
-        long_text_tokenizer=None,
-    )
-
-
 @torch.no_grad()
-def checked_family(flow: "FlowPipeline") -> Family:
+def verify_velocities(flow: FlowPipeline) -> None:
     """
-    Compare velocities with the steps of a plain call of the pipeline, and find out what one call can hold.
+    Make sure that velocities are those of the pipeline's own denoising steps, whatever class it is of.
 
-    Two images are sampled in two steps, and each step's velocities are asked for again: of both samples together, and
-    of each alone at a time of its own. Where that differs, guidance that is off at 0 and not at 1 is tried, and calls
-    that hold one time or one sample.
+    Does nothing for a class in the table: its row is tested. For another one two images are sampled in two steps, and
+    each step's velocities are asked for again: of both samples together, and of each alone at a time of its own. Where
+    that differs, guidance that is off at 0 and not at 1 is tried, and calls that hold one time or one sample.
 
     Args:
         flow (`FlowPipeline`):
-            The pipeline, on its device, with an assumed family.
-
-    Returns:
-        `Family`: the row with which they are right.
+            The pipeline, on its device. Its `family` becomes the one with which velocities are right.
 
     Raises:
         `ValueError`: there is none. The message says what differs, and what to add.
     """
+    if not flow.is_listed:
+        flow.family = _find_family(flow)
+
+
+def _find_family(flow: FlowPipeline) -> Family:
     if flow.guidance_scale > 1 and flow.family.guidance == "classifier_free":
         raise ValueError(
-            _mend(
+            describe_unusable(
                 flow.pipeline, f"guidance_scale={flow.guidance_scale} is not known to mean the same to it as to others"
             )
             + " Or set guidance_scale=1.0."
@@ -112,29 +69,29 @@ def checked_family(flow: "FlowPipeline") -> Family:
         raise
     except Exception as error:  # a pipeline can fail in any way on what it is not made for
         finding = f"called with nothing but text it raises {type(error).__name__}: {error}"
-        raise ValueError(_mend(flow.pipeline, finding)) from error
+        raise ValueError(describe_unusable(flow.pipeline, finding)) from error
     if unguided is None:
         finding = (
             f"its guidance is off neither with {flow.family.guidance_argument}=1 nor with 0: its transformer runs "
             "more than once a step, or the negative prompt matters"
         )
-        raise ValueError(_mend(flow.pipeline, finding))
+        raise ValueError(describe_unusable(flow.pipeline, finding))
     findings = []
     for family in (unguided, replace(unguided, one_time=True), replace(unguided, one_sample=True)):
         difference = _difference(_with_family(flow, family))
         if difference is None:
             return family
         findings.append(difference)
-    raise ValueError(_mend(flow.pipeline, "; ".join(dict.fromkeys(findings))))
+    raise ValueError(describe_unusable(flow.pipeline, "; ".join(dict.fromkeys(findings))))
 
 
-def _with_family(flow: "FlowPipeline", family: Family) -> "FlowPipeline":
+def _with_family(flow: FlowPipeline, family: Family) -> FlowPipeline:
     trial = copy.copy(flow)
     trial.family = family
     return trial
 
 
-def _unguided(flow: "FlowPipeline") -> Family | None:
+def _unguided(flow: FlowPipeline) -> Family | None:
     """The row with the value of the guidance scale at which there is no guidance, if there is one."""
     for off in (1.0, 0.0):
         trial = _with_family(flow, replace(flow.family, unguided=off))
@@ -143,7 +100,7 @@ def _unguided(flow: "FlowPipeline") -> Family | None:
     return None
 
 
-def _is_guided(flow: "FlowPipeline") -> bool:
+def _is_guided(flow: FlowPipeline) -> bool:
     """Whether a plain call follows a negative prompt."""
     steps, calls = _plain_call(flow, [0])
     if calls != len(steps):
@@ -154,7 +111,7 @@ def _is_guided(flow: "FlowPipeline") -> bool:
     return not all(torch.equal(a.model_output, b.model_output) for a, b in zip(steps, others, strict=True))
 
 
-def _difference(flow: "FlowPipeline") -> str | None:
+def _difference(flow: FlowPipeline) -> str | None:
     """What is wrong with the velocities, in words; `None` if nothing is."""
     try:
         return _velocity_difference(flow) or _batch_difference(flow)
@@ -164,7 +121,7 @@ def _difference(flow: "FlowPipeline") -> str | None:
         return f"it raises {type(error).__name__}: {error}"
 
 
-def _velocity_difference(flow: "FlowPipeline") -> str | None:
+def _velocity_difference(flow: FlowPipeline) -> str | None:
     """Whether velocities are what the steps of a plain call see, and these lead from noise to data."""
     for group in [[0], [1]] if flow.family.one_sample else [[0, 1]]:
         steps, _ = _plain_call(flow, group)
@@ -178,7 +135,7 @@ def _velocity_difference(flow: "FlowPipeline") -> str | None:
     return None
 
 
-def _batch_difference(flow: "FlowPipeline") -> str | None:
+def _batch_difference(flow: FlowPipeline) -> str | None:
     """Whether a sample's velocity depends on the other samples, or on their times."""
     steps = [_plain_call(flow, [i])[0] for i in range(len(PROMPTS))]
     samples = torch.cat([steps[i][0].sample for i in range(len(PROMPTS))])
@@ -191,7 +148,7 @@ def _batch_difference(flow: "FlowPipeline") -> str | None:
     return None
 
 
-def _plain_call(flow: "FlowPipeline", group: Sequence[int], **options: Any) -> tuple[list[Step], int]:
+def _plain_call(flow: FlowPipeline, group: Sequence[int], **options: Any) -> tuple[list[Step], int]:
     """The steps of a call as users make it, by Euler's method, and how often the transformer ran."""
     driver = copy.copy(flow.pipeline)
     driver.set_progress_bar_config(disable=True)
@@ -248,12 +205,3 @@ def _close(values: Tensor, wanted: Tensor) -> bool:
     tolerance = 1e-3 if wanted.dtype == torch.float32 else 5e-2
     difference = (values.float() - wanted.float()).norm()
     return bool(difference <= tolerance * wanted.float().norm())  # False for NaN
-
-
-def _mend(pipeline: DiffusionPipeline, finding: str) -> str:
-    return (
-        f"{type(pipeline).__name__} is not in the table of tested pipeline classes, and cannot be trained as it is: "
-        f"{finding}. Use a class of the table (docs/pipelines.md), or add a row for this one to `FAMILIES` in "
-        "trl_marble/pipelines/families.py (the docstring of `Family` names what can differ) with a tiny pipeline in "
-        "tests/."
-    )

@@ -13,7 +13,7 @@ from tiny_families import TINY as TINY_IMAGES
 from tiny_videos import TINY_VIDEOS
 from trainer_helpers import small_trainer
 
-from trl_marble.pipelines import FlowPipeline, families
+from trl_marble.pipelines import FlowPipeline, families, verify_velocities
 
 
 TINY = TINY_IMAGES | {"Kandinsky5T2VPipeline": TINY_VIDEOS["Kandinsky5T2VPipeline"]}
@@ -43,7 +43,7 @@ def flow_of(name: str, **settings) -> FlowPipeline:
 @pytest.mark.parametrize("name", NAMES)
 def test_what_one_call_holds_and_where_guidance_is_off_is_found_out(name, no_rows):
     flow = flow_of(name)
-    flow.verify()
+    verify_velocities(flow)
     assert not flow.is_listed
     assert flow.family.one_time == (name in ONE_TIME)
     assert flow.family.one_sample == (name in ONE_SAMPLE)
@@ -57,7 +57,7 @@ def test_velocities_and_rollouts_are_those_of_the_row(name, monkeypatch):
     listed = flow_of(name)
     monkeypatch.setattr(families, "FAMILIES", ())
     unlisted = flow_of(name)
-    unlisted.verify()
+    verify_velocities(unlisted)
     rollouts = [flow.rollout(flow.encode(PROMPTS), [1, 2], 2, output_type="pt") for flow in (listed, unlisted)]
     assert torch.equal(rollouts[0].images, rollouts[1].images)
     noise = torch.randn(rollouts[0].latents.shape, generator=torch.Generator().manual_seed(0))
@@ -69,7 +69,7 @@ def test_velocities_and_rollouts_are_those_of_the_row(name, monkeypatch):
 def test_checking_leaves_the_pipeline_and_torchs_random_numbers_as_they_were(no_rows):
     flow = flow_of("ChromaPipeline")
     scheduler, random = copy.deepcopy(flow.pipeline.scheduler.__dict__), torch.get_rng_state()
-    flow.verify()
+    verify_velocities(flow)
     assert flow.pipeline.scheduler.__dict__.keys() == scheduler.keys()
     assert torch.equal(flow.pipeline.scheduler.timesteps, scheduler["timesteps"])
     assert torch.equal(torch.get_rng_state(), random)
@@ -79,7 +79,7 @@ def test_checking_leaves_the_pipeline_and_torchs_random_numbers_as_they_were(no_
 def test_a_class_of_the_table_is_not_checked():
     flow = flow_of("ChromaPipeline")
     flow.pipeline.encode_prompt = None  # nothing could be sampled
-    flow.verify()
+    verify_velocities(flow)
     assert flow.is_listed
 
 
@@ -88,7 +88,7 @@ def test_a_class_of_the_table_is_not_checked():
 
 def refusal(flow: FlowPipeline) -> str:
     with pytest.raises(ValueError) as error:
-        flow.verify()
+        verify_velocities(flow)
     assert "add a row for this one to `FAMILIES`" in str(error.value)
     return str(error.value)
 
