@@ -115,7 +115,7 @@ def test_files(before, after, tmp_path) -> None:
     assert content["rewards"]["calm"][0].keys() == {"evaluation", "mean", "standard_error"}
     assert content["rewards"]["calm"][1]["wins"] == 4
     with pytest.raises(ValueError, match="is the folder of the evaluation 'ours'"):
-        compared.save(after.folder)
+        compare_evaluations({"base": before, "ours": after}, after.folder)
 
 
 def test_table(before, after) -> None:
