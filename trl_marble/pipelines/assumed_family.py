@@ -1,5 +1,5 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
-"""What is assumed of a pipeline class that is not in the table."""
+"""A row for a pipeline class that is not in the table, by assumption."""
 
 import inspect
 
@@ -12,24 +12,24 @@ def assume_family(pipeline: DiffusionPipeline) -> Family:
     """
     Describe a pipeline of an unknown class: it is called with text, and without guidance.
 
-    Nothing of it is known to be right before [`verify_velocities`] has tried it.
+    Whether the row is right is not known before [`verify_velocities`].
 
     Args:
         pipeline ([`~diffusers.DiffusionPipeline`]):
             The pipeline.
 
     Returns:
-        `Family`: a row for it.
+        `Family`: the row.
 
     Raises:
-        `ValueError`: it lacks what every row needs: `encode_prompt`, LoRA files, an argument that turns guidance off.
+        `ValueError`: it has no `encode_prompt`, cannot save LoRA files or has no argument that turns guidance off.
     """
     kind = type(pipeline)
     missing = [name for name in ("encode_prompt", "save_lora_weights") if name not in dir(kind)]
     if missing:
         raise ValueError(
             f"{kind.__name__} has no `{missing[0]}`, which training an adapter needs. Use another pipeline: "
-            "docs/pipelines.md lists those that are tested."
+            "docs/pipelines.md lists the tested ones."
         )
     call = inspect.signature(kind.__call__).parameters
     scales = [name for name in ("true_cfg_scale", "guidance_scale") if name in call]

@@ -1,5 +1,5 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
-"""Which pipelines can be trained, and which settings of a call a pipeline would ignore or change."""
+"""Refuse pipelines that cannot be trained, and settings that a pipeline would ignore or change."""
 
 from collections.abc import Sequence
 
