@@ -1,5 +1,5 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
-"""Evaluating pipelines and adapters, and what a run shows of itself: tables, plots, contact sheets."""
+"""Evaluate pipelines and adapters, and show the results and runs as tables, plots and contact sheets."""
 
 from .compare import compare_evaluations
 from .comparison import EvaluationComparison

@@ -9,13 +9,12 @@ import numpy as np
 
 from .comparison import EvaluationComparison
 from .contact_sheet import write_contact_sheet
-from .measures import RewardMean, WinRate
 from .records import write_atomically
 from .results import CONTACT_SHEET_FILE, EvaluationResults, to_json
-from .statistics import WinCount, clustered_mean, composite_scores
+from .statistics import WinCount, clustered_mean, composite_scores, count_wins
 
 
-# Settings that say which pipeline was evaluated, or do not touch the images but by a rounding.
+# Settings that say which pipeline was evaluated, or change the images by rounding errors only.
 FREE_SETTINGS = ("pipeline", "pipeline_digest", "adapter", "adapter_digest", "batch_size")
 
 
@@ -29,19 +28,19 @@ def compare_evaluations(
 
     Args:
         evaluations (`Mapping[str, EvaluationResults]`):
-            At least two evaluations by name; the others are compared with the first.
+            At least two evaluations by name; all others are compared with the first.
         output_dir (`str` or `Path`, *optional*):
             Where to write `comparison.json`, `comparison.csv` and `contact_sheet.html`. Defaults to writing nothing.
             The contact sheet links to the images of the evaluations: move all folders together or none.
         may_differ (`Collection[str]`, *optional*, defaults to `()`):
-            Settings of sampling that are compared themselves, such as `"guidance_scale"`.
+            Settings of sampling that may be different, such as `"guidance_scale"` to compare two of its values.
 
     Returns:
         [`EvaluationComparison`]
 
     Raises:
-        `ValueError`: if there are fewer than two evaluations, or they differ in prompts, seeds, rewards or other
-            settings of sampling; or if `output_dir` is the folder of one of them, whose contact sheet would be lost.
+        `ValueError`: there are fewer than two evaluations; they differ in prompts, seeds, rewards or other settings of
+            sampling; or `output_dir` is the folder of one of them, whose contact sheet would be lost.
     """
     if len(evaluations) < 2:
         raise ValueError(f"There are {len(evaluations)} evaluations; pass at least two, the baseline first.")
@@ -54,10 +53,8 @@ def compare_evaluations(
         changes[name], win_rates[name] = {}, {}
         for reward in before.reward_names:
             pair = [results.table[reward].to_numpy() for results in (before, after)]
-            changed = RewardMean().compute(data=pair[1] - pair[0], groups=before.groups)
-            changes[name][reward] = changed["mean"], changed["standard_error"]
-            counted = WinRate().compute(predictions1=pair[0], predictions2=pair[1], groups=before.groups)
-            win_rates[name][reward] = WinCount(**counted)
+            changes[name][reward] = clustered_mean(pair[1] - pair[0], before.groups)
+            win_rates[name][reward] = count_wins(*pair, before.groups)
         difference = np.array(after.prompt_diversity) - np.array(before.prompt_diversity)
         diversity_changes[name] = clustered_mean(difference, np.arange(len(difference)))
     means = {

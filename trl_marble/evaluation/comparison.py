@@ -1,5 +1,5 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
-"""How several evaluations differ: their tables of changes."""
+"""The differences between several evaluations of the same prompts and seeds."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -20,18 +20,18 @@ from .summary import SIGNIFICANT
 @dataclass(frozen=True, eq=False)
 class EvaluationComparison:
     """
-    How several pipelines differ on the same prompts and seeds. Made by [`compare_evaluations`].
+    The differences between pipelines on the same prompts and seeds. Made by [`compare_evaluations`].
 
     Args:
         evaluations (`dict[str, EvaluationResults]`):
             The evaluations by name; the first one is the baseline.
         changes (`dict[str, dict[str, tuple[float, float]]]`):
-            Name of an evaluation (all but the baseline) -> reward name -> mean of its images' rewards minus those of
-            the baseline's images of the same prompts and seeds, over the pairs in which both have one, and the
-            standard error of that mean, over prompts.
+            Name of an evaluation (all but the baseline) -> reward name -> mean of the reward of its images minus that
+            of the baseline's images of the same prompts and seeds, over the pairs in which both have the reward, and
+            the standard error of that mean, over prompts.
         win_rates (`dict[str, dict[str, WinCount]]`):
-            Name of an evaluation (all but the baseline) -> reward name -> how often its image was the better one, and
-            the sign test over prompts, see [`WinCount`].
+            Name of an evaluation (all but the baseline) -> reward name -> how often its image was better, and the sign
+            test over prompts, see [`WinCount`].
         composite (`dict[str, float]`):
             Name of an evaluation -> mean of its z-scores, see [`composite_scores`].
         diversity (`dict[str, tuple[float, float]]`):
@@ -87,12 +87,12 @@ class EvaluationComparison:
 
     def to_frame(self) -> pd.DataFrame:
         """
-        The comparison as it is written to `comparison.csv`.
+        The comparison as a table, which is written to `comparison.csv`.
 
         Returns:
             `pandas.DataFrame`: one row for each reward and evaluation with the columns `reward`, `evaluation`, `mean`,
-            `standard_error`, `change`, `change_standard_error` and the fields of [`WinCount`]; empty for the baseline
-            from `change` on.
+            `standard_error`, `change`, `change_standard_error` and the fields of [`WinCount`]. From `change` on they
+            are empty for the baseline.
         """
         frame = pd.DataFrame(self.rows())
         counts = [name for name, kind in WinCount.__annotations__.items() if kind is int]
@@ -115,8 +115,8 @@ class EvaluationComparison:
 
     def to_table(self) -> Table:
         """
-        A table for the terminal: for each reward a row an evaluation, then GenEval's overall score where it is a
-        reward (see [`EvaluationResults.geneval_overall`]), the diversity and the composite scores.
+        A table for the terminal: for each reward one row per evaluation, then GenEval's overall score if it is one of
+        the rewards (see [`EvaluationResults.geneval_overall`]), the diversity and the composite scores.
 
         Changes of at least two standard errors are green where the value rose and red where it fell.
         """
@@ -160,6 +160,7 @@ class EvaluationComparison:
 
 
 def _change_cell(change: tuple[float, float]) -> Text:
+    """A mean change with its error, in colour from two standard errors on."""
     mean, error = change
     ratio = mean / error if error > 0 else np.nan
     style = "green" if ratio >= SIGNIFICANT else "red" if ratio <= -SIGNIFICANT else ""
