@@ -185,7 +185,7 @@ def test_rewards_may_be_missing_in_some_steps(tmp_path):
 
 
 def test_a_log_without_rewards_is_refused_with_what_to_log(tmp_path):
-    with pytest.raises(ValueError, match="no `rewards/<reward>/mean`"):
+    with pytest.raises(ValueError, match="neither `rewards/<reward>/mean`"):
         plot_rewards([{"step": 1, "rewards/reader/std": 0.1}], tmp_path / "rewards.png")
 
 

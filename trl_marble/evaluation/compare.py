@@ -52,9 +52,9 @@ def compare_evaluations(
         _check_comparable(baseline, before, name, after, may_differ)
         changes[name], win_rates[name] = {}, {}
         for reward in before.reward_names:
-            pair = [results.table[reward].to_numpy() for results in (before, after)]
-            changes[name][reward] = clustered_mean(pair[1] - pair[0], before.groups)
-            win_rates[name][reward] = count_wins(*pair, before.groups)
+            first, second = (results.table[reward].to_numpy() for results in (before, after))
+            changes[name][reward] = clustered_mean(second - first, before.groups)
+            win_rates[name][reward] = count_wins(first, second, before.groups)
         difference = np.array(after.prompt_diversity) - np.array(before.prompt_diversity)
         diversity_changes[name] = clustered_mean(difference, np.arange(len(difference)))
     means = {
