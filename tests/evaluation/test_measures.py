@@ -1,5 +1,5 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
-"""The modules on `evaluate`'s classes: alone, combined, batch by batch, and without files."""
+"""The modules of the `evaluate` library: alone, combined, batch by batch, and without files."""
 
 import math
 
@@ -59,7 +59,7 @@ def test_values_that_are_not_numbers_are_refused() -> None:
         RewardMean().compute(data=[1.0, 2.0], groups=[0])
 
 
-def test_nothing_is_left_on_disk_unless_asked_for(tmp_path) -> None:
+def test_no_files_are_written_by_default(tmp_path) -> None:
     RewardMean(cache_dir=str(tmp_path / "kept in memory")).compute(data=[1.0], groups=[0])
     assert list(tmp_path.iterdir()) == []
     module = RewardMean(keep_in_memory=False, cache_dir=str(tmp_path))

@@ -27,7 +27,7 @@ every_quantization = pytest.mark.parametrize("quantization", QUANTIZATIONS)
 
 
 @every_quantization
-def test_per_reward_gradients_take_the_fast_way_and_agree_with_the_slow_one(quantization, tmp_path):
+def test_fast_per_reward_gradients_agree_with_slow_ones(quantization, tmp_path):
     pipeline = quantized_sd3(quantization, tmp_path)
     flow = FlowPipeline(pipeline, 16, 16, max_sequence_length=24)
     trainable = dict(add_trainable_adapter(pipeline, lora_config(pipeline, r=4, lora_alpha=8)))

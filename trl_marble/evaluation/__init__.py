@@ -1,8 +1,9 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
-"""Evaluating pipelines and adapters, and what a run shows of itself: tables, plots, contact sheets."""
+"""Evaluate pipelines and adapters, and show the results and runs as tables, plots and contact sheets."""
 
 from ..rollout import group_diversity, thumbnails
-from .comparison import EvaluationComparison, compare_evaluations
+from .compare import compare_evaluations
+from .comparison import EvaluationComparison
 from .evaluation import Evaluation
 from .evaluation_config import EvaluationConfig
 from .formatting import format_value

@@ -1,9 +1,9 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
 """
-What all pictures of a run share: colours, resolution, and how they are drawn and saved.
+Colours and resolution of all pictures of a run, and how they are drawn and saved.
 
-Figures are made without pyplot, so nothing here touches a display or the state of the caller's own plots. They have an
-opaque light background and read on light and dark pages alike.
+Figures are made without pyplot, so nothing here needs a display or changes the caller's own plots. They have an opaque
+light background and are readable on light and dark pages.
 """
 
 import os
@@ -24,7 +24,7 @@ DPI = 150
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """An empty figure of a size in inches."""
+    """Make an empty figure; its size is in inches."""
     layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12)
     figure = Figure(figsize=(width, height), dpi=DPI, facecolor=PAPER, layout=layout)
     FigureCanvasAgg(figure)
@@ -32,7 +32,7 @@ def new_figure(width: float, height: float) -> Figure:
 
 
 def save_figure(figure: Figure, path: str | os.PathLike) -> Path:
-    """Write a figure, and the folder that it goes to."""
+    """Write a figure to a file; its folder is made."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=DPI, facecolor=PAPER)

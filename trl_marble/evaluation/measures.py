@@ -1,5 +1,5 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
-"""Scored images on the classes of the `evaluate` library: they work alone, offline, and leave no files."""
+"""The statistics as modules of the `evaluate` library, which work offline and write no files."""
 
 import math
 from typing import Any
@@ -14,13 +14,13 @@ from .statistics import clustered_mean, count_wins
 
 
 class _InMemory(evaluate.EvaluationModule):
-    """What the modules here share: data stay in memory unless asked otherwise."""
+    """A module that keeps its data in memory by default."""
 
     def __init__(self, config_name: str | None = None, keep_in_memory: bool = True, **kwargs: Any) -> None:
         super().__init__(config_name, keep_in_memory, **kwargs)
 
     def _build_data_dir(self) -> str:
-        # `evaluate` makes a cache folder for every module; one that keeps its data in memory has no use for it.
+        # `evaluate` makes a cache folder for every module, which one that keeps its data in memory does not need.
         return self._data_dir_root if self.keep_in_memory else super()._build_data_dir()
 
 
@@ -42,14 +42,15 @@ class RewardMean(_InMemory, evaluate.Measurement):
             The prompt of each image.
 
     Returns of `compute`:
-        `dict`: `mean` and `standard_error` in the reward's unit, and `num_valid`, the number of images that count.
+        `dict`: `mean` and `standard_error` in the reward's unit, and `num_valid`, the number of images that have the
+        reward.
     """
 
     def _info(self) -> evaluate.MeasurementInfo:
         return evaluate.MeasurementInfo(
             description="Mean of a reward and its standard error over prompts.",
             citation="",
-            inputs_description="\n`data`: one reward an image, None where it does not apply. `groups`: its prompt.",
+            inputs_description="\n`data`: one reward per image, None where it does not apply. `groups`: its prompt.",
             features=datasets.Features({"data": datasets.Value("float64"), "groups": datasets.Value("int64")}),
         )
 
@@ -72,7 +73,7 @@ class PromptDiversity(_InMemory, evaluate.Measurement):
 
     Args of `compute` and `add_batch`:
         features (`np.ndarray` of shape `[N, D]`):
-            What of the images counts, such as [`thumbnails`], in [0, 1].
+            Features of the images in [0, 1], such as [`thumbnails`].
         groups (`Sequence[int]`):
             The prompt of each image, numbered from 0 on.
 
@@ -85,7 +86,7 @@ class PromptDiversity(_InMemory, evaluate.Measurement):
         return evaluate.MeasurementInfo(
             description="Root mean square difference between the images of one prompt, averaged over prompts.",
             citation="",
-            inputs_description="\n`features`: one vector an image. `groups`: the number of its prompt.",
+            inputs_description="\n`features`: one vector per image. `groups`: the number of its prompt.",
             features=datasets.Features(
                 {"features": datasets.Sequence(datasets.Value("float32")), "groups": datasets.Value("int64")}
             ),

@@ -21,7 +21,7 @@ from transformers import TrainerState
 from transformers.utils import logging
 
 from ..data import prepare_prompts
-from ..pipelines import FlowPipeline, edits_images, find_adapter, load_pipeline, loaded_adapter
+from ..pipelines import FlowPipeline, edits_images, find_adapter, load_pipeline, loaded_adapter, verify_velocities
 from ..pipelines.quantization import first_values
 from ..processes import FailingTogether
 from ..progress import tqdm_bar
@@ -80,7 +80,7 @@ def evaluate_pipeline(
             The flow-matching pipeline: a Hub id, a local folder, or the object. An object is used on the device and in
             the dtype that it has, and is left as it was.
         reward_funcs (`str`, `RewardFunc` or a list of them):
-            The rewards, as [`MarbleNFTTrainer`] takes them. `trainer_state` is that of no step, and what they log
+            The rewards, as the trainer takes them. `trainer_state` is that of no step, and what they log
             with `log_metric` and `log_extra` is not kept.
         prompts ([`~datasets.Dataset`]):
             Prompts, in a column `prompt`. All other columns are passed to the rewards; `source` and `tag` also group
@@ -126,7 +126,7 @@ def evaluate_pipeline(
     )
     check_media(scorer.funcs, scorer.names, flow.family.output, type(model).__name__)
     check_signatures(scorer.funcs, scorer.names, flow.family.output, prompts.column_names, "prompts")
-    flow.verify()
+    verify_velocities(flow)
     adapter = None if args.adapter is None else find_adapter(args.adapter)
     edits = edits_images(flow, prompts, "prompts")
     plan = EvaluationPlan(prompts, edits, args.num_generations, args.seed, args.batch_size)

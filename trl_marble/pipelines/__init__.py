@@ -15,6 +15,7 @@ from .policy_weights import PolicyWeights
 from .quantization import quantization_config
 from .schedulers import check_flow_matching
 from .sharding import shard_base
+from .verification import verify_velocities
 from .weight_shadow import WeightShadow
 
 
@@ -47,5 +48,6 @@ __all__ = [
     "quantization_config",
     "row_digests",
     "shard_base",
+    "verify_velocities",
     "with_rgb_images",
 ]

@@ -12,6 +12,7 @@ from .flow_pipeline import FlowPipeline
 from .loading import plain_lora_linears
 from .offloading import offload_components
 from .sharding import shard_base
+from .verification import verify_velocities
 
 
 logger = logging.get_logger(__name__)
@@ -56,7 +57,7 @@ def place_base(
         offload_components(flow.pipeline, device)
     else:
         flow.pipeline.to(device)
-    flow.verify()
+    verify_velocities(flow)
     if shards and flow.splits_batches:
         raise ValueError(
             "`shard_base=True` needs processes that call the transformer equally often, and "

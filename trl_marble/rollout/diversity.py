@@ -1,5 +1,5 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
-"""How much the images of one prompt differ from each other, so that a collapse shows."""
+"""How much the images of one prompt differ from each other, which shows a collapse of the policy."""
 
 from collections.abc import Sequence
 
@@ -17,14 +17,14 @@ THUMBNAIL_FRAMES = 4
 
 def thumbnails(images: Sequence[Sample]) -> Tensor:
     """
-    What of an image counts for its diversity: layout and colour, without fine detail.
+    Features of images for their diversity: layout and colour, without fine detail.
 
     Args:
         images (`Sequence[PIL.Image.Image]` or `Sequence[list[PIL.Image.Image]]`):
-            The images, or videos with as many frames each.
+            The images, or videos with the same number of frames.
 
     Returns:
-        `Tensor` of shape `[N, 768]`, float32: their pixels at 16 x 16, RGB in [0, 1]. Of a video those of four evenly
+        `Tensor` of shape `[N, 768]`, float32: their pixels at 16 x 16, RGB in [0, 1]. For a video those of four evenly
         spaced frames (of all, if it has fewer), one after the other: `[N, 3072]`.
     """
     small = [
@@ -46,7 +46,7 @@ def group_diversity(features: Tensor, groups: Tensor) -> Tensor:
 
     Args:
         features (`Tensor` of shape `[N, D]`):
-            What of the images counts, such as [`thumbnails`]. Images whose features are NaN are left out.
+            Features of the images, such as [`thumbnails`]. Images whose features are NaN are left out.
         groups (`Tensor` of shape `[N]`, int64):
             The group of each image, such as the number of its prompt, from 0 on.
 
@@ -59,5 +59,5 @@ def group_diversity(features: Tensor, groups: Tensor) -> Tensor:
     for group in range(int(groups.max()) + 1):
         members = features[(groups == group) & ~features.isnan().any(dim=1)].double()
         distances = torch.pdist(members) / members.shape[1] ** 0.5
-        values.append(distances.mean())  # of nothing: NaN
+        values.append(distances.mean())  # NaN without distances
     return torch.stack(values)

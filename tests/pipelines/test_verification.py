@@ -13,7 +13,7 @@ from tiny_families import TINY as TINY_IMAGES
 from tiny_videos import TINY_VIDEOS
 from trainer_helpers import small_trainer
 
-from trl_marble.pipelines import FlowPipeline, families
+from trl_marble.pipelines import FlowPipeline, families, verify_velocities
 
 
 TINY = TINY_IMAGES | {"Kandinsky5T2VPipeline": TINY_VIDEOS["Kandinsky5T2VPipeline"]}
@@ -21,7 +21,7 @@ EMBEDDED_GUIDANCE = {"FluxPipeline", "Flux2Pipeline"}
 OFF_AT_ZERO = {"ZImagePipeline", "Krea2Pipeline"}
 ONE_TIME = {"AuraFlowPipeline", "ErnieImagePipeline"}
 ONE_SAMPLE = {"Kandinsky5T2IPipeline", "Kandinsky5T2VPipeline"}
-# Those that need fixed arguments, one whose steps tell another time than the scheduler's, and one that is refused.
+# Those that need fixed arguments, one whose steps use another time than the scheduler's, and one that is refused.
 NEED_A_ROW = {"SanaPipeline", "Ideogram4Pipeline", "CogView4Pipeline", "HiDreamImagePipeline"}
 NAMES = [name for name in TINY if name not in NEED_A_ROW]
 PROMPTS = ["a red cat", "six blue birds"]
@@ -41,9 +41,9 @@ def flow_of(name: str, **settings) -> FlowPipeline:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_what_one_call_holds_and_where_guidance_is_off_is_found_out(name, no_rows):
+def test_limits_of_a_call_and_the_value_that_turns_guidance_off_are_found(name, no_rows):
     flow = flow_of(name)
-    flow.verify()
+    verify_velocities(flow)
     assert not flow.is_listed
     assert flow.family.one_time == (name in ONE_TIME)
     assert flow.family.one_sample == (name in ONE_SAMPLE)
@@ -57,7 +57,7 @@ def test_velocities_and_rollouts_are_those_of_the_row(name, monkeypatch):
     listed = flow_of(name)
     monkeypatch.setattr(families, "FAMILIES", ())
     unlisted = flow_of(name)
-    unlisted.verify()
+    verify_velocities(unlisted)
     rollouts = [flow.rollout(flow.encode(PROMPTS), [1, 2], 2, output_type="pt") for flow in (listed, unlisted)]
     assert torch.equal(rollouts[0].images, rollouts[1].images)
     noise = torch.randn(rollouts[0].latents.shape, generator=torch.Generator().manual_seed(0))
@@ -69,7 +69,7 @@ def test_velocities_and_rollouts_are_those_of_the_row(name, monkeypatch):
 def test_checking_leaves_the_pipeline_and_torchs_random_numbers_as_they_were(no_rows):
     flow = flow_of("ChromaPipeline")
     scheduler, random = copy.deepcopy(flow.pipeline.scheduler.__dict__), torch.get_rng_state()
-    flow.verify()
+    verify_velocities(flow)
     assert flow.pipeline.scheduler.__dict__.keys() == scheduler.keys()
     assert torch.equal(flow.pipeline.scheduler.timesteps, scheduler["timesteps"])
     assert torch.equal(torch.get_rng_state(), random)
@@ -79,7 +79,7 @@ def test_checking_leaves_the_pipeline_and_torchs_random_numbers_as_they_were(no_
 def test_a_class_of_the_table_is_not_checked():
     flow = flow_of("ChromaPipeline")
     flow.pipeline.encode_prompt = None  # nothing could be sampled
-    flow.verify()
+    verify_velocities(flow)
     assert flow.is_listed
 
 
@@ -88,13 +88,13 @@ def test_a_class_of_the_table_is_not_checked():
 
 def refusal(flow: FlowPipeline) -> str:
     with pytest.raises(ValueError) as error:
-        flow.verify()
+        verify_velocities(flow)
     assert "add a row for this one to `FAMILIES`" in str(error.value)
     return str(error.value)
 
 
-def test_refused_where_its_steps_are_told_another_time():
-    assert "not what its own denoising step at that time sees" in refusal(flow_of("CogView4Pipeline"))
+def test_refused_where_its_steps_use_another_time():
+    assert "differs from the one in its own denoising step" in refusal(flow_of("CogView4Pipeline"))
 
 
 def test_refused_where_its_path_leads_from_data_to_noise(no_rows):
@@ -125,8 +125,8 @@ def test_refused_where_guidance_cannot_be_turned_off(no_rows):
     assert "its guidance is off neither with guidance_scale=1 nor with 0" in refusal(flow)
 
 
-def test_refused_where_the_pipeline_itself_fails_on_what_is_tried(no_rows):
-    """Its images are resized to sizes that it was trained on, unless an argument says no."""
+def test_refused_where_the_pipeline_itself_raises(no_rows):
+    """Its images are resized to sizes that it was trained on, unless an argument turns that off."""
     assert "called with nothing but text it raises ValueError: Invalid sample size" in refusal(flow_of("SanaPipeline"))
 
 
@@ -136,7 +136,7 @@ def test_refused_where_it_needs_more_than_text():
 
 
 def test_refused_with_guidance(no_rows):
-    assert "guidance_scale=2.0 is not known" in refusal(flow_of("ChromaPipeline", guidance_scale=2.0))
+    assert "nobody has checked what guidance_scale=2.0 means" in refusal(flow_of("ChromaPipeline", guidance_scale=2.0))
 
 
 def test_refused_where_adapters_cannot_be_saved():
@@ -146,7 +146,7 @@ def test_refused_where_adapters_cannot_be_saved():
         FlowPipeline(pipeline)
 
 
-def test_refused_where_the_check_would_not_see_what_is_wrong():
+def test_refused_where_the_check_would_not_find_the_fault():
     with pytest.raises(ValueError, match="HiDreamImagePipeline cannot be trained: its routed experts"):
         flow_of("HiDreamImagePipeline")
 
@@ -193,7 +193,7 @@ def test_a_pipeline_that_fails_the_check_is_refused_before_training(tmp_path):
 
 def test_layers_that_the_default_adapter_does_not_find_are_named(tmp_path):
     make, _ = TINY["Kandinsky5T2IPipeline"]
-    with pytest.raises(ValueError, match="ends of its linear layers' names: .*to_key, to_query, to_value"):
+    with pytest.raises(ValueError, match="endings of its linear layers' names: .*to_key, to_query, to_value"):
         trainer_of(make(), tmp_path)
 
 
