@@ -24,7 +24,7 @@ from .http_client import (
     start_of,
 )
 from .protocol import FLOAT32_MAX, RewardError
-from .retry import RetryPolicy, asked_delay, is_permanent, means_later
+from .retry import Attempts, RetryPolicy, asked_delay, is_permanent, means_later
 
 
 LARGEST_ANSWER = 2**24  # bytes; far more than the values of any batch
@@ -164,7 +164,7 @@ class RemoteReward:
 
     def _post(self, client: httpx2.Client, body: bytes) -> tuple[int, bytes]:
         """Status and body of the answer to a request."""
-        attempts = self._policy.start(f"The reward server at {self.url}")
+        attempts = Attempts(f"The reward server at {self.url}", self._policy)
         while True:
             asked, cause = 0.0, None  # seconds that the server asks to wait, and what broke the connection
             try:

@@ -7,6 +7,7 @@ import math
 import random
 import ssl
 import time
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
 
@@ -59,11 +60,12 @@ def is_permanent(error: Exception) -> bool:
     return cause is not None
 
 
+@dataclass
 class RetryPolicy:
     """
     How long a client tries, and how often.
 
-    Connections that fail, refused ones included, and answers that [`means_later`] tells are tried again until
+    Connections that fail, refused ones included, and answers for which [`means_later`] is true are tried again until
     `timeout` is over. The pause doubles each time up to 8 seconds, with jitter, and is at least as long as the server
     asks for; if it asks for more time than there is left, the request is given up at once.
 
@@ -77,51 +79,35 @@ class RetryPolicy:
         `ValueError`: If the timeout is not a positive number of seconds, or the number of retries is negative.
     """
 
-    def __init__(self, timeout: float, max_retries: int | None = None) -> None:
-        if not 0 < timeout < math.inf:
-            raise ValueError(f"`timeout` is {timeout}; it must be a number of seconds greater than 0.")
-        if max_retries is not None and max_retries < 0:
-            raise ValueError(f"`max_retries` must be at least 0, got {max_retries}.")
-        self.timeout = timeout
-        self.max_retries = max_retries
-        self._warned = -math.inf
+    timeout: float
+    max_retries: int | None = None
+    last_warning: float = field(default=-math.inf, init=False)
 
-    def start(self, who: str) -> "Attempts":
-        """
-        Begin a request; its time starts now.
-
-        Args:
-            who (`str`):
-                Who is asked, for messages: "the judge at http://...".
-        """
-        return Attempts(self, who)
-
-    def warn(self, message: str) -> None:
-        """Log that something is tried again, not more than once in a minute."""
-        now = time.monotonic()
-        if now - self._warned >= BETWEEN_WARNINGS:
-            self._warned = now
-            logger.warning(message)
+    def __post_init__(self) -> None:
+        if not 0 < self.timeout < math.inf:
+            raise ValueError(f"`timeout` is {self.timeout}; it must be a number of seconds greater than 0.")
+        if self.max_retries is not None and self.max_retries < 0:
+            raise ValueError(f"`max_retries` must be at least 0, got {self.max_retries}.")
 
 
 class Attempts:
     """
-    The attempts of one request.
+    The attempts of one request, whose time starts now.
 
     Args:
+        who (`str`):
+            Who is asked, for messages: `"The judge at http://..."`.
         policy ([`RetryPolicy`]):
             How long and how often to try.
-        who (`str`):
-            Who is asked, for messages.
 
     Attributes:
         made (`int`): Number of attempts that failed so far.
-        problem (`str`): What the last one failed of.
+        problem (`str`): Why the last one failed.
     """
 
-    def __init__(self, policy: RetryPolicy, who: str) -> None:
-        self.policy = policy
+    def __init__(self, who: str, policy: RetryPolicy) -> None:
         self.who = who
+        self.policy = policy
         self.made = 0
         self.problem = ""
         self.deadline = time.monotonic() + policy.timeout
@@ -137,7 +123,7 @@ class Attempts:
 
         Args:
             problem (`str`):
-                What it failed of, with no secret in it.
+                Why, with no secret in it.
             asked (`float`, *optional*, defaults to `0.0`):
                 Seconds that the server asks to wait.
             permanent (`bool`, *optional*, defaults to `False`):
@@ -161,7 +147,9 @@ class Attempts:
         delay = max(asked, min(backoff, left / 2))
         if delay < SHORTEST_PAUSE and delay < backoff:
             return None
-        self.policy.warn(f"{self.who}: {problem}. It is asked again, for up to {left:.0f} seconds more.")
+        if time.monotonic() - self.policy.last_warning >= BETWEEN_WARNINGS:
+            self.policy.last_warning = time.monotonic()
+            logger.warning("%s: %s. It is asked again, for up to %.0f seconds more.", self.who, problem, left)
         return delay
 
     @property

@@ -1,6 +1,6 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
 """
-Serves rewards over HTTP, for a trainer on another machine.
+Serves rewards over HTTP, for a trainer on another machine. Needs the extra `server`.
 
     python -m trl_marble.rewards.server --rewards pickscore my_rewards.brightness --port 8100 --device cuda
 
@@ -8,23 +8,30 @@ The client is [`~trl_marble.rewards.remote.RemoteReward`]; what it sends is in `
 """
 
 import argparse
+import asyncio
 import logging
 import os
-import signal
+import socket
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from http import HTTPStatus
-from typing import Any, Self
+from typing import Self
 
 from PIL import Image
 
+from ..extras import require_extra
 from .http_client import check_secret, is_loopback
 from .model_reward import ModelReward
 from .protocol import RewardFunc, check_media, reward_names, validate_reward_funcs
 from .scoring import RewardScorer
-from .server_http import RequestLimits, RewardHTTPServer
 from .server_messages import RefusedError, describe, encode_values
+
+
+require_extra("server", "The reward server")
+
+from .server_http import RequestLimits, make_app, make_server  # noqa: E402, it needs the extra
 
 
 logger = logging.getLogger(__name__)
@@ -93,104 +100,59 @@ class RewardServer:
         self.names = reward_names(funcs)
         check_media(funcs, self.names, "image", "a client of the server")
         self._scorers = {name: RewardScorer([func]) for name, func in zip(self.names, funcs, strict=True)}
-        self._turns = {name: threading.Lock() for name in self.names}
-        self._closing = threading.Event()
-        self._thread: threading.Thread | None = None
-        self._http = RewardHTTPServer(self.score, self.names, host, port, token, limits)
+        self._turns = {name: asyncio.Lock() for name in self.names}
+        self._server = make_server(make_app(self._score, self.names, token, limits), timeout)
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        self._socket = socket.create_server((host, port), family=family)
         shown = f"[{host}]" if ":" in host else host
-        self.url = f"http://{shown}:{self._http.server_address[1]}"
+        self.url = f"http://{shown}:{self._socket.getsockname()[1]}"
+        self._thread = threading.Thread(target=self.run, name="reward-server", daemon=True)
 
-    def start(self) -> None:
-        """Serve from a thread and return."""
-        self._thread = threading.Thread(
-            target=self._http.serve_forever, kwargs={"poll_interval": 0.1}, name="reward-server", daemon=True
-        )
-        self._thread.start()
+    def run(self) -> None:
+        """
+        Serve until [`close`] is called or, on the main thread, until Ctrl-C or SIGTERM. What is being scored then is
+        still answered; a second Ctrl-C does not wait for it.
+        """
+        self._server.run(sockets=[self._socket])
 
     def close(self) -> None:
         """Take no more requests, answer those that are being scored, and stop."""
-        self._closing.set()
-        if self._thread is not None:
-            self._http.shutdown()
+        self._server.should_exit = True
+        if self._thread.ident is not None:
             self._thread.join()
-        self._http.hang_up()
-        self._http.server_close()
+        self._socket.close()
         for scorer in self._scorers.values():
             scorer.close()
 
     def __enter__(self) -> Self:
-        self.start()
+        self._thread.start()
         return self
 
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def score(self, name: str, images: list[Image.Image], prompts: list[str], columns: dict[str, list]) -> list:
+    async def _score(self, name: str, images: list[Image.Image], prompts: list[str], columns: dict[str, list]) -> list:
         """
-        What the reward of a name answers, as JSON has it.
+        Score with the reward of a name; the values are as JSON has them.
 
         Raises:
             `RefusedError`: If the reward fails, or the server stops before its turn comes.
         """
-        with self._turns[name]:
-            if self._closing.is_set():
+        async with self._turns[name]:
+            if self._server.should_exit:
                 raise RefusedError(HTTPStatus.SERVICE_UNAVAILABLE, "The server stops.")
             start = time.monotonic()
             try:
                 pending = self._scorers[name].submit(images, prompts, columns, None)
-                values = encode_values(pending.futures[0].result(), name, prompts)
+                values = encode_values(await asyncio.wrap_future(pending.futures[0]), name, prompts)
+            except asyncio.CancelledError:
+                raise
             except BaseException as error:  # of another thread: not even an exit there is one of this server
                 logger.exception("Reward `%s` failed for %d images.", name, len(images))
-                raise RefusedError(
-                    HTTPStatus.INTERNAL_SERVER_ERROR, f"Reward `{name}` raised {describe(error)}"
-                ) from error
+                reason = f"Reward `{name}` raised {describe(error)}"
+                raise RefusedError(HTTPStatus.INTERNAL_SERVER_ERROR, reason) from error
         logger.info("Reward `%s` scored %d images in %.2f s.", name, len(images), time.monotonic() - start)
         return values
-
-
-def serve_rewards(
-    reward_funcs: str | RewardFunc | Sequence[str | RewardFunc],
-    host: str = "127.0.0.1",
-    port: int = 8100,
-    token: str | None = None,
-    **limits: Any,
-) -> None:
-    """
-    Serve rewards until the process is asked to stop (Ctrl-C or SIGTERM). Call it from the main thread.
-
-    What is being scored then is still answered. A second Ctrl-C or SIGTERM ends the process at once.
-
-    Args:
-        reward_funcs (`str`, `RewardFunc` or a list of them):
-            The rewards.
-        host (`str`, *optional*, defaults to `"127.0.0.1"`):
-            Address to listen on.
-        port (`int`, *optional*, defaults to `8100`):
-            Port to listen on; 0 takes a free one.
-        token (`str`, *optional*):
-            What clients must know. Needed unless `host` is this machine's own (loopback).
-        limits:
-            `max_bytes`, `max_images`, `max_pixels` and `timeout` of [`RewardServer`].
-    """
-    stop = threading.Event()
-    signals = (signal.SIGINT, signal.SIGTERM)
-    before = {number: signal.getsignal(number) for number in signals}
-
-    def ask_to_stop(*_: object) -> None:
-        for number in signals:
-            signal.signal(number, signal.SIG_DFL)
-        stop.set()
-
-    with RewardServer(reward_funcs, host, port, token, **limits) as server:
-        for number in signals:
-            signal.signal(number, ask_to_stop)
-        try:
-            print(f"Serving {', '.join(server.names)} at {server.url}", flush=True)
-            stop.wait()
-        finally:
-            print("Stopping", flush=True)
-    for number, handler in before.items():
-        signal.signal(number, handler)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -216,9 +178,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for reward in rewards:
             if isinstance(reward, ModelReward):
                 reward.to(device)
-        serve_rewards(rewards, token=os.environ.get(TOKEN_VARIABLE), **chosen)
+        server = RewardServer(rewards, token=os.environ.get(TOKEN_VARIABLE), **chosen)
     except (ValueError, OSError) as error:
         parser.error(str(error))
+    print(f"Serving {', '.join(server.names)} at {server.url}", flush=True)
+    with suppress(KeyboardInterrupt):  # which uvicorn raises again when it has stopped
+        server.run()
+    server.close()
 
 
 if __name__ == "__main__":

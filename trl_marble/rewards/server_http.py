@@ -1,55 +1,36 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
-"""How the reward server talks HTTP with clients that it does not trust: who is heard, how long, and how much."""
+"""How the reward server answers clients that it does not trust: who is served, how much is read, and for how long."""
 
+import asyncio
 import hmac
-import io
 import json
 import logging
 import math
-import re
-import socket
-import socketserver
-import sys
-import threading
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from http import HTTPStatus
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
-from urllib.parse import quote
 
-from PIL import Image
+import h11
+import uvicorn
+from fastapi import FastAPI, Request, Response
+from fastapi.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from .server_messages import RefusedError, bad_request, read_request
 
 
 logger = logging.getLogger(__name__)
 
-MAX_CONNECTIONS = 64  # more are closed at once; a client tries again
-
-# Name of a reward, images, prompts, columns -> values as JSON has them.
-ScoreFunction = Callable[[str, list[Image.Image], list[str], dict[str, list]], list]
+MAX_CONNECTIONS = 64  # more are answered "503 Service Unavailable"; the client tries again
 
 
 @dataclass(frozen=True)
 class RequestLimits:
-    """
-    How much a client may ask for at once.
-
-    Args:
-        max_bytes (`int`):
-            Largest body of a request.
-        max_images (`int`):
-            Largest number of images in a request.
-        max_pixels (`int`):
-            Largest number of pixels of all images of a request.
-        timeout (`float`):
-            Longest time in seconds that a request may take to arrive.
-
-    Raises:
-        `ValueError`: If a limit is not positive and finite.
-    """
+    """How much a client may ask for at once, see [`~trl_marble.rewards.server.RewardServer`]."""
 
     max_bytes: int
     max_images: int
@@ -62,190 +43,162 @@ class RequestLimits:
                 raise ValueError(f"`{name}` is {value}; it must be greater than 0.")
 
 
-class RewardHTTPServer(ThreadingHTTPServer):
+def make_server(app: FastAPI, timeout: float) -> uvicorn.Server:
+    """A server, not started, that gives up a request which has not arrived after `timeout` seconds."""
+    protocol: Any = partial(_Protocol, seconds=timeout)
+    config = uvicorn.Config(
+        app,
+        loop="asyncio",
+        http=protocol,
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        log_level="warning",
+        access_log=False,
+        proxy_headers=False,
+        server_header=False,
+        headers=[("Connection", "close")],  # one request per connection: its time begins with the connection
+        limit_concurrency=MAX_CONNECTIONS + 1,
+    )
+    return uvicorn.Server(config)
+
+
+def make_app(
+    score: Callable[..., Awaitable[list]], names: Sequence[str], token: str | None, limits: RequestLimits
+) -> FastAPI:
     """
-    Listens, with a bounded number of connections, and remembers those whose request has not arrived yet.
+    The application, which answers `POST /score/<name>`.
 
     Args:
-        score (`ScoreFunction`):
-            Scores what a request asks for. Called on the thread of the connection, of several at the same time.
+        score (`Callable`):
+            Called with name of a reward, images, prompts and columns; returns values as JSON has them.
         names (`Sequence[str]`):
             Names of the rewards that are served.
-        host (`str`):
-            Address to listen on.
-        port (`int`):
-            Port to listen on; 0 takes a free one.
         token (`str`, *optional*):
-            What clients must know. With `None` everybody is heard.
+            What clients must know. With `None` everybody is served.
         limits ([`RequestLimits`]):
             How much a client may ask for at once.
-
-    Raises:
-        `OSError`: If the address is taken.
     """
+    app = FastAPI(openapi_url=None)
+    paths = {f"score/{name}": name for name in names}
 
-    daemon_threads = False  # `server_close` waits for what is being answered
+    @app.post("/{path:path}")
+    async def score_images(path: str, request: Request) -> Response:
+        _check_head(request, path in paths, names, token, limits.max_bytes)
+        body = await _read_body(request, limits.max_bytes)
+        asked = await run_in_threadpool(read_request, body, limits.max_images, limits.max_pixels)
+        return _Answer(HTTPStatus.OK, {"values": await score(paths[path], *asked)})
 
-    def __init__(
-        self,
-        score: ScoreFunction,
-        names: Sequence[str],
-        host: str,
-        port: int,
-        token: str | None,
-        limits: RequestLimits,
-    ) -> None:
-        self.score = score
-        self.paths = {f"/score/{quote(name, safe='')}": name for name in names}
-        self.credentials = None if token is None else f"Bearer {token}".encode("ascii")
-        self.limits = limits
-        self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        self._connections = threading.BoundedSemaphore(MAX_CONNECTIONS)
-        self._arriving: set[socket.socket] = set()
-        super().__init__((host, port), _Handler)
+    @app.exception_handler(RefusedError)  # the body has been read
+    async def refuse(request: Request, refused: Any) -> Response:
+        logger.warning("Refused a request of %s: %d %s", _address(request), refused.status, refused)
+        return _Answer(refused.status, {"error": str(refused)})
 
-    def server_bind(self) -> None:
-        socketserver.TCPServer.server_bind(self)  # the base class would look up the host's name, which may take long
+    @app.exception_handler(HTTPException)  # the body has not been read, or not all of it
+    async def refuse_unread(request: Request, refused: Any) -> Response:
+        logger.warning("Refused a request of %s: %d %s", _address(request), refused.status_code, refused.detail)
+        return _AnswerToUnread(refused.status_code, {"error": refused.detail}, refused.headers)
 
-    def process_request(self, request: Any, client_address: Any) -> None:
-        if not self._connections.acquire(blocking=False):
-            request.close()
-            return
-        self._arriving.add(request)
-        super().process_request(request, client_address)
-
-    def process_request_thread(self, request: Any, client_address: Any) -> None:
-        try:
-            super().process_request_thread(request, client_address)
-        finally:
-            self._arriving.discard(request)
-            self._connections.release()
-
-    def arrived(self, request: socket.socket) -> None:
-        """Tell that the whole request of a connection has been read."""
-        self._arriving.discard(request)
-
-    def hang_up(self) -> None:
-        """Let no client that sends slowly, or nothing, keep the server from stopping."""
-        for request in list(self._arriving):
-            try:
-                request.shutdown(socket.SHUT_RDWR)
-            except OSError:  # it has gone by itself
-                pass
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        expected = isinstance(sys.exc_info()[1], OSError)  # the client has gone, or is too slow
-        logger.log(logging.INFO if expected else logging.ERROR, "A connection broke.", exc_info=True)
+    return app
 
 
-class _Handler(BaseHTTPRequestHandler):
-    """Answers the one request of a connection."""
-
-    server: RewardHTTPServer
-    server_version, sys_version = "trl_marble", ""  # what runs here concerns nobody
-
-    def setup(self) -> None:
-        super().setup()
-        self.rfile.close()
-        self.rfile = io.BufferedReader(_Deadline(self.connection, self.server.limits.timeout))
-        self.has_arrived = False
-
-    def do_POST(self) -> None:
-        try:
-            name = self._check_head()
-            limits = self.server.limits
-            images, prompts, columns = read_request(self._read_body(), limits.max_images, limits.max_pixels)
-            status = HTTPStatus.OK
-            answer: dict[str, Any] = {"values": self.server.score(name, images, prompts, columns)}
-        except RefusedError as refused:
-            logger.warning("Refused a request of %s: %d %s", self.client_address[0], refused.status, refused)
-            status, answer = refused.status, {"error": str(refused)}
-        self._answer(status, answer)
-
-    def _check_head(self) -> str:
-        """The name of the reward that is asked for. What is refused here is refused unread."""
-        credentials = self.server.credentials
-        given = self.headers.get("Authorization", "").encode("latin-1", "replace")
-        if credentials is not None and not hmac.compare_digest(given, credentials):
-            raise RefusedError(HTTPStatus.UNAUTHORIZED, "Unauthorized.")
-        if "Origin" in self.headers:  # only browsers send it: a page must not use a server that has no token
-            raise RefusedError(HTTPStatus.FORBIDDEN, "Browsers are not served.")
-        name = self.server.paths.get(self.path)
-        if name is None:
-            served = ", ".join(self.server.paths.values())
-            raise RefusedError(HTTPStatus.NOT_FOUND, f"There is no such reward here. Served are: {served}.")
-        if self.headers.get_content_type() != "application/json":
-            raise RefusedError(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "The body must be application/json.")
-        lengths = self.headers.get_all("Content-Length", [])
-        if not lengths or "Transfer-Encoding" in self.headers:
-            raise RefusedError(HTTPStatus.LENGTH_REQUIRED, "Content-Length is needed, and no Transfer-Encoding.")
-        if len(lengths) > 1 or not re.fullmatch(r"[0-9]{1,18}", lengths[0]):
-            raise bad_request("Content-Length must be one number.")
-        if int(lengths[0]) > self.server.limits.max_bytes:
-            raise RefusedError(
-                HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
-                f"{lengths[0]} bytes are more than {self.server.limits.max_bytes}, the limit here.",
-            )
-        return name
-
-    def _read_body(self) -> bytes:
-        length = int(self.headers["Content-Length"])
-        try:
-            body = self.rfile.read(length)
-        except TimeoutError as error:
-            raise RefusedError(
-                HTTPStatus.REQUEST_TIMEOUT,
-                f"The request did not arrive within {self.server.limits.timeout:g} seconds.",
-            ) from error
-        self.has_arrived = True
-        self.server.arrived(self.connection)
-        if len(body) < length:
-            raise bad_request(f"The body has {len(body)} of {length} bytes.")
-        return body
-
-    def _answer(self, status: int, answer: dict[str, Any]) -> None:
-        content = json.dumps(answer, allow_nan=False).encode("ascii")
-        self.connection.settimeout(self.server.limits.timeout)
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(content)))
-        if status == HTTPStatus.UNAUTHORIZED:
-            self.send_header("WWW-Authenticate", "Bearer")
-        self.end_headers()
-        self.wfile.write(content)
-
-    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
-        """What the base class refuses: a malformed request, and every method but POST."""
-        self._answer(code, {"error": f"{HTTPStatus(code).phrase}. Served is only: POST /score/<reward>."})
-
-    def finish(self) -> None:
-        # Closing while the client still sends would take the answer back before the client has read it.
-        if not self.has_arrived:
-            try:
-                self.connection.shutdown(socket.SHUT_WR)
-                while self.rfile.read1(2**16):
-                    pass
-            except OSError:  # it waited long enough, or has gone
-                pass
-        super().finish()
-
-    def log_message(self, format: str, *args: Any) -> None:
-        """Nothing: what is worth telling is logged where it happens, and no text of a client is."""
+class _Answer(Response):
+    def __init__(self, status: int, content: dict[str, Any], headers: Any = None) -> None:
+        super().__init__(json.dumps(content, allow_nan=False), status, headers, "application/json")
 
 
-class _Deadline(io.RawIOBase):
-    """Reads from a socket until a deadline, however small the pieces are in which a slow client sends."""
+class _AnswerToUnread(_Answer):
+    """An answer before the end of the request. Closing then would take it back before the client has read it."""
 
-    def __init__(self, connection: socket.socket, seconds: float) -> None:
-        self._connection = connection
-        self._end = time.monotonic() + seconds
+    async def __call__(self, scope: Any, receive: Callable, send: Callable) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        await send({"type": "http.response.body", "body": self.body, "more_body": True})
+        while (await receive()).get("more_body"):
+            pass
+        await send({"type": "http.response.body"})
 
-    def readable(self) -> bool:
-        return True
 
-    def readinto(self, buffer: Any) -> int:
-        left = self._end - time.monotonic()
-        if left <= 0:
-            raise TimeoutError("the request took too long to arrive")
-        self._connection.settimeout(left)
-        return self._connection.recv_into(buffer)
+def _check_head(request: Request, known: bool, names: Sequence[str], token: str | None, max_bytes: int) -> None:
+    """Refuse what can be refused without reading the body."""
+    given = request.headers.get("Authorization", "").encode("latin-1")
+    if token is not None and not hmac.compare_digest(given, f"Bearer {token}".encode("ascii")):
+        raise HTTPException(HTTPStatus.UNAUTHORIZED, "Unauthorized.", {"WWW-Authenticate": "Bearer"})
+    if "Origin" in request.headers:  # only browsers send it: a page must not use a server that has no token
+        raise HTTPException(HTTPStatus.FORBIDDEN, "Browsers are not served.")
+    if not known:
+        served = ", ".join(names)
+        raise HTTPException(HTTPStatus.NOT_FOUND, f"There is no such reward here. Served are: {served}.")
+    if request.headers.get("Content-Type", "").partition(";")[0].strip().lower() != "application/json":
+        raise HTTPException(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "The body must be application/json.")
+    _check_size(int(request.headers.get("Content-Length", 0)), max_bytes)
+
+
+async def _read_body(request: Request, max_bytes: int) -> bytes:
+    body = bytearray()
+    try:
+        async for chunk in request.stream():
+            body += chunk
+            _check_size(len(body), max_bytes)
+    except ClientDisconnect as error:
+        raise bad_request("The body did not arrive.") from error
+    return bytes(body)
+
+
+def _check_size(size: int, max_bytes: int) -> None:
+    if size > max_bytes:
+        reason = f"{size} bytes are more than {max_bytes}, the limit here."
+        raise HTTPException(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, reason)
+
+
+def _address(request: Request) -> str:
+    return request.client.host if request.client else "an unknown address"
+
+
+class _Protocol(H11Protocol):
+    """uvicorn's protocol, with a limit of the time that a request may take to arrive, and refusals in JSON."""
+
+    def __init__(self, *args: Any, seconds: float, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._seconds = seconds
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._deadline = self.loop.call_later(self._seconds, self._hang_up)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._deadline.cancel()
+        super().connection_lost(exc)
+
+    def eof_received(self) -> bool:  # type: ignore[override]
+        if not self._has_arrived:
+            self._refuse(HTTPStatus.BAD_REQUEST, "The request breaks off.")
+        return self._has_arrived  # a client that has sent everything may close its half of the connection
+
+    def shutdown(self) -> None:
+        if self._has_arrived:
+            super().shutdown()
+        else:  # no client that sends slowly, or nothing, keeps the server from stopping
+            self.transport.close()
+
+    def send_400_response(self, msg: str) -> None:
+        self._refuse(HTTPStatus.BAD_REQUEST, msg)
+
+    @property
+    def _has_arrived(self) -> bool:
+        return self.cycle is not None and not self.cycle.more_body
+
+    def _hang_up(self) -> None:
+        if not self._has_arrived or self.cycle.response_started:  # the latter: nor does a client stay that was refused
+            reason = f"The request did not arrive within {self._seconds:g} seconds."
+            self._refuse(HTTPStatus.REQUEST_TIMEOUT, reason)
+
+    def _refuse(self, status: HTTPStatus, reason: str) -> None:
+        logger.info("Refused a request of %s: %d %s", self.client, status, reason)
+        if self.cycle is not None:
+            self.cycle.disconnected = True  # nothing else is to be sent
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+            answer = _Answer(status, {"error": reason}, {"Connection": "close"})
+            head = h11.Response(status_code=status, headers=answer.raw_headers, reason=status.phrase)
+            for event in (head, h11.Data(data=bytes(answer.body)), h11.EndOfMessage()):
+                self.transport.write(self.conn.send(event) or b"")
+        self.transport.close()

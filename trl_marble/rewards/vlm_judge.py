@@ -25,7 +25,7 @@ from .http_client import (
 from .judge_score import parse_score
 from .model_reward import to_rgb
 from .protocol import RewardError
-from .retry import RetryPolicy, asked_delay, is_permanent, means_later
+from .retry import Attempts, RetryPolicy, asked_delay, is_permanent, means_later
 
 
 # The names of the two criteria, the scale, 'Final Score:' and the last line are what UnifiedReward was trained to read
@@ -226,7 +226,7 @@ class VLMJudge:
         """The value of one image, asked for until there is an answer."""
         body = await asyncio.to_thread(self._request, image, prompt)  # compression would stop the event loop
         headers = PLAIN_JSON | bearer(self._api_key)
-        attempts = self._policy.start(f"The judge at {self.base_url}")
+        attempts = Attempts(f"The judge at {self.base_url}", self._policy)
         while True:
             asked, permanent = 0.0, False
             try:
