@@ -15,6 +15,8 @@ import torch  # noqa: E402
 from hypothesis import settings  # noqa: E402
 
 
+pytest_plugins = ["run_fixtures"]
+
 torch.set_num_threads(1)
 settings.register_profile("shared machine", deadline=None)  # an example's time says how busy the machine is
 settings.register_profile("long", deadline=None, max_examples=2000)  # `make fuzz`

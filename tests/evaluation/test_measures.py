@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from trl_marble.evaluation import PromptDiversity, RewardMean, WinRate, thumbnails
-from trl_marble.evaluation.diversity import group_diversity
+from trl_marble.rollout.diversity import group_diversity
 
 
 def test_mean_of_a_reward() -> None:

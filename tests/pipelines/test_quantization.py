@@ -20,7 +20,7 @@ from trl_marble.pipelines import (
     plain_lora_linears,
 )
 from trl_marble.pipelines.quantization import first_values, quantization_config
-from trl_marble.trainer.checkpointing import base_fingerprint
+from trl_marble.checkpoint.run_state import base_fingerprint
 
 
 every_quantization = pytest.mark.parametrize("quantization", QUANTIZATIONS)

@@ -9,7 +9,7 @@ import torch
 from trainer_helpers import small_trainer
 from transformers import TrainerCallback
 
-from trl_marble.trainer.checkpoint_folder import CheckpointWriteError
+from trl_marble.checkpoint.folder import CheckpointWriteError
 
 
 SETTINGS = {

@@ -25,7 +25,7 @@ import pytest
 from local_hub import LocalHub, local_hub
 from safetensors.torch import load_file
 
-from trl_marble.trainer.tensor_tree import load_tree
+from trl_marble.checkpoint.tensor_tree import load_tree
 
 
 NURSERY = Path(__file__).parents[1] / "support" / "killed_run.py"

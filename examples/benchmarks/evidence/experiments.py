@@ -18,8 +18,8 @@ from trl_marble.balance import (
     gram_matrix,
     mgda_weights,
 )
-from trl_marble.trainer.generation import GenerationBatch
-from trl_marble.trainer.step_gradient import LossShares, StepGradient
+from trl_marble.rollout.batch import GenerationBatch
+from trl_marble.update.step_gradient import LossShares, StepGradient
 
 
 # Lower limit for a signal's squared norm, as a share of the gradient's own: smaller estimates are noise.

@@ -10,8 +10,8 @@ import torch
 from peft import LoraConfig
 from safetensors.torch import load_file
 
-from trl_marble.trainer.checkpoint_folder import find_checkpoint
-from trl_marble.trainer.run_settings import SETTINGS_FILE, load_settings
+from trl_marble.checkpoint.folder import find_checkpoint
+from trl_marble.checkpoint.settings import SETTINGS_FILE, load_settings
 
 
 STEPS = {"save_strategy": "steps", "save_steps": 1, "max_steps": 2, "learning_rate": 1e-2}

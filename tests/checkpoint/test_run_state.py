@@ -10,7 +10,7 @@ from diffusers import SD3Transformer2DModel
 from peft import LoraConfig
 
 from trl_marble.pipelines import add_trainable_adapter
-from trl_marble.trainer.checkpointing import (
+from trl_marble.checkpoint.run_state import (
     IDENTITY_FILE,
     STATE_FILE,
     base_fingerprint,

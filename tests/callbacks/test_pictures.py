@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from trl_marble.trainer.pictures import RolloutRecord, _captions, _histograms, choose_rows, log_rollout
+from trl_marble.callbacks.pictures import RolloutRecord, _captions, _histograms, choose_rows, log_rollout
 
 
 EVERY_STEP = {"log_images": True, "log_images_steps": 1, "max_steps": 2}

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from trl_marble.trainer.random_state import random_state, set_random_state
-from trl_marble.trainer.tensor_tree import load_tree, save_tree
+from trl_marble.checkpoint.random_state import random_state, set_random_state
+from trl_marble.checkpoint.tensor_tree import load_tree, save_tree
 
 
 CPU = torch.device("cpu")

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from transformers.trainer_utils import get_last_checkpoint
 
-from trl_marble.trainer.checkpoint_folder import (
+from trl_marble.checkpoint.folder import (
     MANIFEST_FILE,
     CheckpointWriteError,
     DamagedCheckpointError,

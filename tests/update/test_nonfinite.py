@@ -12,7 +12,7 @@ from transformers import TrainerCallback
 
 from trl_marble.balance import SampleCoefficients
 from trl_marble.rewards import RewardError
-from trl_marble.trainer.tensor_tree import load_tree
+from trl_marble.checkpoint.tensor_tree import load_tree
 
 
 # Two prompts x four images, two micro-batches and two timesteps; no clipping and a small step, to compare gradients.

@@ -9,7 +9,7 @@ from trainer_helpers import bright, prompt_set, small_trainer
 
 from trl_marble import RewardHackingCallback
 from trl_marble.shapeworld import load_pipeline, load_prompts
-from trl_marble.trainer.reward_hacking import find_signals
+from trl_marble.callbacks.reward_hacking import find_signals
 
 
 NAMES, HELD_OUT = ["bright", "blue"], ["dark", "sharp"]

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trl_marble.trainer.seeding import Draw, derive_seed
+from trl_marble.seeding import Draw, derive_seed
 
 
 places = st.lists(st.integers(0, 2**32 - 1), max_size=4)

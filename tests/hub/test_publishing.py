@@ -18,7 +18,7 @@ from trainer_helpers import blue, bright, prompt_set, small_config, small_traine
 
 from trl_marble import MarbleNFTTrainer
 from trl_marble.hub import CardInputs, RewardRow, build_model_card
-from trl_marble.trainer.publishing import BALANCE_SETTINGS, diversity_row, framework_versions, reward_rows
+from trl_marble.hub.publishing import BALANCE_SETTINGS, diversity_row, framework_versions, reward_rows
 
 
 BASE = "me/tiny-sd3"
