@@ -9,7 +9,6 @@ import torch
 from diffusers import SD3Transformer2DModel
 from peft import LoraConfig
 
-from trl_marble.pipelines import add_trainable_adapter
 from trl_marble.checkpoint.run_state import (
     IDENTITY_FILE,
     STATE_FILE,
@@ -18,6 +17,7 @@ from trl_marble.checkpoint.run_state import (
     load_state,
     save_state,
 )
+from trl_marble.pipelines import add_trainable_adapter
 
 
 IDENTITY = {"base_model": "abc", "rewards": ["a", "b"], "lora": {"r": 4, "lora_alpha": 8}, "world_size": 1}

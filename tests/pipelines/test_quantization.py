@@ -11,6 +11,7 @@ from torch import nn
 from trainer_helpers import small_trainer
 
 from trl_marble.balance import Objective, SeparateBackward, WeightedBackward
+from trl_marble.checkpoint.run_state import base_fingerprint
 from trl_marble.cli.sources import load_model
 from trl_marble.pipelines import (
     FlowPipeline,
@@ -20,7 +21,6 @@ from trl_marble.pipelines import (
     plain_lora_linears,
 )
 from trl_marble.pipelines.quantization import first_values, quantization_config
-from trl_marble.checkpoint.run_state import base_fingerprint
 
 
 every_quantization = pytest.mark.parametrize("quantization", QUANTIZATIONS)

@@ -60,8 +60,8 @@ def test_mask_leaves_out_what_failed_and_counts_it(make_trainer, rewards):
     masked.train()
     none = make_trainer("none", reward_funcs=[says_none, *rewards[1:]], **settings)
     none.train()
-    for name, parameter in masked.trainable.items():
-        assert parameter.equal(none.trainable[name]), name
+    for name, parameter in masked.weights.trained.items():
+        assert parameter.equal(none.weights.trained[name]), name
     failed = logged(masked, "rewards/brightness/failed")
     assert failed == [8 * (1 - valid) for valid in logged(none, "rewards/says_none/valid")]
     assert sum(failed) > 0 and set(logged(masked, "rewards/redness/failed")) == {0}

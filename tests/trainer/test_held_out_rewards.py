@@ -53,8 +53,8 @@ def test_held_out_rewards_are_scored_in_evaluations_only(tmp_path):
     without = small_trainer(tmp_path / "without", eval_dataset=prompt_set(), **EVALUATED)
     without.train()
     assert without.held_out_names == []
-    for name, parameter in trainer.trainable.items():
-        assert torch.equal(parameter, without.trainable[name]), name
+    for name, parameter in trainer.weights.trained.items():
+        assert torch.equal(parameter, without.weights.trained[name]), name
 
 
 def test_names_are_unique_over_both_lists(tmp_path):

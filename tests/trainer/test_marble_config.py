@@ -41,7 +41,8 @@ def test_defaults_are_the_papers() -> None:
         "balance_on": "advantage",  # the paper: "loss"
         "balance_every": 1,  # the paper: 10
         "balance_ema": 0.7,
-        "normalize_gradients": True,
+        "policy_loss": "nft",
+        "weighting": "mgda",
         "old_policy_preset": 1,
         "num_iterations": 1,
         "prompts_per_generation": 48,
@@ -202,7 +203,7 @@ def test_the_command_line_sets_every_kind_of_setting() -> None:
     command = (
         "--output_dir out --use_cpu --num_generations 4 --height 48 --width 64 --nft_beta 0.5 --scale_rewards group"
     )
-    command += " --reward_weights 1 2.5 --normalize_gradients false --log_images false --steps_per_generation 288"
+    command += " --reward_weights 1 2.5 --weighting equal --log_images false --steps_per_generation 288"
     (parsed,) = HfArgumentParser(MarbleConfig).parse_args_into_dataclasses(command.split())
     expected = config(
         num_generations=4,
@@ -211,7 +212,7 @@ def test_the_command_line_sets_every_kind_of_setting() -> None:
         nft_beta=0.5,
         scale_rewards="group",
         reward_weights=[1.0, 2.5],
-        normalize_gradients=False,
+        weighting="equal",
         log_images=False,
         steps_per_generation=288,
     ).to_dict()

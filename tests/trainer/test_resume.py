@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
-from trl_marble.rewards import RewardError
 from trl_marble.checkpoint.folder import DamagedCheckpointError, find_damage
+from trl_marble.rewards import RewardError
 
 
 # Two optimizer steps a generation batch, two passes over it, three generation batches an epoch: checkpoints fall
@@ -33,9 +33,9 @@ SETTINGS = {
 
 def state_of(trainer):
     """Everything that decides how training goes on, as one dictionary of tensors."""
-    state = {f"current {name}": parameter.detach() for name, parameter in trainer.trainable.items()}
-    state |= {f"old {name}": value for name, value in trainer.old_policy.state_dict().items()}
-    state |= {f"average {name}": value for name, value in trainer.average.state_dict().items()}
+    state = {f"current {name}": parameter.detach() for name, parameter in trainer.weights.trained.items()}
+    state |= {f"old {name}": value for name, value in trainer.weights.old.state_dict().items()}
+    state |= {f"average {name}": value for name, value in trainer.weights.averaged.state_dict().items()}
     state |= {f"balance {name}": value for name, value in trainer.schedule.state_dict().items()}
     for i, moments in enumerate(trainer.optimizer.state_dict()["state"].values()):
         state |= {f"optimizer {i} {name}": torch.as_tensor(value) for name, value in moments.items()}
@@ -126,7 +126,7 @@ def test_a_failure_saves_although_an_older_run_left_a_checkpoint_of_that_step(ma
     with pytest.raises(RewardError):
         broken.train()
     saved = load_file(Path(broken.args.output_dir) / "checkpoint-4" / "marble_state.safetensors")
-    for name, parameter in broken.trainable.items():
+    for name, parameter in broken.weights.trained.items():
         assert torch.equal(saved[f"current/{name}"], parameter), name
 
 

@@ -130,11 +130,7 @@ class MarbleNFTTrainer(WithoutPredictions, ObservedTrainer):
             raise TypeError(f"`args` is a {type(args).__name__}; pass a `MarbleConfig`.")
         if train_dataset is None:
             raise ValueError("`train_dataset` is missing; pass a `datasets.Dataset` with a `prompt` column.")
-        if weighting is not None and (args.multi_objective_aggregation != "marble" or args.weighting != "mgda"):
-            raise ValueError(
-                f"`weighting` of the trainer has no effect with `multi_objective_aggregation="
-                f"{args.multi_objective_aggregation!r}` and `MarbleConfig(weighting={args.weighting!r})`; pass one."
-            )
+        construction.check_weighting(weighting, args)
         train_dataset = prepare_prompts(train_dataset, "train_dataset")
         eval_dataset = None if eval_dataset is None else prepare_evaluation_sets(eval_dataset)
         self.source_weights = source_weights(train_dataset)
