@@ -59,12 +59,13 @@ def check_weighting(weighting: Any, args: MarbleConfig) -> None:
         )
     if args.multi_objective_aggregation != "marble":
         raise ValueError(
-            f"`weighting` has no effect with `multi_objective_aggregation={args.multi_objective_aggregation!r}`; leave "
-            "one of the two out."
+            f"`weighting` has no effect with `multi_objective_aggregation={args.multi_objective_aggregation!r}`; "
+            "leave one of the two out."
         )
     if args.weighting != "mgda":
         raise ValueError(
-            f"The trainer has a `weighting` of its own and `MarbleConfig` has {args.weighting!r}; leave one of the two out."
+            f"The trainer has a `weighting` of its own and `MarbleConfig` has {args.weighting!r}; leave one of the two "
+            "out."
         )
 
 
