@@ -60,7 +60,7 @@ def small_trainer(
     peft_config: Any = None,
     eval_reward_funcs: Any = None,
     callbacks: Any = None,
-    weighting: Any = "mgda",
+    weighting: Any = None,
     **overrides: Any,
 ) -> MarbleNFTTrainer:
     """A trainer on a tiny SD3 pipeline; keywords go to [`small_config`]."""
