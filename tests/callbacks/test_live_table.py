@@ -12,8 +12,8 @@ from trainer_helpers import blue, bright, prompt_set, small_trainer
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
 from trl_marble import LiveTableCallback
-from trl_marble.rewards import RewardError
 from trl_marble.callbacks.live_table import run_table, sparkline, status_line
+from trl_marble.rewards import RewardError
 
 
 EVALUATED = {"eval_strategy": "steps", "eval_steps": 2, "eval_on_start": True, "num_generations_eval": 2}

@@ -8,8 +8,8 @@ import pytest
 from trainer_helpers import bright, prompt_set, small_trainer
 
 from trl_marble import RewardHackingCallback
-from trl_marble.shapeworld import load_pipeline, load_prompts
 from trl_marble.callbacks.reward_hacking import find_signals
+from trl_marble.shapeworld import load_pipeline, load_prompts
 
 
 NAMES, HELD_OUT = ["bright", "blue"], ["dark", "sharp"]
