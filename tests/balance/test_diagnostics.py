@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from trl_marble.balance import (
-    advantage_coefficients,
     aggregate_advantages,
     balance_diagnostics,
     direction_cosines,
@@ -87,13 +86,11 @@ def test_the_weighted_sum_is_this_mix_of_per_reward_gradients(make_problem, sepa
     rewards[2, :4] = nan
     reward_weights = torch.tensor([1.0, 0.5, 0.2])
     counts = (~rewards.isnan()).sum(dim=1)
-    clip, b = 1e6, problem.nft_beta  # nothing is clipped
+    clip = 1e6  # nothing is clipped
 
     def gradients(advantages):
-        advantages = advantages.double()
-        valid = (~advantages.isnan()).sum(dim=1)
-        coefficients = advantage_coefficients(advantages, valid, clip, b)
-        return separate_gradients(problem.losses(range(8)), coefficients, problem.parameters)
+        coefficients = problem.coefficients(range(8), "advantage", advantages.double())
+        return separate_gradients(problem.terms(range(8), "advantage"), coefficients, problem.parameters)
 
     total = aggregate_advantages(rewards, groups, reward_weights, "sum_then_normalize", advantage_clip=clip)
     taken = gradients(total)[0]

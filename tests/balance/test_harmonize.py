@@ -68,16 +68,8 @@ def test_by_hand():
     assert torch.equal(result.gram, gradients @ gradients.T) and result.active.all()
 
 
-def test_without_normalization_the_weights_are_alpha():
-    gradients = torch.tensor([[1.0, 0.0], [0.0, 2.0]])
-    result = harmonize(gradients @ gradients.T, mgda_weights, normalize_gradients=False)
-    torch.testing.assert_close(result.alpha, torch.tensor([0.8, 0.2]))
-    assert torch.equal(result.weights, result.alpha)
-
-
-@pytest.mark.parametrize("normalize_gradients", [True, False])
-def test_one_reward_is_left_as_it_is(normalize_gradients):
-    result = harmonize(torch.tensor([[7.0]]), mgda_weights, normalize_gradients)
+def test_one_reward_is_left_as_it_is():
+    result = harmonize(torch.tensor([[7.0]]), mgda_weights)
     torch.testing.assert_close(result.weights, torch.tensor([1.0]))
 
 
@@ -88,13 +80,12 @@ def test_identical_and_opposite_gradients():
     torch.testing.assert_close(opposite.weights @ torch.tensor([[2.0], [-1.0]]), torch.zeros(1), atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize("normalize_gradients", [True, False])
-def test_rewards_that_take_no_part(normalize_gradients):
+def test_rewards_that_take_no_part():
     gradients = torch.tensor([[1.0, 0.0], [9.0, 9.0], [0.0, 0.0], [0.0, 2.0]])
     mask = torch.tensor([True, False, True, True])
-    result = harmonize(gradients @ gradients.T, mgda_weights, normalize_gradients, active=mask)
+    result = harmonize(gradients @ gradients.T, mgda_weights, active=mask)
     assert result.active.tolist() == [True, False, False, True]
-    alone = harmonize(gradients[[0, 3]] @ gradients[[0, 3]].T, mgda_weights, normalize_gradients)
+    alone = harmonize(gradients[[0, 3]] @ gradients[[0, 3]].T, mgda_weights)
     torch.testing.assert_close(result.weights[[0, 3]], alone.weights)
     assert result.weights[[1, 2]].tolist() == result.alpha[[1, 2]].tolist() == [0.0, 0.0]
 
@@ -122,13 +113,14 @@ def test_a_broken_gradient_is_named(value):
 
 
 def test_a_plain_function_as_weighting():
-    def inverse_norm(gram):
-        assert gram.shape == (2, 2) and gram.dtype == torch.float64
-        return 3 / gram.diagonal().sqrt()  # need not sum to 1
+    def by_position(gram):
+        assert gram.dtype == torch.float64 and gram.tolist() == [[1.0, 0.5], [0.5, 1.0]]  # of unit gradients
+        return torch.tensor([1.5, 3.0])  # need not sum to 1
 
-    gram = torch.diag(torch.tensor([4.0, 0.0, 1.0], dtype=torch.float64))
-    result = harmonize(gram, inverse_norm, normalize_gradients=False)
-    assert result.weights.tolist() == [1.5, 0.0, 3.0]
+    gram = torch.tensor([[4.0, 0.0, 1.0], [0.0, 0.0, 0.0], [1.0, 0.0, 1.0]], dtype=torch.float64)
+    result = harmonize(gram, by_position)
+    assert result.alpha.tolist() == [1.5, 0.0, 3.0]
+    assert result.weights.tolist() == [1.5 * 1.5 / 2, 0.0, 3.0 * 1.5]  # alpha * mean norm 1.5 / norm
 
 
 def test_a_module_as_weighting():

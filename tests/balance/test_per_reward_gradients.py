@@ -4,62 +4,49 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from trl_marble.balance import (
-    Objective,
-    SeparateBackward,
-    WeightedBackward,
-    advantage_coefficients,
-    flatten_gradients,
-    mix_coefficients,
-    nft_coefficients,
-    weighted_loss,
-)
+from trl_marble.balance import Objective, SeparateBackward, WeightedBackward, flatten_gradients
 
 
-def coefficients_of(problem, samples=range(6), make=nft_coefficients):
-    return make(problem.advantages[:, list(samples)], problem.counts, problem.advantage_clip, problem.nft_beta)
-
-
-@pytest.mark.parametrize("make", [nft_coefficients, advantage_coefficients])
+@pytest.mark.parametrize("balance_on", ["loss", "advantage"])
 @pytest.mark.parametrize("num_rewards", [1, 3, 5])
-def test_each_row_is_the_gradient_of_its_loss(make_problem, num_rewards, make, separate_gradients):
+def test_each_row_is_the_gradient_of_its_loss(make_problem, num_rewards, balance_on, separate_gradients):
     problem = make_problem(num_rewards)
-    coefficients = coefficients_of(problem, make=make)
-    gradients = separate_gradients(problem.losses(range(6)), coefficients, problem.parameters)
+    coefficients = problem.coefficients(balance_on=balance_on)
+    gradients = separate_gradients(problem.terms(balance_on=balance_on), coefficients, problem.parameters)
     for k in range(num_rewards):
         problem.net.zero_grad()
-        losses = problem.losses(range(6))
-        (coefficients.positive[k] @ losses.positive + coefficients.negative[k] @ losses.negative).backward()
+        terms = problem.terms(balance_on=balance_on)
+        sum(own[k] @ term for term, own in zip(terms, coefficients, strict=True)).backward()
         expected = [torch.zeros_like(p) if p.grad is None else p.grad for p in problem.parameters]
         torch.testing.assert_close(gradients[k], torch.cat([g.flatten() for g in expected]), rtol=1e-11, atol=1e-13)
 
 
-@pytest.mark.parametrize("make", [nft_coefficients, advantage_coefficients])
-def test_identity_2_two_cotangents_serve_every_reward(make_problem, make, separate_gradients):
-    """g_k = sum_i positive[k,i] J_i^T a_i + negative[k,i] J_i^T b_i, with a and b the same for every k."""
+@pytest.mark.parametrize("balance_on", ["loss", "advantage"])
+def test_identity_2_the_same_cotangents_serve_every_reward(make_problem, balance_on, separate_gradients):
+    """g_k = sum_i sum_c coefficients[c][k, i] J_i^T a_{i, c}, with a_c the same for every k."""
     problem = make_problem(4)
-    coefficients = coefficients_of(problem, make=make)
-    shared = torch.zeros(2, 6, sum(p.numel() for p in problem.parameters), dtype=torch.float64)
+    coefficients = problem.coefficients(balance_on=balance_on)
+    shared = torch.zeros(len(coefficients), 6, sum(p.numel() for p in problem.parameters), dtype=torch.float64)
     for i in range(6):
-        for row, loss in enumerate(problem.losses([i])):  # J_i^T a_i, then J_i^T b_i
-            grads = torch.autograd.grad(loss.sum(), problem.parameters, retain_graph=True, allow_unused=True)
+        for row, term in enumerate(problem.terms([i], balance_on)):  # J_i^T a_{i, c}
+            grads = torch.autograd.grad(term.sum(), problem.parameters, retain_graph=True, allow_unused=True)
             shared[row, i] = flatten_gradients(grads, problem.parameters)
-    expected = coefficients.positive @ shared[0] + coefficients.negative @ shared[1]
-    actual = separate_gradients(problem.losses(range(6)), coefficients, problem.parameters)
+    expected = sum(own @ part for own, part in zip(coefficients, shared, strict=True))
+    actual = separate_gradients(problem.terms(balance_on=balance_on), coefficients, problem.parameters)
     torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("split", [[[0], [1], [2], [3], [4], [5]], [[0, 1, 2], [3, 4, 5]], [[0, 1, 2, 3, 4], [5]]])
 def test_how_the_step_is_split_does_not_matter(make_problem, split, separate_gradients):
     problem = make_problem(3)
-    whole = separate_gradients(problem.losses(range(6)), coefficients_of(problem), problem.parameters)
-    parts = sum(separate_gradients(problem.losses(s), coefficients_of(problem, s), problem.parameters) for s in split)
+    whole = separate_gradients(problem.terms(), problem.coefficients(), problem.parameters)
+    parts = sum(separate_gradients(problem.terms(s), problem.coefficients(s), problem.parameters) for s in split)
     torch.testing.assert_close(parts, whole, rtol=1e-11, atol=1e-12)
 
 
 def test_unused_parameters_have_gradient_zero_and_grad_stays_untouched(make_problem, separate_gradients):
     problem = make_problem(2)
-    gradients = separate_gradients(problem.losses(range(6)), coefficients_of(problem), problem.parameters)
+    gradients = separate_gradients(problem.terms(), problem.coefficients(), problem.parameters)
     start = sum(
         p.numel() for p in problem.parameters[: [p is problem.net.unused for p in problem.parameters].index(True)]
     )
@@ -72,22 +59,21 @@ def test_rewards_without_a_sample_cost_no_backward_pass(make_problem, separate_g
     problem = make_problem(4)
     problem.advantages[[0, 2, 3]] = torch.nan
     problem.counts[3] = 0
-    losses = problem.losses(range(6))
+    terms = problem.terms()
     passes = []
-    losses.positive.register_hook(lambda grad: passes.append(1))
-    gradients = separate_gradients(losses, coefficients_of(problem), problem.parameters)
+    terms[0].register_hook(lambda grad: passes.append(1))
+    gradients = separate_gradients(terms, problem.coefficients(), problem.parameters)
     assert len(passes) == 1
     assert (gradients != 0).any(dim=1).tolist() == [False, True, False, False]
 
 
 def test_the_graph_is_freed_unless_asked_otherwise(make_problem, separate_gradients):
     problem = make_problem(2)
-    losses = problem.losses(range(6))
-    mixed = mix_coefficients(coefficients_of(problem), torch.ones(2))
-    separate_gradients(losses, coefficients_of(problem), problem.parameters, retain_graph=True)
-    separate_gradients(losses, coefficients_of(problem), problem.parameters)
+    terms, coefficients = problem.terms(), problem.coefficients()
+    separate_gradients(terms, coefficients, problem.parameters, retain_graph=True)
+    separate_gradients(terms, coefficients, problem.parameters)
     with pytest.raises(RuntimeError, match="second time"):
-        weighted_loss(losses, mixed).backward()
+        torch.stack(terms).sum().backward()
 
 
 # ---- The weighted backward pass, against one backward pass a row ----

@@ -9,14 +9,7 @@ import torch
 from diffusers import SD3Transformer2DModel
 from peft import LoraConfig
 
-from trl_marble.checkpoint.run_state import (
-    IDENTITY_FILE,
-    STATE_FILE,
-    base_fingerprint,
-    copy_into,
-    load_state,
-    save_state,
-)
+from trl_marble.checkpoint.run_state import IDENTITY_FILE, STATE_FILE, base_fingerprint, load_state, save_state
 from trl_marble.pipelines import add_trainable_adapter
 
 
@@ -151,24 +144,3 @@ def test_another_format_is_refused(checkpoint) -> None:
     (checkpoint / IDENTITY_FILE).write_text(json.dumps(identity | {"format_version": 999}))
     with pytest.raises(ValueError, match="its format is 999, this version reads 2"):
         load_state(checkpoint, IDENTITY)
-
-
-def test_values_are_copied_in_place() -> None:
-    live = torch.nn.Parameter(torch.zeros(2))
-    copy_into({"w": live}, {"w": torch.ones(2)})
-    assert live.tolist() == [1, 1] and live.requires_grad and live.is_leaf
-
-
-@pytest.mark.parametrize("values", [{}, {"w": torch.ones(2), "other": torch.ones(2)}])
-def test_other_names_are_refused(values) -> None:
-    live = torch.nn.Parameter(torch.zeros(2))
-    with pytest.raises(ValueError, match="do not train the same parameters: `(w|other)` is only in one of them"):
-        copy_into({"w": live}, values)
-    assert live.tolist() == [0, 0]
-
-
-def test_another_shape_is_refused_before_anything_is_copied() -> None:
-    first = torch.zeros(1)
-    with pytest.raises(ValueError, match=r"`w` has shape \(3,\) in the checkpoint and \(2,\) in this run. Use the"):
-        copy_into({"first": first, "w": torch.zeros(2)}, {"first": torch.ones(1), "w": torch.ones(3)})
-    assert first == 0

@@ -533,7 +533,7 @@ def test_two_steps_of_training_move_the_adapter_and_leave_the_base_as_it_was(cas
     assert trainer.state.global_step == 2
     after = {(key, path): value for key, part in parts.items() for path, value in part.state_dict().items()}
     moved = {path for path in before if not torch.equal(before[path], after[path])}
-    adapter = {("transformer", path) for path in trainer.trainable}
+    adapter = {("transformer", path) for path in trainer.weights.trained}
     unreached = {path for path in adapter if path[1].split(".lora_")[0] in UNREACHED.get(name, set())}
     assert moved - adapter == set()
     assert adapter - moved <= unreached

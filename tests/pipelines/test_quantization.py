@@ -56,15 +56,15 @@ def test_training_moves_the_adapter_and_what_is_saved_loads_onto_a_quantized_bas
     pipeline = quantized_sd3(quantization, tmp_path / "base")
     before = base_fingerprint(pipeline.transformer.requires_grad_(False))
     trainer = small_trainer(tmp_path / "run", pipeline=pipeline, save_strategy="steps", save_steps=1)
-    start = {name: parameter.detach().clone() for name, parameter in trainer.trainable.items()}
+    start = {name: parameter.detach().clone() for name, parameter in trainer.weights.trained.items()}
     trainer.train()
-    assert any(not torch.equal(parameter, start[name]) for name, parameter in trainer.trainable.items())
+    assert any(not torch.equal(parameter, start[name]) for name, parameter in trainer.weights.trained.items())
     assert base_fingerprint(trainer.pipeline.transformer) == before  # the base did not move
     trainer.save_model()
 
     again = load_adapter(quantized_sd3(quantization, tmp_path / "base"), tmp_path / "run")
     flows = [FlowPipeline(p, 16, 16, max_sequence_length=16) for p in (trainer.pipeline, again)]
-    with trainer.average.swapped_in():
+    with trainer.weights.averaged.swapped_in():
         images = [flow.rollout(flow.encode(["a cat"]), [0], 2, output_type="pt").images for flow in flows]
     torch.testing.assert_close(*images, rtol=1e-4, atol=1e-4)
 

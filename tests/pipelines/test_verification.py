@@ -173,13 +173,13 @@ def test_training_moves_the_adapter_and_a_fresh_pipeline_can_load_it(name, no_ro
     make, _ = TINY[name]
     targets = ["to_query", "to_key", "to_value"] if name == "Kandinsky5T2IPipeline" else ["to_q", "to_k", "to_v"]
     trainer = trainer_of(make(), tmp_path, peft_config=LoraConfig(r=2, target_modules=targets))
-    before = {key: value.clone() for key, value in trainer.trainable.items()}
+    before = {key: value.clone() for key, value in trainer.weights.trained.items()}
     trainer.train()
     trainer.save_model()
     trainer.create_model_card()
     off = "true_cfg_scale=1.0" if name == "QwenImagePipeline" else "guidance_scale=1.0"
     assert f"num_inference_steps=2, {off}, " in (tmp_path / "README.md").read_text()
-    assert all(not torch.equal(before[key], value) for key, value in trainer.trainable.items())
+    assert all(not torch.equal(before[key], value) for key, value in trainer.weights.trained.items())
     fresh = make()
     fresh.load_lora_weights(tmp_path)
     assert fresh.get_active_adapters()

@@ -116,7 +116,7 @@ class Fault(TrainerCallback):
         elif self.name == "save" and main and state.global_step == 2:
             self.trainer._save = self.fail
         elif self.name == "picture" and main:
-            self.trainer._latest_rollout = "no pictures"
+            self.trainer.latest_rollout = "no pictures"
         elif self.name == "kill" and not main:
             os.kill(os.getpid(), signal.SIGKILL)
 
@@ -154,7 +154,7 @@ class Record(TrainerCallback):
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         step, batch = state.global_step, self.trainer._batch
-        self.tensors[f"gradient/{step}"] = torch.cat([p.grad.flatten() for p in self.trainer.trainable.values()])
+        self.tensors[f"gradient/{step}"] = torch.cat([p.grad.flatten() for p in self.trainer.weights.parameters])
         order = batch.sample_ids.argsort()
         self.tensors[f"sample_ids/{step}"] = batch.sample_ids[order]
         self.tensors[f"advantages/{step}"] = batch.advantages[:, order]
@@ -181,12 +181,12 @@ def run_scenario(
         train_dataset=Dataset.from_dict({"prompt": prompts}),
         eval_dataset=Dataset.from_dict({"prompt": [f"{i} dogs" for i in range(eval_prompts)]}),
         eval_reward_funcs=dark,
-        weighting=record.weighting if balances else "mgda",
+        weighting=record.weighting if balances else None,
         callbacks=[record],
         **(SETTINGS | settings),
     )
     record.trainer = trainer
-    start = torch.cat([p.detach().flatten() for p in trainer.parameters])
+    start = torch.cat([p.detach().flatten() for p in trainer.weights.parameters])
     if fault is not None:
         trainer.add_callback(Fault(fault, trainer))
     # A sharded parameter holds this process's part.
@@ -204,8 +204,8 @@ def run_scenario(
         record.tensors["evaluated"] = trainer.evaluations[-1].rewards.contiguous()
     told["pipeline calls"] = len(sampled)
     tensors = record.tensors | {f"gram/{i}": gram for i, gram in enumerate(record.grams)}
-    tensors["change"] = torch.cat([p.detach().flatten() for p in trainer.parameters]) - start
-    for name, shadow in (("old", trainer.old_policy), ("average", trainer.average)):
+    tensors["change"] = torch.cat([p.detach().flatten() for p in trainer.weights.parameters]) - start
+    for name, shadow in (("old", trainer.weights.old), ("average", trainer.weights.averaged)):
         tensors[name] = torch.cat([value.flatten() for value in shadow.state_dict().values()]) - start
     save_file({name: tensor.clone() for name, tensor in tensors.items()}, folder / f"rank{rank}.safetensors")
     (folder / f"rank{rank}.json").write_text(json.dumps(told))
