@@ -18,6 +18,7 @@ from transformers.utils import PushInProgress, logging
 import trl_marble
 
 from ..evaluation import plot_balance, summarize_balance
+from ..extras import has_extra
 from ..hub import CardInputs, GalleryItem, RewardRow, build_model_card, published_files
 from ..hub.push import is_rendered_card
 from ..media import sample_suffix, save_sample
@@ -77,8 +78,11 @@ def write_card(trainer: "MarbleNFTTrainer", model_name: str | None = None, folde
     balance = summarize_balance(history)
     balance_plot = None
     if balance is not None and balance.cos_min is not None:  # some step had a reward to balance
-        balance_plot = "balance.png"
-        plot_balance(history, folder / balance_plot)
+        if has_extra("plots"):
+            balance_plot = "balance.png"
+            plot_balance(history, folder / balance_plot)
+        else:
+            logger.warning("The card has no plot of the balance between rewards: the extra `plots` is not installed.")
     inputs = CardInputs(
         repo_name=model_name or folder.absolute().name,
         rewards=reward_rows(trainer.scorer.names, history)
