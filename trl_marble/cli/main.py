@@ -87,6 +87,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if "takes_words" in args:
             args.words = argv[argv.index(args.command) + 1 :]
+            args.parsers = {"train": train.make_parser, "eval": eval.make_parser}
         elif others:
             raise _leftover(others[0], _commands(parser)[args.command])
         return args.run(args)
