@@ -1,9 +1,10 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
 """A LoRA on a base of 8 or 4 bits trains, saves and loads as on any other."""
 
+import sys
+
 import pytest
 import torch
-from peft.import_utils import is_bnb_available
 from quantized import QUANTIZATIONS, quantized_sd3
 from tiny import tiny_sd3
 from tiny_families import tiny_flux2
@@ -13,6 +14,7 @@ from trainer_helpers import small_trainer
 from trl_marble.balance import Objective, SeparateBackward, WeightedBackward
 from trl_marble.checkpoint.run_state import base_fingerprint
 from trl_marble.cli.sources import load_model
+from trl_marble.extras import MissingExtraError
 from trl_marble.pipelines import (
     FlowPipeline,
     add_trainable_adapter,
@@ -107,7 +109,7 @@ def test_what_cannot_be_quantized_is_refused():
         load_model("shapeworld", quantization="nf4")
 
 
-@pytest.mark.skipif(is_bnb_available(), reason="bitsandbytes is installed")
-def test_a_missing_library_is_named():
-    with pytest.raises(ImportError, match="`pip install bitsandbytes`"):
+def test_a_missing_library_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(MissingExtraError, match=r"'nf4' needs bitsandbytes.*`pip install \"\.\[quantization\]\"`"):
         quantization_config("nf4", torch.bfloat16)

@@ -13,6 +13,8 @@ from tiny_scorers import open_clip_weights
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
+from trl_marble.extras import MissingExtraError
+from trl_marble.rewards import load_reward
 from trl_marble.rewards.aesthetic import AestheticScore
 from trl_marble.rewards.clip_features import crop_square, image_features, text_cleaner, text_features
 from trl_marble.rewards.clip_score import CLIPScore
@@ -333,10 +335,10 @@ def test_who_cleans_prompts(name, cleans, make):
 
 
 @pytest.mark.parametrize("name", ["CLIPScore", "HPSv2"])
-def test_a_missing_ftfy_is_said_with_its_cure(name, make, monkeypatch):
+def test_a_missing_ftfy_is_an_error_when_the_reward_is_made(name, monkeypatch):
     monkeypatch.setitem(sys.modules, "ftfy", None)
-    with pytest.raises(ImportError, match="`ftfy`.*`pip install ftfy`"):
-        make(name)(pictures([(28, 28)]), ["a cat"])
+    with pytest.raises(MissingExtraError, match=r"needs ftfy.*`pip install \"\.\[clip\]\"`"):
+        load_reward(name.lower())
 
 
 @pytest.mark.parametrize("shape", SHAPES)

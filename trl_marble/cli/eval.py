@@ -73,7 +73,7 @@ def make_parser(**kwargs: Any) -> "ConfigParser":
 
 
 def run(args: Namespace) -> int:
-    return run_command("eval", args.words, make_parser, evaluate)
+    return run_command("eval", args.words, args.parsers, evaluate)
 
 
 def evaluate(script_args: ScriptArguments, args: "EvaluationConfig") -> None:

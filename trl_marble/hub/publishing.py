@@ -19,6 +19,7 @@ from transformers.utils import logging
 import trl_marble
 
 from ..evaluation import plot_balance, summarize_balance
+from ..extras import has_extra
 from ..media import Sample, sample_suffix, save_sample
 from .card_inputs import CardInputs, GalleryItem, RewardRow
 from .model_card import build_model_card
@@ -122,8 +123,11 @@ def write_card(run: RunSummary, folder: Path, model_name: str | None = None) -> 
     balance = summarize_balance(run.history)
     balance_plot = None
     if balance is not None and balance.cos_min is not None:  # some step had a reward to balance
-        balance_plot = "balance.png"
-        plot_balance(run.history, folder / balance_plot)
+        if has_extra("plots"):
+            balance_plot = "balance.png"
+            plot_balance(run.history, folder / balance_plot)
+        else:
+            logger.warning("The card has no plot of the balance between rewards: the extra `plots` is not installed.")
     inputs = CardInputs(
         repo_name=model_name or folder.absolute().name,
         rewards=reward_rows(run.reward_names, run.history)

@@ -13,6 +13,7 @@ from huggingface_hub import ModelCard
 
 from ..evaluation import EvaluationComparison, EvaluationResults, before_after_grid, compare_evaluations
 from ..evaluation.records import file_digest
+from ..extras import require_extra
 from ..media import Sample, open_sample, save_sample
 from .card_inputs import INPUTS_FILE, CardInputs, GalleryItem, RewardRow
 from .model_card import CALL_SETTINGS, build_model_card
@@ -50,10 +51,13 @@ def card_from_evaluations(
         `huggingface_hub.ModelCard`: the card.
 
     Raises:
+        [`~trl_marble.extras.MissingExtraError`]: Matplotlib, which draws the images before and after, is missing.
         `FileNotFoundError`: the folder has no adapter.
         `ValueError`: there are no evaluations or more than two, they cannot be compared, the last evaluation is of
             another adapter, or `model_card.json` is damaged.
     """
+    if len(evaluations) == 2:
+        require_extra("plots", "The picture of images before and after training")
     folder = Path(folder)
     if not (folder / LORA_WEIGHT_NAME_SAFE).is_file():
         raise FileNotFoundError(f"The folder {str(folder)!r} has no adapter (no {LORA_WEIGHT_NAME_SAFE}).")

@@ -10,6 +10,8 @@ from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from ..extras import require_extra
+
 
 Quantization = Literal["nf4", "int8"]
 
@@ -32,13 +34,12 @@ def quantization_config(quantization: Quantization, compute_dtype: torch.dtype) 
 
     Raises:
         `ValueError`: there is no such quantization.
-        `ImportError`: `bitsandbytes` is not installed.
+        [`~trl_marble.extras.MissingExtraError`]: `bitsandbytes` is not installed.
     """
     if quantization not in get_args(Quantization):
         known = ", ".join(map(repr, get_args(Quantization)))
         raise ValueError(f"There is no quantization {quantization!r}; pass one of {known}.")
-    if not is_bnb_available():
-        raise ImportError(f"The quantization {quantization!r} needs bitsandbytes: `pip install bitsandbytes`.")
+    require_extra("quantization", f"The quantization {quantization!r}")
     if quantization == "int8":
         return PipelineQuantizationConfig(
             quant_backend="bitsandbytes_8bit",

@@ -13,6 +13,8 @@ from torch import Tensor
 from torch.nn.functional import normalize
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
+from ..extras import require_extra
+
 
 def image_features(clip: Any, pixels: Tensor) -> Tensor:
     """
@@ -67,15 +69,10 @@ def text_cleaner() -> Callable[[str], str]:
     It repairs wrongly decoded text, straightens quotes (`’` becomes `'`), resolves HTML entities and lowers the case.
 
     Raises:
-        `ImportError`: If `ftfy` is not installed.
+        [`~trl_marble.extras.MissingExtraError`]: If `ftfy` is not installed.
     """
-    try:
-        import ftfy  # here, because only some rewards need it
-    except ImportError as error:
-        raise ImportError(
-            "This reward cleans prompts with `ftfy`, as its original does, and it is not installed. Install it with "
-            "`pip install ftfy`."
-        ) from error
+    require_extra("clip", "A reward that cleans prompts as its original does (CLIPScore, HPSv2)")
+    import ftfy
 
     def clean(text: str) -> str:
         # Twice, as the originals do: "&amp;quot;" is found in captions from the web.

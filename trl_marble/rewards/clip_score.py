@@ -34,7 +34,7 @@ class CLIPScore(ModelReward):
             Whether the weights leave the device between generation batches.
 
     Raises:
-        `ImportError`: At the first image, if `ftfy` is not installed.
+        [`~trl_marble.extras.MissingExtraError`]: If `ftfy` is not installed.
     """
 
     value_range = "0 to 2.5, in practice about 0.4 to 0.9"
@@ -49,11 +49,11 @@ class CLIPScore(ModelReward):
         offload: bool = False,
     ) -> None:
         super().__init__(batch_size, dtype, offload)
+        self.clean = text_cleaner()
         self.model_id = model
         self.prefix = prefix
 
     def load(self) -> CLIPModel:
-        self.clean = text_cleaner()
         self.tokenizer = CLIPTokenizer.from_pretrained(self.model_id)
         # With Pillow, like the original, whether or not torchvision is there: the two resize differently.
         self.image_processor = CLIPImageProcessorPil.from_pretrained(self.model_id)

@@ -67,7 +67,7 @@ class HPSv2(ModelReward):
             Whether the weights leave the device between generation batches.
 
     Raises:
-        `ImportError`: At the first image, if `ftfy` is not installed.
+        [`~trl_marble.extras.MissingExtraError`]: If `ftfy` is not installed.
         `ValueError`: At the first image, if the checkpoint is not that of an open_clip CLIP.
     """
 
@@ -83,12 +83,12 @@ class HPSv2(ModelReward):
         offload: bool = False,
     ) -> None:
         super().__init__(batch_size, dtype, offload)
+        self.clean = text_cleaner()
         self.model_id = model
         self.filename = filename
         self.tokenizer_id = tokenizer
 
     def load(self) -> CLIPModel:
-        self.clean = text_cleaner()
         self.tokenizer = CLIPTokenizer.from_pretrained(self.tokenizer_id)
         path = weights_file(self.model_id, self.filename)
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)

@@ -8,6 +8,7 @@ from typing import Any
 
 from PIL import Image
 
+from ..extras import require_extra
 from .model_reward import to_rgb
 from .quotes import quoted_text, read_quotes
 
@@ -60,6 +61,7 @@ class OCRAccuracy:
 
     Raises:
         `ValueError`: If `num_threads` is not positive.
+        [`~trl_marble.extras.MissingExtraError`]: If RapidOCR is not installed.
     """
 
     value_range = "0 (nothing right can be read) to 1 (the text asked for can be read)"
@@ -67,6 +69,7 @@ class OCRAccuracy:
     def __init__(self, column: str = "text", num_threads: int | None = None) -> None:
         if num_threads is not None and num_threads < 1:
             raise ValueError(f"`num_threads` must be at least 1, got {num_threads}; leave it out for all cores.")
+        require_extra("ocr", "`OCRAccuracy`")
         self.column = column
         self.num_threads = num_threads
         self.applies_to = f"images whose prompt asks for text: in the column `{column}`, or else in quotes"
@@ -104,7 +107,6 @@ class OCRAccuracy:
 
         Raises:
             `TypeError`: If a value of the column is neither a string nor `None`.
-            `ImportError`: If RapidOCR is not installed.
         """
         texts = columns.get(self.column, [None] * len(prompts))
         targets = [self._target(prompt, text) for prompt, text in zip(prompts, texts, strict=True)]
@@ -170,12 +172,7 @@ class OCRAccuracy:
             warnings.warn(f"`OCRAccuracy`: so far {number} {what} The last one: {prompts[-1]!r}.", stacklevel=4)
 
     def _load(self) -> Any:
-        # Optional dependencies, needed by this reward alone.
-        try:
-            import onnxruntime  # noqa: F401
-            from rapidocr import RapidOCR
-        except ImportError as error:
-            raise ImportError("`OCRAccuracy` needs RapidOCR: `pip install rapidocr onnxruntime`.") from error
+        from rapidocr import RapidOCR
 
         threads = -1 if self.num_threads is None else self.num_threads
         return RapidOCR(

@@ -21,7 +21,7 @@ from typing import Self
 
 from PIL import Image
 
-from ..extras import require_extra
+from ..extras import MissingExtraError, require_extra
 from .http_client import check_secret, is_loopback
 from .model_reward import ModelReward
 from .protocol import RewardFunc, check_media, reward_names, validate_reward_funcs
@@ -179,10 +179,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             if isinstance(reward, ModelReward):
                 reward.to(device)
         server = RewardServer(rewards, token=os.environ.get(TOKEN_VARIABLE), **chosen)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, MissingExtraError) as error:
         parser.error(str(error))
-    print(f"Serving {', '.join(server.names)} at {server.url}", flush=True)
     with suppress(KeyboardInterrupt):  # which uvicorn raises again when it has stopped
+        print(f"Serving {', '.join(server.names)} at {server.url}", flush=True)
         server.run()
     server.close()
 
