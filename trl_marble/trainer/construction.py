@@ -64,8 +64,8 @@ def check_weighting(weighting: Any, args: MarbleConfig) -> None:
         )
     if args.weighting != "mgda":
         raise ValueError(
-            f"The trainer has a `weighting` of its own and `MarbleConfig` has {args.weighting!r}; leave one of the two "
-            "out."
+            f"The trainer has a `weighting` of its own and `MarbleConfig` has {args.weighting!r}; leave one "
+            "of the two out."
         )
 
 
