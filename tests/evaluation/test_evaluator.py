@@ -120,6 +120,7 @@ def test_an_interrupted_evaluation_does_only_what_is_missing(whole, pipeline, tm
     assert sum(calls[len(before) :]) == 12 - 5
 
 
+@pytest.mark.slow
 def test_an_evaluation_that_was_killed_is_continued(whole, pipeline, tmp_path) -> None:
     command = [sys.executable, str(WORKER), str(tmp_path), "kill"]
     ended = subprocess.run(command, capture_output=True, timeout=120, env=os.environ | {"OMP_NUM_THREADS": "1"})

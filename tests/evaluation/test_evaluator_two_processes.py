@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from evaluation_helpers import bright, prompt_set, red_only, small_evaluation
 
 from trl_marble.evaluation import evaluate_pipeline
@@ -14,6 +15,7 @@ from trl_marble.evaluation import evaluate_pipeline
 WORKER = Path(__file__).parents[1] / "support" / "evaluation_worker.py"
 
 
+@pytest.mark.slow
 def test_two_processes_are_one(tmp_path, tiny_sd3) -> None:
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     two = tmp_path / "two"

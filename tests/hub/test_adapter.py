@@ -42,6 +42,7 @@ def test_fresh_pipeline_makes_the_same_images(family, tmp_path):
     np.testing.assert_allclose(images(fresh), trained, atol=1e-5)  # alpha / r is 3: a rounding apart
 
 
+@pytest.mark.slow
 def test_pushed_adapter_makes_the_same_images_in_another_process(trained, tmp_path):
     save_adapter(trained, tmp_path / "adapter")
     head = """

@@ -112,6 +112,7 @@ def peft_files(folder, tmp_path) -> dict[str, bytes]:
     return {"adapter_model.safetensors": (tmp_path / "peft.safetensors").read_bytes(), "adapter_config.json": config}
 
 
+@pytest.mark.slow
 def test_an_adapter_on_the_hub(adapter, tmp_path):
     folder, _, trained = adapter
     script = """

@@ -346,9 +346,7 @@ def test_close_drops_batches_that_wait_for_their_turn_and_leaves_behind_what_run
     made = scorer(slow)
     pending = [made.submit(IMAGES, PROMPTS, {}, None) for _ in range(3)]
     assert started.wait(PATIENCE)
-    begin = time.monotonic()
-    made.close()
-    assert time.monotonic() - begin < 1
+    made.close()  # does not wait: what runs ends after `release`
     for each in pending[1:]:
         assert each.futures[0].cancelled()
     release.set()
@@ -380,18 +378,16 @@ def test_one_deadline_is_for_all_rewards_and_batches(scorer) -> None:
         assert wake.wait(PATIENCE)
         return [0] * len(images)
 
-    def hangs_too(images, **kwargs):
-        return hangs(images)
-
-    made = scorer(hangs, hangs_too, timeout=0.3)
+    made = scorer(*[hangs] * 8, timeout=PATIENCE)
     pending = [made.submit(IMAGES, PROMPTS, {}, None) for _ in range(4)]
     begin = time.monotonic()
     scores = Scores.concatenate([made.collect(each, begin + 0.3) for each in pending])
-    assert 0.3 <= time.monotonic() - begin < 0.6 and scores.failed.all() and len(scores.errors) == 8
+    assert 0.3 <= time.monotonic() - begin < PATIENCE / 2 and scores.failed.all() and len(scores.errors) == 32
     # Without one, a batch takes `timeout` for all its rewards together.
+    made = scorer(*[hangs] * 8, timeout=1)
     begin = time.monotonic()
     assert made.collect(made.submit(IMAGES, PROMPTS, {}, None)).failed.all()
-    assert 0.3 <= time.monotonic() - begin < 0.6
+    assert 1 <= time.monotonic() - begin < 6  # 8 s where they add up
     wake.set()
 
 

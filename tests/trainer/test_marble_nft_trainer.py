@@ -189,7 +189,7 @@ def test_bf16_base_keeps_fp32_adapters(make_trainer, tiny_sd3):
 
 
 def test_flux(make_trainer, tiny_flux):
-    trainer = make_trainer(pipeline=tiny_flux(), guidance_scale=3.5, max_steps=2, balance_on="advantage")
+    trainer = make_trainer(pipeline=tiny_flux(), height=16, width=16, guidance_scale=3.5, balance_on="advantage")
     trainer.train()
     assert all(cosine >= -1e-6 for cosine in logged(trainer, "balance/cos_min"))
 
