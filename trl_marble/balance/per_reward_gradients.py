@@ -201,7 +201,7 @@ class WeightedBackward(GradientRows):
             )
         for i, (losses, coefficients) in enumerate(objectives):
             # Each pass over the graph reads other coefficients from the tensor that the layers have saved. Autograd
-            # would refuse a saved tensor that has changed, if it were told.
+            # would refuse a saved tensor that it knows to be changed.
             self._coefficients.data.copy_(coefficients)
             losses.sum().backward(retain_graph=retain_graph or i + 1 < len(objectives))
 

@@ -39,7 +39,7 @@ class LiveTableCallback(MarbleCallback):
     Example:
 
     ```python
-    trainer = MarbleNFTTrainer(..., callbacks=[LiveTableCallback()])
+    trainer.add_callback(LiveTableCallback())
     ```
 
     Args:

@@ -54,9 +54,8 @@ class RewardHackingCallback(MarbleCallback):
     Example:
 
     ```python
-    trainer = MarbleNFTTrainer(
-        ..., eval_dataset=prompts, eval_reward_funcs=["aesthetic"], callbacks=[RewardHackingCallback("stop")]
-    )
+    # Arguments of the trainer, beside the usual ones.
+    dict(eval_dataset=prompts, eval_reward_funcs=["aesthetic"], callbacks=[RewardHackingCallback("stop")])
     ```
 
     Args:

@@ -112,8 +112,8 @@ class CheckpointedTrainer(Trainer):
             self.settings_history = history
         if self.is_world_process_zero():
             changes = describe_changes(self._changed_settings)
-            told = f" These settings are not those that it was saved with: {changes}." if changes else ""
-            logger.warning(f"Resuming from `{checkpoint}`, step {self._resumed_step}.{told}")
+            note = f" These settings are not those that it was saved with: {changes}." if changes else ""
+            logger.warning(f"Resuming from `{checkpoint}`, step {self._resumed_step}.{note}")
 
     # ---- Writing ----
 

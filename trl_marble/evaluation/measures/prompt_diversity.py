@@ -39,7 +39,7 @@ class PromptDiversity(in_memory.InMemory, evaluate.Measurement):
         return evaluate.MeasurementInfo(
             description="Root mean square difference between the images of one prompt, averaged over prompts.",
             citation="",
-            inputs_description="\n`features`: one vector an image. `groups`: the number of its prompt.",
+            inputs_description="\n`features`: one vector per image. `groups`: the number of its prompt.",
             features=datasets.Features(
                 {"features": datasets.Sequence(datasets.Value("float32")), "groups": datasets.Value("int64")}
             ),

@@ -36,7 +36,7 @@ class RewardMean(in_memory.InMemory, evaluate.Measurement):
         return evaluate.MeasurementInfo(
             description="Mean of a reward and its standard error over prompts.",
             citation="",
-            inputs_description="\n`data`: one reward an image, None where it does not apply. `groups`: its prompt.",
+            inputs_description="\n`data`: one reward per image, None where it does not apply. `groups`: its prompt.",
             features=datasets.Features({"data": datasets.Value("float64"), "groups": datasets.Value("int64")}),
         )
 
