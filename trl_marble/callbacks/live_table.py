@@ -39,7 +39,7 @@ class LiveTableCallback(MarbleCallback):
     Example:
 
     ```python
-    trainer = MarbleNFTTrainer(..., callbacks=[LiveTableCallback()])
+    callbacks = [LiveTableCallback()]  # an argument of the trainer
     ```
 
     Args:

@@ -54,9 +54,7 @@ class RewardHackingCallback(MarbleCallback):
     Example:
 
     ```python
-    trainer = MarbleNFTTrainer(
-        ..., eval_dataset=prompts, eval_reward_funcs=["aesthetic"], callbacks=[RewardHackingCallback("stop")]
-    )
+    trainer.add_callback(RewardHackingCallback("stop"))
     ```
 
     Args:
