@@ -40,7 +40,7 @@ def test_in_a_rollout(tmp_path) -> None:
 
 def test_in_an_update_and_the_step_before_is_kept(tmp_path) -> None:
     trainer = small_trainer(tmp_path, gradient_accumulation_steps=2, per_device_train_batch_size=2)
-    run_out(trainer, in_update=True, after=2 * trainer.num_times)
+    run_out(trainer, in_update=True, after=2 * trainer.update.grid.per_sample)
     with pytest.raises(torch.OutOfMemoryError, match=FULL) as caught:
         trainer.train()
     note = note_of(caught.value)

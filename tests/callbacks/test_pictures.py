@@ -6,7 +6,9 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from trl_marble.callbacks.pictures import RolloutRecord, _captions, _histograms, choose_rows, log_rollout
+from trl_marble.callbacks.pictures import RolloutPicture, RunPictures, _captions, _histograms
+from trl_marble.rewards import Scores
+from trl_marble.rollout import RolloutRecord
 
 
 EVERY_STEP = {"log_images": True, "log_images_steps": 1, "max_steps": 2}
@@ -63,24 +65,24 @@ def test_a_weighted_sum_has_rewards_to_plot_and_no_balance(make_trainer):
     assert names_in(trainer, "plots") == {"rewards.png"}
 
 
-def test_the_rewards_stand_under_the_images(make_trainer):
+def test_the_rewards_stand_under_the_images(tmp_path):
     """A grid of the same images is higher by a line for each reward."""
-    trainer = make_trainer()
     images = [Image.new("RGB", (8, 8), "red")] * 4
     heights = []
     for count in (1, 3):
         rewards = torch.rand(count, 4)
         names = [f"reward_{i}" for i in range(count)]
-        rows = choose_rows(["a", "a", "b", "b"], images, rewards, {}, 2)
-        log_rollout(trainer, names, RolloutRecord(rows, rewards, None))
-        heights.append(Image.open(Path(trainer.args.output_dir) / "images/train_step_000000.png").height)
+        scores = Scores(rewards, torch.zeros(count, 4, dtype=torch.bool), [])
+        picture = RolloutPicture.of(RolloutRecord(["a", "a", "b", "b"], images, scores, rewards, None), 2)
+        RunPictures(str(tmp_path), []).log_rollout(0, names, picture)
+        heights.append(Image.open(tmp_path / "images/train_step_000000.png").height)
     assert heights[1] > heights[0] + 2 * 20
 
 
 def test_of_a_generation_batch_only_the_images_that_are_shown_are_kept(make_trainer):
     trainer = make_trainer(num_images_to_log=1, **EVERY_STEP)
     trainer.train()
-    (row,) = trainer._latest_rollout.rows
+    (row,) = trainer.latest_rollout.rows
     assert len(row.images) == 1 and trainer.args.generation_batch_size == 8
 
 

@@ -39,7 +39,7 @@ class LiveTableCallback(MarbleCallback):
     Example:
 
     ```python
-    trainer.add_callback(LiveTableCallback())
+    callbacks = [LiveTableCallback()]  # an argument of the trainer
     ```
 
     Args:

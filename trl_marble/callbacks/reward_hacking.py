@@ -54,8 +54,7 @@ class RewardHackingCallback(MarbleCallback):
     Example:
 
     ```python
-    # Arguments of the trainer, beside the usual ones.
-    dict(eval_dataset=prompts, eval_reward_funcs=["aesthetic"], callbacks=[RewardHackingCallback("stop")])
+    trainer.add_callback(RewardHackingCallback("stop"))
     ```
 
     Args:
