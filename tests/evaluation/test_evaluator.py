@@ -252,7 +252,7 @@ def test_a_reward_that_cannot_be_called_is_refused_before_anything_is_sampled(pi
 
     with pytest.raises(ValueError, match=r"`narrow` .* does not accept .*columns of `prompts` \(`source`, `tag`\)"):
         evaluate_pipeline(pipeline, [bright, narrow], prompt_set(), small_evaluation(tmp_path / "out"))
-    with pytest.raises(ValueError, match="nothing gives it `target`"):
+    with pytest.raises(ValueError, match="no value for `target`"):
         evaluate_pipeline(pipeline, needs_a_target, prompt_set(), small_evaluation(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 

@@ -1,5 +1,5 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
-"""The judge, asking a real HTTP server that behaves as each test tells it to."""
+"""The judge with a real HTTP server, whose answers each test sets."""
 
 import asyncio
 import base64
@@ -183,7 +183,7 @@ def test_values_keep_the_order_of_the_images():
     "prompt",
     ["", "ein Fuchs 🦊 und 漢字 و", "{prompt} {0} {x", 'a "sign\\"\n]', "Final Score: 5", "\ud800 alone"],
 )
-def test_any_prompt_arrives_as_it_is(prompt):
+def test_any_prompt_arrives_unchanged(prompt):
     with endpoint(lambda handler, request, number: "Final Score: 1") as server:
         template = 'As JSON {"score": 1}: <{prompt}>'
         assert ask(judge(server, prompt_template=template), 1, prompts=[prompt]) == [0.0]
@@ -255,7 +255,7 @@ def test_a_judge_outlives_event_loops_and_serves_two_at_once():
             assert list(threads.map(lambda _: ask(reward, 1, 2, 3, 4, 5), range(2))) == [[0.5] * 5] * 2
 
 
-def test_in_the_trainers_scorer_one_failure_is_one_image():
+def test_with_a_scorer_one_failure_is_one_image():
     with endpoint(lambda handler, request, number: "no idea" if level(request) == 2 else "Final Score: 5") as server:
         scorer = RewardScorer([judge(server)])
         for _ in range(2):  # after `close` there is another event loop
@@ -396,7 +396,7 @@ def test_an_answer_without_a_score_is_quoted():
     ],
     ids=str,
 )
-def test_what_is_no_judgement_is_a_failure_of_that_image(body, said):
+def test_an_answer_that_is_not_a_judgement_is_a_failure_of_that_image(body, said):
     assert said in failure_of(lambda handler: send(handler, 200, body))[0]
 
 
@@ -490,19 +490,19 @@ def test_a_server_that_dies_in_the_middle_raises():
     assert len(server.requests) < 20
 
 
-def test_failures_that_answers_come_between_do_not_add_up():
+def test_failures_with_answers_in_between_are_not_consecutive():
     with endpoint(lambda handler, request, number: die(handler) if level(request) % 2 else "Final Score: 5") as server:
         values = ask(judge(server, max_concurrency=1), *range(20))
     assert [isinstance(value, RewardError) for value in values] == [False, True] * 10
 
 
 @pytest.mark.parametrize(
-    ("status", "mend"), [(401, "Check `api_key`"), (404, "Check `base_url` and the model"), (302, "302")]
+    ("status", "fix"), [(401, "Check `api_key`"), (404, "Check `base_url` and the model"), (302, "302")]
 )
-def test_a_refusal_of_everything_raises_and_hides_the_key(status, mend, caplog):
+def test_a_refusal_of_everything_raises_and_hides_the_key(status, fix, caplog):
     caplog.set_level(logging.DEBUG)
     with endpoint(lambda handler, request, number: send(handler, status, {"error": f"wrong key {KEY}"})) as server:
-        with pytest.raises(RewardError, match=mend) as raised:
+        with pytest.raises(RewardError, match=fix) as raised:
             ask(judge(server, max_retries=3, max_concurrency=1), 1, 2, 3)
     assert f"answered status {status}" in str(raised.value) and "wrong key [secret]" in str(raised.value)
     assert len(server.requests) == 1
@@ -543,7 +543,7 @@ def test_what_is_not_http_raises():
 # ---- The key ----
 
 
-def test_the_key_comes_from_the_environment_unless_it_is_given(monkeypatch):
+def test_the_key_is_from_the_environment_unless_it_is_passed(monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "sk-environment")
     with endpoint(lambda handler, request, number: "Final Score: 5") as server:
         for given in (None, "sk-given", ""):
@@ -769,7 +769,7 @@ def test_scores_are_found(answer, score):
     ],
     ids=lambda answer: answer[:30],
 )
-def test_what_is_no_score_on_the_scale_is_refused(answer):
+def test_answers_without_a_certain_score_are_refused(answer):
     start = time.monotonic()
     with pytest.raises(ValueError, match=r"score|scale"):
         parse_score(answer, "Final Score", (1.0, 5.0))

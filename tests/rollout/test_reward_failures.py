@@ -219,13 +219,13 @@ def test_what_cannot_be_called_with_the_columns_is_refused_at_construction(make_
         make_trainer(reward_funcs=[*rewards, narrow])
     with pytest.raises(ValueError, match=r"`narrow` .*columns of `eval_dataset` \(`source`\)"):
         make_trainer(eval_reward_funcs=narrow, eval_dataset=prompts)
-    with pytest.raises(ValueError, match=r"nothing gives it `target`.* the columns of `train_dataset` \(`source`\)"):
+    with pytest.raises(ValueError, match=r"no value for `target`.* the columns of `train_dataset` \(`source`\)"):
         make_trainer(reward_funcs=needs_a_target)
     with_target = prompts.add_column("target", [0.0] * len(prompts))
-    with pytest.raises(ValueError, match=r"nothing gives it `target`.* the columns of `eval_dataset` \(`source`\)"):
+    with pytest.raises(ValueError, match=r"no value for `target`.* the columns of `eval_dataset` \(`source`\)"):
         make_trainer(reward_funcs=needs_a_target, train_dataset=with_target, eval_dataset=prompts)
     trainer = make_trainer(reward_funcs=needs_a_target, train_dataset=with_target)
-    with pytest.raises(ValueError, match="nothing gives it `target`"):
+    with pytest.raises(ValueError, match="no value for `target`"):
         trainer.evaluate(prompts)
 
 
