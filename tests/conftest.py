@@ -15,6 +15,8 @@ import torch  # noqa: E402
 from hypothesis import settings  # noqa: E402
 
 
+pytest_plugins = ["run_fixtures"]
+
 torch.set_num_threads(1)
 settings.register_profile("shared machine", deadline=None)  # an example's time says how busy the machine is
 settings.register_profile("long", deadline=None, max_examples=2000)  # `make fuzz`
@@ -23,11 +25,11 @@ settings.load_profile("shared machine")
 
 @pytest.fixture
 def tiny_sd3():
-    """Factory of fresh tiny SD3 pipelines, see tests/tiny.py."""
+    """Factory of fresh tiny SD3 pipelines, see tests/support/tiny.py."""
     return tiny.tiny_sd3
 
 
 @pytest.fixture
 def tiny_flux():
-    """Factory of fresh tiny Flux pipelines, see tests/tiny.py."""
+    """Factory of fresh tiny Flux pipelines, see tests/support/tiny.py."""
     return tiny.tiny_flux

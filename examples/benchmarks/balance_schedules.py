@@ -3,13 +3,13 @@
 # /// script
 # dependencies = ["trl_marble", "rich"]
 # ///
-"""What the schedule of the balancing is worth: the demo with each of them, from the same pipeline, prompts and seeds.
+"""Compare schedules of balancing: the demo with each of them, from the same pipeline, prompts and seeds.
 
 ```bash
 python examples/benchmarks/balance_schedules.py --seeds 1 2
 ```
 
-Each run takes as long as the demo. What was run before is kept in the output folder and not run again.
+Each run takes as long as the demo. Finished runs are kept in the output folder and not repeated.
 """
 
 import argparse
@@ -27,15 +27,15 @@ from trl_marble.shapeworld import load_pipeline, load_prompts, reward_funcs
 
 SCHEDULES: dict[str, dict[str, object]] = {
     "every step": {},
-    "every step, whole losses": {"balance_on": "loss"},
+    "every step, complete losses": {"balance_on": "loss"},
     "streaming": {"balance_fraction": 0.17},  # one of the six forward passes of a step
     "every 10 steps": {"balance_every": 10},
-    "every 10 steps, whole losses": {"balance_every": 10, "balance_on": "loss"},
+    "every 10 steps, complete losses": {"balance_every": 10, "balance_on": "loss"},
 }
 
 
 def train(folder: Path, seed: int, overrides: dict[str, object]) -> dict[str, object]:
-    """Train with the demo's settings but for `overrides`, and report how each reward changed."""
+    """Train with the demo's settings, changed by `overrides`, and report how each reward changed."""
     settings = DEMO_SETTINGS | {"max_steps": DEMO_STEPS, "eval_steps": DEMO_STEPS}
     settings |= {"save_strategy": "no", "report_to": "none", "log_images": False}
     trainer = MarbleNFTTrainer(

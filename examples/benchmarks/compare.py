@@ -9,16 +9,16 @@
 python examples/benchmarks/compare.py
 ```
 
-The first stage, `tune`, chooses a learning rate for each method: every rate of the grid, with a seed that nothing else
-uses, scored on prompts of the train split; of the rates with which no reward fell, the one with the greatest gain.
-`main` trains each method with at least three seeds, among them one specialist for each reward, and scores all on the
-same held-out images. `ablations`, which has to be asked for, trains the variants with the learning rates of the
-methods that they vary. `report` writes tables and pictures of what is finished to `OUTPUT_DIR/report`.
+The first stage, `tune`, chooses a learning rate for each method: it tries every rate of the grid, with a separate
+seed, on prompts of the train split, and takes the one with the greatest gain among those with which no reward fell.
+`main` trains each method with at least three seeds, among them one specialist per reward, and scores all on the same
+held-out prompts and noise. `ablations`, which does not run by default, trains the variants with the learning rates of
+their methods. `report` writes tables and pictures of what is finished to `OUTPUT_DIR/report`.
 
-The evaluation is the same for all: prompts of the test split, noise from one seed. Every run has a folder of its own
-with its log, and runs as a process of one thread; as many run at once as there are cores. What is finished is not run
-again, and what was interrupted goes on from its last checkpoint. On two cores `tune` took 1.8 hours, `main` 2.3
-and `ablations` 4.2. A whole run's images and adapters are 20 MB of disk. `--dry_run` says what is to be done.
+The evaluation is the same for all: prompts of the test split, noise from one seed. Every run has its own folder with
+its log, and is a process with one thread; as many run at once as there are cores. Finished runs are not repeated, and
+interrupted ones continue from their last checkpoint. On two cores `tune` took 1.8 hours, `main` 2.3 and `ablations`
+4.2. A complete run's images and adapters take 20 MB of disk. `--dry_run` prints what would be done.
 """
 
 import argparse
@@ -47,10 +47,10 @@ from rich.console import Console
 
 STAGES = ("tune", "main", "ablations", "report")
 
-# Measured over 3 steps and 2304 images with one thread, the machine's other core being busy (13.8 seconds a step with
-# a weighted sum, 16.1 with MARBLE): for the first estimate of how long it takes. Later ones are from finished runs.
-SECONDS_A_STEP = 15.0
-SECONDS_AN_IMAGE = 0.0225
+# Measured over 3 steps and 2304 images with one thread, while the other core was busy (13.8 seconds per step with a
+# weighted sum, 16.1 with MARBLE), for the first estimate of the duration. Later estimates use finished runs.
+SECONDS_PER_STEP = 15.0
+SECONDS_PER_IMAGE = 0.0225
 
 
 def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -106,7 +106,7 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def chosen_runs(args: argparse.Namespace, names: Sequence[str], rates: dict[str, float]) -> dict[str, list[Run]]:
-    """The runs of each method or variant of which the learning rate is known, one a seed."""
+    """The runs of each method or variant whose learning rate is known, one per seed."""
     runs: dict[str, list[Run]] = {}
     for name in names:
         parent = find_method(name).tuned_as or name
@@ -117,10 +117,10 @@ def chosen_runs(args: argparse.Namespace, names: Sequence[str], rates: dict[str,
 
 def run_stage(title: str, runs: Sequence[Run], args: argparse.Namespace, console: Console) -> None:
     """
-    Do what is missing of a stage.
+    Execute the missing runs of a stage.
 
     Raises:
-        `SystemExit`: if a run failed; all others are done.
+        `SystemExit`: If a run failed; all others are finished.
     """
     missing = [run for run in runs if not run.is_finished(args.output_dir)]
     hours = estimated_seconds(missing, runs, args.output_dir) / min(args.jobs, len(missing) or 1) / 3600
@@ -140,14 +140,14 @@ def run_stage(title: str, runs: Sequence[Run], args: argparse.Namespace, console
 
 
 def estimated_seconds(missing: Sequence[Run], all_runs: Sequence[Run], output_dir: Path) -> float:
-    """Seconds on one thread: by the runs of the stage that are finished, else by what was measured elsewhere."""
+    """Seconds on one thread: estimated from finished runs of the stage, or else from the constants above."""
     finished = [load_report(run, output_dir) for run in all_runs if run not in missing and run.steps]
     if finished:
         each = [report["training_seconds"] + report["evaluation_seconds"] for report in finished]
         return len(missing) * sum(each) / len(each)
     seconds = 0.0
     for run in missing:
-        seconds += run.steps * SECONDS_A_STEP + run.images * len(run.scale.prompts(run.phase)) * SECONDS_AN_IMAGE
+        seconds += run.steps * SECONDS_PER_STEP + run.images * len(run.scale.prompts(run.phase)) * SECONDS_PER_IMAGE
     return seconds
 
 
@@ -156,7 +156,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     console = Console()
     methods = [name for name in METHODS if name in args.methods and name != BASE]
     variants = [name for name in VARIANTS if name in args.methods]
-    # Variants need the learning rates of others, and the report those of all.
+    # Variants need the learning rates of their methods, and the report needs all of them.
     tuned = list(dict.fromkeys([*methods, *(parent for name in variants if (parent := find_method(name).tuned_as))]))
     rates = args.learning_rates
 

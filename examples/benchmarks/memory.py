@@ -3,21 +3,21 @@
 # /// script
 # dependencies = ["trl_marble", "torch", "diffusers", "transformers", "rich"]
 # ///
-"""What an optimizer step takes of a GPU's memory, model by model and setting by setting.
+"""The GPU memory of an optimizer step, for several models and settings.
 
 ```bash
 python examples/benchmarks/memory.py --models sd3.5m flux qwen-image
 ```
 
-The transformers have the sizes of the published ones and no values: everything runs on PyTorch's fake tensors, which
-know their sizes, and whose lives are followed through a step of the rollout, the decoding of its images, and forward
-and backward passes of one micro-batch of the update. So the figures are computed, on any machine. They hold what
-PyTorch's tensors need; beside that a GPU needs 0.5 to 1 GB for CUDA itself, what the allocator loses to fragments, and
-what the rewards take. With `--device cuda` the same code runs on a GPU, on weights of any values, and the peak that
+The transformers have the published sizes but no values: everything runs on PyTorch's fake tensors, which have only
+sizes. The script tracks when they are allocated and freed during a step of the rollout, the decoding of its images,
+and the forward and backward passes of one micro-batch of the update. So the figures are computed, on any machine. They
+include PyTorch's tensors only. In addition a GPU needs 0.5 to 1 GB for CUDA itself, memory lost to fragmentation, and
+the rewards' memory. With `--device cuda` the same code runs on a GPU, with arbitrary weights, and the peak that
 PyTorch reports is printed beside the computed one.
 
-Assumed are bf16 with fp32 LoRAs of the default targets, attention by a fused kernel (no matrix of all pairs of
-tokens), and that quantized layers turn one weight at a time into bf16. Text encoders are counted without activations.
+The assumptions: bf16 with fp32 LoRAs on the default layers, a fused attention kernel (no matrix of all pairs of
+tokens), and quantized layers that convert one weight at a time to bf16. Text encoders are counted without activations.
 """
 
 import argparse
@@ -84,13 +84,13 @@ NF4_BYTES = 0.5 + (1 + 4 / 256) / 64  # a number; a scale of one byte for 64 of 
 @dataclass(frozen=True)
 class Model:
     """
-    A pipeline without text encoders, and what it is called with.
+    A pipeline without text encoders, and its inputs.
 
     Args:
         pipeline (`Callable[[SchedulerMixin], DiffusionPipeline]`):
             Makes it around a scheduler.
         text_encoders (`Callable[[], list[nn.Module]]`):
-            Makes these, which are only counted.
+            Makes the text encoders, which are only counted.
         conditioning (`dict[str, tuple[int, ...]]`):
             Shapes of the embeddings of one prompt.
         latents (`tuple[int, ...]`):
@@ -135,7 +135,7 @@ def sd35_medium(scheduler: SchedulerMixin) -> DiffusionPipeline:
 
 
 def tiny_sd3(scheduler: SchedulerMixin) -> DiffusionPipeline:
-    """For tests: activations are larger than weights."""
+    """For tests. Its activations are larger than its weights."""
     return StableDiffusion3Pipeline(
         transformer=SD3Transformer2DModel(
             sample_size=32,
@@ -272,13 +272,13 @@ MODELS = {
 
 class LiveTensors(TorchDispatchMode):
     """
-    Follows the memory of all tensors that operations make, as long as it lives.
+    Tracks the memory of all tensors that operations make inside the context.
 
     Attributes:
         live (`int`):
-            Bytes of what was made inside the context and is alive.
+            Bytes of the tensors that were made inside the context and still exist.
         peak (`int`):
-            The most that `live` was.
+            Maximum of `live`.
     """
 
     def __init__(self) -> None:
@@ -312,7 +312,7 @@ class LiveTensors(TorchDispatchMode):
 @contextmanager
 def norms_of_cuda_autocast() -> Iterator[None]:
     """
-    Normalize in fp32, as autocast does on CUDA and not on CPUs, whose rules fake tensors follow otherwise.
+    Normalize in fp32, as autocast does on CUDA. (Fake tensors follow the rules of CPUs, where it does not.)
 
     (Not a `TorchFunctionMode`: the recomputation of gradient checkpointing would not see it.)
     """
@@ -342,7 +342,7 @@ def norms_of_cuda_autocast() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Setting:
-    """What can be chosen; see `MarbleConfig` and `docs/scaling.md`."""
+    """The settings that change the memory; see `MarbleConfig` and `docs/scaling.md`."""
 
     batch_size: int = 8
     rollout_batch_size: int = 24
@@ -364,7 +364,7 @@ class Need:
         training (`int`):
             The adapter with its gradients, optimizer state and copies.
         encode, decode, rollout, update (`int`):
-            The most that is there at a time, in each part of a step.
+            The peak in each part of a step.
     """
 
     weights: int
@@ -382,7 +382,7 @@ class Need:
 
 class Step:
     """
-    The parts of a step that take memory, on a pipeline of a model's size.
+    The parts of a step that need memory, on a pipeline of a model's size.
 
     Args:
         model ([`Model`]):
@@ -422,7 +422,7 @@ class Step:
 
     @property
     def training(self) -> int:
-        """Adapter, the two moments of AdamW, the old and the averaged copy, a gradient a reward and the shared one."""
+        """Adapter, two moments of AdamW, the old and the averaged copy, one gradient per reward and the shared one."""
         return self.adapter * (1 + 2 + 2 + len(self.rows.gradients))
 
     def _autocast(self):
@@ -473,7 +473,7 @@ class Step:
 
 
 def without_values(model: Model, dtype: torch.dtype = torch.bfloat16) -> DiffusionPipeline:
-    """A model's pipeline with the default adapter on the meta device, which holds no numbers."""
+    """A model's pipeline with the default adapter on the meta device, without values."""
     scheduler = FlowMatchEulerDiscreteScheduler()
     with torch.device("meta"):
         pipeline = model.pipeline(scheduler)
@@ -495,7 +495,7 @@ def _nf4_saves(transformer: nn.Module) -> int:
 
 
 def compute(model: Model, settings: Sequence[Setting], num_rewards: int = 5) -> list[Need]:
-    """What each setting needs, without a GPU and without the memory."""
+    """Compute the memory of each setting, without a GPU and without allocating it."""
     texts = _text_encoders(model)
     pipeline = without_values(model)
     with FakeTensorMode(allow_non_fake_inputs=True), norms_of_cuda_autocast():
@@ -530,7 +530,7 @@ def compute(model: Model, settings: Sequence[Setting], num_rewards: int = 5) -> 
 
 
 def measure(model: Model, setting: Setting, num_rewards: int, device: str) -> int:
-    """The peak that PyTorch reports on a GPU. Text encoders, moments and averaged copy are blocks of their size."""
+    """The peak that PyTorch reports on a GPU. Blocks of equal size replace text encoders, moments and averages."""
     texts = _text_encoders(model)
     step = Step(model, without_values(model), num_rewards, device)
     blocks = [torch.empty(3 * step.adapter, dtype=torch.uint8, device=device)]
@@ -568,7 +568,7 @@ def _text_encoders(model: Model) -> list[int]:
 
 
 def settings_in_turn() -> dict[str, Setting]:
-    """Each adds one thing to those before it."""
+    """The settings of the table; each adds one to those before it."""
     settings = {"defaults": Setting()}
     setting = Setting()
     for name, change in (

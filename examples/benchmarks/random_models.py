@@ -1,5 +1,5 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
-"""Stable Diffusion 3 pipelines of several sizes with random weights: for time and memory, weights do not matter."""
+"""Stable Diffusion 3 pipelines of several sizes with random weights. Time and memory do not depend on the weights."""
 
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
@@ -33,7 +33,7 @@ SIZES = {
 
 
 class RandomTextPipeline(StableDiffusion3Pipeline):
-    """Stable Diffusion 3 with random numbers for embeddings: text encoders would only take memory here."""
+    """Stable Diffusion 3 with random embeddings and without text encoders, which would only need memory."""
 
     text_tokens: int
 

@@ -3,22 +3,22 @@
 # /// script
 # dependencies = ["trl_marble", "torch", "diffusers", "transformers", "rich"]
 # ///
-"""What balancing costs: time and peak memory of a whole optimizer step, against a weighted sum of the rewards.
+"""What balancing costs: time and peak memory of a complete optimizer step, relative to a weighted sum of the rewards.
 
 ```bash
 python examples/benchmarks/step_cost.py --rewards 5 20 --model small
 ```
 
-Every mode trains the same pipeline on the same batches, in turns, so that whatever else the machine does falls on all
-of them alike. The pipelines have random weights and rewards that cost nothing, but for `shapeworld`, which is the one
-of the demo, with its prompts and rewards. `single` is one reward. `weighted_sum` adds the rewards up and is the
-baseline of all ratios. `naive` balances every step with one backward pass a reward, as the paper does. `exact`
-balances every step. `streaming` balances every step on some of its forward passes. `every_10` solves at every tenth
-step and mixes in between; its cost is put together from one step of each kind that were both measured.
+All modes train the same pipeline on the same batches in alternation, so that other load on the machine affects them
+equally. The pipelines have random weights and rewards without cost, except `shapeworld`, the demo's pipeline with its
+prompts and rewards. `single` has one reward. `weighted_sum` sums the rewards and is the baseline of all ratios.
+`naive` balances every step with one backward pass per reward, as the paper does. `exact` balances every step.
+`streaming` balances every step from some of its forward passes. `every_10` computes new weights at every tenth step;
+its cost is calculated from one measured step of each kind.
 
 `update` is gradients and optimizer. `loop` is sampling, scoring and update; sampling and scoring are the same in all
-modes, so their median is counted in each. Memory is the peak of live tensors during the
-update, weights included. Forward and backward passes are counted where they reach the transformer, in one update.
+modes, so their median is counted in each. Memory is the peak of existing tensors during
+the update, with the weights. Forward and backward passes of the transformer are counted in one update.
 """
 
 import argparse
@@ -76,7 +76,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def make_rewards(count: int) -> list[Callable[..., list[float | None]]]:
-    """Rewards that cost nothing; every other one applies to every other prompt only."""
+    """Rewards without cost; every second one applies to every second prompt only."""
 
     def make(k: int) -> Callable[..., list[float | None]]:
         def reward(images: list, number: list[int], **kwargs) -> list[float | None]:
@@ -90,7 +90,7 @@ def make_rewards(count: int) -> list[Callable[..., list[float | None]]]:
 
 
 class Bench:
-    """A trainer that takes its steps one by one, each in the mode that is asked for."""
+    """A trainer that takes single steps, each in a given mode."""
 
     def __init__(self, args: argparse.Namespace, num_rewards: int, folder: str, compiled: bool = False) -> None:
         self.device = torch.device(args.device)
@@ -130,7 +130,7 @@ class Bench:
         self.linears = self.trainer.step_gradient.linears
         self.rows = [n // args.num_generations for n in range(size)]
         self.cycle = 0
-        # The policy has left the old one, as it has at almost every step.
+        # The policy differs from the old one, as at almost every step.
         for parameter in self.trainer.parameters:
             torch.nn.init.normal_(parameter, std=0.02)
 
@@ -154,7 +154,7 @@ class Bench:
         trainer.step_gradient.commit()
 
     def switch(self, mode: str) -> None:
-        """Make the trainer one of another mode."""
+        """Switch the trainer to another mode."""
         mode = mode.removesuffix("_compiled")
         trainer = self.trainer
         sums = mode in ("single", "weighted_sum")
@@ -177,7 +177,7 @@ class Bench:
 
     @contextmanager
     def counted(self) -> Iterator[dict[str, int]]:
-        """Counts the transformer's forward passes, and the backward passes that arrive at its output."""
+        """Count the transformer's forward passes and the backward passes from its output."""
         counts = {"forwards": 0, "backwards": 0}
 
         def count_backward(_: torch.Tensor) -> None:
@@ -195,7 +195,7 @@ class Bench:
             handle.remove()
 
     def peak_memory(self, function: Callable[[], None]) -> int:
-        """Peak of live tensors, in bytes, while the function runs."""
+        """Peak of existing tensors, in bytes, while the function runs."""
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
@@ -223,7 +223,7 @@ class Bench:
 
 
 def measure(args: argparse.Namespace, num_rewards: int, console: Console) -> dict[str, dict[str, object]]:
-    """Everything about one number of rewards, by mode."""
+    """Measure all modes with one number of rewards."""
     seconds: dict[str, list[float]] = {mode: [] for mode in args.modes}
     rollouts: dict[Bench, list[float]] = {}
     memory: dict[str, int] = {}
@@ -236,13 +236,13 @@ def measure(args: argparse.Namespace, num_rewards: int, console: Console) -> dic
         if args.torch_compile:
             benches |= dict.fromkeys(COMPILED, Bench(args, num_rewards, folder, compiled=True))
 
-        batches = {}  # how the rewards are aggregated is part of the batch, so every mode has its own
+        batches = {}  # the aggregation of rewards is part of the batch, so every mode has its own
         for mode in args.modes:
             status.update(f"K = {num_rewards}, warming up: {mode}")
             bench = benches[mode]
             bench.switch(mode)
             bench.sample()
-            bench.update(solves=True)  # the balance is known from here on
+            bench.update(solves=True)  # there are weights from here on
             batches[mode] = bench.trainer._batch
             update = partial(bench.update, solves=mode != "every_10")
             with bench.counted() as counts[mode]:
@@ -252,7 +252,7 @@ def measure(args: argparse.Namespace, num_rewards: int, console: Console) -> dic
         for repeat in range(args.repeats):
             for bench in dict.fromkeys(benches.values()):
                 rollouts.setdefault(bench, []).append(bench.timed(bench.sample))
-            # Back and forth, so that no mode always comes right after the same other.
+            # Forward and backward, so that no mode always follows the same other one.
             for mode in args.modes if repeat % 2 else reversed(args.modes):
                 status.update(f"K = {num_rewards}, repeat {repeat}: {mode}")
                 bench = benches[mode]

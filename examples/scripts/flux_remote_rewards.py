@@ -11,14 +11,14 @@
 Flux.1 with rewards that run elsewhere: scorers behind a reward server, a vision-language judge behind an
 OpenAI-compatible endpoint, and the reader of written text on the trainer's own CPU.
 
-On the machine of the scorers (the server listens on it alone; reach it through an SSH tunnel):
+On the scorers' machine (the server accepts connections from this machine only; use an SSH tunnel):
 
 ```bash
 python -m trl_marble.rewards.server --rewards pickscore imagereward --device cuda --port 8100
 vllm serve CodeGoat24/UnifiedReward-qwen-7b --port 8000
 ```
 
-On the trainer's:
+On the trainer's machine:
 
 ```bash
 accelerate launch --num_processes 8 examples/scripts/flux_remote_rewards.py \\

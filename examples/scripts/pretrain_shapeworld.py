@@ -7,16 +7,16 @@
 # [tool.uv.sources]
 # trl_marble = { path = "../.." }  # `uv run` from a clone: the package is not on PyPI yet
 # ///
-"""Pretrain the ShapeWorld pipeline from nothing: VAE, then text encoders and transformer together by flow matching.
+"""Pretrain the ShapeWorld pipeline from scratch: VAE, then text encoders and transformer together by flow matching.
 
 ```bash
 python examples/scripts/pretrain_shapeworld.py --output_dir runs/shapeworld
 ```
 
-Killed at any time, the same command goes on from the last saved state. It leaves a diffusers folder
+After an interruption, the same command continues from the last saved state. It writes a diffusers folder
 (`runs/shapeworld/pipeline`) and grids of samples beside it.
 
-The weights that the package carries took 76 minutes on two CPU cores (VAE 9, the rest 67, with tests running beside it
+The weights in the package took 76 minutes on two CPU cores (VAE 9, the rest 67, with tests running beside it
 part of the time), in one run with the defaults.
 """
 
@@ -148,7 +148,7 @@ def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModelWithProjection:
 
 
 def build_silent_t5() -> tuple[T5EncoderModel, T5Tokenizer]:
-    """A T5 that only says zero, like what diffusers puts in place of a missing one: no folder loads without a T5."""
+    """A T5 whose output is zero, as diffusers' default without a T5: a saved pipeline does not load without one."""
     tokenizer = T5Tokenizer(vocab=[("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0)], extra_ids=0)
     config = T5Config(vocab_size=len(tokenizer), d_model=96, d_kv=8, d_ff=8, num_layers=1, num_heads=1)
     encoder = T5EncoderModel(config)
@@ -157,7 +157,7 @@ def build_silent_t5() -> tuple[T5EncoderModel, T5Tokenizer]:
 
 
 def build_pipeline(prompts: list[str]) -> StableDiffusion3Pipeline:
-    """The whole pipeline with random weights: 64-pixel pictures, 8x8x8 latents, 16 image tokens."""
+    """The complete pipeline with random weights: 64-pixel images, 8x8x8 latents, 16 image tokens."""
     tokenizer = build_tokenizer(prompts)
     return StableDiffusion3Pipeline(
         transformer=SD3Transformer2DModel(
@@ -221,7 +221,7 @@ class Run:
         self.bar = tqdm(total=steps, initial=self.step, desc=name, mininterval=5)
 
     def remaining(self) -> Iterator[tuple[int, torch.Generator]]:
-        """The steps still to do, each with the generator that draws it, so that a resumed run draws the same."""
+        """The remaining steps, each with its random generator, so that a resumed run draws the same."""
         started = time.perf_counter() - self.seconds
         for step in range(self.step, self.steps):
             yield step, torch.Generator().manual_seed(self.args.seed * 1_000_003 + step)
@@ -232,7 +232,7 @@ class Run:
         self.bar.close()
 
     def schedule(self) -> float:
-        """Share of the peak learning rate: a linear warm-up, then half a cosine down to nothing."""
+        """Share of the peak learning rate: a linear warm-up, then half a cosine down to 0."""
         done = self.step / self.steps
         return done / WARMUP if done < WARMUP else 0.5 * (1 + math.cos(math.pi * (done - WARMUP) / (1 - WARMUP)))
 
@@ -293,7 +293,7 @@ def train_vae(pipeline: StableDiffusion3Pipeline, pictures: torch.Tensor, args: 
 
 @torch.no_grad()
 def encode(pipeline: StableDiffusion3Pipeline, pictures: torch.Tensor, args: argparse.Namespace) -> torch.Tensor:
-    """All pictures as latents of unit variance; leaves the scaling in the VAE's config, where the pipeline looks."""
+    """All pictures as latents of unit variance; writes the scaling into the VAE's config for the pipeline."""
     path = args.output_dir / "latents.pt"
     if path.exists():
         latents = torch.load(path, weights_only=True)
@@ -315,9 +315,9 @@ def train_flow(
     compiled = torch.compile(transformer, options={"pattern_matcher": False}) if args.compile else transformer
     run = Run("flow", [transformer, pipeline.text_encoder, pipeline.text_encoder_2], args.flow_steps, args)
     for step, generator in run.remaining():
-        # Without T5 a pipeline appends `max_sequence_length` zero tokens, 256 by default. They say nothing and make a
-        # step ten times as slow, so most do without (`max_sequence_length=0`); a small batch now and then keeps the
-        # default working.
+        # Without T5 a pipeline appends `max_sequence_length` zero tokens, 256 by default. They have no content and
+        # make a step ten times as slow, so most do without (`max_sequence_length=0`); a small batch now and then keeps
+        # the default working.
         plain = step % 24 == 23
         size = args.flow_batch_size // 6 if plain else args.flow_batch_size
         chosen = torch.randint(len(latents), (size,), generator=generator)

@@ -9,9 +9,9 @@
 # ///
 """
 Align Stable Diffusion 3.5 Medium with five rewards at once, as MARBLE does (huggingface.co/papers/2605.06507):
-PickScore, HPSv2.1 and CLIPScore on every prompt, the accuracy of written text and GenEval on their own.
+PickScore, HPSv2.1 and CLIPScore on every prompt, the accuracy of written text and GenEval on their own prompts.
 
-With the settings of the paper: the defaults of `MarbleConfig`, but for how often and on what it balances
+With the paper's settings: the defaults of `MarbleConfig`, except `balance_every` and `balance_on`
 (`--gradient_accumulation_steps` is the default 144 divided by the number of processes):
 
 ```bash
@@ -54,11 +54,11 @@ class ScriptArguments:
         model (`str`, *optional*, defaults to `"stabilityai/stable-diffusion-3.5-medium"`):
             The pipeline: a Hub id or a local folder.
         general_prompts (`str`, *optional*, defaults to `"Gustavosta/Stable-Diffusion-Prompts"`):
-            Prompts of all kinds: a Hub dataset or a local file, see `load_prompts`.
+            General prompts: a Hub dataset or a local file, see `load_prompts`.
         prompt_column (`str`, *optional*, defaults to `"Prompt"`):
-            The column of `general_prompts` that holds them.
+            The column of `general_prompts` with the prompts.
         num_generated_prompts (`int`, *optional*, defaults to `4000`):
-            How many prompts that ask for written text, and how many compositional ones, are made.
+            Number of generated prompts that ask for written text, and of generated compositional ones.
         offload_rewards (`bool`, *optional*, defaults to `False`):
             Whether the scorers leave the GPU during updates.
         use_t5 (`bool`, *optional*, defaults to `True`):
@@ -79,7 +79,7 @@ class ScriptArguments:
 
 
 def main(script_args: ScriptArguments, training_args: MarbleConfig) -> None:
-    # ---- Prompts: three sources, each with its share of every step ----
+    # ---- Prompts: three sources, mixed in every step ----
     number = script_args.num_generated_prompts
     prompts = mix_prompts(
         {
@@ -99,7 +99,7 @@ def main(script_args: ScriptArguments, training_args: MarbleConfig) -> None:
         GenEval(offload=offload),
     ]
 
-    # ---- Training: the base in bf16 where asked for, the adapter always in fp32 ----
+    # ---- Training: the base in bf16 with --bf16, the adapter always in fp32 ----
     pipeline = StableDiffusion3Pipeline.from_pretrained(
         script_args.model,
         dtype=torch.bfloat16 if training_args.bf16 else torch.float32,

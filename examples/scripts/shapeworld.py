@@ -8,8 +8,8 @@
 # trl_marble = { path = "../.." }  # `uv run` from a clone: the package is not on PyPI yet
 # ///
 """
-The script to copy: a reward of your own beside others, two held out to catch reward hacking, a live table. It runs on
-a laptop, with the tiny pretrained pipeline that comes with the package:
+The script to copy: a reward of your own with others, two held-out rewards to detect reward hacking, a live table. It
+runs on a laptop, with the tiny pretrained pipeline that comes with the package:
 
 ```bash
 python examples/scripts/shapeworld.py \\
@@ -48,13 +48,13 @@ from trl_marble.shapeworld.rewards import calm, centring, composition, coverage,
 @dataclass
 class ScriptArguments:
     """
-    What the script does beside training.
+    What the script does besides training.
 
     Args:
         num_eval_prompts (`int`, *optional*, defaults to `24`):
-            How many held-out prompts are evaluated on.
+            Number of held-out prompts in an evaluation.
         stop_on_hacking (`bool`, *optional*, defaults to `False`):
-            Whether training stops, instead of warning, when the rewards rise at the cost of what is held out.
+            Whether training stops, instead of warning, when rewards rise while held-out rewards fall.
     """
 
     num_eval_prompts: int = field(default=24, metadata={"help": "Held-out prompts that are evaluated on."})
@@ -62,7 +62,7 @@ class ScriptArguments:
 
 
 def warmth(images, **kwargs):
-    """How much more red than blue a picture is, in [-1, 1]."""
+    """Red minus blue in an image, in [-1, 1]."""
     return [float((np.asarray(image)[..., 0].mean() - np.asarray(image)[..., 2].mean()) / 255) for image in images]
 
 
@@ -72,7 +72,7 @@ def main(script_args: ScriptArguments, training_args: MarbleConfig) -> None:
     trainer = MarbleNFTTrainer(
         load_pipeline(),
         reward_funcs=[composition, reader, coverage, warmth],
-        eval_reward_funcs=[centring, calm],  # measured, never trained on
+        eval_reward_funcs=[centring, calm],  # evaluated, never trained on
         args=training_args,
         train_dataset=load_prompts("train"),
         eval_dataset=prompts,

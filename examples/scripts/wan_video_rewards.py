@@ -9,9 +9,9 @@
 # ///
 """
 Align Wan 2.1, a text-to-video model, with four rewards at once: PickScore and HPSv2.1 on frames of each video, and two
-of the whole video that pull against each other: that it moves, and that it does not flicker.
+rewards of the complete video that conflict: motion, and smoothness (no flicker).
 
-Settings to start from for eight GPUs with 80 GB, 16 prompts x 8 videos of two seconds a step:
+Settings to start from for eight GPUs with 80 GB, 16 prompts x 8 videos of two seconds per step:
 
 ```bash
 accelerate launch --num_processes 8 examples/scripts/wan_video_rewards.py \\
@@ -32,7 +32,7 @@ accelerate launch --num_processes 8 examples/scripts/wan_video_rewards.py \\
     --max_steps 300
 ```
 
-Wan makes 4k + 1 frames, and its 1.3B was made for videos of 832 x 480.
+Wan makes 4k + 1 frames, and its 1.3B model was trained for videos of 832 x 480.
 """
 
 from dataclasses import dataclass, field
@@ -70,7 +70,7 @@ class ScriptArguments:
 
 
 def motion(videos: Tensor, **kwargs: Any) -> list[float]:
-    """Mean absolute difference between a frame and the next, from 0 to 1. Alone, it would teach flicker."""
+    """Mean absolute difference between consecutive frames, from 0 to 1. Alone, it would reward flicker."""
     return videos.diff(dim=1).abs().flatten(1).mean(dim=1).tolist()
 
 
@@ -79,7 +79,7 @@ def smoothness(videos: Tensor, **kwargs: Any) -> list[float]:
     return (-videos.diff(n=2, dim=1).abs().flatten(1).mean(dim=1)).tolist()
 
 
-# Both get the videos as one tensor [B, F, 3, H, W] in [0, 1] in place of lists of PIL frames.
+# Both get the videos as one tensor [B, F, 3, H, W] in [0, 1] instead of lists of PIL frames.
 motion.image_type = smoothness.image_type = "pt"
 
 
@@ -87,7 +87,7 @@ def main(script_args: ScriptArguments, training_args: MarbleConfig) -> None:
     # ---- Prompts ----
     prompts = load_prompts(script_args.prompts)
 
-    # ---- Rewards: two of images on frames of each video, and two of the whole video ----
+    # ---- Rewards: two of images on frames of each video, and two of the complete video ----
     rewards = [
         FrameReward(PickScore(), script_args.num_scored_frames),
         FrameReward(HPSv2(), script_args.num_scored_frames),
@@ -95,7 +95,7 @@ def main(script_args: ScriptArguments, training_args: MarbleConfig) -> None:
         smoothness,
     ]
 
-    # ---- Training: the base in bf16 where asked for; the VAE in fp32, as its authors use it; the adapter in fp32 ----
+    # ---- Training: the base in bf16 with --bf16; the VAE in fp32, as its authors use it; the adapter in fp32 ----
     pipeline = WanPipeline.from_pretrained(
         script_args.model,
         vae=AutoencoderKLWan.from_pretrained(

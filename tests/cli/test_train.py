@@ -80,7 +80,7 @@ def test_a_fault_of_the_program_keeps_its_traceback_with_the_place_as_the_last_n
     def fail(self, *args, **kwargs):
         raise KeyError("a fault")
 
-    monkeypatch.setattr("trl_marble.trainer.live_table.LiveTableCallback.on_log", fail)
+    monkeypatch.setattr("trl_marble.callbacks.live_table.LiveTableCallback.on_log", fail)
     with pytest.raises(KeyError, match="a fault") as caught:
         main(["train", "--config", "run.yaml"])
     assert caught.value.__notes__[-1] == "Training stopped after step 1; it is saved in run/checkpoint-1."

@@ -1,5 +1,5 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
-"""Every code block of the README and the documents runs: see tests/doc_runner.py for how, and what is small."""
+"""Every code block of the README and the documents runs; tests/support/doc_runner.py says how, and what is small."""
 
 import pytest
 from doc_blocks import Block, pages, parse_blocks, read_blocks

@@ -80,7 +80,7 @@ def test_defaults_are_those_of_both():
                 assert shown.strip('`"') == str(default_of(config, name)), name
             compared += 1
     assert compared >= 4
-    for name, ours, theirs in rows_of("Inherited ones with another default"):
+    for name, ours, theirs in rows_of("Inherited arguments with another default"):
         for shown, config in ((ours, MarbleConfig), (theirs, GRPOConfig)):
             default = default_of(config, name.strip("`"))
             assert default == (shown if isinstance(default, str) else float(shown)), name

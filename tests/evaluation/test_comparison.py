@@ -87,7 +87,7 @@ def test_genevals_overall_score_is_compared_too(tmp_path) -> None:
         ({"prompt": list("abcdef")}, "prompt 0 is 'prompt 0' in 'base' and 'a' in 'other'"),
     ],
 )
-def test_what_cannot_be_compared(before, tmp_path, change, message) -> None:
+def test_refuses_evaluations_that_cannot_be_compared(before, tmp_path, change, message) -> None:
     other = made_results(tmp_path / "other", {"calm": [0.0] * 6, "reader": [0.0] * 6}, **change)
     with pytest.raises(ValueError, match=message):
         compare_evaluations({"base": before, "other": other})
@@ -115,7 +115,7 @@ def test_files(before, after, tmp_path) -> None:
     assert content["rewards"]["calm"][0].keys() == {"evaluation", "mean", "standard_error"}
     assert content["rewards"]["calm"][1]["wins"] == 4
     with pytest.raises(ValueError, match="is the folder of the evaluation 'ours'"):
-        compared.save(after.folder)
+        compare_evaluations({"base": before, "ours": after}, after.folder)
 
 
 def test_table(before, after) -> None:

@@ -1,5 +1,5 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
-"""The page shows every image with its scores, and takes no prompt for markup."""
+"""The page shows every image with its scores, and a prompt is never markup."""
 
 import json
 from html.parser import HTMLParser
@@ -65,7 +65,7 @@ def test_every_image_is_found_from_the_page_and_loaded_late(results, tmp_path) -
     assert inside[0]["src"] == "images/0.png"
 
 
-def test_rows_carry_what_they_are_sorted_by(results, tmp_path) -> None:
+def test_rows_have_the_values_they_are_sorted_by(results, tmp_path) -> None:
     first, second = Page(write_contact_sheet({"base": results}, tmp_path / "page.html")).of("article")
     assert json.loads(first["data-keys"]) == [[pytest.approx(0.15), None, 0.25]]
     assert json.loads(second["data-keys"]) == [[pytest.approx(0.35), 2.5, 0.25]]

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from trl_marble.evaluation import Evaluation
-from trl_marble.evaluation.evaluation import nan_aware_mean
+from trl_marble.metrics import nan_aware_mean
 
 
 NAN = math.nan

@@ -20,7 +20,7 @@ from trl_marble.evaluation.evaluator import image_seed
 from trl_marble.rewards import RewardError
 
 
-WORKER = Path(__file__).parents[1] / "evaluation_worker.py"
+WORKER = Path(__file__).parents[1] / "support" / "evaluation_worker.py"
 
 
 @pytest.fixture(scope="module")

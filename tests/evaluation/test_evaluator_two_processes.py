@@ -11,7 +11,7 @@ from evaluation_helpers import bright, prompt_set, red_only, small_evaluation
 from trl_marble.evaluation import evaluate_pipeline
 
 
-WORKER = Path(__file__).parents[1] / "evaluation_worker.py"
+WORKER = Path(__file__).parents[1] / "support" / "evaluation_worker.py"
 
 
 def test_two_processes_are_one(tmp_path, tiny_sd3) -> None:

@@ -1,5 +1,5 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
-"""The modules on `evaluate`'s classes: alone, combined, batch by batch, and without files."""
+"""The modules of the `evaluate` library: alone, combined, batch by batch, and without files."""
 
 import math
 import sys
@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from trl_marble.evaluation import PromptDiversity, RewardMean, WinRate, measures, thumbnails
-from trl_marble.evaluation.diversity import group_diversity
+from trl_marble.rollout.diversity import group_diversity
 
 
 def test_mean_of_a_reward() -> None:
@@ -61,7 +61,7 @@ def test_values_that_are_not_numbers_are_refused() -> None:
         RewardMean().compute(data=[1.0, 2.0], groups=[0])
 
 
-def test_nothing_is_left_on_disk_unless_asked_for(tmp_path) -> None:
+def test_no_files_are_written_by_default(tmp_path) -> None:
     RewardMean(cache_dir=str(tmp_path / "kept in memory")).compute(data=[1.0], groups=[0])
     assert list(tmp_path.iterdir()) == []
     module = RewardMean(keep_in_memory=False, cache_dir=str(tmp_path))
@@ -72,7 +72,7 @@ def test_nothing_is_left_on_disk_unless_asked_for(tmp_path) -> None:
 
 @pytest.fixture
 def load(monkeypatch, tmp_path):
-    """`evaluate.load` of a measure's file, with its cache in a folder that goes away."""
+    """`evaluate.load` of a measure's file, with its cache in a temporary folder."""
     monkeypatch.setattr(evaluate.config, "HF_MODULES_CACHE", str(tmp_path))
     monkeypatch.setattr(sys, "path", [*sys.path])
     folder = Path(measures.__file__).parent

@@ -46,12 +46,12 @@ def history(steps: int = 12, weighted_sum: bool = True) -> list[dict]:
     return [*rows, {"step": steps, "train_runtime": 3.0}]
 
 
-def test_images_stand_in_their_rows_and_columns(tmp_path):
+def test_images_are_in_their_rows_and_columns(tmp_path):
     path = image_grid([[tile(RED), tile(GREEN)], [tile(BLUE)]], ["a", "b"], tmp_path / "new" / "grid.png", cell=80)
     red, green, blue = (extent(path, color) for color in (RED, GREEN, BLUE))
     assert red[1] == green[1] < blue[1]
     assert red[0] == blue[0] < green[0]
-    # All of the tile but for the hairline around it, which is drawn over its edge.
+    # The tile without the thin line that is drawn over its edge.
     assert all(76 <= side <= 80 for side in (*red[2:], *green[2:], *blue[2:]))
 
 
@@ -64,7 +64,7 @@ def test_images_keep_their_proportions(tmp_path):
     assert abs(red_y - blue_y) <= 1
 
 
-def test_labels_and_titles_make_room_for_themselves(tmp_path):
+def test_labels_and_titles_enlarge_the_page(tmp_path):
     plain = image_grid([[tile(RED)]], ["a"], tmp_path / "plain.png")
     titled = image_grid([[tile(RED)]], ["a"], tmp_path / "titled.png", title="Step 3", column_labels=["seed 0"])
     assert extent(titled, RED)[1] > extent(plain, RED)[1] + 50
@@ -78,7 +78,7 @@ def test_any_prompt_can_be_a_label_and_stays_left_of_the_images(prompt, tmp_path
     assert extent(path, RED) == extent(blank, RED)
 
 
-def test_after_stands_right_of_before_in_the_same_row(tmp_path):
+def test_after_is_right_of_before_in_the_same_row(tmp_path):
     before, after = [[tile(RED)], [tile(GREEN)]], [[tile(BLUE)], [tile(YELLOW)]]
     path = before_after_grid(["a", "b"], before, after, tmp_path / "grid.png", title="ShapeWorld")
     red, green, blue, yellow = (extent(path, color) for color in (RED, GREEN, BLUE, YELLOW))
@@ -111,7 +111,7 @@ def test_balance_shows_weights_and_both_directions(tmp_path):
 
 
 def area_color(color: str) -> np.ndarray:
-    """How an area comes out that lets a little of the paper through."""
+    """The colour of an area that is slightly transparent."""
     return np.array([round(255 * (0.88 * part + 0.12)) for part in to_rgb(color)])
 
 
@@ -120,7 +120,7 @@ def test_balance_of_short_and_partial_logs(rows, tmp_path):
     assert has_color(plot_balance(rows, tmp_path / "balance.png"), TAKEN)
 
 
-def test_balance_says_what_to_log(tmp_path):
+def test_a_log_without_balance_is_refused_with_what_to_log(tmp_path):
     path = tmp_path / "balance.png"
     for key in ("balance/alpha", "balance/cos_min"):
         rows = [{name: value for name, value in row.items() if not name.startswith(key)} for row in history()]
@@ -136,7 +136,7 @@ def test_balance_says_what_to_log(tmp_path):
     assert not path.exists()
 
 
-def test_rewards_have_a_panel_each(tmp_path):
+def test_there_is_one_panel_per_reward(tmp_path):
     one = [{key: value for key, value in row.items() if "big" not in key} for row in history()]
     both = plot_rewards(history(), tmp_path / "both.png")
     single = plot_rewards(one, tmp_path / "one.png")
@@ -169,7 +169,7 @@ def test_rewards_have_their_evaluations_with_errors_over_prompts(tmp_path):
     assert not panels["big"].containers
 
 
-@pytest.mark.filterwarnings("error")  # matplotlib's layout warns where it gives up
+@pytest.mark.filterwarnings("error")  # matplotlib warns when it finds no layout
 def test_rewards_without_evaluations_fill_the_picture(tmp_path):
     rows = [{"step": step, "rewards/reader/mean": 0.5 + 0.1 * step} for step in range(1, 4)]
     picture = np.asarray(Image.open(plot_rewards(rows, tmp_path / "rewards.png")).convert("L"))
@@ -184,8 +184,8 @@ def test_rewards_may_be_missing_in_some_steps(tmp_path):
     assert has_color(plot_rewards(rows, tmp_path / "rewards.png"), PALETTE[0])
 
 
-def test_rewards_say_what_to_log(tmp_path):
-    with pytest.raises(ValueError, match="no `rewards/<reward>/mean`"):
+def test_a_log_without_rewards_is_refused_with_what_to_log(tmp_path):
+    with pytest.raises(ValueError, match="neither `rewards/<reward>/mean`"):
         plot_rewards([{"step": 1, "rewards/reader/std": 0.1}], tmp_path / "rewards.png")
 
 
@@ -195,7 +195,7 @@ def ink(path, left: int, top: int, right: int, bottom: int) -> int:
     return int((pixels.min(axis=2) < 200).sum())
 
 
-def test_captions_stand_under_their_images_and_make_room_for_their_lines(tmp_path):
+def test_captions_are_under_their_images_and_rows_move_down_for_them(tmp_path):
     rows = [[tile(RED), tile(GREEN)], [tile(BLUE)]]
     one, two = (
         image_grid(rows, ["a", "b"], tmp_path / f"{lines}.png", cell=80, captions=[["x" * 90, ""], [text]])
@@ -210,7 +210,7 @@ def test_captions_stand_under_their_images_and_make_room_for_their_lines(tmp_pat
         assert (ink(one, *under) > 0) == captioned, color  # and a caption that is too long stays under its image
 
 
-def test_captions_that_are_not_one_an_image_are_refused(tmp_path):
+def test_refuses_another_number_of_captions_than_images(tmp_path):
     with pytest.raises(ValueError, match=r"`captions` has rows of \[1\], `rows` of \[2\] images"):
         image_grid([[tile(RED), tile(BLUE)]], ["a"], tmp_path / "grid.png", captions=[["x"]])
 

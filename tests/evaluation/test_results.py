@@ -1,5 +1,5 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
-"""What results say, and that a folder gives back what was put there."""
+"""Means, errors and tables of results, and saving and loading them."""
 
 import json
 import math
@@ -27,7 +27,7 @@ NASTY = [
 ]
 
 
-def test_a_folder_gives_back_what_was_saved(tmp_path) -> None:
+def test_saved_results_are_loaded_again(tmp_path) -> None:
     prompts = [prompt for prompt in NASTY for _ in range(2)]
     values = [1 / 3 * k if k % 3 else NAN for k in range(20)]
     made = made_results(tmp_path, {"reader": values, "calm": [1e-12 * k for k in range(20)]}, prompt=prompts)
@@ -97,7 +97,7 @@ def test_geneval_has_its_overall_score_the_mean_over_tasks(tmp_path) -> None:
     assert made_results(tmp_path / "untagged", {"GenEval": [1.0, 0.0]}).geneval_overall() == {}
 
 
-def test_the_table_says_what_failed(tmp_path) -> None:
+def test_the_table_has_the_numbers_of_failed_images(tmp_path) -> None:
     made = made_results(tmp_path, {"calm": [1, 3, 4, 6], "reader": [NAN, NAN, NAN, 2]})
     console = Console(width=100)
     with console.capture() as captured:
@@ -109,7 +109,7 @@ def test_the_table_says_what_failed(tmp_path) -> None:
     assert "Failed" in captured.get() and "diversity within a prompt" in captured.get()
 
 
-def test_what_is_not_a_finished_evaluation(tmp_path) -> None:
+def test_refuses_folders_without_a_finished_evaluation(tmp_path) -> None:
     with pytest.raises(FileNotFoundError, match="Pass the `output_dir` of one"):
         EvaluationResults.load(tmp_path)
     made_results(tmp_path / "out", {"calm": [1, 3, 4, 6]}).save()

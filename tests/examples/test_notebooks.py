@@ -25,7 +25,7 @@ def cells(notebook):
 
 def execute(path, folder, monkeypatch, first=None):
     """The notebook after a run in an empty folder."""
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests")]))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests" / "support")]))
     notebook = nbformat.read(path, as_version=4)
     if first is not None:
         notebook.cells.insert(0, nbformat.v4.new_code_cell(first))

@@ -168,7 +168,7 @@ def test_broken_values_and_weights_are_refused(adapter, tmp_path):
     state = load_file(folder / FILE)
     key = next(key for key in state if "lora_A" in key)
     save_file(state | {key: torch.full_like(state[key], torch.nan)}, tmp_path / "nan.safetensors")
-    with pytest.raises(ValueError, match="is not finite; the adapter is broken"):
+    with pytest.raises(ValueError, match="has values that are not finite"):
         load_adapter(tiny.tiny_sd3(), tmp_path / "nan.safetensors")
     with pytest.raises(ValueError, match="weight=nan is not finite"):
         load_adapter(tiny.tiny_sd3(), folder, weight=float("nan"))

@@ -124,7 +124,7 @@ def test_an_adapter_of_peft_whose_strength_nobody_knows_or_that_is_more_than_lor
     with pytest.raises(ValueError, match="is not JSON"):
         load_adapter(pipeline, tmp_path)
     (tmp_path / "adapter_config.json").unlink()
-    with pytest.raises(ValueError, match="PEFT's layout .*no `adapter_config.json` beside it. Put it there"):
+    with pytest.raises(ValueError, match="PEFT's layout .*no `adapter_config.json` in the same folder"):
         load_adapter(pipeline, tmp_path)
     assert pipeline.get_list_adapters() == {}
 
@@ -132,7 +132,7 @@ def test_an_adapter_of_peft_whose_strength_nobody_knows_or_that_is_more_than_lor
 UNKNOWN = {
     "ComfyUI's layout": lambda key: f"diffusion_model.{key.replace('transformer_blocks', 'joint_blocks')}",
     "layout of kohya's scripts": lambda key: kohya_names(key, "joint_blocks"),
-    "a layout that is not known here": lambda key: f"{key}.hada",
+    "an unknown layout": lambda key: f"{key}.hada",
 }
 
 

@@ -119,7 +119,7 @@ def test_sources_have_a_table_of_their_own():
 
 def test_an_adapter_from_elsewhere_is_not_said_to_be_trained_here():
     card = every_section(trained_here=False)
-    assert "MarbleNFTTrainer" not in card.content and "2605.06507" not in card.content
+    assert "made with **trl_marble**" not in card.content and "2605.06507" not in card.content
     assert "## Training" not in card.content and "balanced" not in card.content
     assert not {"trl_marble", "marble"} & set(card.data.tags)
     assert section(card, "Samples") and section(card, "Rewards before and after")

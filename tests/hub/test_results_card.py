@@ -127,7 +127,7 @@ def test_an_adapter_from_elsewhere_names_the_pipeline_that_was_evaluated(adapter
     folder, results = adapter
     card = card_from_evaluations(folder, results)
     assert "A LoRA adapter for `my_base`.\n" in card.content and "# mine\n" in card.content
-    assert "MarbleNFTTrainer" not in card.content and "held out" not in card.content
+    assert "made with **trl_marble**" not in card.content and "held out" not in card.content
     assert "num_inference_steps=2, guidance_scale=1.0, width=16, max_sequence_length=16" in card.content
     assert "pipeline = StableDiffusion3Pipeline.from_pretrained(" in card.content
     assert card_errors(card.content) == []

@@ -1,5 +1,5 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
-"""Adapters are found, put on a pipeline, and taken off again."""
+"""Adapters are found, loaded onto a pipeline, and removed again."""
 
 import logging
 
@@ -29,7 +29,7 @@ def test_an_adapter_is_a_folder_or_a_file(adapter) -> None:
     assert find_adapter(adapter) == find_adapter(adapter.parent) == find_adapter(str(adapter)) == adapter
 
 
-def test_what_is_not_an_adapter(tmp_path) -> None:
+def test_refuses_files_and_names_that_are_not_adapters(tmp_path) -> None:
     (tmp_path / "weights.bin").write_bytes(b"")
     for name, error, message in (
         ("weights.bin", ValueError, "not a .safetensors file"),
@@ -73,7 +73,7 @@ def test_a_damaged_file_leaves_the_pipeline_alone(pipeline, adapter) -> None:
     assert weights(pipeline).keys() == before.keys()
 
 
-def test_no_adapter_goes_on_top_of_another(pipeline, adapter, tmp_path) -> None:
+def test_an_adapter_beside_another_is_refused(pipeline, adapter, tmp_path) -> None:
     random_adapter(pipeline, tmp_path / "own")
     before = weights(pipeline)
     with pytest.raises(ValueError, match=r"adapters already \(default\)"), loaded_adapter(pipeline, adapter):
@@ -81,12 +81,12 @@ def test_no_adapter_goes_on_top_of_another(pipeline, adapter, tmp_path) -> None:
     assert weights(pipeline).keys() == before.keys()
 
 
-def test_nothing_is_said_of_text_encoders_that_the_adapter_leaves_alone(pipeline, adapter, caplog) -> None:
+def test_no_warning_about_text_encoders_without_adapter_weights(pipeline, adapter, caplog) -> None:
     logger = logging.getLogger("diffusers")
     logger.propagate = True
     try:
         pipeline.load_lora_weights(adapter.parent)
-        assert "No LoRA keys associated" in caplog.text  # what diffusers says by itself
+        assert "No LoRA keys associated" in caplog.text  # the warning of diffusers itself
         pipeline.unload_lora_weights()
         caplog.clear()
         load_adapter(pipeline, adapter)

@@ -52,21 +52,21 @@ def test_a_dataset_without_the_images_that_a_pipeline_needs_is_refused(qwen):
     dataset = edit_set().rename_column("image", "source")
     with pytest.raises(ValueError, match="edits images, but `train_dataset` has no column `image`"):
         edits_images(qwen, dataset, "train_dataset")
-    assert edits_images(qwen, dataset.rename_column("source", "image"), "train_dataset")  # the mend
+    assert edits_images(qwen, dataset.rename_column("source", "image"), "train_dataset")  # as the message says
 
 
 def test_a_column_that_does_not_hold_images_is_refused(kontext, tmp_path):
     RED.save(tmp_path / "red.png")
     paths = Dataset.from_dict({"prompt": ["a cat"], "image": [str(tmp_path / "red.png")]})
-    with pytest.raises(ValueError, match=r"the column holds Value\('string'\)"):
+    with pytest.raises(ValueError, match=r"the column is of type Value\('string'\)"):
         edits_images(kontext, paths, "it")
-    images = paths.cast_column("image", datasets.Image())  # the mend
+    images = paths.cast_column("image", datasets.Image())  # as the message says
     assert edits_images(kontext, images, "it") and images[0]["image"].size == RED.size
     with pytest.raises(ValueError, match="decode=False"):
         edits_images(kontext, paths.cast_column("image", datasets.Image(decode=False)), "it")
 
 
-def test_a_row_without_an_image_is_refused_by_its_number(kontext):
+def test_a_row_without_an_image_is_refused_and_numbered(kontext):
     features = Features({"prompt": Value("string"), "image": datasets.Image()})
     rows = {"prompt": ["a"] * 1003, "image": [RED] * 1001 + [None, RED]}
     dataset = Dataset.from_dict(rows, features=features)
@@ -74,11 +74,11 @@ def test_a_row_without_an_image_is_refused_by_its_number(kontext):
         edits_images(kontext, dataset, "it")
     with pytest.raises(ValueError, match="Row 1 of `it` has no image"):
         edits_images(kontext, dataset.select([0, 1001]), "it")
-    mended = dataset.filter(lambda image: image is not None, input_columns="image")
-    assert len(mended) == 1002 and edits_images(kontext, mended, "it")
+    filtered = dataset.filter(lambda image: image is not None, input_columns="image")
+    assert len(filtered) == 1002 and edits_images(kontext, filtered, "it")
 
 
-def test_a_pipeline_that_is_not_in_the_table_is_said_not_to_edit(monkeypatch):
+def test_a_warning_names_a_pipeline_outside_the_table_that_could_edit(monkeypatch):
     monkeypatch.setattr(families, "FAMILIES", ())
     flow = FlowPipeline(tiny_flux2(), 16, 16)
     with pytest.warns(UserWarning, match="Flux2Pipeline takes an image, but is not in the table"):
@@ -95,7 +95,7 @@ def test_images_of_any_mode_are_read_in_rgb(kontext):
     assert edits_images(kontext, converted, "it")
 
 
-def test_a_transform_that_the_set_has_comes_first():
+def test_the_transform_of_the_dataset_runs_first():
     def flip(batch):
         return batch | {"image": [ImageOps.mirror(image) for image in batch["image"]]}
 
@@ -193,7 +193,7 @@ def test_without_an_image_a_batch_is_made_from_text_in_one_call(make, size, opti
     assert torch.equal(rollout.images, plain)
 
 
-def test_the_size_that_is_asked_for_comes_out(kontext):
+def test_images_have_the_requested_size(kontext):
     flow = FlowPipeline(kontext.pipeline, 16, 32, guidance_scale=3.5, max_sequence_length=24)
     (image,) = flow.rollout(flow.encode(["a cat"], [WIDE]), [1], 2).images
     assert image.size == (32, 16)
@@ -202,7 +202,7 @@ def test_the_size_that_is_asked_for_comes_out(kontext):
     assert image.size == (32, 16)
 
 
-def test_images_are_refused_or_asked_for(kontext, qwen):
+def test_images_are_refused_or_required(kontext, qwen):
     with pytest.raises(ValueError, match="QwenImageEditPipeline edits images, but there are none"):
         qwen.encode(["a cat"])
     with pytest.raises(ValueError, match="got 1 images for 2 prompts"):

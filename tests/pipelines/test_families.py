@@ -1,6 +1,6 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
 """
-One battery for every family of the table.
+The same tests for every family of the table.
 
 What is expected comes from the pipeline itself: it is called as its users call it, with a real Euler scheduler whose
 steps are recorded, and knows nothing of FlowPipeline.
@@ -95,7 +95,7 @@ class Step(NamedTuple):
 
 @dataclass
 class Case:
-    """A family's tiny pipeline, what a plain call of it does, and the FlowPipeline that is asked to do the same."""
+    """A family's tiny pipeline, a plain call of it, and the FlowPipeline that has to do the same."""
 
     name: str
     edits: bool
@@ -226,7 +226,7 @@ def test_every_family_that_takes_images_edits_one_here():
 
 
 @pytest.mark.parametrize("name", ["CogView4Pipeline", "Kandinsky5T2IPipeline", "Kandinsky5T2VPipeline"])
-def test_left_out_because_texts_padded_without_a_mask_make_samples_depend_on_their_batch_mates(name):
+def test_left_out_because_texts_padded_without_a_mask_make_samples_depend_on_the_rest_of_their_batch(name):
     make, call = TINY[name]
     pipeline = make()
     pipeline.set_progress_bar_config(disable=True)
@@ -262,7 +262,7 @@ def test_wan_of_two_transformers_is_refused():
         FlowPipeline(tiny_wan(boundary_ratio=0.875))
 
 
-def test_solver_that_turns_time_around_is_refused():
+def test_solver_whose_time_runs_in_the_other_direction_is_refused():
     """Mochi's time is 0 at noise. With a solver of the other kind the result would be noise, without an error."""
     mochi = FlowPipeline(tiny_mochi(), 16, 16, max_sequence_length=24, num_frames=7)
     wan = FlowPipeline(tiny_wan(), 16, 16, max_sequence_length=24, num_frames=5)
@@ -329,7 +329,7 @@ def test_rollout_is_a_plain_call(case):
     assert rollout.images[0].std() > 0 and not torch.allclose(rollout.images[0], rollout.images[2], atol=1e-3)
 
 
-def test_sample_does_not_depend_on_its_batch_mates_nor_on_being_encoded_with_them(case):
+def test_sample_does_not_depend_on_the_rest_of_its_batch_nor_on_being_encoded_with_it(case):
     rollout = case.flow.rollout(case.conditioning, SEEDS, STEPS, output_type="pt")
     some = [3, 0]  # without the longest prompt, to which texts are padded
     again = case.flow.rollout(case.encode(case.flow, some), [SEEDS[i] for i in some], STEPS, output_type="pt")
@@ -359,7 +359,7 @@ def test_a_video_has_the_number_of_frames_that_is_asked_for_or_else_the_pipeline
 def test_multistep_solver_in_the_place_of_the_pipelines_own(case):
     solver = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
     if case.name in NO_MULTISTEP:
-        message = f"{case.name} cannot set up a schedule with UniPC|UniPC.* would turn the time of {case.name} around"
+        message = f"{case.name} cannot set up a schedule with UniPC|runs in the other direction .* than in {case.name}"
         with pytest.raises(ValueError, match=message):
             case.flow.training_times(STEPS, scheduler=solver)
         return
@@ -371,8 +371,8 @@ def test_multistep_solver_in_the_place_of_the_pipelines_own(case):
     times = case.flow.training_times(STEPS, scheduler=solver)
     close(times, torch.stack([step.sigma for step in steps]))
     for step in steps:
-        told = (1000 * step.sigma).trunc() / 1000  # the solver tells the transformer whole thousandths
-        velocity = case.flow.velocity(step.sample, told.expand(len(PROMPTS)), case.conditioning)
+        rounded = (1000 * step.sigma).trunc() / 1000  # the solver truncates times to thousandths
+        velocity = case.flow.velocity(step.sample, rounded.expand(len(PROMPTS)), case.conditioning)
         assert (velocity - step.velocity).norm() < 1e-4 * velocity.norm()
 
 
@@ -425,7 +425,7 @@ def test_gradients_reach_every_target_of_the_adapter(case, adapted):
 
 
 def test_gradient_is_the_slope_of_the_loss(case, adapted):
-    """By finite differences along the gradient: a part of the network that passes no gradient on would show."""
+    """By finite differences along the gradient, which a part of the network without gradients would change."""
     gradients, distance = adapted.gradients(), 0.01
     norm = torch.stack([gradient.norm() for gradient in gradients.values()]).norm()
 
@@ -460,7 +460,7 @@ def test_gradients_are_the_same_with_checkpointing_or_it_is_refused(case, adapte
 
 
 def test_gradient_of_every_reward_in_one_backward_pass(case, adapted):
-    """Against a backward pass a reward by autograd alone."""
+    """Compared with one backward pass per reward by autograd."""
     linears = plain_lora_linears(adapted.flow.transformer, adapted.trainable)
     assert linears is not None
     times = torch.full([4], 0.6) if case.name in ONE_TIME else torch.tensor([0.9, 0.4, 0.4, 0.7])
@@ -476,7 +476,7 @@ def test_gradient_of_every_reward_in_one_backward_pass(case, adapted):
     separate = SeparateBackward(3, list(adapted.trainable.values()))
     separate.backward(objectives(everything))
     weighted = WeightedBackward(3, linears)
-    # It must see whole micro-batches, which are of one sample where a call holds no more.
+    # It must see complete micro-batches, of one sample where a call is limited to one.
     for samples in everything.split(1) if case.edits else [everything]:
         with weighted.recording(len(samples)):
             weighted.backward(objectives(samples))

@@ -56,7 +56,7 @@ def initial_noise(flow: FlowPipeline, seeds) -> torch.Tensor:
 
 
 def plain_call(flow: FlowPipeline, prompts, seeds, steps, output_type, **settings):
-    """The pipeline as a user calls it, from text, knowing nothing of FlowPipeline."""
+    """The pipeline as a user calls it, from text and without FlowPipeline."""
     flow.pipeline.set_progress_bar_config(disable=True)
     settings = {**SETTINGS["flux" if "Flux" in type(flow.pipeline).__name__ else "sd3"], **settings}
     settings.setdefault("guidance_scale", 1.0)
@@ -92,7 +92,7 @@ def hand_written_velocity(flow: FlowPipeline, x_t, t, conditioning) -> torch.Ten
 
 
 def seen_times(flow: FlowPipeline, call) -> list[float]:
-    """The times at which a call asks the transformer, read off the transformer's own input."""
+    """The times at which a call runs the transformer, from the transformer's own input."""
     scale = 1000 if isinstance(flow.transformer, SD3Transformer2DModel) else 1
     times = []
     hook = flow.transformer.register_forward_pre_hook(
@@ -170,7 +170,7 @@ def test_velocity_never_uses_classifier_free_guidance():
     assert batch_sizes == [3]
 
 
-def test_velocity_leaves_the_negative_prompt_out_of_the_call_and_serves_subclasses():
+def test_velocity_calls_without_the_negative_prompt_and_works_for_subclasses():
     calls = []
 
     class Recording(StableDiffusion3Pipeline):
@@ -297,7 +297,7 @@ def test_guidance_matters_to_the_test_above():
 
 
 @both_families
-def test_a_sample_does_not_depend_on_its_batch_mates(name):
+def test_a_sample_does_not_depend_on_the_rest_of_its_batch(name):
     flow = make_flow(name)
     conditioning = flow.encode(PROMPTS)
     together = flow.rollout(conditioning, SEEDS, 3, output_type="pt")
@@ -359,7 +359,7 @@ def test_rollout_refuses_what_it_cannot_sample():
 
 @both_families
 @pytest.mark.parametrize("steps", [1, 4])
-def test_training_times_are_those_at_which_a_rollout_asks_the_transformer(name, steps):
+def test_training_times_are_those_at_which_a_rollout_runs_the_transformer(name, steps):
     flow = make_flow(name)
     times = flow.training_times(steps)
     seen = seen_times(flow, lambda: plain_call(flow, PROMPTS, SEEDS, steps, "latent"))
@@ -390,7 +390,7 @@ def test_training_times_of_a_multistep_solver_are_its_sigmas(kind):
     seen = seen_times(flow, lambda: plain_call(flow, PROMPTS, SEEDS, 5, "latent"))
     sigmas = flow.pipeline.scheduler.sigmas
     assert torch.equal(times, sigmas[:5].float()) and len(sigmas) == 6
-    # These solvers tell the transformer the time truncated to a whole thousandth.
+    # These solvers truncate the transformer's time to thousandths.
     torch.testing.assert_close(times, torch.tensor(seen), rtol=0, atol=1e-3)
 
 
@@ -461,7 +461,7 @@ def test_the_pipeline_is_left_as_it_was(name, capfd):
     assert "the caller's bar" in capfd.readouterr().err
 
 
-def test_components_replaced_later_are_followed():
+def test_components_replaced_later_are_used():
     flow = make_flow("sd3")
     conditioning = flow.encode(PROMPTS)
     flow.pipeline.transformer = tiny.tiny_sd3(seed=1).transformer
@@ -549,7 +549,7 @@ def test_encode_refuses_one_string_and_no_prompts():
 @pytest.mark.parametrize(
     ("make", "settings", "limit", "fits", "length"),
     [
-        # One token a letter; T5 adds a leading space, a space and an end, CLIP a start and an end.
+        # One token per letter; T5 adds a leading space, a space and an end, CLIP a start and an end.
         (tiny.tiny_sd3, {"max_sequence_length": 100}, 100, "a" * 98, 107),
         (tiny.tiny_flux, {"max_sequence_length": 100}, 100, "a" * 98, 107),
         (lambda: tiny.tiny_sd3(t5=False), {}, 77, "a" * 75, 83),
@@ -585,7 +585,7 @@ def test_refuses_a_pipeline_that_is_not_flow_matching(kind):
         FlowPipeline(pipeline)
 
 
-def test_refuses_solvers_that_are_flow_matching_by_half():
+def test_refuses_solvers_with_only_one_of_the_flow_matching_settings():
     with pytest.raises(ValueError, match="prediction_type='epsilon', use_flow_sigmas=True"):
         check_flow_matching(DPMSolverMultistepScheduler(use_flow_sigmas=True))
     with pytest.raises(ValueError, match="prediction_type='flow_prediction', use_flow_sigmas=False"):

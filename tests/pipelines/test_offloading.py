@@ -19,12 +19,12 @@ from trl_marble.pipelines.offloading import offload_components
 
 
 DEVICE = "cpu:0"
-# Its text encoder's layers are called one by one, past any hook; the pipeline runs them where they are.
+# Its text encoder's layers are called one by one, so that no hook runs; the pipeline runs them where they are.
 STAYS_ON_CPU = {("Ideogram4Pipeline", "text_encoder")}
 
 
-class Whereabouts(TorchDispatchMode):
-    """Where each component was sent last, and who was on the device whenever weights were used."""
+class DeviceRecord(TorchDispatchMode):
+    """The latest device of each component, and the components on the device whenever weights were used."""
 
     def __init__(self, pipeline) -> None:
         super().__init__()
@@ -44,13 +44,13 @@ class Whereabouts(TorchDispatchMode):
         self.owners |= {parameter.data_ptr(): name for parameter in component.parameters()}
 
     @property
-    def guests(self) -> tuple[str, ...]:
+    def on_device(self) -> tuple[str, ...]:
         return tuple(sorted(name for name, place in self.places.items() if place == DEVICE))
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         for leaf in tree_leaves((args, kwargs or {})):
             if isinstance(leaf, torch.Tensor) and (name := self.owners.get(leaf.data_ptr())) is not None:
-                self.uses.add((name, self.guests))
+                self.uses.add((name, self.on_device))
         return func(*args, **(kwargs or {}))
 
 
@@ -75,35 +75,35 @@ def test_components_are_on_the_device_while_they_are_used_and_only_then(name):
         return [rollout.latents, rollout.images, velocity]
 
     plain = use()
-    with Whereabouts(pipeline) as whereabouts:
+    with DeviceRecord(pipeline) as record:
         offload_components(pipeline, DEVICE)
         offloaded = use()
     for before, after in zip(plain, offloaded, strict=True):
         torch.testing.assert_close(before, after, rtol=0, atol=0)
-    resident = {name for name in whereabouts.places if "transformer" in name}
-    users = {name for name, _ in whereabouts.uses}
+    resident = {name for name in record.places if "transformer" in name}
+    users = {name for name, _ in record.uses}
     assert {"transformer", "vae", "text_encoder"} <= users
-    for user, present in whereabouts.uses:
+    for user, present in record.uses:
         visits = set() if (name, user) in STAYS_ON_CPU else {user}
         assert set(present) == resident | visits, f"{present} were on the device when {user} was used"
-    assert set(whereabouts.guests) == resident  # the transformer came last
+    assert set(record.on_device) == resident  # the transformer was used last
 
 
 def test_a_trainer_offloads_only_when_asked(tmp_path):
     losses = {}
     for offload in (False, True):
         trainer = small_trainer(tmp_path, offload_components=offload)
-        assert ("_SendAway" in repr(getattr(trainer.pipeline.transformer, "_hf_hook", None))) == offload
+        assert ("_MoveOthersToCpu" in repr(getattr(trainer.pipeline.transformer, "_hf_hook", None))) == offload
         trainer.train()
         losses[offload] = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert losses[True] == losses[False] != []
 
 
-def test_hooks_can_be_taken_off():
+def test_hooks_can_be_removed():
     pipeline = TINY["StableDiffusion3Pipeline"][0]()
     offload_components(pipeline, DEVICE)
     pipeline.remove_all_hooks()
-    whereabouts = Whereabouts(pipeline)
+    record = DeviceRecord(pipeline)
     flow = FlowPipeline(pipeline, 16, 16, max_sequence_length=24)
     flow.rollout(flow.encode(["a"]), [0], 1)
-    assert whereabouts.places == {}
+    assert record.places == {}

@@ -12,6 +12,7 @@ from torch import nn
 from trainer_helpers import small_trainer
 
 from trl_marble.balance import Objective, SeparateBackward, WeightedBackward
+from trl_marble.checkpoint.run_state import base_fingerprint
 from trl_marble.cli.sources import load_model
 from trl_marble.extras import MissingExtraError
 from trl_marble.pipelines import (
@@ -22,14 +23,13 @@ from trl_marble.pipelines import (
     plain_lora_linears,
 )
 from trl_marble.pipelines.quantization import first_values, quantization_config
-from trl_marble.trainer.checkpointing import base_fingerprint
 
 
 every_quantization = pytest.mark.parametrize("quantization", QUANTIZATIONS)
 
 
 @every_quantization
-def test_per_reward_gradients_take_the_fast_way_and_agree_with_the_slow_one(quantization, tmp_path):
+def test_fast_per_reward_gradients_agree_with_slow_ones(quantization, tmp_path):
     pipeline = quantized_sd3(quantization, tmp_path)
     flow = FlowPipeline(pipeline, 16, 16, max_sequence_length=24)
     trainable = dict(add_trainable_adapter(pipeline, lora_config(pipeline, r=4, lora_alpha=8)))

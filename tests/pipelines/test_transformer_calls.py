@@ -25,7 +25,7 @@ TIMES = torch.tensor([0.9, 0.35, 0.6])
 
 
 def qwen_image(transformer: Any, x_t: Tensor, t: Tensor, rows: dict[str, Any]) -> Tensor:
-    """Time as it is; the shape of the image in patches, a list a sample."""
+    """Time as it is; the shape of the image in patches, one list per sample."""
     side = int(x_t.shape[1] ** 0.5)
     return transformer(
         hidden_states=x_t,
@@ -37,7 +37,7 @@ def qwen_image(transformer: Any, x_t: Tensor, t: Tensor, rows: dict[str, Any]) -
 
 
 def flux2(transformer: Any, x_t: Tensor, t: Tensor, rows: dict[str, Any]) -> Tensor:
-    """Time as it is; four coordinates a token: image (0, row, column, 0), text (0, 0, 0, place)."""
+    """Time as it is; four coordinates per token: image (0, row, column, 0), text (0, 0, 0, place)."""
     batch, side = len(x_t), int(x_t.shape[1] ** 0.5)
     image_ids = torch.tensor([[0, row, column, 0] for row in range(side) for column in range(side)])
     text_ids = torch.tensor([[0, 0, 0, place] for place in range(rows["prompt_embeds"].shape[1])])
@@ -85,7 +85,7 @@ def wan(transformer: Any, x_t: Tensor, t: Tensor, rows: dict[str, Any]) -> Tenso
 
 
 def ltx(transformer: Any, x_t: Tensor, t: Tensor, rows: dict[str, Any]) -> Tensor:
-    """Time in thousandths; places are counted in seconds, at 25 frames a second, and in pixels."""
+    """Time in thousandths; places are counted in seconds, at 25 frames per second, and in pixels."""
     return transformer(
         x_t.to(rows["prompt_embeds"].dtype),
         timestep=1000 * t,

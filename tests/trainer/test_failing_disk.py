@@ -10,7 +10,7 @@ import pytest
 from trainer_helpers import small_trainer
 from transformers import TrainerCallback
 
-from trl_marble.trainer.checkpoint_folder import CheckpointWriteError, find_damage
+from trl_marble.checkpoint.folder import CheckpointWriteError, find_damage
 
 
 SETTINGS = {"max_steps": 3, "save_strategy": "steps", "save_steps": 1}

@@ -9,7 +9,7 @@ import pytest
 import torch
 from trainer_helpers import blue, bright, prompt_set, small_trainer
 
-from trl_marble.evaluation.diversity import group_diversity, thumbnails
+from trl_marble.rollout.diversity import group_diversity, thumbnails
 
 
 EVALUATED = {"eval_strategy": "steps", "eval_steps": 2, "eval_on_start": True, "num_generations_eval": 2}

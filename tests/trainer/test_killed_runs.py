@@ -25,10 +25,10 @@ import pytest
 from local_hub import LocalHub, local_hub
 from safetensors.torch import load_file
 
-from trl_marble.trainer.tensor_tree import load_tree
+from trl_marble.checkpoint.tensor_tree import load_tree
 
 
-NURSERY = Path(__file__).with_name("killed_run.py")
+NURSERY = Path(__file__).parents[1] / "support" / "killed_run.py"
 ADAPTER = "pytorch_lora_weights.safetensors"
 
 

@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
+from trl_marble.checkpoint.folder import DamagedCheckpointError, find_damage
 from trl_marble.rewards import RewardError
-from trl_marble.trainer.checkpoint_folder import DamagedCheckpointError, find_damage
 
 
 # Two optimizer steps a generation batch, two passes over it, three generation batches an epoch: checkpoints fall

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from trl_marble.trainer.checkpoint_folder import find_damage
+from trl_marble.checkpoint.folder import find_damage
 
 
-WORKER = Path(__file__).with_name("two_processes_saving.py")
+WORKER = Path(__file__).parents[1] / "support" / "two_processes_saving.py"
 
 
 @pytest.fixture(scope="module")

@@ -12,16 +12,6 @@ from .diagnostics import balance_diagnostics, direction_cosines, weighted_sum_we
 from .ema import OLD_POLICY_PRESETS, old_policy_decay, weight_ema_decay
 from .flat_gradients import assign_gradients, flatten_gradients, gram_matrix
 from .harmonize import Harmonization, harmonize
-from .losses import (
-    NFTLosses,
-    SampleCoefficients,
-    advantage_coefficients,
-    anchor_coefficients,
-    mix_coefficients,
-    nft_coefficients,
-    nft_losses,
-    weighted_loss,
-)
 from .per_reward_gradients import GradientRows, Objective, SeparateBackward, WeightedBackward
 from .weightings import WEIGHTINGS, equal_weights, get_weighting, mgda_weights
 
@@ -32,14 +22,10 @@ __all__ = [
     "BalanceSchedule",
     "GradientRows",
     "Harmonization",
-    "NFTLosses",
     "Objective",
-    "SampleCoefficients",
     "SeparateBackward",
     "WeightedBackward",
-    "advantage_coefficients",
     "aggregate_advantages",
-    "anchor_coefficients",
     "assign_gradients",
     "balance_diagnostics",
     "direction_cosines",
@@ -50,12 +36,8 @@ __all__ = [
     "group_advantages",
     "harmonize",
     "mgda_weights",
-    "mix_coefficients",
-    "nft_coefficients",
-    "nft_losses",
     "old_policy_decay",
     "reward_stds",
     "weight_ema_decay",
-    "weighted_loss",
     "weighted_sum_weights",
 ]

@@ -16,7 +16,7 @@ class BalanceSchedule:
     Holds the smoothed balance between two full solves ([MARBLE](https://huggingface.co/papers/2605.06507)).
 
     Every `balance_every` optimizer steps the per-reward gradients are harmonized and `alpha` goes into an exponential
-    moving average. In between, [`mix_coefficients`] with the smoothed weights gives the update at the cost of a single
+    moving average. In between, one loss with mixed coefficients gives the update at the cost of a single
     reward. Rewards that apply to no sample of a solve keep their average.
 
     Args:
@@ -26,16 +26,12 @@ class BalanceSchedule:
             `N`, optimizer steps from one solve to the next, at least 1.
         balance_ema (`float`, *optional*, defaults to `0.7`):
             `rho` in `[0, 1)`: `alpha <- rho * alpha + (1 - rho) * new`. A reward's first value is taken as it is.
-        normalize_gradients (`bool`, *optional*, defaults to `True`):
-            Whether `alpha` belongs to unit-normalized gradients, as in [`harmonize`].
 
     Raises:
         `ValueError`: if a setting is out of range.
     """
 
-    def __init__(
-        self, num_rewards: int, balance_every: int = 10, balance_ema: float = 0.7, normalize_gradients: bool = True
-    ):
+    def __init__(self, num_rewards: int, balance_every: int = 10, balance_ema: float = 0.7):
         if num_rewards < 1:
             raise ValueError(f"num_rewards must be at least 1, got {num_rewards}.")
         if balance_every < 1:
@@ -45,7 +41,6 @@ class BalanceSchedule:
         self.num_rewards = num_rewards
         self.balance_every = balance_every
         self.balance_ema = balance_ema
-        self.normalize_gradients = normalize_gradients
         # NaN stands for "not solved for yet".
         self._alpha = torch.full((num_rewards,), torch.nan, dtype=torch.float64)
         self._norms = torch.full((num_rewards,), torch.nan, dtype=torch.float64)
@@ -130,7 +125,7 @@ class BalanceSchedule:
             alpha = torch.ones_like(alpha)
         alpha = alpha * self._total / alpha.abs().sum()
         norms = self._norms[usable]
-        weights[usable] = alpha * norms.mean() / norms if self.normalize_gradients else alpha
+        weights[usable] = alpha * norms.mean() / norms
         return weights
 
     def state_dict(self) -> dict[str, Tensor]:

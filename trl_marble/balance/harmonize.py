@@ -34,9 +34,7 @@ class Harmonization(NamedTuple):
 
 
 @torch.no_grad()
-def harmonize(
-    gram: Tensor, weighting: Weighting, normalize_gradients: bool = True, active: Tensor | None = None
-) -> Harmonization:
+def harmonize(gram: Tensor, weighting: Weighting, active: Tensor | None = None) -> Harmonization:
     """
     Harmonizes per-reward gradients ([MARBLE](https://huggingface.co/papers/2605.06507)). Only their inner products are
     needed: gradients are brought to unit norm, a weighting finds `alpha`, and the direction gets the gradients' mean
@@ -50,8 +48,6 @@ def harmonize(
         weighting (callable):
             From a Gram matrix of the active rewards to their `alpha`, see [`get_weighting`]. It gets the dtype and
             device of `gram`. The result must be finite; it need neither sum to 1 nor be positive.
-        normalize_gradients (`bool`, *optional*, defaults to `True`):
-            Bring the gradients to unit norm first. Without it the weighting sees `gram` as it is, and `w = alpha`.
         active (`torch.BoolTensor` of shape `(K,)`, *optional*):
             The rewards that apply to any sample of the step. Defaults to all. Rewards with a zero gradient take no
             part in any case.
@@ -73,7 +69,7 @@ def harmonize(
         culprits = broken or (~gram.isfinite()).any(dim=1).nonzero().flatten().tolist()
         raise FloatingPointError(
             f"The gradient of reward {', '.join(map(str, culprits))} is not finite. Look for NaN or inf in the "
-            "latents and predictions of this step; a lower learning rate, or bfloat16 for float16, may mend it."
+            "latents and predictions of this step; a lower learning rate, or bfloat16 for float16, may help."
         )
     if (squared_norms < 0).any():
         row = int((squared_norms < 0).nonzero()[0])
@@ -91,9 +87,8 @@ def harmonize(
     alpha = torch.zeros_like(norms)
     weights = torch.zeros_like(norms)
     if active.any():
-        active_gram, active_norms = gram[active][:, active], norms[active]
-        if normalize_gradients:
-            active_gram = active_gram / active_norms.outer(active_norms)
+        active_norms = norms[active]
+        active_gram = gram[active][:, active] / active_norms.outer(active_norms)
         active_alpha = torch.as_tensor(weighting(active_gram)).to(gram)
         if active_alpha.shape != active_norms.shape or not active_alpha.isfinite().all():
             raise ValueError(
@@ -101,5 +96,5 @@ def harmonize(
                 f"it must return {len(active_norms)} finite weights."
             )
         alpha[active] = active_alpha
-        weights[active] = active_alpha * active_norms.mean() / active_norms if normalize_gradients else active_alpha
+        weights[active] = active_alpha * active_norms.mean() / active_norms
     return Harmonization(weights=weights, alpha=alpha, norms=norms, gram=gram, active=active)

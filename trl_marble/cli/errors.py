@@ -59,8 +59,8 @@ def run_errors() -> Iterator[None]:
     """
     import torch
 
+    from ..checkpoint.folder import CheckpointWriteError
     from ..rewards import RewardError
-    from ..trainer.checkpoint_folder import CheckpointWriteError
 
     try:
         yield

@@ -60,8 +60,6 @@ class ScriptArguments:
         lora_target_modules (`list[str]`, *optional*):
             Names of the layers to adapt, `all-linear`, or one regular expression for whole names; the attention
             projections of the pipeline's family if left out.
-        weighting (`str`, *optional*, defaults to `"mgda"`):
-            How the rewards are balanced, see [`MarbleNFTTrainer`].
     """
 
     _argument_group_name = "what to train"
@@ -103,7 +101,6 @@ class ScriptArguments:
             "Defaults to the attention layers of the pipeline's family."
         },
     )
-    weighting: str = field(default="mgda", metadata={"help": "How the rewards are balanced."})
 
 
 def register(subparsers: Any, whole: bool = False) -> None:
@@ -129,9 +126,9 @@ def train(script_args: ScriptArguments, training_args: "MarbleConfig") -> None:
     """Train, save the adapter with its card, push them where asked to, and say where they are."""
     from torch import nn
 
+    from ..checkpoint.folder import find_checkpoint, find_replaced
     from ..pipelines import lora_config
     from ..trainer import LiveTableCallback, MarbleNFTTrainer
-    from ..trainer.checkpoint_folder import find_checkpoint, find_replaced
     from .sources import load_model, load_rewards, load_sources
 
     check_evaluation(script_args, training_args)
@@ -170,7 +167,6 @@ def train(script_args: ScriptArguments, training_args: "MarbleConfig") -> None:
             eval_dataset=eval_prompts,
             peft_config=peft_config,
             callbacks=[LiveTableCallback()],
-            weighting=script_args.weighting,
             eval_reward_funcs=[*eval_rewards],
         )
     with run_errors():

@@ -1,14 +1,15 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
-"""Evaluating pipelines and adapters, and what a run shows of itself: tables, plots, contact sheets."""
+"""Evaluate pipelines and adapters, and show the results and runs as tables, plots and contact sheets."""
 
-from .comparison import EvaluationComparison, compare_evaluations
-from .diversity import group_diversity, thumbnails
-from .evaluation import Evaluation, nan_aware_mean
+from ..rollout import group_diversity, thumbnails
+from .compare import compare_evaluations
+from .comparison import EvaluationComparison
+from .evaluation import Evaluation
 from .evaluation_config import EvaluationConfig
-from .evaluator import evaluate_pipeline
 from .formatting import format_value
 from .grids import before_after_grid, image_grid
 from .measures import PromptDiversity, RewardMean, WinRate
+from .pipeline_evaluation import evaluate_pipeline
 from .plots import plot_balance, plot_rewards
 from .results import EvaluationResults
 from .statistics import WinCount, clustered_mean, composite_scores, count_wins
@@ -34,7 +35,6 @@ __all__ = [
     "format_value",
     "group_diversity",
     "image_grid",
-    "nan_aware_mean",
     "plot_balance",
     "plot_rewards",
     "rewards_table",

@@ -1,10 +1,10 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
-"""A page of all images with their scores, to be opened in a browser without a server."""
+"""A page of all images with their scores, for a browser and without a server."""
 
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import quote
 
 import jinja2
@@ -12,40 +12,38 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
+from .comparison import EvaluationComparison
 from .formatting import format_p_value, format_percentage, format_value, format_with_error
 from .records import write_atomically
+from .results import EvaluationResults
 from .summary import SIGNIFICANT
 
-
-if TYPE_CHECKING:
-    from .comparison import EvaluationComparison
-    from .results import EvaluationResults
 
 TEMPLATE_FOLDER = Path(__file__).parent
 TEMPLATE = "contact_sheet.html"
 
-# Images with fewer pixels a side are enlarged pixel by pixel.
+# Images with fewer pixels per side are enlarged pixel by pixel.
 SMALL = 128
 
 
 def write_contact_sheet(
-    evaluations: "Mapping[str, EvaluationResults]",
+    evaluations: Mapping[str, EvaluationResults],
     path: str | os.PathLike,
-    comparison: "EvaluationComparison | None" = None,
+    comparison: EvaluationComparison | None = None,
 ) -> Path:
     """
     Write a page with the images of one evaluation, or of several side by side.
 
-    The page is one file that shows the images where they are, by paths relative to it. It needs no server and no
-    network. Prompts and names are escaped.
+    The page is one file that links to the images by relative paths. It needs no server and no network. Prompts and
+    names are escaped.
 
     Args:
         evaluations (`Mapping[str, EvaluationResults]`):
             The evaluations by name, of the same prompts and seeds.
         path (`str` or `os.PathLike`):
-            Where to write the page.
+            The file of the page.
         comparison ([`EvaluationComparison`], *optional*):
-            What of them was compared; needed for more than one.
+            The comparison of these evaluations; needed for more than one.
 
     Returns:
         `Path`: the page.
@@ -92,12 +90,12 @@ def write_contact_sheet(
         lstrip_blocks=True,
     )
     page = environment.get_template(TEMPLATE).render(view | {"is_comparison": comparison is not None})
-    # A prompt may hold half of a surrogate pair, which no encoding of a page has.
+    # A prompt may contain half of a surrogate pair, which no encoding of a page has.
     write_atomically(path, page.encode("utf-8", errors="replace"))
     return path
 
 
-def _summary(results: "EvaluationResults") -> list[dict[str, Any]]:
+def _summary(results: EvaluationResults) -> list[dict[str, Any]]:
     rows = [
         {"name": name, "value": format_with_error(value), "images": int(results.table[name].notna().sum())}
         for name, value in results.summary().items()
@@ -108,8 +106,8 @@ def _summary(results: "EvaluationResults") -> list[dict[str, Any]]:
     ]
 
 
-def _compared(comparison: "EvaluationComparison") -> dict[str, Any]:
-    """Rows of the table of a comparison: each with a cell for the baseline and some for each of the others."""
+def _compared(comparison: EvaluationComparison) -> dict[str, Any]:
+    """The table of a comparison: each row has a cell for the baseline and several for every other evaluation."""
     summaries = {name: results.summary() for name, results in comparison.evaluations.items()}
     rewards = []
     for reward in comparison.reward_names:
@@ -151,8 +149,8 @@ def _breakdown(column: str, name: str | None, averages: pd.DataFrame, are_change
     return {"column": column, "evaluation": name, "rows": rows}
 
 
-def _prompts(evaluations: "Mapping[str, EvaluationResults]", start: Path) -> list[dict[str, Any]]:
-    """What the page shows of each row of the prompt set."""
+def _prompts(evaluations: Mapping[str, EvaluationResults], start: Path) -> list[dict[str, Any]]:
+    """For each row of the prompt set: its images, their scores, and what the page sorts by."""
     results = list(evaluations.values())
     first = results[0].table
     rewards = results[0].reward_names
@@ -183,7 +181,7 @@ def _prompts(evaluations: "Mapping[str, EvaluationResults]", start: Path) -> lis
             }
             for place in places
         ]
-        # What the page sorts by: changes where there is something to compare with, values where not.
+        # The page sorts by changes if there is a baseline, otherwise by values.
         sorted_by = changes if len(results) > 1 else values
         means = [[_mean(sorted_by[e, places, k]) for k in range(len(rewards))] for e in range(len(sorted_by))]
         spread = diversity[:, places[0]]
@@ -209,20 +207,20 @@ def _prompts(evaluations: "Mapping[str, EvaluationResults]", start: Path) -> lis
 
 
 def _relative_url(folder: Path, start: Path) -> str:
-    """A folder as seen from another one, ready to be followed by a file: empty, or ending with a slash."""
+    """The path of a folder relative to another one, to be followed by a file: empty, or with a slash at its end."""
     relative = Path(os.path.relpath(folder.resolve(), start.resolve())).as_posix()
     return "" if relative == "." else quote(relative) + "/"
 
 
 def _shares(values: np.ndarray) -> np.ndarray:
-    """Where each value is between the least (0) and the greatest (1) of its column, in percent; 0 for NaN."""
+    """The place of each value between the least (0) and the greatest (100) of its column, in percent; 0 for NaN."""
     low, high = (_columnwise(extreme, values) for extreme in (np.min, np.max))
     with np.errstate(invalid="ignore", divide="ignore"):
         return np.nan_to_num(100 * (values - low) / (high - low)).round(1)
 
 
 def _sizes(changes: np.ndarray) -> np.ndarray:
-    """The change of each reward that is shown in full colour: twice the root mean square, 1 where all are 0."""
+    """For each reward, the change that has the full colour: twice the root mean square, 1 where all are 0."""
     sizes = 2 * np.sqrt(_columnwise(np.mean, np.square(changes.reshape(-1, changes.shape[-1]))))
     return np.where(sizes > 0, sizes, 1.0)
 
@@ -239,7 +237,7 @@ def _mean(values: np.ndarray) -> float:
 
 
 def _change(value: tuple[float, float]) -> dict[str, str]:
-    """A mean change with its error, coloured if it is more than noise."""
+    """A mean change with its error, in colour from two standard errors on."""
     mean, error = value
     if np.isnan(mean):
         return {"text": "–", "class": ""}
@@ -249,7 +247,7 @@ def _change(value: tuple[float, float]) -> dict[str, str]:
 
 
 def _tinted(change: float, size: float) -> dict[str, Any]:
-    """The change of one image or prompt, and how strongly it is coloured, in percent."""
+    """The change of one image or prompt, and the strength of its colour in percent."""
     if np.isnan(change):
         return {"text": "–", "class": "", "tint": 0}
     text = _short(change, sign=True)
@@ -258,7 +256,7 @@ def _tinted(change: float, size: float) -> dict[str, Any]:
 
 
 def _short(value: float, sign: bool = False) -> str:
-    """A number in the little room under an image."""
+    """A number that is short enough for the space under an image."""
     if np.isnan(value):
         return "–"
     text = f"{value:{'+' if sign else ''}.{3 if abs(value) < 100 else 0}f}"

@@ -75,8 +75,3 @@ class Evaluation:
     def _means_and_errors(self, values: Tensor) -> dict[str, tuple[float, float]]:
         groups = self.groups.numpy()
         return {name: clustered_mean(row.numpy(), groups) for name, row in zip(self.reward_names, values, strict=True)}
-
-
-def nan_aware_mean(values: list[float]) -> float:
-    """Mean of the values that are not NaN; NaN if there is none."""
-    return torch.tensor(values, dtype=torch.float64).nanmean().item()

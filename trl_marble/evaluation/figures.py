@@ -1,10 +1,9 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
 """
-What all pictures of a run share: colours, resolution, and how they are drawn and saved.
+Colours and resolution of all pictures of a run, and how they are drawn and saved.
 
-Figures are made without pyplot, so nothing here touches a display or the state of the caller's own plots. They have an
-opaque light background and read on light and dark pages alike. Matplotlib, of the extra `plots`, is imported at first
-use.
+Figures are made without pyplot, so nothing here needs a display or changes the caller's own plots. They have an opaque
+light background and are readable on light and dark pages. Matplotlib, of the extra `plots`, is imported at first use.
 """
 
 import os
@@ -27,7 +26,7 @@ DPI = 150
 
 def new_figure(width: float, height: float, constrained: bool = True) -> "Figure":
     """
-    An empty figure.
+    Make an empty figure.
 
     Args:
         width (`float`):
@@ -52,7 +51,7 @@ def new_figure(width: float, height: float, constrained: bool = True) -> "Figure
 
 
 def save_figure(figure: "Figure", path: str | os.PathLike) -> Path:
-    """Write a figure, and the folder that it goes to."""
+    """Write a figure to a file; its folder is made."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=DPI, facecolor=PAPER)

@@ -1,5 +1,5 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
-"""How figures with errors, shares and p-values are written."""
+"""Write numbers with errors, percentages and p-values as text."""
 
 import math
 
@@ -9,11 +9,11 @@ NOT_MEASURED = "not measured"
 
 def format_value(value: float | None, sign: bool = False) -> str:
     """
-    A reward's value, or the change of one, with four significant digits where it is at least 0.1 in size.
+    A reward, or its change, as text: with four significant digits if its size is at least 0.1.
 
     Args:
         value (`float`, *optional*): `None` and NaN are written as "not measured".
-        sign (`bool`, *optional*, defaults to `False`): write a plus before what is not negative.
+        sign (`bool`, *optional*, defaults to `False`): write a plus before a value that is not negative.
     """
     if value is None or math.isnan(value):
         return NOT_MEASURED
@@ -23,11 +23,11 @@ def format_value(value: float | None, sign: bool = False) -> str:
 
 def format_with_error(value: tuple[float, float], sign: bool = False) -> str:
     """
-    A mean and its standard error.
+    A mean and its standard error as text.
 
     Args:
-        value (`tuple[float, float]`): mean and standard error; without the one it is "not measured", without the other
-            the mean stands alone.
+        value (`tuple[float, float]`): mean and standard error. If the mean is NaN, the text is "not measured"; if the
+            error is, the text is the mean alone.
         sign (`bool`, *optional*, defaults to `False`): write a plus before a mean that is not negative.
     """
     mean, error = value
@@ -42,7 +42,7 @@ def format_percentage(share: float) -> str:
 
 
 def format_p_value(p_value: float) -> str:
-    """A p-value with as many digits as it deserves; "-" for NaN."""
+    """A p-value with three digits; "-" for NaN."""
     if math.isnan(p_value):
         return "-"
     return "< 0.001" if p_value < 0.001 else f"{p_value:.3f}"

@@ -1,5 +1,5 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
-"""Grids of a run's images, or of its videos as strips of frames, with the same grid playing beside them."""
+"""Grids of images, or of videos: strips of frames in one file, and the playing videos in another."""
 
 import os
 import textwrap
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 CHARACTER_WIDTH = 0.56
 # Size of the text under an image in sizes of the other text, and height of a line of it in cells.
 CAPTION_SCALE, CAPTION_LINE = 0.78, 0.105
-# Width of some frames of a video side by side, and their least height, in cells.
+# Width of the frames of a video side by side, and their minimal height, in cells.
 STRIP_WIDTH, STRIP_HEIGHT = 3, 0.6
 
 
@@ -38,31 +38,31 @@ def image_grid(
     """
     Write rows of images with a label before each row, such as the samples of each prompt.
 
-    A video is shown by four of its frames side by side; the same grid with the videos playing is written beside the
-    file, as a WebP of the same name.
+    A video is shown by four of its frames side by side; the same grid with playing videos is written to the same
+    folder, as a WebP file of the same name.
 
     Args:
         rows (`Sequence[Sequence[PIL.Image.Image]]` or `Sequence[Sequence[list[PIL.Image.Image]]]`):
-            The images or videos, row by row. Rows may differ in length, images in size; each is scaled to its cell.
+            The images or videos, row by row. Rows may differ in length and images in size; each image is scaled to its
+            cell.
         row_labels (`Sequence[str]`):
-            One label a row, wrapped to the space there is.
+            One label per row, wrapped to fit.
         path (`str` or `os.PathLike`):
-            The file to write, its format after its suffix; folders are made.
+            The file to write, in the format of its suffix; folders are made.
         column_labels (`Sequence[str]`, *optional*):
-            One label a column, such as the rewards or seeds.
+            One label per column, such as the rewards or seeds.
         captions (`Sequence[Sequence[str]]`, *optional*):
-            What is written under each image, such as its rewards; one or more lines, as long as the cell is wide.
+            The text under each image, such as its rewards; one or more lines, cut to the width of the cell.
         cell (`int`, *optional*, defaults to `160`):
             Width and height of a cell in pixels; frames side by side have three times the width.
         title (`str`, *optional*):
-            A line above all.
+            A title above the grid.
 
     Returns:
         `Path`: the file.
 
     Raises:
-        `ValueError`: where there is no image, or the labels are not as many as the rows or columns, or the captions
-            not as many as the images.
+        `ValueError`: there is no image, or not one label per row or column, or not one caption per image.
     """
     _check_grid("rows", rows, "row_labels", row_labels)
     if captions is not None and [len(row) for row in captions] != [len(row) for row in rows]:
@@ -102,28 +102,28 @@ def before_after_grid(
     title: str | None = None,
 ) -> Path:
     """
-    Write what training changed: for every prompt the images before it and, at their side, those after it. Videos are
-    shown as in [`image_grid`].
+    Write a grid with the images of every prompt before training on the left and those after it on the right. Videos
+    are shown as in [`image_grid`].
 
     Args:
         prompts (`Sequence[str]`):
-            One prompt a row.
+            One prompt per row.
         before (`Sequence[Sequence[PIL.Image.Image]]` or `Sequence[Sequence[list[PIL.Image.Image]]]`):
             The images or videos of each prompt before training.
         after (`Sequence[Sequence[PIL.Image.Image]]` or `Sequence[Sequence[list[PIL.Image.Image]]]`):
-            Those of each prompt after training, as many as before, from the same seeds in the same order.
+            Those of each prompt after training, from the same seeds in the same order.
         path (`str` or `os.PathLike`):
-            The file to write, its format after its suffix; folders are made.
+            The file to write, in the format of its suffix; folders are made.
         cell (`int`, *optional*, defaults to `160`):
             Width and height of a cell in pixels; frames side by side have three times the width.
         title (`str`, *optional*):
-            A line above all.
+            A title above the grid.
 
     Returns:
         `Path`: the file.
 
     Raises:
-        `ValueError`: where there is no image, or prompts and images do not pair up.
+        `ValueError`: there is no image, or the numbers of prompts and images do not agree.
     """
     _check_grid("before", before, "prompts", prompts)
     _check_grid("after", after, "prompts", prompts)
@@ -151,11 +151,11 @@ def before_after_grid(
 
 class _GridLayout:
     """
-    A page of image cells, addressed by block, row and column, with room for labels. Text and gaps scale with `cell`;
+    A page of image cells, addressed by block, row and column, with space for labels. Text and gaps scale with `cell`;
     `size` is the width and height of a cell.
 
-    The images are put together pixel by pixel in one array, so that none is resampled by the plotting library, and
-    matplotlib writes the text over it.
+    The images are pasted into one array, so that the plotting library resamples none of them, and matplotlib writes
+    the text over it.
     """
 
     def __init__(
@@ -174,7 +174,7 @@ class _GridLayout:
         self.font = 0.105 * cell  # in pixels
         self.title_height = round(0.3 * cell) if has_title else 0
         self.header_height = round(0.34 * cell) if has_headers else 0
-        # A little air below the last line parts it from the next row.
+        # With some space between the last line and the next row.
         self.caption_height = round((CAPTION_LINE * caption_lines + 0.12) * cell) if caption_lines else 0
         last = len(blocks) - 1
         self.width = self.left(last, blocks[last]) - self.gap + self.margin
@@ -239,7 +239,7 @@ class _GridLayout:
         return save_figure(self._draw(), path)
 
     def save_playing(self, samples: Sequence[Sample], path: Path) -> None:
-        """The page with the videos among the samples, those of its cells in order, playing where they are."""
+        """Write the page with playing videos; the samples are those of its cells, in order."""
         canvas: Any = self._draw().canvas
         canvas.draw()
         page = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
@@ -248,7 +248,7 @@ class _GridLayout:
         for time in range(max(len(video) for _, video in videos)):
             pages.append(page.copy())
             for (x, y, width, height), video in videos:
-                frame = to_rgb(video[min(time, len(video) - 1)])  # one that has ended stands still
+                frame = to_rgb(video[min(time, len(video) - 1)])  # the last frame of a video that has ended
                 small = frame.resize((width, height), Image.Resampling.LANCZOS, reducing_gap=2.0)  # much faster
                 pages[-1].paste(small, (x, y))
         save_sample(pages, path, lossless=False)
@@ -261,13 +261,13 @@ class _GridLayout:
         for x, y, width, height in self.frames:
             edges = ([x, x + width, x + width, x, x], [y, y, y + height, y + height, y])
             axes.plot(*edges, color=RULE, linewidth=0.6)
-        point = 72 / DPI  # of a pixel
+        point = 72 / DPI  # points per pixel
         for left, right, ruled, color in self.rules:
             axes.plot([left, right], [ruled, ruled], color=color, linewidth=0.014 * self.cell * point)
         for text_x, text_y, text, style in self.texts:
             size = self.font * style.get("scale", 1.0) * point
             style = {"color": INK} | {key: value for key, value in style.items() if key != "scale"}
-            # Prompts are text as it stands, not mathematics between dollar signs.
+            # In a prompt, text between dollar signs is no formula.
             axes.text(text_x, text_y, text, fontsize=size, parse_math=False, **style)
         axes.set_xlim(0, self.width)
         axes.set_ylim(self.height, 0)
@@ -281,15 +281,15 @@ def _save_grid(
     path: str | os.PathLike,
 ) -> Path:
     """
-    Write a grid, and beside one of videos the same grid with the videos playing.
+    Write a grid; if it has videos, also the same grid with playing videos.
 
     Args:
         draw (`Callable`):
-            Lays the grid out, given what a sample looks like on paper, and the width and height of a cell.
+            Draws the grid, given a function that makes one image of a sample, and the width and height of a cell.
         cell (`int`):
             Width and height of a cell that shows one image.
         samples (`Sequence[PIL.Image.Image]` or `Sequence[list[PIL.Image.Image]]`):
-            The samples in the order in which `draw` lays them out.
+            The samples in the order in which `draw` draws them.
         path (`str` or `os.PathLike`):
             The file to write.
     """

@@ -16,29 +16,29 @@ from .figures import CONFLICT, FAINT, INK, NOT_TAKEN, RULE, TAKEN, new_figure, s
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# Okabe and Ito's palette, told apart under the common kinds of colour blindness; its yellow and black are left out.
+# Okabe and Ito's palette, for readers with the common kinds of colour blindness too; without its yellow and black.
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#7A7A7A")
 
 
 def plot_balance(history: Sequence[Mapping[str, Any]], path: str | os.PathLike) -> Path:
     """
-    Write how a run balanced its rewards: their weights over the steps, and below them the worst cosine between the
-    update and a reward's gradient, beside that of the weighted sum that was not taken.
+    Plot how a run balanced its rewards: their weights over the steps, and below them the worst cosine between the
+    update and a reward's gradient, together with that of the weighted sum that was not taken.
 
     Args:
         history (`Sequence[Mapping[str, Any]]`):
-            `trainer.state.log_history`. Used are `step`, `balance/alpha/<reward>`, `balance/cos_min` and, where there,
-            `balance/weighted_sum/cos_min`. Rows without them are passed over, so weights may be logged more often than
+            `trainer.state.log_history`. Used are `step`, `balance/alpha/<reward>`, `balance/cos_min` and, if logged,
+            `balance/weighted_sum/cos_min`. Rows without them are ignored, so weights may be logged more often than
             cosines.
         path (`str` or `os.PathLike`):
-            The file to write, its format after its suffix; folders are made.
+            The file to write, in the format of its suffix; folders are made.
 
     Returns:
         `Path`: the file.
 
     Raises:
-        `ValueError`: where no row has weights or no row has cosines, where a row has the weights of some rewards only,
-            or a weight is not finite.
+        `ValueError`: no row has weights, no row has cosines, a row has the weights of only some rewards, or a weight
+            is not finite.
     """
     prefix = "balance/alpha/"
     weighted = [row for row in history if any(key.startswith(prefix) for key in row)]
@@ -60,7 +60,7 @@ def plot_balance(history: Sequence[Mapping[str, Any]], path: str | os.PathLike) 
     steps = _steps(weighted)
     weights = np.array([[row[prefix + name] for row in weighted] for name in names])
     means = weights.mean(axis=1)
-    if len(steps) == 1:  # an area needs a width
+    if len(steps) == 1:  # one step would be an area without width
         steps, weights = np.array([steps[0] - 0.5, steps[0] + 0.5]), np.repeat(weights, 2, axis=1)
 
     figure = new_figure(9.0, 5.4)
@@ -98,31 +98,31 @@ def plot_balance(history: Sequence[Mapping[str, Any]], path: str | os.PathLike) 
 
 def plot_rewards(history: Sequence[Mapping[str, Any]], path: str | os.PathLike) -> Path:
     """
-    Write each reward's mean over the training steps, one panel a reward, since rewards have their own units.
+    Plot each reward's mean over the training steps, with one panel per reward, since rewards have different units.
 
-    A thin line is what was logged of the rollouts; the thick one is its running mean over a twentieth of the run.
-    Points are the evaluations, with bars of one standard error over prompts to each side. They have other prompts than
-    the rollouts, and the moving average of the weights, so that they need not lie on the line.
+    The thin line is the mean over the rollouts; the thick line is its running mean over a twentieth of the run. Points
+    are the evaluations, with bars of one standard error over prompts to each side. Evaluations use other prompts than
+    rollouts, and the moving average of the weights, so that the points need not be on the line.
 
     Args:
         history (`Sequence[Mapping[str, Any]]`):
             `trainer.state.log_history`. Used are `step`, `rewards/<reward>/mean`, `eval_rewards/<reward>/mean` and
-            `eval_rewards/<reward>/standard_error`. NaN leaves a gap (no sample of the step had the reward), or a point
+            `eval_rewards/<reward>/standard_error`. NaN is a gap (no sample of the step had the reward), or a point
             without bars (only one prompt had it). Held-out rewards have evaluations only.
         path (`str` or `os.PathLike`):
-            The file to write, its format after its suffix; folders are made.
+            The file to write, in the format of its suffix; folders are made.
 
     Returns:
         `Path`: the file.
 
     Raises:
-        `ValueError`: where no row has a reward's mean.
+        `ValueError`: no row has the mean of a reward.
     """
     trained, evaluated = (_names(history, prefix, "/mean") for prefix in ("rewards/", "eval_rewards/"))
     names = list(dict.fromkeys([*trained, *evaluated]))
     if not names:
         raise ValueError(
-            "The history has no `rewards/<reward>/mean`, nor one of an evaluation. Log them: pass "
+            "The history has neither `rewards/<reward>/mean` nor `eval_rewards/<reward>/mean`. Log them: pass "
             "`trainer.state.log_history` after training with `logging_steps` small enough that a step is logged."
         )
     columns = min(3, len(names))
@@ -138,7 +138,7 @@ def plot_rewards(history: Sequence[Mapping[str, Any]], path: str | os.PathLike) 
         if window > 1:
             axes.plot(steps, values, color=color, linewidth=0.8, alpha=0.45)
         _line(axes, steps, _running_mean(values, window), color)
-        _points_of_evaluations(axes, history, name, color)
+        _plot_evaluations(axes, history, name, color)
         _style(axes, f"{name}  (held out)" if trained and name not in trained else name, None)
     for axes in panels[len(names) :]:
         axes.set_visible(False)
@@ -151,11 +151,11 @@ def plot_rewards(history: Sequence[Mapping[str, Any]], path: str | os.PathLike) 
     return save_figure(figure, path)
 
 
-def _points_of_evaluations(axes: "Axes", history: Sequence[Mapping[str, Any]], name: str, color: str) -> None:
-    """A reward's evaluations, ringed in ink to stand out from the line."""
+def _plot_evaluations(axes: "Axes", history: Sequence[Mapping[str, Any]], name: str, color: str) -> None:
+    """Draw a reward's evaluations as points with a dark edge."""
     key = f"eval_rewards/{name}"
     rows = [row for row in history if f"{key}/mean" in row]
-    if not rows:  # bars of no points have an unbounded box, for which the layout of the whole figure gives up
+    if not rows:  # error bars without points have an unbounded box, with which the figure has no layout
         return
     means = [row[f"{key}/mean"] for row in rows]
     errors = [row.get(f"{key}/standard_error", math.nan) for row in rows]
@@ -184,29 +184,31 @@ def plot_histograms(
     title: str | None = None,
 ) -> Path:
     """
-    Write how the values of each reward are spread, one panel a reward, stacked by the sources of the prompts.
+    Plot a histogram of each reward, with one panel per reward, stacked by the sources of the prompts.
 
     Args:
         values (`Mapping[str, Sequence[float]]`):
-            Reward name -> one value an image, NaN where the reward does not apply.
+            Reward name -> one value per image, NaN where the reward does not apply.
         path (`str` or `os.PathLike`):
-            The file to write, its format after its suffix; folders are made.
+            The file to write, in the format of its suffix; folders are made.
         sources (`Sequence[str]`, *optional*):
             The source of each image's prompt. Defaults to one histogram of all images.
         title (`str`, *optional*):
-            A line above all.
+            A title above the panels.
 
     Returns:
         `Path`: the file.
 
     Raises:
-        `ValueError`: where there is no reward, or the sources are not as many as the values.
+        `ValueError`: there is no reward, or not one source per value.
     """
     if not values:
         raise ValueError("`values` has no reward. Pass at least one.")
     for name, row in values.items():
         if sources is not None and len(sources) != len(row):
-            raise ValueError(f"`sources` has {len(sources)} entries, `values[{name!r}]` has {len(row)}.")
+            raise ValueError(
+                f"`sources` has {len(sources)} entries, `values[{name!r}]` has {len(row)}. Pass one for each."
+            )
     known = sorted(set(sources or ()))
     columns = min(3, len(values))
     lines = math.ceil(len(values) / columns)
@@ -219,7 +221,7 @@ def plot_histograms(
         finite = np.isfinite(row)
         array = np.asarray(row, dtype=float)
         groups = [array[finite & (np.asarray(sources) == source)] for source in known] or [array[finite]]
-        # Colours are the rewards' where there is one source, else the sources'.
+        # With sources there is one colour per source, otherwise one per reward.
         colors = [_color(place) for place in range(len(groups))] if known else [_color(index)]
         edges = np.histogram_bin_edges(array[finite], bins=20) if finite.any() else np.array([0.0, 1.0])
         below = np.zeros(len(edges) - 1)
@@ -228,7 +230,7 @@ def plot_histograms(
             axes.stairs(below + counts, edges, baseline=below, fill=True, color=color, alpha=0.88)
             below = below + counts
         _style(axes, f"{name}  ({finite.sum()} images)", None)
-        axes.xaxis.set_major_locator(MaxNLocator(nbins=5))  # of the reward's own unit, not whole steps
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=5))  # a reward need not be an integer, as steps are
         axes.yaxis.set_major_locator(MaxNLocator(nbins=4, integer=True))
         axes.set_ylim(0, max(1.0, 1.05 * below.max()))
     for axes in panels[len(values) :]:
@@ -258,7 +260,7 @@ def _steps(rows: Sequence[Mapping[str, Any]]) -> np.ndarray:
 
 
 def _running_mean(values: np.ndarray, window: int) -> np.ndarray:
-    """The mean of the finite values among the last `window` ones at each place; NaN where there is none."""
+    """At each place the mean of the finite values among the last `window` values; NaN where there are none."""
     means = np.full(len(values), math.nan)
     for end in range(1, len(values) + 1):
         recent = values[max(0, end - window) : end]
@@ -281,14 +283,14 @@ def _style(axes: "Axes", title: str, unit: str | None) -> None:
     axes.tick_params(colors=FAINT, labelsize=8.5, length=0, pad=5)
     from matplotlib.ticker import MaxNLocator
 
-    # Steps are whole numbers.
+    # Steps are integers.
     axes.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True, min_n_ticks=1))
     if unit is not None:
         axes.set_ylabel(unit, color=FAINT, fontsize=9)
 
 
 def _line(axes: "Axes", steps: np.ndarray, values: np.ndarray, color: str) -> list[Any]:
-    """A line, with markers where there are few enough points to tell apart."""
+    """Draw a line, with markers if there are few points."""
     marker = "o" if len(steps) <= 40 else None
     return axes.plot(steps, values, color=color, linewidth=1.8, marker=marker, markersize=3.2, zorder=3, clip_on=False)
 
@@ -296,7 +298,7 @@ def _line(axes: "Axes", steps: np.ndarray, values: np.ndarray, color: str) -> li
 def _side_legend(
     axes: "Axes", handles: Sequence[Any], labels: Sequence[str], title: str, note: str | None = None
 ) -> None:
-    """A legend to the right of the panel, where it hides nothing."""
+    """Draw a legend to the right of the panel."""
     legend = axes.legend(
         handles,
         labels,

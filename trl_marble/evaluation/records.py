@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..media import Sample, sample_suffix, save_sample
-from .diversity import thumbnails
+from ..rollout.diversity import thumbnails
 
 
 # What a folder was evaluated with may be called by another name when it is continued.

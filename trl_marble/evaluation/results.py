@@ -1,5 +1,5 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
-"""What is known of a pipeline after its images were scored."""
+"""The results of an evaluation: the scores of all images, their means, and the files that hold them."""
 
 import csv
 import json
@@ -16,16 +16,15 @@ from rich.table import Table
 from rich.text import Text
 
 from .formatting import format_with_error
-from .measures import RewardMean
 from .records import is_within, write_atomically
 from .statistics import clustered_mean, number_prompts
 
 
-# Columns of the table that are not rewards; the last two are those of prompt sets that have them.
+# Columns of the table that are not rewards; the last two only if the prompt set has them.
 NUMBER_COLUMNS = ("index", "prompt_index", "generation", "seed")
 TEXT_COLUMNS = ("prompt", "image", "source", "tag")
 GROUP_COLUMNS = ("source", "tag")
-# Settings that are read again, with their types in JSON.
+# Settings that other modules use, with their types in JSON.
 SETTINGS: dict[str, Any] = {
     "pipeline": str,
     "pipeline_class": str,
@@ -51,30 +50,30 @@ CONTACT_SHEET_FILE = "contact_sheet.html"
 @dataclass(frozen=True, eq=False)
 class EvaluationResults:
     """
-    A pipeline's images on a prompt set, and what every reward says of each of them.
+    The images that a pipeline made for a prompt set, with all rewards of each image.
 
     Standard errors are taken over prompts, because the images of one prompt are not independent, see
-    [`~trl_marble.evaluation.clustered_mean`]. A prompt is a text: rows of the prompt set with the same text are one,
-    unless they are instructions to edit images, where each row has an image of its own.
+    [`~trl_marble.evaluation.clustered_mean`]. Rows of the prompt set with the same text are one prompt, unless they
+    are instructions to edit images, where each row has its own image.
 
     Args:
         folder (`Path`):
-            Where the images are.
+            The folder of the images.
         settings (`dict`):
-            What was evaluated and how. Two results can be compared where all agree but those that name or identify the
-            pipeline and the adapter, and `batch_size`.
+            What was evaluated and how. Two results can be compared if all settings are equal except `batch_size` and
+            those that name or identify the pipeline and the adapter.
         reward_names (`list[str]`):
             The K rewards.
         table (`pandas.DataFrame`):
-            One row an image: `index`, `prompt_index` (row of the prompt set), `generation` (number among the images of
-            that row), `seed`, `prompt`, `source` and `tag` (if the prompt set has these columns; `None` where it has
-            no value), `image` (path relative to the folder), and a column for each reward (NaN where it does not apply
-            or failed).
+            One row per image: `index`, `prompt_index` (row of the prompt set), `generation` (number among the images
+            of that row), `seed`, `prompt`, `source` and `tag` (if the prompt set has these columns; `None` where it
+            has no value), `image` (path relative to the folder), and a column for each reward (NaN where it does not
+            apply or failed).
         failed (`dict[str, int]`):
-            Reward name -> number of images that it failed for.
+            Reward name -> number of images for which it failed.
         prompt_diversity (`list[float]`):
             Root mean square difference between the images of each prompt, in [0, 1], in the order in which the prompts
-            first come in the table; NaN for a prompt with fewer than two images.
+            first appear in the table; NaN for a prompt with fewer than two images.
     """
 
     folder: Path
@@ -87,15 +86,15 @@ class EvaluationResults:
     @classmethod
     def load(cls, folder: str | Path) -> "EvaluationResults":
         """
-        Read what [`evaluate_pipeline`] left in a folder.
+        Read the results that [`evaluate_pipeline`] wrote to a folder.
 
         Args:
             folder (`str` or `Path`):
                 The `output_dir` of the evaluation.
 
         Raises:
-            `FileNotFoundError`: if the folder holds no finished evaluation.
-            `ValueError`: if its files do not fit together.
+            `FileNotFoundError`: the folder holds no finished evaluation.
+            `ValueError`: its files are damaged or do not agree.
         """
         folder = Path(folder)
         if not (folder / SUMMARY_FILE).is_file():
@@ -124,7 +123,7 @@ class EvaluationResults:
         return cls(folder, settings, names, table, failed, diversity)
 
     def save(self) -> None:
-        """Write `scores.csv` and `evaluation.json` to the folder. The latter, which makes it complete, comes last."""
+        """Write `scores.csv` and `evaluation.json` to the folder. The second completes the evaluation and is last."""
         text = self.table.to_csv(index=False, quoting=csv.QUOTE_NONNUMERIC, lineterminator="\n")
         write_atomically(self.folder / TABLE_FILE, text.encode("utf-8"))
         content = {
@@ -145,7 +144,7 @@ class EvaluationResults:
 
     @property
     def groups(self) -> np.ndarray:
-        """The prompt of each image, shape `[N]`, numbered from 0 on in the order in which the prompts first come."""
+        """The prompt of each image, shape `[N]`, numbered from 0 on in the order in which the prompts first appear."""
         return _groups(self.table, self.settings)
 
     def summary(self) -> dict[str, tuple[float, float]]:
@@ -154,14 +153,14 @@ class EvaluationResults:
 
         Returns:
             `dict[str, tuple[float, float]]`: reward name -> (mean, standard error), in the reward's own unit; NaN
-            where there is nothing to take it from.
+            without images that have the reward, and for the error of a single prompt.
         """
         groups = self.groups
-        return {name: _mean_and_error(self.table[name].to_numpy(), groups) for name in self.reward_names}
+        return {name: clustered_mean(self.table[name].to_numpy(), groups) for name in self.reward_names}
 
     def averages(self, column: str) -> pd.DataFrame:
         """
-        The same for the prompts of each source or tag.
+        The means of [`~EvaluationResults.summary`] for the prompts of each source or tag.
 
         Args:
             column (`str`):
@@ -169,11 +168,11 @@ class EvaluationResults:
 
         Returns:
             `pandas.DataFrame`: one row for each value of the column and each reward, in the order in which they first
-            come, with the columns `<column>`, `reward`, `mean`, `standard_error` and `num_images` (those that the
-            reward applies to). Prompts without a value are those of `(none)`.
+            appear, with the columns `<column>`, `reward`, `mean`, `standard_error` and `num_images` (those that the
+            reward applies to). Prompts without a value are under `(none)`.
 
         Raises:
-            `ValueError`: if the prompt set has no such column.
+            `ValueError`: the prompt set has no such column.
         """
         if column not in GROUP_COLUMNS or column not in self.table:
             available = [name for name in GROUP_COLUMNS if name in self.table]
@@ -184,7 +183,7 @@ class EvaluationResults:
         for value, part in self.table.groupby(self.table[column].fillna(NO_GROUP), sort=False):
             groups = _groups(part, self.settings)
             for name in self.reward_names:
-                mean, error = _mean_and_error(part[name].to_numpy(), groups)
+                mean, error = clustered_mean(part[name].to_numpy(), groups)
                 rows.append((value, name, mean, error, int(part[name].notna().sum())))
         return pd.DataFrame(rows, columns=[column, "reward", "mean", "standard_error", "num_images"])
 
@@ -192,27 +191,27 @@ class EvaluationResults:
         """
         GenEval's published "overall" score: the mean over its tasks of the mean of each task.
 
-        The tasks (column `tag`) have different numbers of prompts, so that this is not the mean over all images. The
-        published figure is of GenEval's own verdicts, `GenEval(strict=True)`; partial credit is averaged alike.
+        The tasks (column `tag`) have different numbers of prompts, so that this is not the mean over all images.
+        Published scores are those of `GenEval(strict=True)`; scores with partial credit are averaged in the same way.
 
         Returns:
-            `dict[str, tuple[float, float]]`: name of each reward that is GenEval by its name -> the mean and its
+            `dict[str, tuple[float, float]]`: name of each reward whose name contains "geneval" -> the mean and its
             standard error over prompts. Empty without such a reward or without the column `tag`.
         """
         return {name: mean_over_tasks(self.averages("tag"), name) for name in geneval_names(self)}
 
     def diversity(self) -> tuple[float, float]:
         """
-        How much the images of one prompt differ, so that a collapse shows.
+        How much the images of one prompt differ, which shows a collapse of the policy.
 
         Returns:
             `tuple[float, float]`: the root mean square difference between two images of one prompt at 16 x 16 pixels,
-            averaged over prompts, in [0, 1], and its standard error. NaN with one image a prompt.
+            averaged over prompts, in [0, 1], and its standard error. NaN with one image per prompt.
         """
         return clustered_mean(np.array(self.prompt_diversity), np.arange(len(self.prompt_diversity)))
 
     def to_table(self) -> Table:
-        """A table for the terminal: one row a reward, and the diversity."""
+        """A table for the terminal: one row per reward, and the diversity."""
         table = Table(title=f"Rewards of {self.title}", title_justify="left", title_style="bold")
         table.add_column("Reward")
         for header in ("Mean", "Images"):
@@ -234,13 +233,13 @@ class EvaluationResults:
 
     @property
     def title(self) -> str:
-        """What was evaluated, in words; of a folder by its name alone."""
+        """The adapter and the pipeline that were evaluated; of a local folder only its name."""
         names = [self.settings["adapter"], self.settings["pipeline"]]
         return " on ".join(Path(name).name if Path(name).is_absolute() else name for name in names if name is not None)
 
 
 def geneval_names(results: EvaluationResults) -> list[str]:
-    """The rewards that are GenEval by their names, if the prompt set says which task each prompt is of."""
+    """The rewards whose names contain "geneval", if the prompt set names the task of each prompt (column `tag`)."""
     return [name for name in results.reward_names if "tag" in results.table and "geneval" in name.lower()]
 
 
@@ -250,13 +249,13 @@ def mean_over_tasks(averages: pd.DataFrame, reward: str) -> tuple[float, float]:
 
     Args:
         averages (`pandas.DataFrame`):
-            As [`EvaluationResults.averages`] gives them for `"tag"`.
+            The result of [`EvaluationResults.averages`] for `"tag"`.
         reward (`str`):
-            The reward. Tags that it does not apply to, and prompts without a tag, take no part.
+            The reward. Tags that it does not apply to, and prompts without a tag, do not count.
 
     Returns:
-        `tuple[float, float]`: the tasks have different prompts, so that their errors are independent; the error is NaN
-        where one of theirs is.
+        `tuple[float, float]`: mean and standard error. The tasks have different prompts, so that their errors are
+        independent; the error is NaN if that of a task is.
     """
     tasks = averages[(averages["reward"] == reward) & (averages["tag"] != NO_GROUP) & (averages["num_images"] > 0)]
     if not len(tasks):
@@ -266,7 +265,7 @@ def mean_over_tasks(averages: pd.DataFrame, reward: str) -> tuple[float, float]:
 
 
 def to_json(content: Mapping[str, Any]) -> bytes:
-    """Standard JSON, which has no NaN: `null` in its place."""
+    """Encode as standard JSON, with `null` for NaN."""
 
     def without_nan(value: Any) -> Any:
         if isinstance(value, Mapping):
@@ -278,39 +277,34 @@ def to_json(content: Mapping[str, Any]) -> bytes:
     return (json.dumps(without_nan(content), indent=2, allow_nan=False, ensure_ascii=False) + "\n").encode("utf-8")
 
 
-def _mean_and_error(values: np.ndarray, groups: np.ndarray) -> tuple[float, float]:
-    measured = RewardMean().compute(data=values, groups=groups)
-    return measured["mean"], measured["standard_error"]
-
-
 def _groups(table: pd.DataFrame, settings: Mapping[str, Any]) -> np.ndarray:
     return number_prompts(table["prompt"], table["prompt_index"], bool(settings.get("edits_images")))
 
 
 def _check_summary(content: Any) -> None:
-    """Raise a `ValueError` where `evaluation.json` is not built as [`EvaluationResults.save`] builds it."""
+    """Raise a `ValueError` if `evaluation.json` does not have the form that [`EvaluationResults.save`] writes."""
     if not isinstance(content, dict):
         raise ValueError(f"`{SUMMARY_FILE}` is a {type(content).__name__}, not an object")
     names, settings, failed, diversity = (
         content[key] for key in ("reward_names", "settings", "failed", "prompt_diversity")
     )
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names) or len(set(names)) < len(names):
-        raise ValueError("`reward_names` is no list of different texts")
+        raise ValueError("`reward_names` is not a list of different texts")
     if not isinstance(settings, dict):
-        raise ValueError("`settings` is no object")
+        raise ValueError("`settings` is not an object")
     for key in ("pipeline", "adapter", "num_prompts", "num_generations"):
         settings[key]  # raises where it is missing
     for key, kinds in SETTINGS.items():
         if key in settings and (not isinstance(settings[key], kinds) or isinstance(settings[key], bool)):
             raise ValueError(f"the setting `{key}` is {str(settings[key])[:80]!r}")
     if not isinstance(failed, dict) or not all(type(failed[name]) is int for name in names):
-        raise ValueError("`failed` is no object with a number for each reward")
+        raise ValueError("`failed` is not an object with a number for each reward")
     if not isinstance(diversity, list) or not all(value is None or type(value) in (int, float) for value in diversity):
-        raise ValueError("`prompt_diversity` is no list of numbers")
+        raise ValueError("`prompt_diversity` is not a list of numbers")
 
 
 def _check_images(folder: Path, images: pd.Series) -> None:
-    """Raise a `ValueError` where the table names a file outside the folder: it would be shown, and published."""
+    """Raise a `ValueError` if the table names a file outside the folder, which would be shown and published."""
     root = folder.resolve()
     for name in images:
         if not is_within(root, name):
@@ -318,7 +312,7 @@ def _check_images(folder: Path, images: pd.Series) -> None:
 
 
 def _read_table(file: Path, reward_names: Sequence[str]) -> pd.DataFrame:
-    # Every text as it is: a prompt may be "NA" or "007".
+    # Without conversion of texts: a prompt may be "NA" or "007".
     columns = dict.fromkeys(NUMBER_COLUMNS, "int64") | dict.fromkeys(TEXT_COLUMNS, "object")
     columns |= dict.fromkeys(reward_names, "float64")
     table = pd.read_csv(

@@ -1,5 +1,5 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
-"""A run in a few numbers: how the rewards changed, and what balancing them did to the update direction."""
+"""Summarize a run: how the rewards changed, and what balancing did to the update direction."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -12,25 +12,25 @@ from rich.text import Text
 from .formatting import format_value, format_with_error
 
 
-# A change is called real from this many standard errors upwards (a two-sided 5% test).
+# A change is called significant from this many standard errors on (a two-sided 5% test).
 SIGNIFICANT = 2.0
 
 
 @dataclass(frozen=True)
 class BalanceSummary:
     """
-    The balancing diagnostics of a whole run. `None` means that it was not measured.
+    The balancing diagnostics of a run. `None` means not measured.
 
     Args:
         alpha (`dict[str, float]`):
-            Reward name -> mean weight over the logged steps, each in [0, 1], together 1.
+            Reward name -> mean weight over the logged steps, each in [0, 1], with sum 1.
         cos_min (`float`, *optional*):
             The worst cosine between an update direction and a reward's gradient, over all steps and rewards, in
-            [-1, 1]. Not negative means that no step was against any reward.
+            [-1, 1]. If it is not negative, no step went against any reward.
         conflict (`float`, *optional*):
             The share of the steps, in [0, 1], in which some reward's cosine was negative.
         weighted_sum_cos_min (`float`, *optional*):
-            Like `cos_min`, for the weighted sum of the same gradients, which was not taken.
+            Like `cos_min`, for the weighted sum of the same gradients, which was not used.
         weighted_sum_conflict (`float`, *optional*):
             Like `conflict`, for the weighted sum.
     """
@@ -44,18 +44,19 @@ class BalanceSummary:
 
 def summarize_balance(history: Sequence[Mapping[str, Any]]) -> BalanceSummary | None:
     """
-    Sum up the balancing diagnostics of a run from its log.
+    Summarize the balancing diagnostics of a run from its log.
 
-    A row of the log holds means over the steps since the row before. So the worst cosine is that of the run where
-    every step is logged (`logging_steps=1`), and the worst of those means otherwise.
+    A row of the log has means over the steps since the row before. So the worst cosine is that of all steps if every
+    step is logged (`logging_steps=1`), and otherwise the worst of those means.
 
     Args:
         history (`Sequence[Mapping[str, Any]]`):
-            `trainer.state.log_history`. Used are `balance/alpha/<reward>`, `balance/cos_min`, `balance/conflict` and
-            the last two of `balance/weighted_sum/`. Rows without them, such as those of evaluations, are passed over.
+            `trainer.state.log_history`. Used are `balance/alpha/<reward>`, `balance/cos_min`, `balance/conflict`,
+            `balance/weighted_sum/cos_min` and `balance/weighted_sum/conflict`. Rows without them, such as those of
+            evaluations, are ignored.
 
     Returns:
-        `BalanceSummary`, or `None` where no row has any weight `balance/alpha/<reward>`.
+        `BalanceSummary`, or `None` if no row has a weight `balance/alpha/<reward>`.
     """
     alpha: dict[str, list[float]] = {}
     for row in history:
@@ -76,7 +77,7 @@ def summarize_balance(history: Sequence[Mapping[str, Any]]) -> BalanceSummary | 
 
 
 def _cosine_figures(history: Sequence[Mapping[str, Any]], prefix: str) -> tuple[float | None, float | None]:
-    """The least worst cosine of a direction and its share of steps in conflict; `None`s where no cosine is finite."""
+    """A direction's worst cosine and its share of steps in conflict; `None` for both if no cosine is finite."""
     rows = [row for row in history if math.isfinite(row.get(f"{prefix}/cos_min", math.nan))]
     if not rows:
         return None, None
@@ -87,7 +88,7 @@ def _cosine_figures(history: Sequence[Mapping[str, Any]], prefix: str) -> tuple[
 def rewards_table(
     before: Mapping[str, tuple[float, float]],
     after: Mapping[str, tuple[float, float]],
-    difference_se: Mapping[str, float] | None = None,
+    difference_se: Mapping[str, float],
     title: str = "Rewards on held-out prompts",
 ) -> Table:
     """
@@ -100,23 +101,20 @@ def rewards_table(
             Reward name -> (mean, standard error of the mean) before training, in the reward's own unit.
         after (`Mapping[str, tuple[float, float]]`):
             The same after training, for the same rewards.
-        difference_se (`Mapping[str, float]`, *optional*):
-            Reward name -> standard error of after - before, where it was computed from pairs (same prompts, same
-            seeds). Defaults to that of independent samples, sqrt(se_before^2 + se_after^2), which is the larger one
-            where pairs are alike.
+        difference_se (`Mapping[str, float]`):
+            Reward name -> standard error of after - before, over prompts, from pairs of the same prompts and seeds.
         title (`str`, *optional*, defaults to `"Rewards on held-out prompts"`):
             The table's title.
 
-    A mean without a measured error stands alone: errors are taken over prompts, so that one prompt has none.
+    A mean without an error, which is one over a single prompt, is written alone.
 
     Returns:
-        `rich.table.Table`: one row a reward, in the order of `before`.
+        `rich.table.Table`: one row per reward, in the order of `before`.
 
     Raises:
-        `ValueError`: where the mappings name different rewards.
+        `ValueError`: the mappings name different rewards.
     """
-    named = {"after": after} if difference_se is None else {"after": after, "difference_se": difference_se}
-    for argument, mapping in named.items():
+    for argument, mapping in {"after": after, "difference_se": difference_se}.items():
         if mapping.keys() != before.keys():
             raise ValueError(
                 f"`{argument}` has the rewards {sorted(mapping)}, `before` has {sorted(before)}. "
@@ -129,7 +127,7 @@ def rewards_table(
     for name in before:
         (mean_before, se_before), (mean_after, se_after) = before[name], after[name]
         change = mean_after - mean_before
-        se = math.hypot(se_before, se_after) if difference_se is None else difference_se[name]
+        se = difference_se[name]
         ratio = change / se if se > 0 else math.nan
         style = "green" if ratio >= SIGNIFICANT else "red" if ratio <= -SIGNIFICANT else ""
         table.add_row(

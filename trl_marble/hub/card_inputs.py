@@ -111,7 +111,7 @@ class CardInputs:
         evaluated_on (`str`, *optional*):
             What the rewards were measured on, as the end of a sentence: `"512 images of 128 prompts"`.
         trained_here (`bool`, *optional*, defaults to `True`):
-            Whether `MarbleNFTTrainer` made the adapter. If not, the card says nothing of its training.
+            Whether this package trained the adapter. If not, the card says nothing of its training.
         edits_images (`bool`, *optional*, defaults to `False`):
             Whether it was trained to edit images, so that the usage example gives one to the pipeline.
     """

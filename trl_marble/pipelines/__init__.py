@@ -2,16 +2,21 @@
 """How a diffusers pipeline is loaded, conditioned, sampled and asked for a velocity."""
 
 from .adapters import adapter_names, find_adapter, load_adapter, loaded_adapter
+from .compilation import compile_blocks
 from .conditioning import Conditioning
 from .editing import edits_images, encode_distinct, row_digests, with_rgb_images
 from .families import FAMILIES, Family, find_family
 from .flow_pipeline import FlowPipeline, Rollout
 from .loading import add_trainable_adapter, load_pipeline, lora_config, plain_lora_linears
 from .offloading import offload_components
-from .policy import Policy, WeightShadow, adapters_disabled, compile_blocks
+from .placement import measured_linears, place_base
+from .policy import Policy, adapters_disabled
+from .policy_weights import PolicyWeights
 from .quantization import quantization_config
 from .schedulers import check_flow_matching
 from .sharding import shard_base
+from .verification import verify_velocities
+from .weight_shadow import WeightShadow
 
 
 __all__ = [
@@ -20,6 +25,7 @@ __all__ = [
     "Family",
     "FlowPipeline",
     "Policy",
+    "PolicyWeights",
     "Rollout",
     "WeightShadow",
     "adapter_names",
@@ -35,10 +41,13 @@ __all__ = [
     "load_pipeline",
     "loaded_adapter",
     "lora_config",
+    "measured_linears",
     "offload_components",
+    "place_base",
     "plain_lora_linears",
     "quantization_config",
     "row_digests",
     "shard_base",
+    "verify_velocities",
     "with_rgb_images",
 ]

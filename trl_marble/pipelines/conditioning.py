@@ -1,5 +1,5 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
-"""Encoded prompts, one row a prompt, that samples are selected from."""
+"""Encoded prompts, one row per prompt, from which the rows of a batch are selected."""
 
 from collections.abc import Hashable
 from dataclasses import dataclass, field
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 
-Rows: TypeAlias = Tensor | list[Any]  # of one argument, a row a prompt
+Rows: TypeAlias = Tensor | list[Any]  # of one argument, one row per prompt
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,25 +21,25 @@ class Conditioning:
 
     Args:
         kwargs (`dict[str, torch.Tensor | list]`):
-            `__call__` arguments by name, a row a prompt in each: a tensor of shape `[number of prompts, ...]`, a list
-            of tensors where the pipeline wants rows of different lengths, or a list of whatever else it takes: `image`
-            with the images to be edited, and `prompt` with the prompts themselves where it takes nothing but text.
+            `__call__` arguments by name, each with one row per prompt: a tensor of shape `[number of prompts, ...]`, a
+            list of tensors where the pipeline wants rows of different lengths, or a list of whatever else it takes:
+            `image` with the images to be edited, and `prompt` with the prompts where it takes nothing but text.
 
     Raises:
         `ValueError`: there is no argument, or the arguments disagree about the number of prompts.
     """
 
     kwargs: dict[str, Rows]
-    # Where the pipeline takes nothing but text: what its `encode_prompt` answered for exactly these rows, and for each
-    # of them alone, which every selection of the row shares.
-    _answers: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False)
-    _row_answers: list[dict[Hashable, Any]] = field(default_factory=list, init=False, repr=False)
+    # Where the pipeline takes nothing but text: what its `encode_prompt` returned for exactly these rows, and for each
+    # row alone, which all selections of the row share.
+    _outputs: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False)
+    _row_outputs: list[dict[Hashable, Any]] = field(default_factory=list, init=False, repr=False)
 
     def __post_init__(self) -> None:
         sizes = {name: len(rows) for name, rows in self.kwargs.items()}
         if len(set(sizes.values())) != 1:
             raise ValueError(f"conditioning tensors need one first dimension, a row per prompt; got {sizes}")
-        self._row_answers.extend({} for _ in range(len(self)))
+        self._row_outputs.extend({} for _ in range(len(self)))
 
     def __len__(self) -> int:
         return len(next(iter(self.kwargs.values())))
@@ -63,7 +63,7 @@ class Conditioning:
                 for name, rows in self.kwargs.items()
             }
         )
-        selected._row_answers[:] = [self._row_answers[i] for i in indices.tolist()]
+        selected._row_outputs[:] = [self._row_outputs[i] for i in indices.tolist()]
         return selected
 
     def to(self, device: torch.device | str) -> "Conditioning":
@@ -77,14 +77,14 @@ class Conditioning:
             }
         )
 
-    def answered(self, question: Hashable) -> Any | None:
-        """What [`keep_answer`] was given for the question, if anything."""
-        return self._memory.get(question)
+    def cached_output(self, key: Hashable) -> Any | None:
+        """What [`cache_output`] stored under the key, if anything."""
+        return self._cache.get(key)
 
-    def keep_answer(self, question: Hashable, answer: Any) -> None:
-        """Remember what a text encoder said of exactly these rows; of one row, wherever it is selected alone."""
-        self._memory[question] = answer
+    def cache_output(self, key: Hashable, output: Any) -> None:
+        """Store what a text encoder returned for exactly these rows; that of one row serves every selection of it."""
+        self._cache[key] = output
 
     @property
-    def _memory(self) -> dict[Hashable, Any]:
-        return self._row_answers[0] if len(self) == 1 else self._answers
+    def _cache(self) -> dict[Hashable, Any]:
+        return self._row_outputs[0] if len(self) == 1 else self._outputs

@@ -1,5 +1,5 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
-"""Prompt sets with images to be edited: what they must look like, their colours, and encoding each row once."""
+"""Prompt sets with images to be edited: check them, convert them to RGB, and encode each different row once."""
 
 import hashlib
 import inspect
@@ -22,8 +22,8 @@ def edits_images(flow: FlowPipeline, dataset: Dataset, name: str) -> bool:
     """
     Whether a pipeline edits the images of a prompt set.
 
-    It does where the pipeline takes images and the set has a column `image`. For a pipeline that takes none, such a
-    column is one like any other.
+    It does if the pipeline takes images and the set has a column `image`. A pipeline that takes no images ignores the
+    column, which then goes to the rewards only.
 
     Args:
         flow ([`FlowPipeline`]):
@@ -31,7 +31,7 @@ def edits_images(flow: FlowPipeline, dataset: Dataset, name: str) -> bool:
         dataset ([`~datasets.Dataset`]):
             The prompt set.
         name (`str`):
-            What to call the dataset in messages.
+            The name of the dataset in messages.
 
     Raises:
         `ValueError`: the pipeline needs images and there is no column `image`, the column does not hold images, or a
@@ -42,7 +42,7 @@ def edits_images(flow: FlowPipeline, dataset: Dataset, name: str) -> bool:
         if flow.family.takes_image == "required":
             raise ValueError(
                 f"{kind} edits images, but `{name}` has no column `image` (its columns are "
-                f"{', '.join(dataset.column_names)}). Name the column of the images so, for example with "
+                f"{', '.join(dataset.column_names)}). Rename the column with the images, for example with "
                 '`dataset.rename_column("source", "image")`.'
             )
         return False
@@ -59,10 +59,10 @@ def edits_images(flow: FlowPipeline, dataset: Dataset, name: str) -> bool:
     feature = dataset.features["image"]
     if not isinstance(feature, Image) or not feature.decode:
         raise ValueError(
-            f"{kind} edits the images in the column `image` of `{name}`, but the column holds {feature}. Make images "
-            'of it with `dataset.cast_column("image", datasets.Image())`, or rename it if they are not to be edited.'
+            f"{kind} edits the images in the column `image` of `{name}`, but the column is of type {feature}. Make it "
+            'images with `dataset.cast_column("image", datasets.Image())`, or rename it if it is not to be edited.'
         )
-    # Arrow knows which rows are empty without decoding the others.
+    # Arrow finds empty rows without decoding the images of the others.
     start = 0
     for batch in dataset.select_columns("image").with_format("arrow").iter(batch_size=1000):
         missing = batch.column("image").is_null().to_pylist()
@@ -78,16 +78,16 @@ def edits_images(flow: FlowPipeline, dataset: Dataset, name: str) -> bool:
 
 def with_rgb_images(dataset: Dataset) -> Dataset:
     """
-    The same prompt set, whose column `image` is read in RGB, see [`~trl_marble.media.to_rgb`].
+    Convert the column `image` of a prompt set to RGB, see [`~trl_marble.media.to_rgb`].
 
-    The images are converted when rows are read, so what a pipeline edits is what rewards are given.
+    The images are converted when rows are read, so that pipeline and rewards get the same images.
 
     Args:
         dataset ([`~datasets.Dataset`]):
             A prompt set for which [`edits_images`] is true.
 
     Raises:
-        `ValueError`: If the set was given a format that does not keep images, such as `"torch"`.
+        `ValueError`: If the set has a format that does not keep images, such as `"torch"`.
     """
     form = dataset.format
     if form["type"] is None:
@@ -96,7 +96,7 @@ def with_rgb_images(dataset: Dataset) -> Dataset:
         convert = partial(_convert_images, before=form["format_kwargs"]["transform"])
         return dataset.with_transform(convert, form["columns"], form["output_all_columns"])
     raise ValueError(
-        f"The prompt set has the format {form['type']!r}, which does not keep images as such. Remove it with "
+        f"The prompt set has the format {form['type']!r}, which converts images to something else. Remove it with "
         "`dataset.with_format(None)`."
     )
 
@@ -104,14 +104,14 @@ def with_rgb_images(dataset: Dataset) -> Dataset:
 def _convert_images(
     rows: dict[str, list[Any]], before: Callable[[dict[str, list[Any]]], dict[str, list[Any]]] | None = None
 ) -> dict[str, list[Any]]:
-    """Columns of rows with the images in RGB; `before` is the transform that the dataset already had."""
+    """Convert the images of rows to RGB, after `before`, the transform that the dataset already had."""
     rows = rows if before is None else before(rows)
     return {name: [to_rgb(image) for image in values] if name == "image" else values for name, values in rows.items()}
 
 
 def row_digests(prompts: Sequence[str], images: Sequence[PILImage] | None = None) -> list[str]:
     """
-    What tells different rows of a prompt set apart, by their content.
+    Digests of the rows of a prompt set: equal rows have equal digests.
 
     Args:
         prompts (`Sequence[str]`):
@@ -120,7 +120,7 @@ def row_digests(prompts: Sequence[str], images: Sequence[PILImage] | None = None
             The images to be edited, one per prompt.
 
     Returns:
-        `list[str]`: a SHA-256 digest a row.
+        `list[str]`: one SHA-256 digest per row.
     """
     digests = []
     for place, prompt in enumerate(prompts):
@@ -147,18 +147,13 @@ def encode_distinct(
             The images to be edited, one per prompt.
 
     Returns:
-        `tuple[Conditioning, torch.LongTensor]`: the different rows, in the order of their first coming, and which of
-        them belongs to each prompt.
+        `tuple[Conditioning, torch.LongTensor]`: the different rows, in the order in which each comes first, and the
+        index of the row of each prompt.
     """
-    places: dict[str, int] = {}
-    first: list[int] = []
-    index = []
-    for row, digest in enumerate(row_digests(prompts, images)):
-        if digest not in places:
-            places[digest] = len(first)
-            first.append(row)
-        index.append(places[digest])
+    digests = row_digests(prompts, images)
+    numbers = {digest: number for number, digest in enumerate(dict.fromkeys(digests))}
+    first = [digests.index(digest) for digest in numbers]
     conditioning = flow.encode(
         [prompts[row] for row in first], None if images is None else [images[row] for row in first]
     )
-    return conditioning, torch.tensor(index)
+    return conditioning, torch.tensor([numbers[digest] for digest in digests])

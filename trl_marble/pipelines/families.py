@@ -1,5 +1,5 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
-"""What differs from one pipeline class to the next: one row of a table each, nothing else."""
+"""The table of pipeline classes: one row per class, with everything that differs between them."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -46,46 +46,47 @@ class Family:
             The diffusers pipeline class. Its subclasses belong to the family too.
         encoded_names (`tuple[str | None, ...]`, *optional*):
             The `__call__` argument that takes each output of `encode_prompt`, in the order of those outputs. `None`
-            for an output that is not per prompt or that `__call__` makes itself. `None` in place of the tuple: the
+            for an output that is not per prompt or that `__call__` makes itself. `None` instead of a tuple: the
             pipeline takes no embeddings, so it is called with text, and its text encoders run once for every
             selection of prompts.
         guidance (`"classifier_free"` or `"embedded"`):
-            What guidance means to the pipeline. `"classifier_free"`: above 1, the transformer runs on the negative
-            prompt as well and the pipeline extrapolates. `"embedded"`: a guidance-distilled transformer takes the
-            value as one more input, and nothing is run twice.
+            How the pipeline uses guidance. `"classifier_free"`: above 1, the transformer runs on the negative prompt
+            as well and the pipeline extrapolates. `"embedded"`: a guidance-distilled transformer takes the value as
+            one more input, and runs once.
         lora_target_modules (`tuple[str, ...]` or `str`):
             The transformer's linear layers that get a LoRA by default: suffixes of their names, or one regular
             expression that matches whole names.
         negative_names (`tuple[str | None, ...]`, *optional*):
-            Where `encode_prompt` returns no embeddings of the negative prompt: the `__call__` arguments that take its
-            outputs for one.
+            Where `encode_prompt` returns no embeddings of the negative prompt: the `__call__` arguments that take the
+            outputs of encoding it by a second call.
         guidance_argument (`str`, *optional*, defaults to `"guidance_scale"`):
             The `__call__` argument of the guidance scale.
         unguided (`float`, *optional*, defaults to `1.0`):
             The value of that argument at which a classifier-free pipeline does not extrapolate. 0 where it adds
             `value * (positive - negative)` to the positive prediction, not to the negative one.
         arguments (`Mapping[str, Any]`, *optional*):
-            Fixed arguments, for whichever of `encode_prompt` and `__call__` has one of the name.
+            Fixed arguments, for `encode_prompt`, `__call__` or both, whichever has an argument of the name.
         one_time (`bool`, *optional*, defaults to `False`):
-            The denoising loop holds one time for the whole batch: velocities at different times are different calls.
+            The denoising loop has one time for all samples of a batch: velocities at different times take one call per
+            time.
         one_sample (`bool`, *optional*, defaults to `False`):
-            `__call__` can hold one sample only: velocities and rollouts take one call a sample.
+            `__call__` makes one sample only: velocities and rollouts take one call per sample.
         needs_both_sides (`bool`, *optional*, defaults to `False`):
-            `__call__` makes another height or width than it is given if the other of the two is left out.
+            If only one of height and width is given, `__call__` makes images of another height or width.
         output (`"image"` or `"video"`, *optional*, defaults to `"image"`):
             What the pipeline makes.
         num_frames_argument (`str`, *optional*, defaults to `"num_frames"`):
             The `__call__` argument of the number of frames of a video.
         takes_image (`"no"`, `"optional"` or `"required"`, *optional*, defaults to `"no"`):
-            Whether `__call__` has an `image` to be edited. A call with an image holds one sample only: a list would be
-            several images of one sample, or be scaled to the shape of its first.
+            Whether `__call__` has an `image` to be edited. A call with an image makes one sample only: a list would
+            be several images of one sample, or be scaled to the shape of its first.
         checkpointing_fault (`str`, *optional*):
             Why gradient checkpointing gives wrong gradients in diffusers.
         empty_prompt (`str`, *optional*, defaults to `""`):
-            The least prompt that `__call__` accepts.
+            The shortest prompt that `__call__` accepts.
         long_text_encoder (`str`, *optional*, defaults to `"text_encoder"`):
-            The text encoder that reads the longest text, up to `max_sequence_length` tokens. Where the pipeline came
-            without it, `tokenizer` and its own limit count.
+            The text encoder that reads the longest text, up to `max_sequence_length` tokens. Where the pipeline was
+            loaded without it, `tokenizer` and its own limit are used.
         long_text_tokenizer (`str`, *optional*, defaults to `"tokenizer"`):
             The tokenizer that belongs to `long_text_encoder`. `None`: the length of prompts is not checked.
     """
@@ -111,11 +112,11 @@ class Family:
 
     def guidance_arguments(self, guidance_scale: float) -> dict[str, float]:
         """
-        What the pipeline's `__call__` is given for a guidance scale.
+        The argument of the pipeline's `__call__` for a guidance scale.
 
         Args:
             guidance_scale (`float`):
-                As `FlowPipeline` has it: in classifier-free families 1 is no guidance.
+                The scale in the convention of `FlowPipeline`: in classifier-free families 1 is no guidance.
 
         Returns:
             `dict[str, float]`: the pipeline's own argument, by its name.
@@ -155,8 +156,8 @@ FLUX_LAYERS = (
     "ff_context.net.0.proj",
     "ff_context.net.2",
 )
-# The attention layers of examples/dreambooth/train_dreambooth_lora_flux2.py in diffusers and those of the text beside
-# them. `attn.to_out` is a linear layer in single blocks and a list in the others, so that no suffix means both.
+# The attention layers of examples/dreambooth/train_dreambooth_lora_flux2.py in diffusers, and those of the text.
+# `attn.to_out` is a linear layer in single blocks and a list in the others, so that no suffix means both.
 FLUX2_ATTENTION = (
     r".*\.attn\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out|to_qkv_mlp_proj)"
     r"|single_transformer_blocks\.\d+\.attn\.to_out"
@@ -164,9 +165,9 @@ FLUX2_ATTENTION = (
 
 # Left out: families whose adapters diffusers cannot save and load for the pipeline (HunyuanImage, Ovis-Image,
 # LongCat-Image, Bria 3.2, Nucleus-Image, and of those that edit LongCat-Image-Edit, JoyImage-Edit, OmniGen, DreamLite,
-# GLM-Image); those that pad texts without a mask, so that an image depends on its batch
-# mates (CogView4, Kandinsky 5); and HiDream, whose routed experts pass no gradient on in inference mode and whose
-# transformer returns another layout in training mode. docs/pipelines.md names those of videos too.
+# GLM-Image); those that pad texts without a mask, so that an image depends on the rest of its batch (CogView4,
+# Kandinsky 5); and HiDream, whose routed experts pass no gradient in inference mode and whose transformer returns
+# another layout in training mode. docs/pipelines.md names those of videos too.
 #
 # A row is added together with a tiny pipeline of its class for the tests in tests/pipelines/, when they pass for it.
 # "DreamBooth LoRA" are diffusers' scripts examples/dreambooth/train_dreambooth_lora_*.py.
@@ -380,16 +381,16 @@ FAMILIES: tuple[Family, ...] = (
 )
 
 
-# Classes that would pass the check of pipelines that are not in the table, and be wrong.
+# Classes that would pass `verify_velocities`, and still be wrong.
 UNSUPPORTED: Mapping[type, str] = {
-    HiDreamImagePipeline: "its routed experts pass no gradient on in inference mode, and in training mode its "
+    HiDreamImagePipeline: "its routed experts pass no gradient in inference mode, and in training mode its "
     "transformer returns another layout",
 }
 
 
 def find_family(pipeline: DiffusionPipeline) -> Family | None:
     """
-    The row of the table that describes a pipeline.
+    Find the row of the table that describes a pipeline.
 
     Args:
         pipeline ([`~diffusers.DiffusionPipeline`]):

@@ -16,25 +16,27 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor, nn
 
 from ..media import to_rgb
+from .assumed_family import assume_family
 from .conditioning import Conditioning, Rows
 from .families import find_family
-from .overrides import giving, remembered
+from .overrides import encode_once, replace_latents
+from .pipeline_checks import check_guidance, check_images, check_size, check_trainable
 from .precision import autocast_calls
+from .prompt_length import describe_long_prompts
 from .quantization import base_dtype
 from .schedulers import (
     FLOW_MATCHING_SCHEDULERS,
     OneStep,
     check_flow_matching,
-    counts_from_noise,
+    has_inverted_time,
     keep_samples,
     record_times,
 )
-from .unlisted import assumed_family, checked_family
 
 
 class Rollout(NamedTuple):
     """
-    What is kept of samples.
+    Samples: their clean latents and their images.
 
     Args:
         latents (`torch.Tensor` of shape `[batch, ...]`):
@@ -53,14 +55,14 @@ class FlowPipeline:
     A flow-matching diffusers pipeline with one convention for all families.
 
     The path is `x_t = (1 - t) * data + t * noise` with t in [0, 1], and the velocity is `v = noise - data`. Everything
-    goes through the pipeline's own `__call__`, so that the time scale, the packing of latents, position ids and the
-    guidance input are the pipeline's own business. Calls run on a shallow copy of the pipeline: its components are
-    shared, but its scheduler, progress bar and other attributes stay as the caller left them, whatever happens.
+    goes through the pipeline's own `__call__`, which sets the time scale, packs the latents and makes position ids and
+    the guidance input. Calls run on a shallow copy of the pipeline: its components are shared, but its scheduler,
+    progress bar and other attributes stay as the caller left them, also after an error.
 
     Args:
         pipeline ([`~diffusers.DiffusionPipeline`]):
             A pipeline with a flow-matching scheduler, of a class in `trl_marble.pipelines.FAMILIES`. Another class is
-            called with text and without guidance; call [`~FlowPipeline.verify`] before anything else.
+            called with text and without guidance; call [`verify_velocities`] before any other use.
         height (`int`, *optional*):
             Height of the images in pixels. Defaults to the pipeline's own.
         width (`int`, *optional*):
@@ -68,22 +70,23 @@ class FlowPipeline:
         guidance_scale (`float`, *optional*, defaults to `1.0`):
             In the `"classifier_free"` families, at least 1: *rollouts* follow `negative + guidance_scale * (positive -
             negative)`, so 1 is no guidance and does not run the negative prompt; velocities are never guided. It has
-            this meaning in every such family: Z-Image and Krea 2, whose own `guidance_scale` is 0 without guidance,
-            are given 1 less. In the `"embedded"` families it is the value that the transformer is given in both.
+            this meaning in every such family: the pipelines of Z-Image and Krea 2, whose own `guidance_scale` is 0
+            without guidance, are called with 1 less. In the `"embedded"` families the transformer takes the value as
+            an input, in rollouts and velocities alike.
         max_sequence_length (`int`, *optional*):
-            Longest text in tokens, as the pipeline's argument of that name. Defaults to the pipeline's own.
+            Longest text in tokens, the pipeline's argument of that name. Defaults to the pipeline's own.
         num_frames (`int`, *optional*):
             Number of frames of a video; diffusers rounds it to what the VAE can make. Defaults to the pipeline's own.
         autocast_dtype (`torch.dtype`, *optional*):
-            What the transformer computes in under autocast, such as `torch.bfloat16`, at every call: rollouts and
-            velocities alike. The other components compute in their own dtype, and so does the transformer by default.
+            The dtype of autocast for the transformer, such as `torch.bfloat16`, in rollouts and velocities alike. The
+            other components compute in their own dtype, and so does the transformer by default.
 
     Raises:
         `TypeError`: `pipeline` is not a `DiffusionPipeline`.
         `ValueError`: the pipeline is not flow matching, has no `transformer` or two of them for different times, or
-            is of a class that is known not to work; `guidance_scale` is below 1 or would be ignored; the pipeline
-            would change a height or width that is given alone; or it knows no `max_sequence_length` or no
-            `num_frames`.
+            is of a class that is known not to work; `guidance_scale` is below 1 or would be ignored; only one of
+            `height` and `width` is given, and the pipeline would change it; or the pipeline has no argument
+            `max_sequence_length` or `num_frames`.
     """
 
     def __init__(
@@ -96,61 +99,23 @@ class FlowPipeline:
         num_frames: int | None = None,
         autocast_dtype: torch.dtype | None = None,
     ):
-        if not isinstance(pipeline, DiffusionPipeline):
-            raise TypeError(
-                f"`pipeline` must be a diffusers.DiffusionPipeline, got {type(pipeline).__name__}. Load one with "
-                "trl_marble.pipelines.load_pipeline or DiffusionPipeline.from_pretrained."
-            )
-        check_flow_matching(pipeline.components.get("scheduler"))
-        if pipeline.components.get("transformer") is None:
-            raise ValueError(
-                f"{type(pipeline).__name__} has no `transformer` to train (its components: "
-                f"{sorted(pipeline.components)}). Use a transformer-based flow-matching pipeline."
-            )
-        if pipeline.config.get("boundary_ratio") is not None:
-            raise ValueError(
-                f"This {type(pipeline).__name__} has two transformers, one for times above and one for times below "
-                f"boundary_ratio={pipeline.config.boundary_ratio}, and only one can be trained. Use a model that has "
-                "one (Wan 2.1, or the 5B of Wan 2.2)."
-            )
+        check_trainable(pipeline)
         self.pipeline = pipeline
         family = find_family(pipeline)
         self.is_listed = family is not None
-        self.family = family or assumed_family(pipeline)
-        if self.family.needs_both_sides and (height is None) != (width is None):
-            raise ValueError(
-                f"height={height}, width={width}: {type(pipeline).__name__} would not keep one without the other. "
-                "Give both or neither."
-            )
+        self.family = family or assume_family(pipeline)
+        check_size(pipeline, self.family, height, width, num_frames)
+        check_guidance(pipeline, self.family, guidance_scale)
         self.height = height
         self.width = width
         self.guidance_scale = guidance_scale
         pipeline_class: Any = self.family.pipeline_class
         self._encode_parameters = inspect.signature(pipeline_class.encode_prompt).parameters
         self._call_parameters = inspect.signature(pipeline_class.__call__).parameters
-        self.max_sequence_length: int | None = self._length_limit(max_sequence_length)
-        if num_frames is not None and self.family.output != "video":
-            raise ValueError(
-                f"num_frames={num_frames} would be ignored: {type(pipeline).__name__} makes images, not videos. Leave "
-                "it out."
-            )
+        self.max_sequence_length: int | None = self._find_length_limit(max_sequence_length)
         self.num_frames = num_frames
         self.autocast_dtype = autocast_dtype
         self._warned_of_long_prompt = False
-        self._check_guidance()
-
-    def verify(self) -> None:
-        """
-        Make sure that velocities are those of the pipeline's own denoising steps, whatever class it is of.
-
-        Does nothing for a class in the table, where the tests have done it. For another one a few images are sampled,
-        so call it when the pipeline is on its device.
-
-        Raises:
-            `ValueError`: they are not; the message says what to add.
-        """
-        if not self.is_listed:
-            self.family = checked_family(self)
 
     @property
     def transformer(self) -> ModelMixin:
@@ -164,20 +129,20 @@ class FlowPipeline:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype that the transformer computes in, whatever the dtype of adapters on top and of packed weights."""
+        """The dtype that the transformer computes in, whatever the dtype of its adapters and of quantized weights."""
         return base_dtype(self.transformer)
 
     @property
     def splits_batches(self) -> bool:
-        """Whether one call cannot hold samples at different times, or more than one sample, even of text alone."""
+        """Whether one call of the pipeline is limited to one time or to one sample, even without images to edit."""
         # The loop of the 5B of Wan 2.2 writes the time of the batch into every token.
         expands_time = bool(self.pipeline.config.get("expand_timesteps"))
         return self.family.one_time or self.family.one_sample or expands_time
 
     def precision(self) -> AbstractContextManager[None]:
         """
-        The context that all calls of the pipeline run in: with `autocast_dtype`, its transformer under autocast, and
-        so the one for unconditional predictions that some pipelines have beside it.
+        The context of all calls of the pipeline. With `autocast_dtype` its transformer runs under autocast, and so
+        does the second transformer for unconditional predictions that some pipelines have.
         """
         if self.autocast_dtype is None:
             return nullcontext()
@@ -190,36 +155,40 @@ class FlowPipeline:
         """
         Encode prompts with the pipeline's own text encoders.
 
-        Warns once in the life of this object when a prompt is longer than the text encoders read.
+        Warns when a prompt is longer than the text encoders read, once per `FlowPipeline`.
 
         Args:
             prompts (`Sequence[str]`):
                 The prompts.
             images (`Sequence[PIL.Image.Image]`, *optional*):
-                The images to be edited, one per prompt, for a family that takes them.
+                The images to be edited, one per prompt, for a family that edits images.
 
         Returns:
-            `Conditioning`: one row per prompt, in the transformer's dtype. With classifier-free guidance it holds the
-            embeddings of the empty negative prompt too. For a pipeline that takes nothing but text it holds the text,
-            and the text encoders run when it is used. Images are held in RGB, see [`~trl_marble.media.to_rgb`].
+            `Conditioning`: one row per prompt, in the transformer's dtype. With classifier-free guidance it has the
+            embeddings of the empty negative prompt too. For a pipeline that takes no embeddings it has the text, and
+            the text encoders run when it is used. Images are in RGB, see [`~trl_marble.media.to_rgb`].
 
         Raises:
             `TypeError`: `prompts` is one string.
-            `ValueError`: there are no prompts; their number is not the number of images; or there are no images where
-                the family needs them, or images where it takes none.
+            `ValueError`: there are no prompts; there is not one image per prompt; or there are no images where the
+                family needs them, or images where it takes none.
         """
         if isinstance(prompts, str):
             raise TypeError(f"`prompts` must be a sequence of strings, got one string: pass [{prompts!r}].")
         if len(prompts) == 0:
             raise ValueError("`prompts` is empty; pass at least one prompt.")
-        self._check_images(prompts, images)
-        self._warn_of_long_prompts(prompts)
+        check_images(self.pipeline, self.family, prompts, images)
+        if not self._warned_of_long_prompt:
+            message = describe_long_prompts(self.pipeline, self.family, self.max_sequence_length, prompts)
+            if message is not None:
+                warnings.warn(message, UserWarning, stacklevel=3)  # the caller, beyond the no_grad decorator
+                self._warned_of_long_prompt = True
         rows: dict[str, Rows] = {} if images is None else {"image": [to_rgb(image) for image in images]}
         if self.family.encoded_names is None:
             return Conditioning({**rows, "prompt": list(prompts)})
-        rows |= self._encoded(list(prompts), self.family.encoded_names)
+        rows |= self._run_encoders(list(prompts), self.family.encoded_names)
         if self._is_guided and self.family.negative_names is not None:
-            rows |= self._encoded([""] * len(prompts), self.family.negative_names)
+            rows |= self._run_encoders([""] * len(prompts), self.family.negative_names)
         return Conditioning(rows)
 
     def rollout(
@@ -233,9 +202,9 @@ class FlowPipeline:
         """
         Sample one image or video per row of the conditioning.
 
-        Every sample draws its initial noise from a CPU generator of its own, so that it depends neither on the other
-        samples of its batch nor on the device. (A stochastic solver draws further noise from torch's global
-        generator.) The transformer samples in evaluation mode.
+        Every sample has its own CPU generator for its initial noise, so that it depends neither on the other samples
+        of its batch nor on the device. (A stochastic solver draws further noise from torch's global generator.) The
+        transformer is in evaluation mode meanwhile.
 
         Args:
             conditioning (`Conditioning`):
@@ -254,14 +223,14 @@ class FlowPipeline:
 
         Raises:
             `ValueError`: the number of seeds is not the number of prompts, `num_inference_steps` is below 1 or
-                `scheduler` is not flow matching or counts time the other way round.
+                `scheduler` is not flow matching or its time runs in the other direction.
         """
         if len(seeds) != len(conditioning):
             raise ValueError(f"got {len(seeds)} seeds for {len(conditioning)} prompts; pass one seed per prompt.")
         was_training = self.transformer.training
         self.transformer.eval()
         try:
-            if not self._holds_one_sample(conditioning):
+            if not self._takes_one_sample(conditioning):
                 return self._sample(conditioning, seeds, num_inference_steps, output_type, scheduler)
             rollouts = [
                 self._sample(
@@ -281,11 +250,11 @@ class FlowPipeline:
         """
         The transformer's velocity `v = noise - data`, differentiable.
 
-        Gradients and gradient checkpointing follow the context of the call, and so does autocast where there is no
-        `autocast_dtype`. Classifier-free guidance is never used; a guidance-distilled transformer is given
-        `guidance_scale`. Where the pipeline can hold only one time (`Family.one_time`) or one sample
-        (`Family.one_sample`, and any with an image to be edited), the transformer runs once for every different time,
-        or for every sample.
+        Gradients and gradient checkpointing are as in the context of the call, and so is autocast where there is no
+        `autocast_dtype`. Classifier-free guidance is never used; a guidance-distilled transformer takes
+        `guidance_scale` as an input. Where one call of the pipeline is limited to one time (`Family.one_time`) or one
+        sample (`Family.one_sample`, or an image to be edited), the transformer runs once for every different time, or
+        for every sample.
 
         Args:
             x_t (`torch.Tensor` of shape `[batch, ...]`):
@@ -308,7 +277,7 @@ class FlowPipeline:
                 "rows; pass one time and one row per sample."
             )
         t = t.to(device=x_t.device, dtype=torch.float32)
-        one_sample = self._holds_one_sample(conditioning)
+        one_sample = self._takes_one_sample(conditioning)
         if not one_sample and not self.splits_batches:
             return self._velocity_at(x_t, t, conditioning)
         calls = torch.arange(batch) if one_sample else torch.unique(t, return_inverse=True)[1].cpu()
@@ -368,28 +337,28 @@ class FlowPipeline:
         return torch.unique_consecutive(times[0].to(device="cpu", dtype=torch.float32))
 
     def _fresh_solver(self, num_inference_steps: int, scheduler: SchedulerMixin | None) -> Any:
-        """A copy of the scheduler to run with: solvers hold state, and the caller's must not change."""
+        """A copy of the scheduler: solvers have state, and that of the caller's must not change."""
         if num_inference_steps < 1:
             raise ValueError(f"num_inference_steps must be at least 1, got {num_inference_steps}.")
         if scheduler is None:
             scheduler = self.pipeline.scheduler
         check_flow_matching(scheduler)
-        inverts, should_invert = counts_from_noise(scheduler), counts_from_noise(self.pipeline.scheduler)
+        inverts, should_invert = has_inverted_time(scheduler), has_inverted_time(self.pipeline.scheduler)
         if inverts != should_invert:
             raise ValueError(
-                f"With invert_sigmas={inverts} this {type(scheduler).__name__} would turn the time of "
-                f"{type(self.pipeline).__name__} around. Use a scheduler with invert_sigmas={should_invert} in its "
-                "config."
+                f"With invert_sigmas={inverts} time runs in the other direction in this {type(scheduler).__name__} "
+                f"than in {type(self.pipeline).__name__}. Use a scheduler with invert_sigmas={should_invert} in "
+                "its config."
             )
         return copy.deepcopy(scheduler)
 
     def _driver(self, solver: Any, conditioning: Conditioning) -> Any:
-        """The pipeline with another solver and without a progress bar, as a copy that shares all other components."""
+        """A copy of the pipeline with another solver and without a progress bar; other components are shared."""
         driver = copy.copy(self.pipeline)
         driver.set_progress_bar_config(disable=True)
         driver.scheduler = solver
         if self.family.encoded_names is None:
-            driver.encode_prompt = remembered(driver.encode_prompt, conditioning)
+            driver.encode_prompt = encode_once(driver.encode_prompt, conditioning)
         return driver
 
     def _sample(
@@ -400,7 +369,7 @@ class FlowPipeline:
         output_type: Literal["pil", "pt"],
         scheduler: SchedulerMixin | None,
     ) -> Rollout:
-        """One call of the pipeline, as its users call it."""
+        """Call the pipeline as its users do."""
         solver = self._fresh_solver(num_inference_steps, scheduler)
         latents = keep_samples(solver)
         with self.precision():
@@ -413,23 +382,23 @@ class FlowPipeline:
         return Rollout(latents=latents[0], images=output[0])  # `images` or `frames`
 
     def _velocity_at(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
-        """The velocity in one call; `t` is one time per sample, or a single one where the loop holds no more."""
+        """The velocity in one call; `t` is one time per sample, or one time for all samples."""
         solver = OneStep(self.pipeline.scheduler, t)
         driver = self._driver(solver, conditioning)
         options: dict[str, Any] = {}
-        if "prepare_latents" in dir(driver):  # else x_t in the layout that `__call__` takes is the loop's
-            driver.prepare_latents = giving(driver.prepare_latents, x_t)
+        if "prepare_latents" in dir(driver):  # without it, `__call__` uses the latents it is given as they are
+            driver.prepare_latents = replace_latents(driver.prepare_latents, x_t)
             options["generator"] = torch.Generator("cpu").manual_seed(0)  # not torch's global one
         else:
             options["latents"] = x_t.to(self.dtype)
-        # Two, because Mochi divides by half of it; `OneStep` takes one step whatever it is told.
+        # Two, because Mochi divides by half of it; `OneStep` takes one step whatever the number.
         self._call_with_gradients(driver, conditioning, num_inference_steps=2, **options)
         if solver.velocity is None:
-            raise RuntimeError(f"{type(self.pipeline).__name__} ended without a denoising step.")
+            raise RuntimeError(f"{type(self.pipeline).__name__} ended without a denoising step; it cannot be trained.")
         return solver.velocity.to(x_t.dtype)
 
     def _call_with_gradients(self, driver: Any, conditioning: Conditioning, **options: Any) -> None:
-        """The pipeline's `__call__` without its `no_grad` decorator and without classifier-free guidance."""
+        """Run the pipeline's `__call__` without its `no_grad` decorator and without classifier-free guidance."""
         with self.precision():
             inspect.unwrap(type(driver).__call__)(
                 driver, **self.call_arguments(conditioning, guided=False), **options, output_type="latent"
@@ -437,7 +406,7 @@ class FlowPipeline:
 
     def call_arguments(self, conditioning: Conditioning, guided: bool = False) -> dict[str, Any]:
         """
-        All arguments of the pipeline's `__call__` that are the same at every call with a conditioning.
+        The arguments of the pipeline's `__call__` for a conditioning, without those that differ from call to call.
 
         Args:
             conditioning (`Conditioning`):
@@ -453,7 +422,7 @@ class FlowPipeline:
             **family.arguments,
             "max_sequence_length": self.max_sequence_length,
         }
-        # Only what is given: many pipelines have a number as default and fail at `None`.
+        # Only what was set: many pipelines have a number as default and fail at `None`.
         if self.height is not None:
             arguments["height"] = self.height
         if self.width is not None:
@@ -462,44 +431,44 @@ class FlowPipeline:
             arguments["max_area"] = self.height * self.width  # Flux Kontext scales every size to it, or to a million
         if self.num_frames is not None:
             arguments[family.num_frames_argument] = self.num_frames
-        if guided:  # beside embeddings the text must be None, which is not every pipeline's default
+        if guided:  # with embeddings the text must be None, which is not every pipeline's default
             arguments["negative_prompt"] = [""] * len(conditioning) if family.encoded_names is None else None
-        # Some pipelines write into the lists that they are given.
+        # Copies: some pipelines write into the lists that they are given.
         rows: dict[str, Any] = {
             name: row if isinstance(row, Tensor) else list(row)
             for name, row in conditioning.kwargs.items()
             if guided or not name.startswith("negative_")
         }
         if "image" in rows:
-            (rows["image"],) = rows["image"]  # of the one sample; a list could mean several images of it
+            (rows["image"],) = rows["image"]  # there is one sample, and a list could mean several images of it
         scale = self.guidance_scale if guided or family.guidance == "embedded" else 1.0
-        return _given(arguments, self._call_parameters) | family.guidance_arguments(scale) | rows
+        return _select_known(arguments, self._call_parameters) | family.guidance_arguments(scale) | rows
 
-    def _encoded(self, prompts: list[str], names: tuple[str | None, ...]) -> dict[str, Rows]:
-        """What `encode_prompt` returns, by the names of the `__call__` arguments, with a row a prompt."""
+    def _run_encoders(self, prompts: list[str], names: tuple[str | None, ...]) -> dict[str, Rows]:
+        """Run `encode_prompt`; its outputs by the names of the `__call__` arguments, each with one row per prompt."""
         arguments = {
             **self.family.arguments,
             "max_sequence_length": self.max_sequence_length,
             "do_classifier_free_guidance": self._is_guided,
             "device": self.device,
         }
-        outputs = self.pipeline.encode_prompt(prompts, **_given(arguments, self._encode_parameters))
+        outputs = self.pipeline.encode_prompt(prompts, **_select_known(arguments, self._encode_parameters))
         if not isinstance(outputs, tuple):
             outputs = (outputs,)
         return {
             name: self._cast(output)
             for name, output in zip(names, outputs, strict=True)
-            if name is not None and output is not None and len(output) > 0  # some give an empty list for no negatives
+            if name is not None and output is not None and len(output) > 0  # some return [] without negative prompts
         }
 
     def _cast(self, rows: Rows) -> Rows:
-        """Embeddings in the transformer's dtype; masks of integers and truth values stay what they are."""
+        """Convert embeddings to the transformer's dtype; masks of integers and truth values keep theirs."""
         if not isinstance(rows, Tensor):
             return [self._cast(row) for row in rows]
         return rows.to(self.dtype) if rows.is_floating_point() else rows
 
-    def _holds_one_sample(self, conditioning: Conditioning) -> bool:
-        """Whether one call can hold no more than one row of the conditioning."""
+    def _takes_one_sample(self, conditioning: Conditioning) -> bool:
+        """Whether one call is limited to one row of the conditioning."""
         return self.family.one_sample or "image" in conditioning.kwargs
 
     @property
@@ -507,7 +476,7 @@ class FlowPipeline:
         """Whether rollouts use classifier-free guidance."""
         return self.family.guidance == "classifier_free" and self.guidance_scale > 1
 
-    def _length_limit(self, max_sequence_length: int | None) -> int | None:
+    def _find_length_limit(self, max_sequence_length: int | None) -> int | None:
         if "max_sequence_length" in self._call_parameters:
             own = self._call_parameters["max_sequence_length"].default
             return own if max_sequence_length is None else max_sequence_length
@@ -518,60 +487,7 @@ class FlowPipeline:
             )
         return None
 
-    def _check_images(self, prompts: Sequence[str], images: Sequence[PIL.Image.Image] | None) -> None:
-        kind = type(self.pipeline).__name__
-        if images is None and self.family.takes_image == "required":
-            raise ValueError(f"{kind} edits images, but there are none. Pass `images`, one for each prompt.")
-        if images is not None and self.family.takes_image == "no":
-            raise ValueError(f"{kind} takes no images to edit, but there are {len(images)}. Leave them out.")
-        if images is not None and len(images) != len(prompts):
-            raise ValueError(f"got {len(images)} images for {len(prompts)} prompts; pass one image for each prompt.")
 
-    def _check_guidance(self) -> None:
-        scale, kind = self.guidance_scale, type(self.pipeline).__name__
-        if self.family.guidance == "embedded":
-            if scale > 1 and not self.transformer.config.guidance_embeds:
-                raise ValueError(
-                    f"guidance_scale={scale} would be ignored: this {type(self.transformer).__name__} is not "
-                    "guidance-distilled (its config has guidance_embeds=False). Set guidance_scale=1.0."
-                )
-        elif scale < 1:
-            raise ValueError(
-                f"guidance_scale={scale} is below 1, which is no guidance in every family of {kind}'s kind, whatever "
-                "the pipeline's own argument means. Set guidance_scale=1.0 for no guidance."
-            )
-        elif scale > 1 and self.pipeline.config.get("is_distilled"):
-            raise ValueError(
-                f"guidance_scale={scale} would be ignored: this {kind} is distilled (its config has "
-                "is_distilled=True). Set guidance_scale=1.0."
-            )
-
-    def _warn_of_long_prompts(self, prompts: Sequence[str]) -> None:
-        if self._warned_of_long_prompt:
-            return
-        if self.family.long_text_tokenizer is None:
-            return
-        components = self.pipeline.components
-        if self.max_sequence_length is not None and components[self.family.long_text_encoder] is not None:
-            tokenizer, limit = components[self.family.long_text_tokenizer], self.max_sequence_length
-        else:
-            tokenizer = components["tokenizer"]
-            limit = tokenizer.model_max_length
-        lengths = [len(ids) for ids in tokenizer(list(prompts)).input_ids]
-        too_long = [index for index, length in enumerate(lengths) if length > limit]
-        if not too_long:
-            return
-        first = too_long[0]
-        warnings.warn(
-            f"The prompt {prompts[first]!r} has {lengths[first]} tokens, but the text encoders read only the first "
-            f"{limit}; what follows does not reach the image. {len(too_long)} of these {len(prompts)} prompts are too "
-            "long. Shorten them, or raise `max_sequence_length` where the text encoder allows it. This is said once.",
-            UserWarning,
-            stacklevel=4,  # the caller of encode, beyond its no_grad decorator
-        )
-        self._warned_of_long_prompt = True
-
-
-def _given(values: dict[str, Any], parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of the arguments that a function has."""
+def _select_known(values: dict[str, Any], parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments that a function has."""
     return {name: value for name, value in values.items() if name in parameters}

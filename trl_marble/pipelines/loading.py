@@ -1,5 +1,5 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
-"""Loading a pipeline and making its transformer trainable."""
+"""Load a pipeline and add a trainable adapter to its transformer."""
 
 import copy
 import os
@@ -13,16 +13,16 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 
+from .assumed_family import assume_family
 from .families import Family, find_family
 from .quantization import lora_linear_classes
-from .unlisted import assumed_family
 
 
 def load_pipeline(
     pipeline: str | os.PathLike | DiffusionPipeline, dtype: torch.dtype | None = None, **components: Any
 ) -> DiffusionPipeline:
     """
-    Load a pipeline, from safetensors only and without running any code that comes with it.
+    Load a pipeline, from safetensors files only and without running any code from its repository.
 
     Args:
         pipeline (`str`, `os.PathLike` or [`~diffusers.DiffusionPipeline`]):
@@ -30,7 +30,7 @@ def load_pipeline(
         dtype (`torch.dtype`, *optional*):
             The dtype of the loaded weights. Defaults to fp32.
         components (`Any`):
-            Components to use instead of those at that place, such as `text_encoder_3=None` for none, and
+            Components to use instead of the loaded ones, such as `text_encoder_3=None` for none, and
             `quantization_config`, see [`quantization_config`].
 
     Returns:
@@ -38,8 +38,8 @@ def load_pipeline(
 
     Raises:
         `TypeError`: `pipeline` is none of these.
-        `ValueError`: `dtype` was given together with a pipeline object, which has its dtype already.
-        `OSError`: there is no pipeline with safetensors weights at that place.
+        `ValueError`: both `dtype` and a pipeline object were passed; the object has its dtype already.
+        `OSError`: there is no pipeline with safetensors weights under that name.
     """
     if isinstance(pipeline, DiffusionPipeline):
         if dtype is not None:
@@ -75,7 +75,7 @@ def lora_config(pipeline: DiffusionPipeline | Family, r: int = 32, lora_alpha: i
 
     Args:
         pipeline ([`~diffusers.DiffusionPipeline`] or `Family`):
-            The pipeline or its row in the table.
+            The pipeline, or its row of the table.
         r (`int`, *optional*, defaults to `32`):
             The rank.
         lora_alpha (`int`, *optional*, defaults to `64`):
@@ -87,7 +87,7 @@ def lora_config(pipeline: DiffusionPipeline | Family, r: int = 32, lora_alpha: i
     Raises:
         `ValueError`: the pipeline's class is known not to work.
     """
-    family = pipeline if isinstance(pipeline, Family) else find_family(pipeline) or assumed_family(pipeline)
+    family = pipeline if isinstance(pipeline, Family) else find_family(pipeline) or assume_family(pipeline)
     targets = family.lora_target_modules
     return LoraConfig(
         r=r,
@@ -107,7 +107,7 @@ def add_trainable_adapter(
         pipeline ([`~diffusers.DiffusionPipeline`]):
             The pipeline, changed in place.
         peft_config ([`~peft.LoraConfig`]):
-            The LoRA. It is copied. Without `target_modules` it gets those of the pipeline's family.
+            The LoRA. It is copied. Without `target_modules` it uses those of the pipeline's family.
         adapter_name (`str`, *optional*, defaults to `"default"`):
             The name of the adapter in the transformer.
 
@@ -117,20 +117,20 @@ def add_trainable_adapter(
 
     Raises:
         `TypeError`: `peft_config` is not a `LoraConfig`.
-        `ValueError`: the transformer has adapters already, or the configuration trains more than a LoRA, which a
-            published adapter file cannot hold.
+        `ValueError`: the transformer has adapters already, or the configuration trains weights other than a LoRA,
+            which an adapter file cannot contain.
     """
     if not isinstance(peft_config, LoraConfig):
         raise TypeError(f"`peft_config` must be a peft.LoraConfig, got {type(peft_config).__name__}.")
     if peft_config.modules_to_save or peft_config.bias != "none":
         raise ValueError(
             f"modules_to_save={peft_config.modules_to_save!r} and bias={peft_config.bias!r} train weights that a "
-            'diffusers LoRA file cannot hold. Leave modules_to_save unset and bias="none".'
+            'diffusers LoRA file cannot contain. Leave modules_to_save unset and bias="none".'
         )
     transformer = pipeline.transformer
     if any(isinstance(module, BaseTunerLayer) for module in transformer.modules()):
         raise ValueError(
-            f"The transformer has adapters already ({', '.join(sorted(transformer.peft_config))}). Make them part of "
+            f"The transformer has adapters already ({', '.join(sorted(transformer.peft_config))}). Add them to "
             "the base weights with `pipeline.fuse_lora()` followed by `pipeline.unload_lora_weights()`, or remove "
             "them with `pipeline.unload_lora_weights()` alone."
         )
@@ -144,10 +144,10 @@ def add_trainable_adapter(
         transformer.add_adapter(peft_config, adapter_name=adapter_name)
     except ValueError as error:  # such as names that no layer has
         linears = [name for name, module in transformer.named_modules() if isinstance(module, torch.nn.Linear)]
-        ends = sorted({re.sub(r"^.*\.(?=[^.\d])", "", name) for name in linears})
+        endings = sorted({re.sub(r"^.*\.(?=[^.\d])", "", name) for name in linears})
         raise ValueError(
             f"The adapter does not fit {type(transformer).__name__}: {error} Pass a `peft_config` whose "
-            f"`target_modules` are among the ends of its linear layers' names: {', '.join(ends)}."
+            f"`target_modules` are among the endings of its linear layers' names: {', '.join(endings)}."
         ) from error
     trainable = [(name, parameter) for name, parameter in transformer.named_parameters() if parameter.requires_grad]
     for _, parameter in trainable:
@@ -158,7 +158,7 @@ def add_trainable_adapter(
 
 def plain_lora_linears(transformer: torch.nn.Module, names: Iterable[str]) -> list[torch.nn.Linear] | None:
     """
-    The linear layers that hold the trainable weights, if the adapter is nothing but plain LoRA on linear layers.
+    Find the linear layers of the trainable weights, if the adapter is a plain LoRA on linear layers.
 
     Args:
         transformer (`torch.nn.Module`):
@@ -173,7 +173,7 @@ def plain_lora_linears(transformer: torch.nn.Module, names: Iterable[str]) -> li
     plain: dict[str, torch.nn.Linear] = {}
     classes = lora_linear_classes()
     for path, layer in transformer.named_modules():
-        # A variant, such as DoRA, uses the weights in other ways too than multiplying by them.
+        # A variant, such as DoRA, does not only multiply by the weights.
         if isinstance(layer, classes) and not layer.lora_variant:
             for part in ("lora_A", "lora_B"):
                 for adapter, module in getattr(layer, part).items():

@@ -1,5 +1,5 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
-"""LoRA files of other programs: how their keys are called, and the same weights under diffusers' names."""
+"""LoRA files of other programs: recognize the layout of their keys, and convert it to that of diffusers."""
 
 import math
 import re
@@ -12,14 +12,14 @@ from torch import Tensor
 
 Layout = Literal["diffusers", "PEFT", "ComfyUI", "kohya", "older diffusers", "prefixless", "unknown"]
 
-# What is said of them in messages.
+# How messages describe them.
 DESCRIPTIONS: dict[Layout, str] = {
     "PEFT": "PEFT's layout ('base_model.model.<layer>.lora_A.weight')",
     "ComfyUI": "ComfyUI's layout ('diffusion_model.<layer>...')",
     "kohya": "the layout of kohya's scripts ('lora_unet_<layer>.lora_down.weight')",
     "older diffusers": "the layout of older diffusers ('<layer>.lora.down.weight')",
-    "prefixless": "the layout of a model by itself ('<layer>.lora_A.weight', without 'transformer.')",
-    "unknown": "a layout that is not known here",
+    "prefixless": "the layout of a single model ('<layer>.lora_A.weight', without 'transformer.')",
+    "unknown": "an unknown layout",
 }
 _PREFIXES: dict[str, Layout] = {
     "base_model.model.": "PEFT",
@@ -36,7 +36,7 @@ _OWN_NAMES = {"down": "lora_A.weight", "up": "lora_B.weight"}
 
 def find_layout(keys: Collection[str]) -> Layout:
     """
-    Whose layout the keys of a LoRA file are in, by the first of them that is not diffusers'.
+    Find the layout of a LoRA file, by the first of its keys that is not in diffusers' layout.
 
     Args:
         keys (`Collection[str]`):
@@ -60,24 +60,25 @@ def to_diffusers_layout(
     state: Mapping[str, Tensor], config: Mapping[str, Any], layers: Collection[str]
 ) -> dict[str, Tensor]:
     """
-    The weights of a LoRA file of another layout under diffusers' names, with the scale as part of them.
+    Convert the weights of a LoRA file of another layout to diffusers' names, multiplied by their scale.
 
-    Only names are changed, so that a layer which the transformer calls otherwise cannot be converted.
+    Only the form of the names is changed: a layer that has another name in the transformer cannot be converted.
 
     Args:
         state (`Mapping[str, Tensor]`):
             The tensors of the file, in a layout of [`find_layout`] other than `"unknown"`.
         config (`Mapping[str, Any]`):
-            The fields of the adapter's configuration, which give its scale where the file itself has no `alpha`.
+            The fields of the adapter's configuration, which has the scale where the file itself has no `alpha`.
         layers (`Collection[str]`):
-            The names of the pipeline's layers (`"transformer.<layer>"`), by which kohya's names, which have no dots,
-            are understood.
+            The names of the pipeline's layers (`"transformer.<layer>"`). Kohya's names, which have no dots, are looked
+            up among them.
 
     Returns:
         `dict[str, Tensor]`: `"transformer.<layer>.lora_A.weight"` and so on, for an alpha equal to the rank.
 
     Raises:
-        `ValueError`: a key is none of a LoRA, or cannot be understood; or the configuration gives no usable scale.
+        `ValueError`: a key is not that of a LoRA, or names no known layer; or the scale in the configuration is not a
+            finite number.
     """
     without_dots = {layer.removeprefix("transformer.").replace(".", "_"): layer for layer in layers}
     renamed: dict[str, Tensor] = {}
@@ -85,28 +86,28 @@ def to_diffusers_layout(
     for key, tensor in state.items():
         match = _OWN_PART.fullmatch(key) or _OTHER_PART.fullmatch(key)
         if match is None:
-            raise ValueError(f"{key!r} is no weight of a LoRA")
+            raise ValueError(f"{key!r} is not a weight of a LoRA")
         layer = match["layer"]
         if key.startswith(("lora_unet_", "lora_transformer_")):
             layer = without_dots.get(re.sub("^lora_(unet|transformer)_", "", layer), "")
             if not layer:
-                raise ValueError(f"{key!r} is of no layer of this name")
+                raise ValueError(f"{key!r} names no layer of the pipeline")
         layer = layer.removeprefix("base_model.model.").removeprefix("diffusion_model.")
         if not _COMPONENT.match(layer):
             layer = f"transformer.{layer}"
         if match.groupdict().get("alpha"):
             if tensor.numel() != 1:
-                raise ValueError(f"{key!r} has the shape {tuple(tensor.shape)}, not that of one number")
+                raise ValueError(f"{key!r} has the shape {tuple(tensor.shape)}, not the shape of one number")
             alphas[layer] = tensor.item()
         else:
             renamed[f"{layer}.{_OWN_NAMES.get(match['part'], match['part'])}"] = tensor
     if len(renamed) + len(alphas) < len(state):
-        raise ValueError("two of its keys are of the same weight")
+        raise ValueError("two of its keys name the same weight")
     for key in [key for key in renamed if ".lora_B." in key]:
         layer = key.rpartition(".lora_B.")[0]
         factor = renamed.get(f"{layer}.lora_A.weight")
         if factor is None or factor.ndim < 2 or 0 in factor.shape:
-            raise ValueError(f"{layer!r} has no second factor of a LoRA")
+            raise ValueError(f"{layer!r} has a `lora_B`, but no usable `lora_A`")
         rank = factor.shape[0]
         own = {"lora_alpha": alphas[layer]} if layer in alphas else config
         renamed[key] = scale_weight(renamed[key], layer_scale(own, layer.partition(".")[2], rank))
@@ -115,11 +116,11 @@ def to_diffusers_layout(
 
 def layer_scale(config: Mapping[str, Any], layer: str, rank: int) -> float:
     """
-    What the product of a layer's two factors is multiplied by.
+    The factor that a layer's `lora_B(lora_A(x))` is multiplied by.
 
     Args:
         config (`Mapping[str, Any]`):
-            Fields of a peft configuration: `lora_alpha` (the rank where it is missing), `alpha_pattern`, `use_rslora`.
+            Fields of a peft configuration: `lora_alpha` (by default the rank), `alpha_pattern`, `use_rslora`.
         layer (`str`):
             The layer's name in its model.
         rank (`int`):
@@ -129,7 +130,7 @@ def layer_scale(config: Mapping[str, Any], layer: str, rank: int) -> float:
         `float`: alpha / rank, or alpha / sqrt(rank) for rank-stabilized LoRA.
 
     Raises:
-        `ValueError`: alpha is no finite number.
+        `ValueError`: alpha is not a finite number.
     """
     alpha, pattern = config.get("lora_alpha", rank), config.get("alpha_pattern") or {}
     try:
@@ -143,7 +144,7 @@ def layer_scale(config: Mapping[str, Any], layer: str, rank: int) -> float:
 
 
 def scale_weight(weight: Tensor, scale: float) -> Tensor:
-    """The weight times the scale, computed in fp32 or better, in the weight's own dtype."""
+    """Multiply a weight by its scale, in fp32 or better; the result has the weight's own dtype."""
     if scale == 1:
         return weight
     return (weight * scale if weight.dtype.itemsize >= 4 else weight.float() * scale).to(weight.dtype)

@@ -1,5 +1,5 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
-"""What takes the place of a pipeline's own functions while it is called: for its text, and for its latents."""
+"""Replacements of a pipeline's own `encode_prompt` and `prepare_latents` during a call."""
 
 import functools
 from collections.abc import Callable, Hashable
@@ -12,34 +12,34 @@ from torch import Tensor
 from .conditioning import Conditioning
 
 
-def remembered(encode_prompt: Callable[..., Any], conditioning: Conditioning) -> Callable[..., Any]:
-    """`encode_prompt` that runs once for the prompts of a conditioning, and never with gradients."""
+def encode_once(encode_prompt: Callable[..., Any], conditioning: Conditioning) -> Callable[..., Any]:
+    """Wrap `encode_prompt` so that it runs once for the prompts of a conditioning, and without gradients."""
 
     @functools.wraps(encode_prompt)
-    def remember(*args: Any, **kwargs: Any) -> Any:
-        question = _without_rows((args, sorted(kwargs.items())))
-        answer = conditioning.answered(question)
-        if answer is None:
+    def encode(*args: Any, **kwargs: Any) -> Any:
+        key = _cache_key((args, sorted(kwargs.items())))
+        output = conditioning.cached_output(key)
+        if output is None:
             with torch.no_grad():
-                answer = encode_prompt(*args, **kwargs)
-            conditioning.keep_answer(question, answer)
-        return answer
+                output = encode_prompt(*args, **kwargs)
+            conditioning.cache_output(key, output)
+        return output
 
-    return remember
+    return encode
 
 
-def _without_rows(value: Any) -> Hashable:
-    """What was asked about a conditioning: texts and settings. Its tensors and images are of its own rows."""
+def _cache_key(value: Any) -> Hashable:
+    """The texts and settings of a call, without tensors and images: those are of the conditioning's own rows."""
     if isinstance(value, list | tuple):
-        return tuple(_without_rows(item) for item in value)
+        return tuple(_cache_key(item) for item in value)
     return type(value).__name__ if isinstance(value, Tensor | PIL.Image.Image) else repr(value)
 
 
-def giving(prepare_latents: Callable[..., Any], x_t: Tensor) -> Callable[..., Any]:
-    """`prepare_latents` that gives x_t in the place of the first thing that it made: the latents to be denoised."""
+def replace_latents(prepare_latents: Callable[..., Any], x_t: Tensor) -> Callable[..., Any]:
+    """Wrap `prepare_latents` so that it returns x_t in place of its first result, the latents to be denoised."""
 
     @functools.wraps(prepare_latents)
-    def give(*args: Any, **kwargs: Any) -> Any:
+    def prepare(*args: Any, **kwargs: Any) -> Any:
         output = prepare_latents(*args, **kwargs)
         made, *others = output if isinstance(output, tuple) else (output,)
         if made.shape != x_t.shape:
@@ -49,4 +49,4 @@ def giving(prepare_latents: Callable[..., Any], x_t: Tensor) -> Callable[..., An
             )
         return (x_t.to(made), *others) if others else x_t.to(made)
 
-    return give
+    return prepare

@@ -1,5 +1,5 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
-"""A base whose weights are stored in 8 or 4 bits, under an adapter in full precision."""
+"""Base weights in 8 or 4 bits, with an adapter in full precision."""
 
 from typing import Literal, get_args
 
@@ -18,16 +18,16 @@ Quantization = Literal["nf4", "int8"]
 
 def quantization_config(quantization: Quantization, compute_dtype: torch.dtype) -> PipelineQuantizationConfig:
     """
-    How `bitsandbytes` stores the linear layers of a pipeline's transformer.
+    A configuration that quantizes the linear layers of a pipeline's transformer with `bitsandbytes`.
 
-    Text encoders and the VAE stay as they are, see [`offload_components`]. Other ways to quantize, such as those of
-    `torchao`, and other components, are a [`~diffusers.PipelineQuantizationConfig`] of your own.
+    Text encoders and the VAE stay as they are, see [`offload_components`]. For other methods, such as those of
+    `torchao`, or other components, make a [`~diffusers.PipelineQuantizationConfig`] yourself.
 
     Args:
         quantization (`"nf4"` or `"int8"`):
             4-bit normal floats with quantized scales (as in QLoRA), or 8-bit integers.
         compute_dtype (`torch.dtype`):
-            What 4-bit weights are multiplied in; the dtype that the pipeline is loaded in.
+            The dtype of multiplications by 4-bit weights: the one that the pipeline is loaded in.
 
     Returns:
         [`~diffusers.PipelineQuantizationConfig`]: for `load_pipeline(..., quantization_config=...)`.
@@ -59,7 +59,7 @@ def quantization_config(quantization: Quantization, compute_dtype: torch.dtype) 
 
 
 def lora_linear_classes() -> tuple[type[nn.Module], ...]:
-    """peft's layers that add `lora_B(lora_A(x))` to a linear layer, whatever the storage of its weights."""
+    """The classes of peft's layers that add `lora_B(lora_A(x))` to a linear layer, quantized or not."""
     classes: list[type[nn.Module]] = [LoraLinear]  # that of torchao's layers is a subclass
     if is_bnb_available():
         from peft.tuners.lora.bnb import Linear8bitLt
@@ -81,8 +81,8 @@ def base_dtype(transformer: nn.Module) -> torch.dtype:
             A diffusers model, with or without a LoRA.
 
     Returns:
-        `torch.dtype`: what the model says of itself, unless that is the dtype of a LoRA: the one of the first weight
-        that is neither a LoRA's nor packed into integers.
+        `torch.dtype`: the dtype of the model, unless that is the dtype of its LoRA: then that of the first weight that
+        is not a LoRA's and not quantized to integers.
     """
     floating = ((name, weight) for name, weight in transformer.named_parameters() if weight.is_floating_point())
     name, _ = next(floating)
@@ -93,13 +93,13 @@ def base_dtype(transformer: nn.Module) -> torch.dtype:
 
 def first_values(weight: Tensor, count: int = 64) -> Tensor:
     """
-    The first numbers that a weight is stored as: something to tell weights apart by.
+    The first stored numbers of a weight, to recognize it by.
 
     Args:
         weight (`torch.Tensor`):
             A weight, quantized or not.
         count (`int`, *optional*, defaults to `64`):
-            How many numbers, of each tensor that the weight consists of.
+            How many numbers of each tensor that the weight consists of.
 
     Returns:
         `torch.Tensor` of shape `[n]`: float32 on the CPU.

@@ -1,5 +1,5 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
-"""Which schedulers are flow matching, and two that make a pipeline's `__call__` do less than a rollout."""
+"""Which schedulers are flow matching, and changed schedulers for one step, for the samples and for the times."""
 
 import functools
 from collections.abc import Mapping, Sequence
@@ -46,9 +46,9 @@ def check_flow_matching(scheduler: SchedulerMixin | None) -> None:
     )
 
 
-def counts_from_noise(scheduler: SchedulerMixin) -> bool:
+def has_inverted_time(scheduler: SchedulerMixin) -> bool:
     """
-    Whether a scheduler's time is 0 at noise and 1 at data, so that its velocity is data - noise.
+    Whether a scheduler's time runs from 0 at noise to 1 at data, so that its velocity is data - noise.
 
     Args:
         scheduler ([`~diffusers.SchedulerMixin`]):
@@ -64,13 +64,13 @@ class OneStep:
     """
     Stands in for the pipeline's scheduler in a velocity call.
 
-    It presents the wanted times as the only step of the schedule, keeps what the transformer returned and moves
-    nothing. Where a transformer's raw output is data - noise, the pipelines negate it before they call `step`. Where
-    the scheduler itself is given data - noise (see [`counts_from_noise`]), it is negated here.
+    Its schedule is one step at the given times. The step stores what the transformer returned and leaves the latents
+    as they are. Where a transformer's raw output is data - noise, the pipelines negate it before they call `step`.
+    Where they call `step` with data - noise (see [`has_inverted_time`]), it is negated here.
 
     Args:
         scheduler ([`~diffusers.SchedulerMixin`]):
-            The scheduler whose place it takes.
+            The scheduler that it stands in for.
         t (`torch.Tensor` of shape `[batch]` or `[]`):
             The time of every sample, or one for all, in [0, 1].
     """
@@ -79,11 +79,11 @@ class OneStep:
 
     def __init__(self, scheduler: Any, t: Tensor):
         self.config = scheduler.config
-        self._from_noise = counts_from_noise(scheduler)
-        t = 1 - t if self._from_noise else t
+        self._is_inverted = has_inverted_time(scheduler)
+        t = 1 - t if self._is_inverted else t
         # One "step" whose timestep is a whole batch: pipelines expand it to the batch size, which leaves it as it is.
         self.timesteps = [t * scheduler.config.num_train_timesteps]
-        # Told to caches of activations by some pipelines, as one number; nothing is computed from it.
+        # Some pipelines pass it to caches of activations, as one number; nothing is computed from it.
         self.sigmas = [t.flatten()[0], torch.zeros_like(t.flatten()[0])]
         self.velocity: Tensor | None = None
 
@@ -95,10 +95,10 @@ class OneStep:
         mu: float | None = None,
         timesteps: Sequence[float] | None = None,
     ) -> None:
-        """Takes whatever a pipeline passes: the one step is known already."""
+        """Does nothing, whatever a pipeline passes: the schedule is fixed."""
 
     def set_begin_index(self, begin_index: int = 0) -> None:
-        """There is only index 0."""
+        """Does nothing: the only index is 0."""
 
     def step(
         self,
@@ -109,22 +109,22 @@ class OneStep:
         return_dict: bool = True,
         **kwargs: Any,
     ) -> SchedulerOutput | tuple[Tensor]:
-        # A step by the tokens' own times is one forwards in time, so that it is given data - noise as well.
-        turned_around = self._from_noise or per_token_timesteps is not None
-        self.velocity = -model_output if turned_around else model_output
+        # With times per token the pipelines pass data - noise as well.
+        is_negative = self._is_inverted or per_token_timesteps is not None
+        self.velocity = -model_output if is_negative else model_output
         return SchedulerOutput(prev_sample=sample) if return_dict else (sample,)
 
 
 def keep_samples(solver: Any) -> list[Tensor]:
     """
-    Let a scheduler keep where its latest step led.
+    Make a scheduler store the samples that its latest step returned.
 
     Args:
         solver ([`~diffusers.SchedulerMixin`]):
-            A scheduler that serves nothing else, changed in place.
+            A scheduler that is used for nothing else, changed in place.
 
     Returns:
-        `list[torch.Tensor]`: empty; every `step` puts its result in, in the place of the one before.
+        `list[torch.Tensor]`: empty; after a `step` it contains the samples of that step alone.
     """
     step = solver.step
     latest: list[Tensor] = []
@@ -141,16 +141,16 @@ def keep_samples(solver: Any) -> list[Tensor]:
 
 def record_times(solver: Any) -> list[Tensor]:
     """
-    Let a scheduler note the schedule that a pipeline sets up with it, and leave the denoising loop nothing to do.
+    Make a scheduler store the schedule that a pipeline sets up with it, and skip the denoising loop.
 
     The times are read from `sigmas`: some solvers truncate their `timesteps` to integers.
 
     Args:
         solver ([`~diffusers.SchedulerMixin`]):
-            A scheduler that serves nothing else, changed in place.
+            A scheduler that is used for nothing else, changed in place.
 
     Returns:
-        `list[torch.Tensor]`: empty; `set_timesteps` puts the times in.
+        `list[torch.Tensor]`: empty; after `set_timesteps` it contains the times.
     """
     set_timesteps = solver.set_timesteps
     times: list[Tensor] = []
@@ -159,7 +159,7 @@ def record_times(solver: Any) -> list[Tensor]:
     def record(*args: Any, **kwargs: Any) -> None:
         set_timesteps(*args, **kwargs)
         sigmas = solver.sigmas[: len(solver.timesteps)]
-        times[:] = [1 - sigmas if counts_from_noise(solver) else sigmas]
+        times[:] = [1 - sigmas if has_inverted_time(solver) else sigmas]
         solver.timesteps = solver.timesteps[:0]
 
     solver.set_timesteps = record

@@ -6,18 +6,17 @@ from typing import TYPE_CHECKING, Any
 
 
 if TYPE_CHECKING:
-    from .live_table import LiveTableCallback
+    from ..callbacks import LiveTableCallback, RewardHackingCallback
     from .marble_config import MarbleConfig
     from .marble_nft_trainer import MarbleNFTTrainer
-    from .reward_hacking import RewardHackingCallback
 
 __all__ = ["LiveTableCallback", "MarbleConfig", "MarbleNFTTrainer", "RewardHackingCallback"]
 
 _MODULES = {
-    "LiveTableCallback": "live_table",
-    "MarbleConfig": "marble_config",
-    "MarbleNFTTrainer": "marble_nft_trainer",
-    "RewardHackingCallback": "reward_hacking",
+    "LiveTableCallback": "..callbacks",
+    "MarbleConfig": ".marble_config",
+    "MarbleNFTTrainer": ".marble_nft_trainer",
+    "RewardHackingCallback": "..callbacks",
 }
 
 
@@ -25,7 +24,7 @@ def __getattr__(name: str) -> Any:
     # At first use: `trl-marble train --help` needs the settings, and not diffusers and all that the trainer imports.
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f".{_MODULES[name]}", __name__), name)
+    return getattr(import_module(_MODULES[name], __name__), name)
 
 
 def __dir__() -> list[str]:

@@ -16,8 +16,7 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 from transformers.utils import logging
 
-from ..processes import FailingTogether
-from .checkpoint_folder import (
+from ..checkpoint.folder import (
     CheckpointWriteError,
     delete_checkpoints,
     find_checkpoint,
@@ -25,9 +24,8 @@ from .checkpoint_folder import (
     prune_checkpoints,
     write_checkpoint,
 )
-from .marble_config import MarbleConfig
-from .random_state import random_state, set_random_state
-from .run_settings import (
+from ..checkpoint.random_state import random_state, set_random_state
+from ..checkpoint.settings import (
     Changes,
     SettingsFrom,
     describe_changes,
@@ -38,7 +36,9 @@ from .run_settings import (
     save_settings,
     use_own_settings,
 )
-from .tensor_tree import load_tree, save_tree
+from ..checkpoint.tensor_tree import load_tree, save_tree
+from ..processes import FailingTogether
+from .marble_config import MarbleConfig
 
 
 logger = logging.get_logger(__name__)
@@ -85,7 +85,7 @@ class CheckpointedTrainer(Trainer):
         checkpoint = find_checkpoint(wanted, folder)
         resume_from_checkpoint = None if checkpoint is None else str(checkpoint)
         self._replaced = find_replaced(folder, checkpoint, self.args.overwrite_output_dir, self.args.should_save)
-        self.together = FailingTogether()
+        self.together.failed = False
         self._resumed_step = 0
         self.settings_history, self._changed_settings = [SettingsFrom(0, describe_settings(self.args))], {}
         if checkpoint is not None:

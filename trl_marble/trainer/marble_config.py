@@ -7,13 +7,15 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from numbers import Integral, Real
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
 from accelerate.utils import is_torch_version, parse_flag_from_env
 from transformers import TrainingArguments
 
-from ..balance import OLD_POLICY_PRESETS
+from ..balance import OLD_POLICY_PRESETS, WEIGHTINGS
 from ..extras import EXTRAS, require_extra
+from ..losses import LOSSES, settings_of
+from ..losses.awm import AWMWeighting
 from ..setting_names import suggest_name
 from ..world_size import check_world_size
 from .inherited_arguments import check_arguments, check_combinations
@@ -21,13 +23,10 @@ from .inherited_arguments import check_arguments, check_combinations
 
 AGGREGATIONS = ("marble", "equal", "sum_then_normalize", "normalize_then_sum")
 BALANCE_ON = ("loss", "advantage")
-AMORTIZATION = ("exact", "reference")
 SCALE_REWARDS = ("batch", "group", "none")
 REWARD_FAILURE = ("raise", "mask")
-ON_NONFINITE = ("raise", "mask")
-BALANCE_SETTINGS = (
-    *("balance_every", "balance_fraction", "balance_ema", "balance_on", "amortization", "normalize_gradients"),
-)
+ON_NONFINITE = ("raise", "skip")
+BALANCE_SETTINGS = ("balance_every", "balance_fraction", "balance_ema", "balance_on")
 
 PLAIN_PROCESSES = "Start plain processes, `accelerate launch --multi_gpu --num_processes N`"
 
@@ -117,21 +116,25 @@ class MarbleConfig(TrainingArguments):
             value too few, always stop training.
         on_nonfinite (`str`, *optional*, defaults to `"raise"`):
             What happens where a number is NaN or infinite: a sampled latent, an infinite reward (a reward that is NaN
-            does not apply), the loss of a sample, or a gradient. `reward_failure` is about rewards that give no
+            does not apply), or the gradient of an optimizer step. `reward_failure` is about rewards that give no
             answer, this setting about numbers that are none. `"raise"`: nothing of the optimizer step is used, what
             was trained before it is saved, and training stops with an error that names what is not finite, where it
-            arose, and what to change. `"mask"`: the image is left out of every reward, a sample out of the optimizer
-            step at that timestep, a reward out of the step's balance, or the step is skipped; each is counted in
-            `nonfinite/*` (an infinite reward in `rewards/<name>/failed`), and training stops only if nothing is left,
-            or after ten skipped steps on end. No weights that are not finite are ever saved.
+            arose, and what to change. `"skip"`: the image counts as one that no reward applies to (an infinite reward
+            as one that failed), and an optimizer step whose gradient is not finite is skipped; each is counted
+            (`nonfinite/latents`, `rewards/<name>/failed`, `nonfinite/skipped_steps`), and training stops only if no
+            image is left, or after ten consecutive skipped steps. No weights that are not finite are ever saved.
         reward_timeout (`float`, *optional*):
             Longest time in seconds to wait for the rewards of a generation batch, all of them together, counted from
-            when its last image is sampled; the same for each evaluation. What has no answer by then has failed, as
-            `reward_failure` says. Rewards score while images are sampled, so it is to cover what they are slower.
-            Defaults to waiting for ever.
+            when its last image is sampled; in an evaluation for those of each batch. What has no answer by then has
+            failed, as `reward_failure` says. Rewards score while images are sampled, so it is to cover what they are
+            slower. Defaults to waiting for ever.
 
         > Parameters that control the loss
 
+        policy_loss (`str`, *optional*, defaults to `"nft"`):
+            The loss: `"nft"` (DiffusionNFT, see [`~trl_marble.losses.NFTLoss`]) or `"awm"` (advantage weighted
+            matching, https://huggingface.co/papers/2509.25050, see [`~trl_marble.losses.AWMLoss`]). A setting that the
+            chosen loss does not use is refused.
         nft_beta (`float`, *optional*, defaults to `0.1`):
             Mixing coefficient b of the implicit positive and negative policies, v± = v_old ± b (v - v_old)
             (DiffusionNFT, https://huggingface.co/papers/2509.16117). Greater than 0.
@@ -141,8 +144,25 @@ class MarbleConfig(TrainingArguments):
             Coefficient of the penalty `mean((v - v_ref)^2)` that keeps the policy near the base model. With `0.0` the
             base model's forward pass is not run.
 
+        awm_weighting (`str`, *optional*, defaults to `"ghuber"`):
+            How AWM weights the matching error over timesteps and sizes: `"ghuber"`, `"huber"`, `"t"`, `"t2"` or
+            `"uniform"`, see [`~trl_marble.losses.AWMLoss`].
+        awm_power (`float`, *optional*, defaults to `0.25`):
+            Power of `"ghuber"`, in `(0, 1]`.
+        awm_off_policy (`bool`, *optional*, defaults to `False`):
+            Whether the old policy samples. By default the trained policy does, and each generation batch is used for
+            one optimizer step.
+        awm_clip_range (`float`, *optional*, defaults to `1.0`):
+            Clip of the likelihood ratio with `awm_off_policy=True`. Greater than 0.
+        awm_ema_beta (`float`, *optional*, defaults to `1.0`):
+            Coefficient of the trust region `mean((v - v_old)^2)` around the old policy, a fast moving average of the
+            trained weights (the paper's is `old_policy_preset=3`). With `0.0` its forward pass is not run.
+
         > Parameters that control the balancing
 
+        weighting (`str`, *optional*, defaults to `"mgda"`):
+            How `multi_objective_aggregation="marble"` finds the coefficients, see
+            [`~trl_marble.balance.get_weighting`]. The trainer also takes a callable.
         balance_every (`int`, *optional*, defaults to `1`):
             The balancing problem is solved from per-reward gradients every this many optimizer steps. In between, the
             smoothed solution is used at the cost of one backward pass. With `1` every step is solved, and
@@ -156,24 +176,17 @@ class MarbleConfig(TrainingArguments):
         balance_ema (`float`, *optional*, defaults to `0.7`):
             Decay, in `[0, 1)`, of the moving average of the solutions that is used between solves.
         balance_on (`str`, *optional*, defaults to `"advantage"`):
-            Which gradients are balanced: those of each reward's whole loss (`"loss"`, the paper's), or only those of
-            its advantage-weighted part (`"advantage"`); the pull toward the old policy that all rewards share is then
-            applied once, in the same backward pass as the penalty of `beta`.
-        amortization (`str`, *optional*, defaults to `"exact"`):
-            What a step between solves does with the smoothed coefficients. `"exact"` divides them by the gradients'
-            last known norms, as a solve does, so that with fresh coefficients it *is* the step of a solve.
-            `"reference"` is for comparison only: it mixes the advantages themselves, without norms and without the
-            number of samples that each reward applies to, as the code published with MARBLE does.
-        normalize_gradients (`bool`, *optional*, defaults to `True`):
-            Whether per-reward gradients are scaled to unit length before the balancing problem is solved, which makes
-            the update independent of each reward's scale.
+            Which gradients of `policy_loss="nft"` are balanced: those of each reward's complete loss (`"loss"`, the
+            paper's), or only those of its advantage-weighted part (`"advantage"`); the trust region around the old
+            policy that all rewards share is then applied once, in the same backward pass as the penalty of `beta`.
 
         > Parameters that control the old policy and the averaged weights
 
         old_policy_preset (`int`, *optional*, defaults to `1`):
             How fast the policy that samples follows the one that is trained: old <- eta old + (1 - eta) current with
             eta = min(max(0, step - flat) * rate, max), applied after each generation batch. `0`: fully on-policy;
-            `1`: rate 0.001 up to 0.95 (the paper's); `2`: flat 75, rate 0.0075, max 0.999.
+            `1`: rate 0.001 up to 0.95 (the paper's); `2`: flat 75, rate 0.0075, max 0.999; `3`: rate 0.001 up to 0.3
+            (AWM's).
         weight_ema_decay (`float`, *optional*, defaults to `0.9`):
             Upper limit, in `[0, 1)`, of the decay of the averaged weights, min((1 + step) / (10 + step), this), which
             are the ones that are evaluated, saved and pushed. `0.0` evaluates and saves the trained weights
@@ -297,8 +310,8 @@ class MarbleConfig(TrainingArguments):
     reward_failure: Literal["raise", "mask"] = field(
         default="raise", metadata={"help": "What to do where a reward fails: 'raise' or 'mask'."}
     )
-    on_nonfinite: Literal["raise", "mask"] = field(
-        default="raise", metadata={"help": "What to do where a number is NaN or infinite: 'raise' or 'mask'."}
+    on_nonfinite: Literal["raise", "skip"] = field(
+        default="raise", metadata={"help": "What to do where a number is NaN or infinite: 'raise' or 'skip'."}
     )
     reward_timeout: float | None = field(
         default=None,
@@ -306,11 +319,22 @@ class MarbleConfig(TrainingArguments):
     )
 
     # Parameters that control the loss
+    policy_loss: str = field(default="nft", metadata={"help": "The loss: 'nft' or 'awm'."})
     nft_beta: float = field(default=0.1, metadata={"help": "Mixing coefficient of the implicit policies."})
     advantage_clip: float = field(default=5.0, metadata={"help": "Advantages are clipped to ± this value."})
     beta: float = field(default=1e-4, metadata={"help": "Coefficient of the pull toward the base model."})
+    awm_weighting: Literal["ghuber", "huber", "t", "t2", "uniform"] = field(
+        default="ghuber", metadata={"help": "How AWM weights the matching error."}
+    )
+    awm_power: float = field(default=0.25, metadata={"help": "Power of AWM's weighting 'ghuber'."})
+    awm_off_policy: bool = field(default=False, metadata={"help": "Whether the old policy samples for AWM."})
+    awm_clip_range: float = field(default=1.0, metadata={"help": "Clip of AWM's likelihood ratio, off-policy."})
+    awm_ema_beta: float = field(
+        default=1.0, metadata={"help": "Coefficient of AWM's trust region around the old policy."}
+    )
 
     # Parameters that control the balancing
+    weighting: str = field(default="mgda", metadata={"help": "How the coefficients of the rewards are found."})
     balance_every: int = field(default=1, metadata={"help": "Solve the balancing problem every X optimizer steps."})
     balance_fraction: float = field(
         default=1.0, metadata={"help": "Fraction of the forward passes of a step that a solution is taken from."}
@@ -319,15 +343,9 @@ class MarbleConfig(TrainingArguments):
     balance_on: Literal["loss", "advantage"] = field(
         default="advantage", metadata={"help": "What is balanced: 'loss' or 'advantage' gradients."}
     )
-    amortization: Literal["exact", "reference"] = field(
-        default="exact", metadata={"help": "Steps between solves: 'exact', or 'reference' for comparison only."}
-    )
-    normalize_gradients: bool = field(
-        default=True, metadata={"help": "Whether per-reward gradients are scaled to unit length before balancing."}
-    )
 
     # Parameters that control the old policy and the averaged weights
-    old_policy_preset: int = field(default=1, metadata={"help": "Schedule of the sampling policy: 0, 1 or 2."})
+    old_policy_preset: int = field(default=1, metadata={"help": "Schedule of the old policy: 0, 1, 2 or 3."})
     weight_ema_decay: float = field(default=0.9, metadata={"help": "Upper limit of the averaged weights' decay."})
 
     # Parameters that control how processes share the work
@@ -370,9 +388,11 @@ class MarbleConfig(TrainingArguments):
 
     def _check_choices(self) -> None:
         for name, choices in (
+            ("policy_loss", tuple(LOSSES)),
+            ("awm_weighting", get_args(AWMWeighting)),
             ("multi_objective_aggregation", AGGREGATIONS),
+            ("weighting", tuple(WEIGHTINGS)),
             ("balance_on", BALANCE_ON),
-            ("amortization", AMORTIZATION),
             ("scale_rewards", SCALE_REWARDS),
             ("reward_failure", REWARD_FAILURE),
             ("on_nonfinite", ON_NONFINITE),
@@ -406,7 +426,7 @@ class MarbleConfig(TrainingArguments):
                 raise ValueError(f"`{name}` is {getattr(self, name)!r}; it must be an integer.")
             if getattr(self, name) is not None and getattr(self, name) < minimum:
                 raise ValueError(f"`{name}` is {getattr(self, name)}; it must be at least {minimum}: {why}.")
-        for name in ("nft_beta", "advantage_clip"):
+        for name in ("nft_beta", "advantage_clip", "awm_clip_range"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"`{name}` is {getattr(self, name)}; it must be a finite number greater than 0.")
         if self.reward_timeout is not None and not 0 < self.reward_timeout < math.inf:
@@ -414,19 +434,17 @@ class MarbleConfig(TrainingArguments):
                 f"`reward_timeout` is {self.reward_timeout}; it must be a number of seconds greater than 0. Leave it "
                 "out to wait for ever."
             )
-        if not 0 <= self.beta < math.inf:
-            raise ValueError(f"`beta` is {self.beta}; it must be 0 (no pull toward the base model) or greater.")
+        for name, policy in (("beta", "base model"), ("awm_ema_beta", "old policy")):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(
+                    f"`{name}` is {getattr(self, name)}; it must be 0 (no pull to the {policy}) or greater."
+                )
         for name in ("balance_ema", "weight_ema_decay"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"`{name}` is {getattr(self, name)}; a decay must be in [0, 1).")
-        for name in ("timestep_fraction", "balance_fraction"):
+        for name in ("timestep_fraction", "balance_fraction", "awm_power"):
             if not 0 < getattr(self, name) <= 1:
                 raise ValueError(f"`{name}` is {getattr(self, name)}; it must be in (0, 1].")
-        if self.amortization == "reference" and self.balance_fraction < 1:
-            raise ValueError(
-                f"`amortization='reference'` reproduces code that solves whole steps; `balance_fraction` is "
-                f"{self.balance_fraction}. Leave one of the two out."
-            )
         if self.reward_weights is not None and not _are_finite_numbers(self.reward_weights):
             raise ValueError(
                 f"`reward_weights` is {self.reward_weights!r}; pass a list with one finite number for each reward."
@@ -455,19 +473,55 @@ class MarbleConfig(TrainingArguments):
     def _check_unused(self) -> None:
         """Refuse settings that have no effect beside others."""
         defaults = {f.name: f.default for f in dataclasses.fields(MarbleConfig)}
-        unused: dict[str, str] = {}
-        if not self.balances_gradients:
-            reason = f"`multi_objective_aggregation={self.multi_objective_aggregation!r}`, which balances no gradients"
-            unused = dict.fromkeys(BALANCE_SETTINGS, reason)
-        elif self.balance_every == 1 and self.balance_fraction == 1:
-            unused["amortization"] = "`balance_every=1`, which solves the balancing problem at every step"
-        if not self.log_images:
-            unused["log_images_steps"] = "`log_images=False`"
-        for name, reason in unused.items():
+        for name, reason in self._find_unused().items():
             if getattr(self, name) != defaults[name]:
                 raise ValueError(
                     f"`{name}={getattr(self, name)!r}` has no effect with {reason}; leave one of the two out."
                 )
+
+    def _find_unused(self) -> dict[str, str]:
+        """The settings of this class that have no effect here, and the reason."""
+        unused: dict[str, str] = {}
+        if not self.balances_gradients:
+            reason = f"`multi_objective_aggregation={self.multi_objective_aggregation!r}`, which balances no gradients"
+            unused = dict.fromkeys(BALANCE_SETTINGS, reason)
+        if self.multi_objective_aggregation != "marble":
+            unused["weighting"] = f"`multi_objective_aggregation={self.multi_objective_aggregation!r}`"
+        unused |= dict.fromkeys(self._settings_of_other_losses(), f"`policy_loss={self.policy_loss!r}`")
+        if self.policy_loss == "awm":
+            unused |= self._unused_by_awm()
+        if not self.log_images:
+            unused["log_images_steps"] = "`log_images=False`"
+        return unused
+
+    @property
+    def unused_settings(self) -> list[str]:
+        """The settings of this class that have no effect beside the others."""
+        return list(self._find_unused())
+
+    def _settings_of_other_losses(self) -> set[str]:
+        """Settings of losses that the chosen one does not have."""
+        # Advantages are clipped before any loss sees them.
+        known = {name for loss in LOSSES.values() for name in settings_of(loss)} - {"advantage_clip"}
+        return known - set(settings_of(LOSSES[self.policy_loss]))
+
+    def _unused_by_awm(self) -> dict[str, str]:
+        unused: dict[str, str] = {}
+        if self.awm_weighting != "ghuber":
+            unused["awm_power"] = f"`awm_weighting={self.awm_weighting!r}`"
+        if self.awm_off_policy:
+            return unused
+        if self.num_iterations > 1 or self.steps_per_generation > self.gradient_accumulation_steps:
+            raise ValueError(
+                "`policy_loss='awm'` takes one optimizer step for each generation batch, which the trained policy has "
+                f"sampled; `num_iterations` is {self.num_iterations}, `steps_per_generation` "
+                f"{self.steps_per_generation} and `gradient_accumulation_steps` {self.gradient_accumulation_steps}. "
+                "Take one step, or set `awm_off_policy=True`, with which the old policy samples and is compared with."
+            )
+        unused["awm_clip_range"] = "`awm_off_policy=False`, where the likelihood ratio is 1"
+        if self.awm_ema_beta == 0:
+            unused["old_policy_preset"] = "`awm_ema_beta=0.0` and `awm_off_policy=False`, which need no old policy"
+        return unused
 
     def _check_launch(self) -> None:
         """Refuse ways of sharing the work under which the gradients would be wrong, before they are set up."""
@@ -497,11 +551,6 @@ class MarbleConfig(TrainingArguments):
             )
         if self.shard_base and self.torch_compile:
             raise ValueError("`shard_base=True` and `torch_compile=True` do not work together; leave one of them out.")
-        if self.shard_base and self.on_nonfinite == "mask":
-            raise ValueError(
-                "`shard_base=True` needs processes that call the transformer equally often, and with "
-                "`on_nonfinite='mask'` one that has nothing finite does not; leave one of them out."
-            )
         if self.shard_base and is_torch_version("<", "2.7"):
             raise ValueError("`shard_base=True` needs PyTorch 2.7 or newer.")
 
@@ -514,11 +563,6 @@ class MarbleConfig(TrainingArguments):
     def balances_gradients(self) -> bool:
         """Whether the aggregation needs one gradient for each reward."""
         return self.multi_objective_aggregation in ("marble", "equal")
-
-    @property
-    def masks_rewards(self) -> bool:
-        """Whether there may be images that a reward failed for, or for which it is infinite, and training goes on."""
-        return "mask" in (self.reward_failure, self.on_nonfinite)
 
     @property
     def generation_batch_size(self) -> int:

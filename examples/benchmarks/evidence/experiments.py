@@ -1,8 +1,8 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
-"""Two other Gram matrices to balance by, tried here before either becomes a setting of the package.
+"""Balancing with two other Gram matrices, which are not settings of the package.
 
-Both leave the rewards' gradients as they are and change only what the weighting sees. They are made for one process
-and a solve at every step of the rewards' signal (`balance_every=1`, `balance_on="advantage"`).
+Both change only the input of the weighting, not the rewards' gradients. They work with one process, and with new
+weights at every step for the advantages (`balance_every=1`, `balance_on="advantage"`).
 """
 
 from collections.abc import Callable, Mapping
@@ -18,16 +18,16 @@ from trl_marble.balance import (
     gram_matrix,
     mgda_weights,
 )
-from trl_marble.trainer.generation import GenerationBatch
-from trl_marble.trainer.step_gradient import LossShares, StepGradient
+from trl_marble.rollout.batch import GenerationBatch
+from trl_marble.update.step_gradient import LossShares, StepGradient
 
 
-# Squared norms of a signal below this share of the gradient's own are taken for it: what is estimated there is noise.
+# Lower limit for a signal's squared norm, as a share of the gradient's own: smaller estimates are noise.
 LEAST_SIGNAL = 0.05
 
 
 class _ExperimentalStep(StepGradient):
-    """A trainer's `StepGradient` with another weighting, which sees more than the Gram matrix."""
+    """A trainer's `StepGradient` with another weighting, which uses more than the Gram matrix."""
 
     def __init__(self, trainer: MarbleNFTTrainer) -> None:
         own = trainer.step_gradient
@@ -52,7 +52,7 @@ class _ExperimentalStep(StepGradient):
         self.trainer = trainer
 
     def weigh(self, gram: Tensor) -> Tensor:
-        """The weights of the normalized gradients that take part, whose Gram matrix is `gram`."""
+        """The weights of the normalized gradients of the rewards that apply; `gram` is their Gram matrix."""
         raise NotImplementedError
 
     def _taking_part(self, gradients: Tensor) -> Tensor:
@@ -61,11 +61,11 @@ class _ExperimentalStep(StepGradient):
 
 class CrossGram(_ExperimentalStep):
     """
-    Balance by the cosines of the rewards' *signals*: inner products between the gradients of two halves of the step.
+    Balance with the cosines of the rewards' *signals*: inner products between the gradients of two halves of the step.
 
-    The gradient of a reward is that of its expectation plus noise of the sampled images, so squared norms are too
-    large, by the noise. Those of different halves of each prompt's images share no noise, and estimate without bias.
-    (Nearly: the advantages of a prompt's images are centred together.)
+    A reward's gradient is its expected value plus noise from the sampled images, so squared norms are too large. Inner
+    products between different halves of each prompt's images share no noise and are unbiased. (Nearly: the advantages
+    of a prompt's images are centred together.)
     """
 
     def begin(self, step: int, batch: GenerationBatch, update: int, num_times: int, on_policy: bool) -> None:
@@ -75,7 +75,7 @@ class CrossGram(_ExperimentalStep):
 
     def shares(self, advantages: Tensor) -> LossShares:
         shares = super().shares(advantages)
-        first = self._batch.sample_ids.to(advantages.device) % 2 == 0  # images of a prompt have places in a row
+        first = self._batch.sample_ids.to(advantages.device) % 2 == 0  # images of a prompt are consecutive
         halves = [torch.cat([one * first, one * ~first]) for one in shares.balanced]  # [2K, B]
         return shares._replace(balanced=SampleCoefficients(*halves))
 
@@ -91,7 +91,7 @@ class CrossGram(_ExperimentalStep):
         kept = self._taking_part(gradients)
         norms = cross.diagonal().maximum(LEAST_SIGNAL * squared_norms)[kept].sqrt()
         cosines = cross[kept][:, kept] / norms.outer(norms)
-        self._cosines = cosines.fill_diagonal_(1)  # where the signal is too small to be told from noise too
+        self._cosines = cosines.fill_diagonal_(1)  # also where the signal is too small to be distinguished from noise
         self._rows.gradients = torch.cat([gradients, shared])
         super()._set_direction()
 
@@ -101,10 +101,10 @@ class CrossGram(_ExperimentalStep):
 
 class OptimizersMetric(_ExperimentalStep):
     """
-    Balance what AdamW does with the direction: inner products `g_k . P g_l`, with `P = 1 / (sqrt(v) + eps)`.
+    Balance AdamW's step: inner products `g_k . P g_l`, with `P = 1 / (sqrt(v) + eps)`.
 
     The shortest direction `d` of the convex hull goes against no gradient, `d . g_k >= 0`; but the step that AdamW
-    takes is `P m`, and `P d . g_k` may be negative. In this metric it is not (momentum aside). `v` is what it will be
+    takes is `P m`, and `P d . g_k` may be negative. In this metric it is not (without momentum). `v` is its value
     after the step with the direction that is the shortest without `P`.
     """
 
@@ -119,7 +119,7 @@ class OptimizersMetric(_ExperimentalStep):
         metric_gram = gram_matrix(units * preconditioner.sqrt())
         lengths = metric_gram.diagonal().sqrt()
         alpha = mgda_weights(metric_gram / lengths.outer(lengths))
-        # Of the gradients that have length 1 without `P`, in all as long as MGDA's.
+        # For gradients of length 1 without `P`, scaled so that the direction is as long as MGDA's.
         weights = alpha / lengths
         self._alpha = weights * (plain @ units).norm() / (weights @ units).norm()
         everything = torch.ones(len(kept), dtype=torch.bool)
@@ -151,8 +151,8 @@ class OptimizersMetric(_ExperimentalStep):
 
 def nearest_positive(matrix: Tensor) -> Tensor:
     """
-    The positive semidefinite matrix next to a symmetric one: negative eigenvalues become 0. Estimated inner products
-    may have them; [`mgda_weights`] takes them for a mistake.
+    The nearest positive semidefinite matrix to a symmetric one: negative eigenvalues become 0. Estimated inner
+    products may have such eigenvalues, which [`mgda_weights`] refuses.
 
     Args:
         matrix (`Tensor` of shape `[K, K]`):

@@ -1,8 +1,8 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
-"""What is compared: the methods of the main table, and the variants of the ablations.
+"""The compared methods: those of the main table, and the variants of the ablations.
 
-The Gram matrix between halves of a batch and that in the optimizer's metric are no settings of the package: they are
-made in `experiments.py`.
+The Gram matrix between halves of a batch and the one in the optimizer's metric are not settings of the package; they
+are in `experiments.py`.
 """
 
 from collections.abc import Callable, Mapping
@@ -21,7 +21,7 @@ from trl_marble.shapeworld import reward_funcs
 
 REWARDS = tuple(reward.__name__ for reward in reward_funcs())
 
-# Rewards are added so that a specialist's and a general one take turns: the first K of them are a mixed set.
+# Rewards for some prompts and for all prompts alternate, so that the first K of them are a mixed set.
 MIXED_ORDER = ("composition", "coverage", "reader", "centring", "calm")
 
 
@@ -34,16 +34,16 @@ class Method:
         label (`str`):
             Its name in tables and pictures.
         stages (`tuple[tuple[str, ...], ...]`, *optional*, defaults to one stage with all rewards):
-            The rewards of each stage. Stages follow one upon the other, each from the adapter of the one before, and
-            share the steps of a run. Without a stage nothing is trained.
+            The rewards of each stage. Each stage starts from the adapter of the previous one, and all share the steps
+            of a run. Without a stage nothing is trained.
         settings (`Mapping[str, Any]`, *optional*, defaults to none):
-            Settings of `MarbleConfig`, beside those that all methods share.
+            Settings of `MarbleConfig`, in addition to those that all methods share.
         weighting (`str`, *optional*, defaults to `"mgda"`):
             `"mgda"`, `"floor"` (MGDA with `FLOOR`) or a name of `TORCHJD`.
         experiment (`str`, *optional*):
             A name of `EXPERIMENTS`. Defaults to none.
         tuned_as (`str`, *optional*):
-            The method whose learning rate is used. Defaults to a rate of its own.
+            The method whose learning rate is used. By default it is tuned itself.
         beside (`str`, *optional*):
             The method that an ablation compares it with. Defaults to `tuned_as`.
     """
@@ -64,13 +64,13 @@ class Method:
 
     @property
     def opponent(self) -> str | None:
-        """What an ablation compares it with, seed by seed; `None` for a method of the main table."""
+        """The method that an ablation compares it with, per seed; `None` for a method of the main table."""
         return self.beside or self.tuned_as
 
 
 BASE = "base"
 WEIGHTED_SUM: dict[str, Any] = {"multi_objective_aggregation": "sum_then_normalize"}
-# Advantages are normalized in their groups, as its paper has it (docs/papers.md).
+# Advantages are normalized per group, as in its paper (docs/papers.md).
 GDPO: dict[str, Any] = {"multi_objective_aggregation": "normalize_then_sum", "scale_rewards": "group"}
 # With the code published with MARBLE, between two solves the advantages are mixed by the smoothed alpha.
 REFERENCE: dict[str, Any] = {"balance_every": 10, "balance_on": "loss", "amortization": "reference"}
@@ -79,7 +79,7 @@ SPECIALISTS = {name: f"specialist_{name}" for name in REWARDS}
 
 METHODS: dict[str, Method] = {
     BASE: Method("not trained", stages=()),
-    # With one reward all aggregations are one; that of the weighted sum takes one backward pass less.
+    # With one reward all aggregations are equal; the weighted sum needs one backward pass less.
     **{key: Method(f"{name} alone", ((name,),), WEIGHTED_SUM) for name, key in SPECIALISTS.items()},
     "weighted_sum": Method("weighted sum", settings=WEIGHTED_SUM),
     "gdpo": Method("GDPO", settings=GDPO),
@@ -105,19 +105,19 @@ def _few_rewards(count: int) -> dict[str, Method]:
     }
 
 
-# One forward pass of a step of the demo: all of its images, each at one of its timesteps.
+# One forward pass of the demo's step: all of its images, each at one of its timesteps.
 FORWARD_PASSES = round(DEMO_SETTINGS["num_inference_steps"] * DEMO_SETTINGS["timestep_fraction"])
 MICRO_BATCH = 32  # images; the published code had 9 on each GPU
 MICRO_BATCHES = DEMO_SETTINGS["per_device_train_batch_size"] // MICRO_BATCH
 
-# Groups of variants, each beside the method of `METHODS` that it changes one thing of.
+# Groups of variants. Each changes one thing of a method of `METHODS`.
 ABLATIONS: dict[str, dict[str, Method]] = {
-    # 0.7 is that of the main table.
+    # The main table has 0.7.
     "Smoothing of alpha": {f"ema_{round(100 * rho):02d}": _ema(rho) for rho in (0.0, 0.1, 0.3, 0.5, 0.9)},
     "What is balanced": {
-        "on_loss": Method("MARBLE, N = 1, whole losses", settings={"balance_on": "loss"}, tuned_as="marble"),
+        "on_loss": Method("MARBLE, N = 1, complete losses", settings={"balance_on": "loss"}, tuned_as="marble"),
     },
-    # What is measured on part of a step is used from the next one on (through the moving average), not at once.
+    # A measurement on a part of a step takes effect in the next step, through the moving average.
     "What of the step the Gram matrix sees": {
         "gram_micro_batch": Method(
             f"one micro-batch of {MICRO_BATCH} images at one timestep",
@@ -139,7 +139,7 @@ ABLATIONS: dict[str, dict[str, Method]] = {
         "cross_gram": Method("between halves of the step", experiment="cross_gram", tuned_as="marble"),
         "optimizers_metric": Method("in AdamW's metric", experiment="optimizers_metric", tuned_as="marble"),
     },
-    # The tables' GDPO scales by the group of a prompt, their MARBLE by the batch.
+    # In the main table GDPO scales per prompt group, MARBLE per batch.
     "Scale of the advantages": {
         "gdpo_batch": Method("GDPO, by the batch", settings={**GDPO, "scale_rewards": "batch"}, tuned_as="gdpo"),
         "marble_group": Method("MARBLE, N = 1, by the group", settings={"scale_rewards": "group"}, tuned_as="marble"),
@@ -148,9 +148,9 @@ ABLATIONS: dict[str, dict[str, Method]] = {
 }
 VARIANTS = {key: method for group in ABLATIONS.values() for key, method in group.items()}
 
-FLOOR = 0.1  # half of what equal weights are
+FLOOR = 0.1  # half of an equal weight
 
-# The weightings of TorchJD, and what has to be installed for them.
+# The weightings of TorchJD, and the packages that they need.
 TORCHJD: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
     "upgrad": ("UPGradWeighting", {}, ("torchjd", "qpsolvers")),
     "cagrad": ("CAGradWeighting", {"c": 0.5}, ("torchjd", "cvxpy")),
@@ -159,18 +159,18 @@ TORCHJD: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
 
 
 def find_method(name: str) -> Method:
-    """The method or the variant of that name."""
+    """The method or variant with this name."""
     return METHODS[name] if name in METHODS else VARIANTS[name]
 
 
 def missing_packages(method: Method) -> list[str]:
-    """What the method needs and is not installed."""
+    """Packages that the method needs and that are not installed."""
     needed = TORCHJD[method.weighting][2] if method.weighting in TORCHJD else ()
     return [package for package in needed if find_spec(package) is None]
 
 
 def make_weighting(method: Method) -> str | Callable[[Tensor], Tensor]:
-    """What `MarbleNFTTrainer(weighting=...)` takes."""
+    """The value for `MarbleNFTTrainer(weighting=...)`."""
     if method.weighting == "floor":
         return partial(mgda_weights, floor=FLOOR)
     if method.weighting not in TORCHJD:

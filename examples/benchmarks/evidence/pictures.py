@@ -1,5 +1,5 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
-"""The report's pictures. Each function returns what to write under its picture, or nothing where there is none."""
+"""The report's pictures. Each function returns the caption of its picture, or an empty text if there is no picture."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ if TYPE_CHECKING:
 
 
 DPI = 150
-LEAST_CHANGE = 0.01  # that the axis of a panel reaches to
+LEAST_CHANGE = 0.01  # the range of a panel's axis
 PROMPTS_OF_A_SOURCE = 2
 
 
 def plot_curves(results: Mapping[str, MethodResult], path: Path) -> str:
-    """Change of every reward on held-out prompts during the training, a panel a reward."""
+    """Change of every reward on held-out prompts during training, one panel per reward."""
     figure = _figure(10.5, 6.0)
     panels = figure.subplots(2, 3, squeeze=False).flatten()
     several = _several(results)
@@ -60,7 +60,7 @@ def plot_curves(results: Mapping[str, MethodResult], path: Path) -> str:
 
 
 def plot_changes(results: Mapping[str, MethodResult], path: Path) -> str:
-    """Change of every reward on held-out prompts, a panel a reward: mean over seeds, and each seed."""
+    """Change of every reward on held-out prompts, one panel per reward: mean over seeds, and each seed."""
     several = list(_several(results).values())
     places = np.arange(len(several))[::-1]
     figure = _figure(10.5, 1.2 + 0.3 * len(several))
@@ -68,7 +68,7 @@ def plot_changes(results: Mapping[str, MethodResult], path: Path) -> str:
     for k, (axes, reward) in enumerate(zip(panels, REWARDS, strict=True)):
         axes.axvline(0, color=INK, linewidth=0.8, zorder=1)
         rows = [(result, place, TAKEN) for result, place in zip(several, places, strict=True)]
-        # Of a specialist only what it trains on: what it does to the others is off every scale.
+        # Of a specialist only the reward that it trains on: its other changes are out of scale.
         if SPECIALISTS[reward] in results:
             rows.append((results[SPECIALISTS[reward]], len(several), FAINT))
         for result, place, color in rows:
@@ -94,7 +94,7 @@ def plot_changes(results: Mapping[str, MethodResult], path: Path) -> str:
 
 
 def plot_cosines(results: Mapping[str, MethodResult], path: Path) -> str:
-    """The worst cosine of every step that measured it, beside that of the weighted sum that was not taken."""
+    """The lowest cosine of every step that measured it, and that of the weighted sum, which was not taken."""
     measured: list[tuple[str, np.ndarray, np.ndarray]] = []
     for result in _several(results).values():
         rows = steps_with_cosines(result.histories)
@@ -108,7 +108,7 @@ def plot_cosines(results: Mapping[str, MethodResult], path: Path) -> str:
         return ""
     figure = _figure(8.5, 1.1 + 0.42 * len(measured))
     axes = figure.subplots()
-    rng = np.random.default_rng(0)  # only keeps dots of equal cosines apart
+    rng = np.random.default_rng(0)  # only separates dots of equal cosines
     for place, (_, taken, not_taken) in enumerate(reversed(measured)):
         for values, color, shift, label in (
             (taken, TAKEN, 0.16, "update taken"),

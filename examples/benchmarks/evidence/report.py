@@ -1,5 +1,5 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
-"""From the finished runs to a folder with `report.md`, `results.json` and pictures."""
+"""Make a folder with `report.md`, `results.json` and pictures from the finished runs."""
 
 import json
 import math
@@ -35,7 +35,7 @@ from .statistics import (
 @dataclass(frozen=True)
 class MethodResult:
     """
-    What is known of one method.
+    The results of one method.
 
     Args:
         label (`str`):
@@ -43,28 +43,28 @@ class MethodResult:
         trained (`tuple[str, ...]`):
             The rewards that it trains on.
         learning_rate (`float`):
-            The one that was chosen for it.
+            The chosen learning rate.
         differences (`np.ndarray` of shape `[S, N, K]`):
             Rewards of the held-out images minus those of the untrained pipeline; NaN where they do not apply.
         changes (`np.ndarray` of shape `[S, K]`):
-            Means of these over the images.
+            Means of `differences` over the images.
         estimates (`dict[str, Estimate]`):
-            Reward -> its change, with both standard errors.
+            Change of each reward, with both standard errors.
         wins (`dict[str, dict[str, WinCount]]`):
-            Name of the opponent -> reward -> how often the method's image was the better one, all seeds together.
+            Name of the opponent -> reward -> how often the method's image was better, over all seeds.
         gaps (`dict[str, Gap]`):
             Name of another method -> how much more the rewards changed than with that one.
         histories (`list[list[dict]]`):
-            What was logged, for each seed.
+            The logs of each seed.
         results (`list[EvaluationResults]`):
             The evaluation of each seed.
         composite (`Estimate` or `None`):
-            See [`composites`], among the methods of its table; `None` for a specialist, and where the methods do not
+            See [`composites`], among the methods of its table; `None` for a specialist, and if the methods do not
             all train on the same rewards.
         fractions (`dict[str, float]` or `None`):
-            Reward -> fraction of the upper bound, see [`reached_fractions`]; `None` where a specialist is missing.
+            Reward -> fraction of the upper bound, see [`reached_fractions`]; `None` if a specialist is missing.
         worst (`WorstReward` or `None`):
-            See [`worst_reward`]; `None` where a specialist is missing, and for a specialist.
+            See [`worst_reward`]; `None` if a specialist is missing, and for a specialist.
     """
 
     label: str
@@ -83,14 +83,14 @@ class MethodResult:
 
     @property
     def trained_places(self) -> list[int]:
-        """The places in `REWARDS` of the rewards that it trains on."""
+        """The indices in `REWARDS` of the rewards that it trains on."""
         return [k for k, reward in enumerate(REWARDS) if reward in self.trained]
 
 
 def tuning_gains(
     methods: Sequence[str], rates: Sequence[float], seed: int, scale: Scale, output_dir: Path
 ) -> dict[str, dict[float, Gain]]:
-    """Method -> learning rate -> gain, of the tuning runs that are finished."""
+    """Method -> learning rate -> gain, from the finished tuning runs."""
     base = base_run(TUNING, scale)
     gains: dict[str, dict[float, Gain]] = {}
     for name in methods:
@@ -107,14 +107,14 @@ def tuning_gains(
 
 
 def choose_rates(gains: Mapping[str, Mapping[float, Gain]], rates: Sequence[float]) -> dict[str, float]:
-    """The learning rate of each method of which all rates have been tried; with one rate only there is no choice."""
+    """The learning rate of each method whose tuning runs are all finished."""
     if len(rates) == 1:
         return {name: rates[0] for name in METHODS}
     return {name: best_rate(found) for name, found in gains.items() if set(found) == set(rates)}
 
 
 def collect(runs: Mapping[str, Sequence[Run]], scale: Scale, output_dir: Path) -> dict[str, MethodResult]:
-    """The methods of which every seed is finished, without what compares them with each other."""
+    """The methods whose seeds are all finished, without the comparisons between methods."""
     base = load_scores(base_run(MAIN, scale), output_dir)
     groups = base.groups
     before = base.table[list(REWARDS)].to_numpy()
@@ -154,7 +154,7 @@ def collect(runs: Mapping[str, Sequence[Run]], scale: Scale, output_dir: Path) -
 def compare_with_specialists(
     results: Mapping[str, MethodResult], specialists: Mapping[str, MethodResult]
 ) -> dict[str, MethodResult]:
-    """Complete the methods of one table: their composite among each other, and what they reached of the bounds."""
+    """Complete the methods of one table: composites, and fractions of the upper bounds."""
     names = [name for name in results if name not in SPECIALISTS.values()]
     scores: dict[str, Estimate] = {}
     if len(names) > 1 and len({results[name].trained for name in names}) == 1:
@@ -183,11 +183,11 @@ def write_report(
     output_dir: Path,
 ) -> Path:
     """
-    Write what the finished runs say.
+    Write the report of the finished runs.
 
     Args:
         runs (`Mapping[str, Sequence[Run]]`):
-            Method or variant -> its runs, one a seed.
+            Method or variant -> its runs, one per seed.
         gains (`Mapping[str, Mapping[float, Gain]]`):
             See [`tuning_gains`].
         rates (`Sequence[float]`):
@@ -195,10 +195,10 @@ def write_report(
         scale ([`Scale`]):
             How large runs and evaluations are.
         output_dir (`Path`):
-            Where the runs are.
+            The folder with the runs.
 
     Returns:
-        `Path`: `report.md`, in the folder `report` with all else.
+        `Path`: `report.md`, in the folder `report` with the other files.
 
     Raises:
         `FileNotFoundError`: if no method of the main table is finished.
@@ -248,7 +248,7 @@ def write_report(
 
 
 def _bounds(specialists: Mapping[str, MethodResult]) -> np.ndarray | None:
-    """What each specialist did for its own reward, `[S, K]`, NaN where that is no bound; `None` if one is missing."""
+    """Change of each specialist's own reward, `[S, K]`, NaN if it is no bound; `None` if a specialist is missing."""
     if len(specialists) < len(REWARDS):
         return None
     columns = []
@@ -260,7 +260,7 @@ def _bounds(specialists: Mapping[str, MethodResult]) -> np.ndarray | None:
 
 
 def _pooled_wins(before: np.ndarray, after: np.ndarray, groups: np.ndarray) -> dict[str, WinCount]:
-    """Wins of `after` `[S, N, K]` over `before` `[S or 1, N, K]`; a prompt has one vote over all seeds."""
+    """Wins of `after` `[S, N, K]` over `before` `[S or 1, N, K]`; each prompt has one vote over all seeds."""
     before = np.broadcast_to(before, after.shape)
     return {
         reward: count_wins(before[:, :, k].ravel(), after[:, :, k].ravel(), np.tile(groups, len(after)))

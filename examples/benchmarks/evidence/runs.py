@@ -1,5 +1,5 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
-"""One run: a method trained with one learning rate and one seed, then scored on prompts that are the same for all."""
+"""One run: a method trained with one learning rate and one seed, then scored on the same prompts as all others."""
 
 import json
 import shutil
@@ -51,12 +51,12 @@ QUICK_SETTINGS = SHARED_SETTINGS | {
     "num_inference_steps": 2,
 }
 
-# Learning rates are chosen on prompts that are trained on, so that those of the test split have no part in the choice.
+# Learning rates are chosen on prompts of the train split, so that the test split does not influence the choice.
 TUNING, MAIN = "tuning", "main"
 PROMPTS_OF_A_SOURCE = 16
 # Seed of the evaluation's images, the same for all methods and seeds of training.
 EVALUATION_SEED = 0
-STAGE_SEEDS = 100  # between the orders of the prompts of two stages of a run, so that these do not begin alike
+STAGE_SEEDS = 100  # difference between the seeds of a run's stages, so that these begin with different prompts
 # Small evaluations during the training, for the curves.
 CURVE_STEPS, CURVE_IMAGES = 5, 8
 
@@ -70,17 +70,17 @@ HISTORY_FILE = "history.json"
 @dataclass(frozen=True)
 class Scale:
     """
-    How large runs and evaluations are; the same for all that is compared.
+    How large runs and evaluations are; the same for all compared runs.
 
     Args:
         steps (`int`, *optional*, defaults to `STEPS`):
             Optimizer steps of a run, at least as many as the method has stages.
         images (`int`, *optional*, defaults to `48`):
-            Images for each prompt of the test split.
+            Images per prompt of the test split.
         tuning_images (`int`, *optional*, defaults to `16`):
-            Images for each prompt that learning rates are chosen on.
+            Images per prompt when learning rates are chosen.
         quick (`bool`, *optional*, defaults to `False`):
-            Whether everything is as small as it can be: a test of the plumbing that measures nothing.
+            Whether everything is as small as possible: this only tests the code and measures nothing.
     """
 
     steps: int = STEPS
@@ -94,13 +94,13 @@ class Scale:
         return QUICK_SETTINGS if self.quick else SHARED_SETTINGS
 
     def prompts(self, phase: str) -> Dataset:
-        """The prompts that the runs of a phase are scored on, as many of each source."""
+        """The prompts on which the runs of a phase are scored, equally many of each source."""
         limit = 1 if self.quick else PROMPTS_OF_A_SOURCE
         rows = load_prompts("train" if phase == TUNING else "test")
         places: dict[str, list[int]] = {}
         for place, source in enumerate(rows["source"]):
             places.setdefault(source, []).append(place)
-        # Spread over each source: its first prompts are all of one kind.
+        # Evenly spaced over each source: its first prompts are all of one kind.
         return rows.select([own[i * len(own) // limit] for own in places.values() for i in range(limit)])
 
 
@@ -114,7 +114,7 @@ class Run:
 
     Args:
         phase (`str`):
-            `TUNING` or `MAIN` (ablations are `MAIN` too): which prompts it is scored on.
+            `TUNING` or `MAIN` (also for ablations): decides on which prompts it is scored.
         method (`str`):
             A name of `METHODS` or `VARIANTS`.
         learning_rate (`float`):
@@ -133,7 +133,7 @@ class Run:
 
     @property
     def name(self) -> str:
-        """Of its folder within the output folder, and in the progress display."""
+        """Name of its folder within the output folder, and in the progress display."""
         if self.method == BASE:
             return f"{self.phase}/{BASE}"
         return f"{self.phase}/{self.method}/lr-{self.learning_rate:g}/seed-{self.seed}"
@@ -145,7 +145,7 @@ class Run:
 
     @property
     def images(self) -> int:
-        """Images that it samples for each prompt that it is scored on, those for the curves included."""
+        """Number of sampled images per prompt, including those for the curves."""
         if self.phase == TUNING:
             return self.scale.tuning_images
         curves = (1 + self.steps // CURVE_STEPS) * min(CURVE_IMAGES, self.scale.images) if self.has_curves else 0
@@ -153,11 +153,11 @@ class Run:
 
     @property
     def has_curves(self) -> bool:
-        """Whether small evaluations during the training make a curve: of what is trained for the main table."""
+        """Whether small evaluations during training make a curve: for the runs of the main table."""
         return self.phase == MAIN and self.method in METHODS and self.method != BASE
 
     def plan(self) -> dict[str, Any]:
-        """Everything that its result depends on, as it is written to its folder."""
+        """Everything that its result depends on; it is written to its folder."""
         method = find_method(self.method)
         return {
             **asdict(self),
@@ -169,10 +169,10 @@ class Run:
 
     def is_finished(self, output_dir: Path) -> bool:
         """
-        Whether its report is there.
+        Whether its report exists.
 
         Raises:
-            `ValueError`: if the folder holds a run of the same name with other settings.
+            `ValueError`: If the folder contains a run of the same name with other settings.
         """
         folder = output_dir / self.name
         if (folder / PLAN_FILE).is_file():
@@ -191,13 +191,13 @@ class Run:
 
 
 def base_run(phase: str, scale: Scale) -> Run:
-    """The evaluation of the pipeline before any training; it is needed once a phase."""
+    """The evaluation of the pipeline before any training; needed once per phase."""
     return Run(phase, BASE, 0.0, 0, scale)
 
 
 def split_steps(steps: int, stages: int) -> list[int]:
     """
-    The steps of each stage, as equal as can be, the first ones longer by one where it does not come out even.
+    The steps of each stage, as equal as possible; the first ones get one more if necessary.
 
     Raises:
         `ValueError`: if there are fewer steps than stages.
@@ -209,8 +209,8 @@ def split_steps(steps: int, stages: int) -> list[int]:
 
 def execute(run: Run, output_dir: Path) -> None:
     """
-    Train and score, and leave `report.json` when all is done. What an interrupted run left is gone on with: from its
-    last checkpoint, or from its last batch of images.
+    Train and score, and write `report.json` at the end. An interrupted run continues from its last checkpoint, or from
+    its last batch of images.
     """
     folder = output_dir / run.name
     write_atomically(folder / PLAN_FILE, json.dumps(run.plan(), indent=2).encode())
@@ -223,7 +223,7 @@ def execute(run: Run, output_dir: Path) -> None:
         stage = folder / f"stage-{number + 1}"
         if not (stage / HISTORY_FILE).is_file():
             _train_stage(run, number, steps, stage, pipeline, _Progress(folder / PROGRESS_FILE, done))
-            pipeline = load_pipeline()  # the trainer's has its adapter as it was trained, not as it is saved
+            pipeline = load_pipeline()  # the trainer's pipeline has the trained adapter, not the saved (averaged) one
             for earlier in range(number):
                 _fuse(pipeline, folder / f"stage-{earlier + 1}")
         histories.append(json.loads((stage / HISTORY_FILE).read_text()))
@@ -242,7 +242,7 @@ def execute(run: Run, output_dir: Path) -> None:
     report = {
         "plan": run.plan(),
         "history": list(_joined(histories)),
-        # Of the last attempt, where a run was interrupted.
+        # Of the last attempt, if a run was interrupted.
         "training_seconds": trained - start,
         "cpu_seconds": time.process_time() - start_of_cpu,
         "evaluation_seconds": time.monotonic() - trained,
@@ -258,14 +258,14 @@ def load_report(run: Run, output_dir: Path) -> dict[str, Any]:
 
 
 def load_scores(run: Run, output_dir: Path) -> EvaluationResults:
-    """The rewards of all its held-out images."""
+    """The rewards of all held-out images of a run."""
     return EvaluationResults.load(output_dir / run.name / "evaluation")
 
 
 def _train_stage(
     run: Run, number: int, steps: int, folder: Path, pipeline: DiffusionPipeline, progress: TrainerCallback
 ) -> None:
-    """Train one adapter on the pipeline as it is now; its history, which makes the stage complete, comes last."""
+    """Train one adapter on the pipeline in its current state; the history is written last and completes the stage."""
     method = find_method(run.method)
     config = MarbleConfig(
         str(folder),
@@ -274,7 +274,7 @@ def _train_stage(
         max_steps=steps,
         seed=run.seed,
         data_seed=run.seed + STAGE_SEEDS * number,
-        use_cpu=True,  # on whatever machine: what is compared is compared on the same
+        use_cpu=True,  # on every machine, for equal conditions
         save_steps=5,
         save_total_limit=1,
         eval_strategy="steps" if run.has_curves else "no",
@@ -301,7 +301,7 @@ def _train_stage(
         trainer.step_gradient = EXPERIMENTS[method.experiment](trainer)
     try:
         trainer.train(resume_from_checkpoint=any(folder.glob("checkpoint-*")))
-    except FileNotFoundError as error:  # a checkpoint, and none that is whole
+    except FileNotFoundError as error:  # there are checkpoints, but none is valid
         raise FileNotFoundError(f"{error} Delete `{folder}` to train this stage anew.") from error
     trainer.save_model()
     if run.has_curves:
@@ -312,14 +312,14 @@ def _train_stage(
 
 
 def _fuse(pipeline: DiffusionPipeline, adapter: Path) -> None:
-    """Make an adapter part of the pipeline, so that another one can follow it."""
+    """Fuse an adapter into the pipeline, so that the next one can be trained."""
     pipeline.load_lora_weights(adapter)
     pipeline.fuse_lora(components=["transformer"])
     pipeline.unload_lora_weights()
 
 
 def _joined(histories: list[list[dict[str, Any]]]) -> Iterator[dict[str, Any]]:
-    """The logs of all stages, in steps of the whole run."""
+    """The logs of all stages, with the step numbers of the complete run."""
     offset = 0
     for history in histories:
         for row in history:
@@ -328,7 +328,7 @@ def _joined(histories: list[list[dict[str, Any]]]) -> Iterator[dict[str, Any]]:
 
 
 class _Progress(TrainerCallback):
-    """Tells the process that started the run how many steps it has done."""
+    """Report the number of finished steps to the process that started the run."""
 
     def __init__(self, file: Path, done: int) -> None:
         self.file, self.done = file, done

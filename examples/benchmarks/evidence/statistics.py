@@ -1,8 +1,8 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
-"""The figures of the comparison, from how much each reward changed for each seed. Pure functions of arrays.
+"""Statistics of the comparison, from the change of each reward for each seed. Pure functions of arrays.
 
-There are two standard errors. That over seeds says how much another training would differ, on the same held-out
-prompts. That over prompts says how much other held-out prompts would change the mean of the trainings that there are.
+There are two standard errors. The one over seeds measures how much another training would differ, on the same held-out
+prompts. The one over prompts measures how much other held-out prompts would change the mean of these trainings.
 """
 
 import math
@@ -25,7 +25,7 @@ class Estimate(NamedTuple):
         seed_error (`float`):
             Its standard error over seeds; NaN with one seed.
         prompt_error (`float`, *optional*, defaults to NaN):
-            Its standard error over held-out prompts; NaN where it was not taken.
+            Its standard error over held-out prompts; NaN if it was not computed.
     """
 
     mean: float
@@ -35,11 +35,11 @@ class Estimate(NamedTuple):
 
 class WorstReward(NamedTuple):
     """
-    The reward of which a method reached least.
+    The reward with the lowest fraction of its upper bound.
 
     Args:
         reward (`int` or `None`):
-            Its place; `None` where no specialist raised its reward for certain.
+            Its index; `None` if no specialist raised its reward significantly.
         fraction (`float`):
             The method's change of it divided by its specialist's.
         seed_error (`float`):
@@ -73,7 +73,7 @@ def mean_over_seeds(values: np.ndarray) -> Estimate:
 
     Args:
         values (`np.ndarray` of shape `[S]`):
-            One value a seed.
+            One value per seed.
     """
     values = np.asarray(values, dtype=float)
     error = values.std(ddof=1) / math.sqrt(len(values)) if len(values) > 1 else math.nan
@@ -82,7 +82,7 @@ def mean_over_seeds(values: np.ndarray) -> Estimate:
 
 def mean_change(differences: np.ndarray, groups: np.ndarray) -> Estimate:
     """
-    The change of one reward with both of its standard errors.
+    The change of one reward with both standard errors.
 
     Args:
         differences (`np.ndarray` of shape `[S, N]`):
@@ -113,7 +113,7 @@ def compare_changes(differences: np.ndarray, groups: np.ndarray, spreads: np.nda
             Standard deviation of each reward over the untrained pipeline's images. Where it is 0 (all of them have the
             same reward) the difference counts in the reward's own unit.
         trained (`Sequence[int]`):
-            The places of the rewards that count in the mean.
+            The indices of the rewards that count in the mean.
     """
     columns = np.moveaxis(differences, 2, 0)
     means = np.stack([_seed_means(column, groups) for column in columns], axis=1)
@@ -126,11 +126,11 @@ def composites(changes: np.ndarray) -> list[Estimate]:
     """
     The composite score of each method as in MARBLE (https://huggingface.co/papers/2605.06507), with its spread.
 
-    Each reward's column is put in z-scores by the mean and the standard deviation over the methods of the changes
-    averaged over seeds; a method's score is the mean of its z-scores. A change is a mean reward minus the same number
-    for all methods, so its z-scores are those of the mean rewards, and the scores are those of
-    [`~trl_marble.evaluation.composite_scores`]. The error over seeds is that of each seed's distance from the mean of
-    the methods of that seed, on the same scale: what a seed does to all methods alike is no error of their order.
+    The z-scores of a reward use the mean and the standard deviation over the methods of the changes averaged over
+    seeds; a method's score is the mean of its z-scores. A change is a mean reward minus the same number for all
+    methods, so its z-scores are those of the mean rewards, and the scores equal those of
+    [`~trl_marble.evaluation.composite_scores`]. The error over seeds is that of the difference to the mean over the
+    methods of the same seed: an effect of the seed that is common to all methods does not change their order.
 
     Args:
         changes (`np.ndarray` of shape `[M, S, K]`):
@@ -145,8 +145,8 @@ def composites(changes: np.ndarray) -> list[Estimate]:
 
 def upper_bound_is_known(specialist: Estimate) -> bool:
     """
-    Whether a specialist raised its reward by at least two standard errors, over seeds as over prompts. What it did
-    not raise for certain is no bound to be divided by.
+    Whether a specialist raised its reward by at least two standard errors, both over seeds and over prompts. Otherwise
+    its change is no bound to divide by.
     """
     errors = [error for error in (specialist.seed_error, specialist.prompt_error) if not math.isnan(error)]
     return specialist.mean > 0 and all(specialist.mean >= SIGNIFICANT * error for error in errors)
@@ -156,11 +156,11 @@ def reached_fractions(changes: np.ndarray, bounds: np.ndarray) -> np.ndarray:
     """
     How much of the upper bound a method reached: its mean change over seeds divided by that of the specialist.
 
-    The ratio is of means over seeds, not the mean of ratios, which one seed with a poor specialist would decide.
+    This is the ratio of the means over seeds, not the mean of ratios, which one poor specialist would dominate.
 
     Args:
         changes (`np.ndarray` of shape `[S, K]`):
-            Of the method.
+            Changes of the method.
         bounds (`np.ndarray` of shape `[S, K]`):
             Of each reward, that of the specialist that trains on it alone; NaN where the bound is not known.
 
@@ -173,11 +173,11 @@ def reached_fractions(changes: np.ndarray, bounds: np.ndarray) -> np.ndarray:
 
 def worst_reward(changes: np.ndarray, bounds: np.ndarray) -> WorstReward:
     """
-    The least of the fractions of the upper bounds that a method reached.
+    The lowest fraction of an upper bound that a method reached.
 
-    Rewards differ in how far they can rise at all, with this pipeline and these steps: the least change would be that
-    of the reward with the least room, whatever the method. The specialist, with the same prompts and steps, says how
-    much room there is, so a fraction of 1 would mean that no reward paid for any other.
+    Rewards differ in how far they can rise with this pipeline and these steps, so the smallest change would usually be
+    that of the same reward. The specialist, with the same prompts and steps, shows how far a reward can rise. A
+    fraction of 1 means that the reward rose as far as if trained alone.
 
     Args:
         changes (`np.ndarray` of shape `[S, K]`):
@@ -192,7 +192,7 @@ def worst_reward(changes: np.ndarray, bounds: np.ndarray) -> WorstReward:
     seeds = len(changes)
     if seeds < 2:
         return WorstReward(place, float(fractions[place]), math.nan)
-    # Which reward is the worst may differ without one of the seeds: that belongs to the error.
+    # Without one of the seeds another reward may be the worst: the error includes that.
     kept = [np.arange(seeds) != left_out for left_out in range(seeds)]
     least = np.array([np.nanmin(reached_fractions(changes[k], bounds[k])) for k in kept])
     error = math.sqrt((seeds - 1) / seeds * float(np.square(least - least.mean()).sum()))
@@ -201,13 +201,13 @@ def worst_reward(changes: np.ndarray, bounds: np.ndarray) -> WorstReward:
 
 class Gain(NamedTuple):
     """
-    What learning rates are chosen by: the changes of the rewards that a method trains on, each in standard deviations.
+    The criterion for learning rates: changes of the rewards that a method trains on, each in standard deviations.
 
     Args:
         mean (`float`):
             Over the rewards.
         least (`float`):
-            Of the reward that changed least.
+            That of the reward that changed least.
     """
 
     mean: float
@@ -231,8 +231,8 @@ def gain(changes: Mapping[str, float], spreads: Mapping[str, float]) -> Gain:
 
 def best_rate(gains: Mapping[float, Gain]) -> float:
     """
-    The learning rate with the greatest mean gain among those with which no reward fell, or among all if one always
-    did; of equal ones the least. Nobody who wants several rewards would keep a rate that costs one of them.
+    The learning rate with the greatest mean gain among those with which no reward fell, or among all if some reward
+    always fell; the smallest of equal ones.
 
     Args:
         gains (`Mapping[float, Gain]`):

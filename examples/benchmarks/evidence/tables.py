@@ -34,18 +34,18 @@ def markdown(
     scale: Scale,
     unfinished: Sequence[str],
 ) -> str:
-    """The whole report but for its pictures; see [`write_report`] for the arguments."""
+    """The complete report except its pictures; see [`write_report`] for the arguments."""
     seeds = sorted({run.seed for own in runs.values() for run in own})
     parts = ["# Comparison of methods\n"]
     if scale.quick:
-        parts.append("**A test of the plumbing: runs of this size measure nothing.**\n")
+        parts.append("**Only a test of the code: runs of this size measure nothing.**\n")
     parts.append(
-        f"{scale.steps} optimizer steps a run, seeds {', '.join(map(str, seeds))}. Evaluated on "
+        f"{scale.steps} optimizer steps per run, seeds {', '.join(map(str, seeds))}. Evaluated on "
         f"{base.settings['num_prompts']} held-out prompts with {base.settings['num_generations']} images each, from "
-        "the same noise for every method and seed. Changes are to the untrained pipeline.\n"
+        "the same noise for every method and seed. Changes are relative to the untrained pipeline.\n"
     )
     if unfinished:
-        parts.append(f"Not in here, because not all of its seeds are finished: {', '.join(unfinished)}.\n")
+        parts.append(f"Not included, because not all seeds are finished: {', '.join(unfinished)}.\n")
     if gains:
         parts += ["## Learning rates\n", _rates_table(gains, rates)]
     parts += ["## Change of each reward\n", _ERRORS, _changes_table(main)]
@@ -77,50 +77,51 @@ def markdown(
 
 
 _ERRORS = (
-    "Mean over seeds ± its standard error over seeds / over held-out prompts. Composite: mean over rewards of the "
-    "z-scores among the methods that train on several rewards, ± standard error over seeds.\n"
+    "Mean over seeds ± its standard error over seeds / over held-out prompts. Composite: the mean over rewards of "
+    "the z-scores among the methods that train on several rewards, ± standard error over seeds.\n"
 )
 _FRACTIONS = (
-    "Change divided by that of the specialist (means over seeds): 0 is the untrained pipeline, 1 what training on "
-    "that reward alone reached with the same prompts and steps. Worst: the least of them among the rewards that the "
-    "method trains on, ± jackknife standard error over seeds. A reward whose specialist did not raise it by two "
-    "standard errors has no bound.\n"
+    "Change divided by that of the specialist, which trains on one reward only (means over seeds): 0 is the "
+    "untrained pipeline, 1 is what the specialist reached with the same prompts and steps. Worst: the lowest "
+    "fraction among the rewards that the method trains on, ± jackknife standard error over seeds. A reward has no "
+    "bound if its specialist did not raise it by two standard errors.\n"
 )
 _GAPS = (
-    "Difference between the changes of the same seed, mean over seeds ± its standard error over seeds / over held-out "
-    "prompts. Mean: over the rewards that the method trains on, each in standard deviations of the untrained "
-    "pipeline's images.\n"
+    "Difference between the changes of the same seed, mean over seeds ± its standard error over seeds / over "
+    "held-out prompts. Mean: over the rewards that the method trains on, each in standard deviations of the "
+    "untrained pipeline's images.\n"
 )
 _WINS = (
-    "Share of the images, of all seeds, that have the higher reward than the other's of the same prompt and noise, "
-    "ties counted half; p of the sign test with one vote a prompt.\n"
+    "Share of the images, over all seeds, that have a higher reward than the other method's image of the same "
+    "prompt and noise; ties count half. p: sign test with one vote per prompt.\n"
 )
 _SIGNALS = (
-    "Share of the signal in a gradient's squared norm: inner product between the gradients of two halves of the "
-    "step's images, over the squared norm of the whole; mean over steps, ± standard error over seeds.\n\n"
+    "Share of the signal in a gradient's squared norm: the inner product between the gradients of two halves of the "
+    "step's images, divided by the squared norm of the complete gradient; mean over steps, ± standard error over "
+    "seeds.\n\n"
 )
 _METRIC = (
-    "Cosines in AdamW's metric, which are those between each reward's gradient and what AdamW makes of the direction "
-    "(momentum aside), in the steps of this method: with the direction that is the shortest without the metric, and "
-    "with the one that was taken.\n\n"
+    "Cosines in AdamW's metric: between each reward's gradient and AdamW's step for the direction (without "
+    "momentum), in the steps of this method. Once for the direction that is the shortest without the metric, and "
+    "once for the one that was taken.\n\n"
 )
 _COSINES = (
-    "Between the update and each reward's gradient, in the steps of all seeds that measured them; methods that do not "
-    "take gradients apart measure none. Not taken: what the weighted sum of the same gradients would have had in "
-    "these very steps.\n"
+    "Cosines between the update and each reward's gradient, over the steps of all seeds that measured them. Methods "
+    "that do not compute per-reward gradients have none. Not taken: the weighted sum of the same gradients, in the "
+    "same steps.\n"
 )
 
 
 def cosine_figures(histories: Sequence[Sequence[Mapping[str, Any]]]) -> dict[str, float] | None:
     """
-    The cosines of all steps that measured them.
+    Statistics of the cosines of all steps that measured them.
 
     Args:
         histories (`Sequence[Sequence[Mapping[str, Any]]]`):
             What was logged, for each seed.
 
     Returns:
-        `dict` with `steps`, the number of these; `lowest` and `mean_of_lowest`, of the worst reward of each step;
+        `dict` with `steps`, their number; `lowest` and `mean_of_lowest`, of the worst reward of each step;
         `mean`, over rewards too; `conflict`, the share of the steps that go against a reward; `not_taken_lowest` and
         `not_taken_conflict`, of the weighted sum. `None` where no step measured any.
     """
@@ -140,16 +141,16 @@ def steps_with_cosines(
     histories: Sequence[Sequence[Mapping[str, Any]]], prefix: str = "balance"
 ) -> list[Mapping[str, Any]]:
     """
-    What was logged at the steps, of all seeds, that measured the cosines of a direction.
+    The log entries of all steps, over all seeds, that measured the cosines of a direction.
 
     Args:
         histories (`Sequence[Sequence[Mapping[str, Any]]]`):
             What was logged, for each seed.
         prefix (`str`, *optional*, defaults to `"balance"`):
-            What the names of the direction's figures begin with.
+            Prefix of the direction's metrics.
 
     Returns:
-        Their rows, as they were logged.
+        The entries, as they were logged.
     """
     key = f"{prefix}/cos_min"
     return [row for history in histories for row in history if math.isfinite(row.get(key, math.nan))]
@@ -178,7 +179,7 @@ def _means_table(results: Mapping[str, MethodResult], base: EvaluationResults) -
     before = base.summary()
     rows = [[METHODS[BASE].label, *(f"{before[reward][0]:.3f}" for reward in REWARDS)]]
     for result in results.values():
-        # Of the same images of both, so that the mean is that of the method.
+        # From the same images of both, so that the mean is that of the method.
         cells = [f"{before[reward][0] + result.estimates[reward].mean:.3f}" for reward in REWARDS]
         rows.append([result.label, *cells])
     return _table(["method", *REWARDS], rows)
@@ -249,10 +250,10 @@ def _metric_table(result: MethodResult) -> str:
 
 def _rates_table(gains: Mapping[str, Mapping[float, Gain]], rates: Sequence[float]) -> str:
     text = (
-        "Chosen once a method, with a seed that nothing else uses and on prompts of the train split: the greatest "
-        "mean of the changes of the method's rewards, in standard deviations of the untrained pipeline's images, "
-        "among the rates with which none of them fell. In brackets the reward that changed least. The chosen one is "
-        "bold; one at the edge of the grid may not be the best that there is.\n\n"
+        "Chosen once per method, with a separate seed, on prompts of the train split: the rate with the greatest mean "
+        "change of the method's rewards, in standard deviations of the untrained pipeline's images, among those with "
+        "which none of them fell. In brackets: the reward that changed least. Bold: the chosen rate. Beyond a rate at "
+        "the edge of the grid there may be a better one.\n\n"
     )
     rows = []
     for name, found in gains.items():

@@ -1,5 +1,5 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
-"""As many runs at a time as there are cores, each in a process of one thread."""
+"""Execute several runs at the same time, each in a process with one thread."""
 
 import multiprocessing
 import os
@@ -17,8 +17,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from .runs import LOG_FILE, PROGRESS_FILE, Run, execute
 
 
-# Before a process imports anything that reads them. A step of this size gains little from a second thread, and two
-# runs side by side gain all of it.
+# Set before a process imports anything that reads them. A step of this size gains little from a second thread, but two
+# parallel runs use both cores.
 ONE_THREAD = {
     "OMP_NUM_THREADS": "1",
     "MKL_NUM_THREADS": "1",
@@ -30,17 +30,17 @@ REFRESH_SECONDS = 1.0
 
 def execute_all(runs: Sequence[Run], output_dir: Path, jobs: int, console: Console) -> dict[Run, str]:
     """
-    Execute runs side by side, and show how far they are. One that fails does not stop the others.
+    Execute runs in parallel and show their progress. A failing run does not stop the others.
 
     Args:
         runs (`Sequence[Run]`):
-            What is to be done, in the order in which it begins.
+            The runs, in the order in which they start.
         output_dir (`Path`):
-            Where their folders are.
+            The folder with the runs' folders.
         jobs (`int`):
             Number of processes, at least 1.
         console (`rich.console.Console`):
-            Where the progress is shown.
+            Shows the progress.
 
     Returns:
         `dict[Run, str]`: the runs that failed, with the last line of their error.
@@ -73,14 +73,14 @@ def execute_all(runs: Sequence[Run], output_dir: Path, jobs: int, console: Conso
                         if run not in bars:
                             bars[run] = progress.add_task(run.name, total=run.steps)
                         progress.update(bars[run], completed=_steps_done(output_dir / run.name))
-        except BaseException:  # such as Ctrl-C, at which the processes end too
+        except BaseException:  # such as Ctrl-C, which ends the processes too
             pool.shutdown(wait=True, cancel_futures=True)
             raise
     return failed
 
 
 def _end_at_interrupt() -> None:
-    # At once: a process that is told by an exception would begin the next run. Little is lost, see `execute`.
+    # Ends at once: after an exception a process would begin the next run. Little is lost, see `execute`.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
@@ -97,14 +97,14 @@ def _steps_done(folder: Path) -> int | None:
 
 
 def _execute_logged(run: Run, output_dir: Path) -> str | None:
-    """In a process of the pool: execute a run with all output in its log; returns the last line of an error."""
+    """Execute a run in a process of the pool, with all output in its log; returns the last line of an error."""
     folder = output_dir / run.name
     folder.mkdir(parents=True, exist_ok=True)
     sys.stdout.flush()
     sys.stderr.flush()
     kept = os.dup(1), os.dup(2)
     with open(folder / LOG_FILE, "a") as log:
-        # Libraries hold on to the streams that they found, so the descriptors under them are changed.
+        # Libraries keep the streams that they found, so the file descriptors are replaced.
         for descriptor in (1, 2):
             os.dup2(log.fileno(), descriptor)
         try:

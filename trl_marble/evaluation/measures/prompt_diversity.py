@@ -8,9 +8,9 @@ import evaluate
 import numpy as np
 import torch
 
-from trl_marble.evaluation.diversity import group_diversity
 from trl_marble.evaluation.measures import in_memory
 from trl_marble.evaluation.statistics import clustered_mean
+from trl_marble.rollout.diversity import group_diversity
 
 
 class PromptDiversity(in_memory.InMemory, evaluate.Measurement):
@@ -26,7 +26,7 @@ class PromptDiversity(in_memory.InMemory, evaluate.Measurement):
 
     Args of `compute` and `add_batch`:
         features (`np.ndarray` of shape `[N, D]`):
-            What of the images counts, such as [`thumbnails`], in [0, 1].
+            Features of the images in [0, 1], such as [`thumbnails`].
         groups (`Sequence[int]`):
             The prompt of each image, numbered from 0 on.
 
@@ -39,7 +39,7 @@ class PromptDiversity(in_memory.InMemory, evaluate.Measurement):
         return evaluate.MeasurementInfo(
             description="Root mean square difference between the images of one prompt, averaged over prompts.",
             citation="",
-            inputs_description="\n`features`: one vector an image. `groups`: the number of its prompt.",
+            inputs_description="\n`features`: one vector per image. `groups`: the number of its prompt.",
             features=datasets.Features(
                 {"features": datasets.Sequence(datasets.Value("float32")), "groups": datasets.Value("int64")}
             ),

@@ -29,14 +29,15 @@ class RewardMean(in_memory.InMemory, evaluate.Measurement):
             The prompt of each image.
 
     Returns of `compute`:
-        `dict`: `mean` and `standard_error` in the reward's unit, and `num_valid`, the number of images that count.
+        `dict`: `mean` and `standard_error` in the reward's unit, and `num_valid`, the number of images that have the
+        reward.
     """
 
     def _info(self) -> evaluate.MeasurementInfo:
         return evaluate.MeasurementInfo(
             description="Mean of a reward and its standard error over prompts.",
             citation="",
-            inputs_description="\n`data`: one reward an image, None where it does not apply. `groups`: its prompt.",
+            inputs_description="\n`data`: one reward per image, None where it does not apply. `groups`: its prompt.",
             features=datasets.Features({"data": datasets.Value("float64"), "groups": datasets.Value("int64")}),
         )
 

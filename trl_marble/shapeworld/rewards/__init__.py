@@ -9,7 +9,7 @@ from .reader import reader
 
 
 def reward_funcs() -> list[Callable[..., Sequence[float | None]]]:
-    """The five rewards, for `MarbleNFTTrainer(reward_funcs=...)`.
+    """The five rewards, for the trainer's `reward_funcs`.
 
     `composition` and `reader` apply to compositional and to glyph prompts only; `coverage`, `centring` and `calm`
     apply to every picture. All are in [0, 1], higher is better, and take keywords only: `images` and the columns of

@@ -1,0 +1,217 @@
+# Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
+"""
+Real runs that say everything about themselves, to be compared between numbers of processes.
+
+`run_scenario` trains in this process. As a script, under torchrun, this module runs several scenarios one after the
+other in the same processes: `scenarios.py FOLDER '{"name": {"max_steps": 3, ...}, ...}'`.
+"""
+
+import json
+import math
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from datasets import Dataset
+from safetensors.torch import save_file
+from tiny import tiny_sd3
+from trainer_helpers import PROMPTS, blue, small_trainer
+from transformers import TrainerCallback
+
+from trl_marble.balance import get_weighting
+
+
+SETTINGS = {
+    "num_generations": 4,
+    "max_steps": 3,
+    "balance_every": 1,
+    # Plain gradient descent: Adam's first step makes a whole one of what is rounding in a gradient.
+    "optim": "sgd",
+    "learning_rate": 10.0,
+    "max_grad_norm": 0.0,
+    "beta": 0.1,
+    "num_generations_eval": 1,
+    "timestep_fraction": 1.0,
+}
+
+
+# ---- Rewards: rounded, so that they do not see rounding in a pixel of 8 bits ----
+
+
+def bright(images, **kwargs):
+    return [round(float(np.asarray(image).mean()) / 255, 3) for image in images]
+
+
+def left(images, **kwargs):
+    """How much brighter the left half is than the right one."""
+    grey = [np.asarray(image).mean(axis=2) / 255 for image in images]
+    return [round(float(pixels[:, :8].mean() - pixels[:, 8:].mean()), 3) for pixels in grey]
+
+
+def red_only(images, prompts, **kwargs):
+    """Does not apply to half of the prompts, so that one process may have no valid sample."""
+    return [value if "red" in prompt else None for value, prompt in zip(bright(images), prompts, strict=True)]
+
+
+def dark(images, **kwargs):
+    return [-value for value in bright(images)]
+
+
+def is_rank_1():
+    return PartialState().process_index == 1
+
+
+def raises_on_rank_1(images, **kwargs):
+    if is_rank_1():
+        raise ConnectionError("scorer went away")
+    return blue(images)
+
+
+def answers_nonsense_on_rank_1(images, **kwargs):
+    return ["bright"] * len(images) if is_rank_1() else blue(images)
+
+
+def logs(images, prompts, log_metric, log_extra, **kwargs):
+    """Different names on the two processes, in different orders."""
+    log_metric("on 1" if is_rank_1() else "on 0", 5.0)
+    log_metric("on both", len(images) if is_rank_1() else math.nan)
+    log_metric("a", 1.0 + is_rank_1())
+    log_extra("on 1" if is_rank_1() else "on 0", prompts)
+    return blue(images)
+
+
+REWARDS = {f.__name__: f for f in (bright, blue, left, red_only, raises_on_rank_1, answers_nonsense_on_rank_1, logs)}
+
+
+# ---- Faults, all in the second optimizer step, so that there is something to save ----
+
+
+class Fault(TrainerCallback):
+    """Breaks something of one process after the first optimizer step."""
+
+    def __init__(self, name, trainer):
+        self.name, self.trainer, self.broken, self.overflowed = name, trainer, False, False
+        if name == "row":
+            trainer.train_dataset.set_transform(self.read)
+
+    def read(self, rows):
+        if self.broken and is_rank_1():
+            raise OSError("row cannot be read")
+        return rows
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.broken = True
+        main = not is_rank_1()
+        if self.name == "rollout" and not main:
+            self.trainer.pipeline.vae.decoder.register_forward_hook(self.fail)
+        elif self.name == "update" and not main:
+            self.trainer.flow.transformer.register_forward_hook(self.fail_with_gradients)
+        elif self.name in ("latent", "loss") and not main:
+            self.trainer.flow.transformer.register_forward_hook(self.overflow)
+        elif self.name == "save" and main and state.global_step == 2:
+            self.trainer._save = self.fail
+        elif self.name == "picture" and main:
+            self.trainer._latest_rollout = "no pictures"
+        elif self.name == "kill" and not main:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def fail(self, *args, **kwargs):
+        raise OSError("no space left")
+
+    def overflow(self, module, inputs, output):
+        """Of the first sample, once: while the next images are sampled, or in the update."""
+        if self.overflowed or output[0].requires_grad != (self.name == "loss"):
+            return None
+        self.overflowed = True
+        factor = torch.ones(len(output[0]), 1, 1, 1)
+        factor[0] = torch.nan
+        return (output[0] * factor, *output[1:])
+
+    def fail_with_gradients(self, *args, **kwargs):
+        if torch.is_grad_enabled():
+            raise FloatingPointError("update went wrong")
+
+
+# ---- A run ----
+
+
+class Record(TrainerCallback):
+    """Keeps the gradient, Gram matrices and advantages of every optimizer step."""
+
+    def __init__(self):
+        self.tensors: dict[str, torch.Tensor] = {}
+        self.solve = get_weighting("mgda")
+        self.grams: list[torch.Tensor] = []
+
+    def weighting(self, gram):
+        self.grams.append(gram.clone())
+        return self.solve(gram)
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        step, batch = state.global_step, self.trainer._batch
+        self.tensors[f"gradient/{step}"] = torch.cat([p.grad.flatten() for p in self.trainer.trainable.values()])
+        order = batch.sample_ids.argsort()
+        self.tensors[f"sample_ids/{step}"] = batch.sample_ids[order]
+        self.tensors[f"advantages/{step}"] = batch.advantages[:, order]
+        self.tensors[f"active/{step}"] = batch.active
+
+
+def run_scenario(
+    folder: Path,
+    rewards: tuple[str, ...] = ("bright", "left", "red_only"),
+    prompts: list[str] = PROMPTS,
+    eval_prompts: int = 6,
+    fault: str | None = None,
+    resume: str | None = None,
+    **settings: Any,
+) -> None:
+    """Train and evaluate; what happened goes to `folder`, one file of tensors and one of text a process."""
+    folder.mkdir(parents=True, exist_ok=True)
+    record = Record()
+    balances = settings.get("multi_objective_aggregation", "marble") == "marble"
+    trainer = small_trainer(
+        folder / "out",
+        [REWARDS[name] for name in rewards],
+        pipeline=tiny_sd3(num_layers=1),
+        train_dataset=Dataset.from_dict({"prompt": prompts}),
+        eval_dataset=Dataset.from_dict({"prompt": [f"{i} dogs" for i in range(eval_prompts)]}),
+        eval_reward_funcs=dark,
+        weighting=record.weighting if balances else "mgda",
+        callbacks=[record],
+        **(SETTINGS | settings),
+    )
+    record.trainer = trainer
+    start = torch.cat([p.detach().flatten() for p in trainer.parameters])
+    if fault is not None:
+        trainer.add_callback(Fault(fault, trainer))
+    # A sharded parameter holds this process's part.
+    held = [p.to_local() if hasattr(p, "to_local") else p for p in trainer.flow.transformer.parameters()]
+    told: dict[str, Any] = {"parameters held": sum(p.numel() for p in held)}
+    rank = trainer.args.process_index
+    sampled: list[int] = []
+    trainer.pipeline.vae.decoder.register_forward_hook(lambda *_: sampled.append(1))
+    try:
+        trainer.train(resume_from_checkpoint=None if resume is None else str(folder.parent / resume))
+    except Exception as error:
+        told |= {"error": f"{type(error).__name__}: {error}", "cause": repr(error.__cause__)}
+    else:
+        told |= {"evaluation": trainer.evaluate(), "log": trainer.state.log_history}
+        record.tensors["evaluated"] = trainer.evaluations[-1].rewards.contiguous()
+    told["pipeline calls"] = len(sampled)
+    tensors = record.tensors | {f"gram/{i}": gram for i, gram in enumerate(record.grams)}
+    tensors["change"] = torch.cat([p.detach().flatten() for p in trainer.parameters]) - start
+    for name, shadow in (("old", trainer.old_policy), ("average", trainer.average)):
+        tensors[name] = torch.cat([value.flatten() for value in shadow.state_dict().values()]) - start
+    save_file({name: tensor.clone() for name, tensor in tensors.items()}, folder / f"rank{rank}.safetensors")
+    (folder / f"rank{rank}.json").write_text(json.dumps(told))
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    for name, scenario in json.loads(sys.argv[2]).items():
+        run_scenario(Path(sys.argv[1]) / name, **scenario)

@@ -1,0 +1,240 @@
+# Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
+"""Evaluating a policy in training: rewards on the same prompts and seeds every time, diversity, and drift."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import Tensor
+
+from ..media import Sample
+from ..pipelines import PolicyWeights
+from ..rewards import RewardError, RewardScorer, Scores
+from ..rewards.call_log import LogKey, column_names
+from ..rollout import RolloutSampler, Samples, average_logged, count_failures, group_diversity, thumbnails
+from .evaluation import Evaluation
+from .evaluator import EvaluationPlan, evaluate_batches
+from .statistics import clustered_mean, number_prompts
+
+
+@dataclass(frozen=True)
+class PolicyEvaluation:
+    """
+    An evaluation and what else was measured on the way. The same on all processes.
+
+    Args:
+        evaluation ([`~trl_marble.evaluation.Evaluation`]):
+            Rewards, those that are trained on first, and the images of some prompts.
+        gallery_rewards (`dict[str, Tensor]`):
+            Prompt of the gallery -> rewards of its images, of shape `[K, number of images]`.
+        gallery_extras (`dict[str, dict[str, list]]`):
+            Prompt of the gallery -> what rewards logged with `log_extra`: column -> one value for each of its images.
+        logged (`dict[str, float]`):
+            Means of what rewards logged with `log_metric`.
+        failed (`dict[str, int]`):
+            How many images each reward failed for; empty where a failure raises.
+        nonfinite_latents (`int` or `None`):
+            How many images have latents that are not finite; `None` where that raises.
+        diversity (`float`):
+            Mean over prompts of [`~trl_marble.evaluation.diversity.group_diversity`], in [0, 1]; NaN with one image a
+            prompt.
+        velocity_norm (`float`):
+            Norm of the policy's velocity relative to the base model's, on the first batch of images.
+    """
+
+    evaluation: Evaluation
+    gallery_rewards: dict[str, Tensor]
+    gallery_extras: dict[str, dict[str, list[Any]]]
+    logged: dict[str, float]
+    failed: dict[str, int]
+    nonfinite_latents: int | None
+    diversity: float
+    velocity_norm: float
+
+    def metrics(self, prefix: str, shows_failures: bool) -> dict[str, float]:
+        """What is logged of it, by `<prefix>_...` names; without a diversity where none was measured."""
+        metrics = {f"{prefix}_drift/velocity_norm": self.velocity_norm}
+        if not math.isnan(self.diversity):
+            metrics[f"{prefix}_drift/diversity"] = self.diversity
+        if self.nonfinite_latents is not None:
+            metrics[f"{prefix}_nonfinite/latents"] = self.nonfinite_latents
+        metrics |= {f"{prefix}_{name}": value for name, value in self.logged.items()}
+        for row, (name, (mean, error)) in zip(self.evaluation.rewards, self.evaluation.summary().items(), strict=True):
+            key = f"{prefix}_rewards/{name}"
+            valid = 1 - row.isnan().float().mean().item()
+            metrics |= {f"{key}/mean": mean, f"{key}/standard_error": error, f"{key}/valid": valid}
+            if shows_failures:
+                metrics[f"{key}/failed"] = self.failed[name]
+        return metrics
+
+
+class _ScoredImage(NamedTuple):
+    """An image as processes send it to each other: without its pixels, unless it is shown in the gallery."""
+
+    number: int
+    rewards: list[float]
+    thumbnail: np.ndarray
+    shown: Sample | None
+    extras: dict[LogKey, Any]  # of an image that is shown
+
+
+class PolicyEvaluator:
+    """
+    Evaluates the weights that are in place.
+
+    Args:
+        sampler ([`~trl_marble.rollout.RolloutSampler`]):
+            Samples and scores.
+        scorers (`Sequence[RewardScorer]`):
+            The rewards that are trained on, then the held-out ones.
+        weights ([`~trl_marble.pipelines.PolicyWeights`]):
+            The policy, for the norm of its velocity.
+        accelerator ([`~accelerate.Accelerator`]):
+            Gathers over processes.
+        num_shown (`int`):
+            Prompts of the gallery.
+    """
+
+    def __init__(
+        self,
+        sampler: RolloutSampler,
+        scorers: Sequence[RewardScorer],
+        weights: PolicyWeights,
+        accelerator: Accelerator,
+        num_shown: int,
+    ) -> None:
+        self.sampler, self.scorers, self.weights = sampler, scorers, weights
+        self.accelerator, self.num_shown = accelerator, num_shown
+        self.names = [name for scorer in scorers for name in scorer.names]
+
+    def evaluate(self, plan: EvaluationPlan, trainer_state: Any, name: str | None = None) -> PolicyEvaluation:
+        """
+        Sample and score a prompt set. All processes call it.
+
+        Args:
+            plan ([`EvaluationPlan`]):
+                What there is to sample.
+            trainer_state ([`~transformers.TrainerState`]):
+                The state of the run, passed on to the rewards.
+            name (`str`, *optional*):
+                The name of the prompt set, where there are several.
+        """
+        together, failures = self.sampler.together, self.sampler.failures
+        # Images of the gallery: those of prompts spread over the dataset.
+        rows = len(plan.prompts)
+        shown_rows = {(k * rows) // self.num_shown for k in range(self.num_shown)}
+        own: list[_ScoredImage] = []
+        own_scores: list[Scores] = []
+        first: list[Samples] = []  # of the first batch of all
+        num_nonfinite = 0
+
+        def keep(number: int, samples: Samples) -> None:
+            nonlocal num_nonfinite
+            if not first:
+                first.append(samples)
+            own.extend(_describe(samples, plan, number, shown_rows))
+            own_scores.append(samples.scores._replace(extras={}))
+            num_nonfinite += int((~samples.finite).sum())
+
+        share = range(self.accelerator.process_index, len(plan.batches), self.accelerator.num_processes)
+        evaluate_batches(plan, self.sampler, self.scorers, share, trainer_state, keep)
+        scores = Scores.concatenate(own_scores) if own_scores else _no_scores(len(self.names))
+        with together.phase():
+            failed = count_failures(scores, self.names, self.accelerator) if failures.leaves_out else {}
+            logged = average_logged(scores.metrics)
+        with together.phase(exchanges=self.sampler.calls_together):
+            norms = self._squared_velocity_norms(plan, first)
+
+        images = sorted(gather_object(own), key=lambda image: image.number)
+        policy, base = torch.tensor(gather_object(norms), dtype=torch.float64).sum(dim=0)
+        latents = sum(gather_object([num_nonfinite]))
+        if latents == plan.num_images:
+            raise RewardError(f"The latents of all {latents} images of the evaluation are not finite.")
+        texts = plan.prompts["prompt"][:]
+        prompt_rows = [plan.place(image.number)[0] for image in images]
+        groups = torch.from_numpy(number_prompts([texts[row] for row in prompt_rows], prompt_rows, plan.edits))
+        features = torch.stack([torch.from_numpy(image.thumbnail) for image in images])
+        per_prompt = group_diversity(features, groups).numpy()
+        gallery, gallery_rewards, gallery_extras = _make_gallery(images, plan, texts)
+        return PolicyEvaluation(
+            evaluation=Evaluation(
+                trainer_state.global_step,
+                self.names,
+                torch.tensor([image.rewards for image in images]).T,
+                groups,
+                gallery,
+                name,
+            ),
+            gallery_rewards=gallery_rewards,
+            gallery_extras=gallery_extras,
+            logged=logged,
+            failed=failed,
+            nonfinite_latents=None if failures.raises_nonfinite else latents,
+            diversity=clustered_mean(per_prompt, np.arange(len(per_prompt)))[0],
+            velocity_norm=(policy / base).sqrt().item(),
+        )
+
+    @torch.no_grad()
+    def _squared_velocity_norms(self, plan: EvaluationPlan, first: Sequence[Samples]) -> list[tuple[float, float]]:
+        """
+        Squared norms of the policy's and the base model's velocities of each image of the first batch, half way
+        between it and noise. The first process has that batch, and what it finds.
+        """
+        is_first = self.accelerator.process_index == 0
+        latents = [samples.latents.cpu() for samples in first if is_first]
+        if self.sampler.calls_together:  # the others call the transformer as often, and drop what they get
+            latents = gather_object(latents)
+        if not latents:
+            return []
+        batch = plan.make_batch(self.sampler.flow, 0)
+        x0 = latents[0].to(self.accelerator.device).float()
+        generators = [torch.Generator().manual_seed(seed) for seed in batch.seeds]
+        noise = torch.stack([torch.randn(x0.shape[1:], generator=g) for g in generators]).to(x0)
+        x_t, t = (x0 + noise) / 2, torch.full((len(x0),), 0.5, device=x0.device)
+        policy = self.weights.policy(x_t, t, batch.conditioning)
+        base = self.weights.base_velocity(x_t, t, batch.conditioning)
+        norms = [velocity.float().square().flatten(1).sum(dim=1).tolist() for velocity in (policy, base)]
+        return list(zip(*norms, strict=True)) if is_first else []
+
+
+def _describe(samples: Samples, plan: EvaluationPlan, number: int, shown_rows: set[int]) -> list[_ScoredImage]:
+    """The images of a batch, to be sent to other processes."""
+    features = thumbnails(samples.images).masked_fill(~samples.finite[:, None], torch.nan).numpy()
+    described = []
+    for place, index in enumerate(plan.batches[number]):
+        is_shown = plan.place(index)[0] in shown_rows
+        extras = {key: values[place] for key, values in samples.scores.extras.items()} if is_shown else {}
+        image = samples.images[place] if is_shown else None
+        rewards = samples.scores.rewards[:, place].tolist()
+        described.append(_ScoredImage(index, rewards, features[place], image, extras))
+    return described
+
+
+def _make_gallery(
+    images: Sequence[_ScoredImage], plan: EvaluationPlan, texts: Sequence[str]
+) -> tuple[dict[str, list[Sample]], dict[str, Tensor], dict[str, dict[str, list[Any]]]]:
+    """By prompt: the images that are shown, their rewards `[K, images]`, and what else was logged of them."""
+    gallery: dict[str, list[Sample]] = {}
+    rewards: dict[str, list[Tensor]] = {}
+    extras: dict[str, dict[str, list[Any]]] = {}
+    keys = list(dict.fromkeys(key for image in images for key in image.extras))  # not every process may have them all
+    for image in images:
+        if image.shown is not None:
+            prompt = texts[plan.place(image.number)[0]]
+            gallery.setdefault(prompt, []).append(image.shown)
+            rewards.setdefault(prompt, []).append(torch.tensor(image.rewards))
+            columns = extras.setdefault(prompt, {column: [] for column in column_names(keys)})
+            for key, values in zip(keys, columns.values(), strict=True):
+                values.append(image.extras.get(key))
+    return gallery, {prompt: torch.stack(values, dim=1) for prompt, values in rewards.items()}, extras
+
+
+def _no_scores(num_rewards: int) -> Scores:
+    """Those of a process that has no batch."""
+    nothing = torch.empty(num_rewards, 0)
+    return Scores(nothing, nothing.bool(), [])

@@ -1,0 +1,359 @@
+# Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
+"""What a run leaves for the Hub: its card with pictures, its adapter, and checkpoints if asked for."""
+
+import dataclasses
+import importlib.metadata
+import itertools
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import CommitInfo, HfApi
+from transformers.trainer_utils import HubStrategy
+from transformers.utils import logging
+
+import trl_marble
+
+from ..evaluation import plot_balance, summarize_balance
+from ..extras import has_extra
+from ..media import Sample, sample_suffix, save_sample
+from .card_inputs import CardInputs, GalleryItem, RewardRow
+from .model_card import build_model_card
+from .push import is_rendered_card, published_files
+
+
+logger = logging.get_logger(__name__)
+
+PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "datasets")
+CARD_SETTINGS = (
+    "num_inference_steps",
+    "guidance_scale",
+    "height",
+    "width",
+    "num_frames",
+    "max_sequence_length",
+    "num_generations",
+    "timestep_fraction",
+    "multi_objective_aggregation",
+    "weighting",
+    "balance_on",
+    "balance_every",
+    "balance_ema",
+    "scale_rewards",
+    "reward_weights",
+    "policy_loss",
+    "nft_beta",
+    "awm_weighting",
+    "awm_power",
+    "awm_off_policy",
+    "awm_clip_range",
+    "awm_ema_beta",
+    "beta",
+    "advantage_clip",
+    "old_policy_preset",
+    "weight_ema_decay",
+    "learning_rate",
+    "weight_decay",
+    "max_grad_norm",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "steps_per_generation",
+    "num_iterations",
+    "seed",
+)
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """
+    What the card of a run is made from.
+
+    Args:
+        history (`Sequence[Mapping[str, Any]]`):
+            `trainer.state.log_history`.
+        reward_names (`Sequence[str]`):
+            The rewards that are trained on.
+        held_out_names (`Sequence[str]`):
+            Those that are scored in evaluations only.
+        pipeline_class (`str`):
+            The class of the pipeline.
+        base_model (`str`, *optional*):
+            Where the pipeline was loaded from: a Hub id or a folder.
+        dataset_name (`str`, *optional*):
+            The training prompts.
+        settings (`Mapping[str, Any]`):
+            What the card says of the training.
+        gallery (`Mapping[str, Sequence[Sample]]`):
+            Prompt -> images of the latest evaluation.
+        edits_images (`bool`):
+            Whether images are edited.
+        model_id (`str`, *optional*):
+            The repository on the Hub.
+    """
+
+    history: Sequence[dict[str, Any]]
+    reward_names: Sequence[str]
+    held_out_names: Sequence[str]
+    pipeline_class: str
+    base_model: str | None
+    dataset_name: str | None
+    settings: Mapping[str, Any]
+    gallery: Mapping[str, Sequence[Sample]]
+    edits_images: bool
+    model_id: str | None
+
+
+def write_card(run: RunSummary, folder: Path, model_name: str | None = None) -> None:
+    """
+    Write `README.md`, the pictures it shows, and `model_card.json`, what it was rendered from.
+
+    Args:
+        run ([`RunSummary`]):
+            The run.
+        folder (`Path`):
+            Where to.
+        model_name (`str`, *optional*):
+            Title of the card. Defaults to the name of the folder.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    balance = summarize_balance(run.history)
+    balance_plot = None
+    if balance is not None and balance.cos_min is not None:  # some step had a reward to balance
+        if has_extra("plots"):
+            balance_plot = "balance.png"
+            plot_balance(run.history, folder / balance_plot)
+        else:
+            logger.warning("The card has no plot of the balance between rewards: the extra `plots` is not installed.")
+    inputs = CardInputs(
+        repo_name=model_name or folder.absolute().name,
+        rewards=reward_rows(run.reward_names, run.history)
+        + [dataclasses.replace(row, held_out=True) for row in reward_rows(run.held_out_names, run.history)],
+        pipeline_class=run.pipeline_class,
+        base_model=run.base_model,
+        dataset_name=run.dataset_name,
+        balance=balance,
+        settings=run.settings,
+        gallery=_save_gallery(run.gallery, folder),
+        balance_plot=balance_plot,
+        before_after="before_after.png" if (folder / "before_after.png").is_file() else None,
+        model_id=run.model_id,
+        framework_versions=framework_versions(),
+        diversity=diversity_row(run.history),
+        edits_images=run.edits_images,
+    )
+    inputs.save(folder)
+    build_model_card(inputs).save(folder / "README.md")
+
+
+def write_card_beside_adapter(run: RunSummary, folder: Path) -> None:
+    """
+    Write the card to the folder of a saved adapter, unless that has a `README.md` of somebody else's.
+
+    Args:
+        run ([`RunSummary`]):
+            The run.
+        folder (`Path`):
+            The adapter's folder.
+    """
+    readme = folder / "README.md"
+    try:
+        is_ours = not readme.exists() or is_rendered_card(folder)
+    except ValueError:  # of another version of this package: nobody knows
+        is_ours = False
+    if is_ours:
+        write_card(run, folder)
+        return
+    logger.warning(
+        f"The adapter is saved, and {readme} is left as it is: it was not written by this package, or was changed "
+        "since. Move it away and save again, or call `trainer.create_model_card()`, which replaces that of the output "
+        "folder, for the card of this run."
+    )
+
+
+def card_settings(
+    chosen: Mapping[str, Any], unused: Sequence[str], history: Sequence[tuple[int, Mapping[str, Any]]]
+) -> dict[str, Any]:
+    """
+    The settings that a card shows.
+
+    Args:
+        chosen (`Mapping[str, Any]`):
+            All settings of the run by name.
+        unused (`Sequence[str]`):
+            Those that the run does not use.
+        history (`Sequence[tuple[int, Mapping[str, Any]]]`):
+            The step from which on settings were in use, and these settings, the first ones first.
+    """
+    settings = {name: chosen[name] for name in CARD_SETTINGS if name not in unused}
+    for (_, before), (step, after) in itertools.pairwise(history):
+        for name in CARD_SETTINGS:
+            if name in settings and before.get(name) != after.get(name):
+                settings[f"{name} until step {step}"] = before.get(name)
+    return settings
+
+
+def framework_versions() -> dict[str, str]:
+    """Versions of this package and of those that it stands on."""
+    # Not from the installed metadata: the package may be run from a source tree.
+    return {"trl_marble": trl_marble.__version__} | {name: importlib.metadata.version(name) for name in PACKAGES}
+
+
+def reward_rows(names: Sequence[str], history: Sequence[dict[str, Any]]) -> list[RewardRow]:
+    """
+    Each reward before and after training.
+
+    Args:
+        names (`Sequence[str]`):
+            The rewards.
+        history (`Sequence[dict[str, Any]]`):
+            `trainer.state.log_history`.
+
+    Returns:
+        `list[RewardRow]`: From the first and the last evaluation, if the first was before training; else not measured.
+    """
+    rows = []
+    for name in names:
+        key = f"eval_rewards/{name}"
+        before, after = _first_and_last(history, f"{key}/mean")
+        rows.append(
+            RewardRow(
+                name=name,
+                before=before.get(f"{key}/mean"),
+                after=after.get(f"{key}/mean"),
+                before_se=before.get(f"{key}/standard_error"),
+                after_se=after.get(f"{key}/standard_error"),
+            )
+        )
+    return rows
+
+
+def diversity_row(history: Sequence[dict[str, Any]]) -> RewardRow | None:
+    """
+    How much the images of one prompt differed before and after training.
+
+    Args:
+        history (`Sequence[dict[str, Any]]`):
+            `trainer.state.log_history`.
+
+    Returns:
+        `RewardRow`: From the same evaluations as [`reward_rows`]; `None` if diversity was not measured, as with one
+        image per prompt.
+    """
+    key = "eval_drift/diversity"
+    before, after = (row.get(key) for row in _first_and_last(history, key))
+    if before is None and after is None:
+        return None
+    return RewardRow("diversity within a prompt", before=before, after=after)
+
+
+def _first_and_last(history: Sequence[dict[str, Any]], key: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The log's first row with a key if it is of before training, and the last one if it is not; else empty rows."""
+    found = [entry for entry in history if key in entry]
+    before = found[0] if found and found[0]["step"] == 0 else {}
+    after = found[-1] if found and found[-1]["step"] > 0 else {}
+    return before, after
+
+
+def push_folder(
+    folder: Path, repo_id: str, message: str, *, token: str | None, revision: str | None, blocking: bool
+) -> CommitInfo | Future[CommitInfo]:
+    """
+    Push a saved adapter with its card and the card's pictures, and nothing else of the folder: no logs, which name the
+    machine and its folders, and no private state of the run.
+
+    Args:
+        folder (`Path`):
+            The output folder of a run.
+        repo_id (`str`):
+            The repository.
+        message (`str`):
+            Title of the commit.
+        token (`str`, *optional*):
+            An access token with the right to write.
+        revision (`str`, *optional*):
+            The branch.
+        blocking (`bool`):
+            Whether to return only when everything is pushed.
+
+    Returns:
+        The commit, or its future where `blocking` is `False`.
+    """
+    upload: dict[str, Any] = {"repo_id": repo_id, "revision": revision, "run_as_future": not blocking}
+    wanted = published_files(folder)
+    return HfApi(token=token).upload_folder(
+        folder_path=folder, commit_message=message, allow_patterns=wanted, **upload
+    )
+
+
+def push_checkpoint(
+    checkpoint: Path,
+    folder: Path,
+    repo_id: str,
+    step: int,
+    strategy: HubStrategy,
+    write_card_to: Callable[[], None],
+    *,
+    token: str | None,
+    revision: str | None,
+) -> list[Future[CommitInfo]]:
+    """
+    Push the adapter of a checkpoint with its card, and the checkpoint itself where `hub_strategy` asks for it.
+
+    Args:
+        checkpoint (`Path`):
+            A complete checkpoint folder.
+        folder (`Path`):
+            The output folder of the run, which the adapter is copied to.
+        repo_id (`str`):
+            The repository.
+        step (`int`):
+            The optimizer step.
+        strategy (`HubStrategy`):
+            `hub_strategy`.
+        write_card_to (`Callable[[], None]`):
+            Writes the card to the output folder, once the adapter is there.
+        token (`str`, *optional*):
+            An access token with the right to write.
+        revision (`str`, *optional*):
+            The branch.
+
+    Returns:
+        `list[Future[CommitInfo]]`: The uploads, which go on.
+    """
+    for file in checkpoint.glob("pytorch_lora_weights*.safetensors"):
+        unfinished = folder / f"tmp-{file.name}"
+        shutil.copy(file, unfinished)
+        os.replace(unfinished, folder / file.name)  # never half a file, nor one that changes while it is uploaded
+    write_card_to()
+    api, message = HfApi(token=token), f"Training in progress, step {step}"
+    upload: dict[str, Any] = {"repo_id": repo_id, "revision": revision, "run_as_future": True}
+    wanted = published_files(folder)
+    jobs: Any = [api.upload_folder(folder_path=folder, commit_message=message, allow_patterns=wanted, **upload)]
+    if strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
+        place = "last-checkpoint" if strategy == HubStrategy.CHECKPOINT else checkpoint.name
+        message += ", checkpoint"
+        jobs.append(api.upload_folder(folder_path=checkpoint, path_in_repo=place, commit_message=message, **upload))
+    for job in jobs:
+        job.add_done_callback(_warn_of_failure)
+    return jobs
+
+
+def _warn_of_failure(job: Future[CommitInfo]) -> None:
+    """`transformers` waits for uploads and does not look at what became of them."""
+    if not job.cancelled() and (error := job.exception()) is not None:
+        logger.warning(f"A push to the Hub failed, and training goes on: {error}")
+
+
+def _save_gallery(gallery: Mapping[str, Sequence[Sample]], folder: Path) -> list[GalleryItem]:
+    """The first image of each prompt."""
+    items = []
+    for number, (prompt, images) in enumerate(gallery.items()):
+        path = f"images/sample_{number}{sample_suffix(images[0])}"
+        (folder / "images").mkdir(exist_ok=True)
+        save_sample(images[0], folder / path, lossless=False)
+        items.append(GalleryItem(path=path, prompt=prompt))
+    return items

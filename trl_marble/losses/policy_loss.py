@@ -1,0 +1,167 @@
+# Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
+"""What a loss is: an object that turns velocities into a few numbers per sample, and says how the rewards use them."""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+
+class Drawn(NamedTuple):
+    """
+    The noisy inputs of one micro-step: one timestep of each sample of a micro-batch.
+
+    Args:
+        x_t (`torch.Tensor` of shape `(B, ...)`):
+            Noised latents, `(1 - t) x0 + t noise`.
+        t (`torch.Tensor` of shape `(B,)`):
+            Times in `[0, 1]`, 0 for data and 1 for noise.
+        x0 (`torch.Tensor` of shape `(B, ...)`):
+            Clean latents.
+        noise (`torch.Tensor` of shape `(B, ...)`):
+            The noise.
+    """
+
+    x_t: Tensor
+    t: Tensor
+    x0: Tensor
+    noise: Tensor
+
+
+class FrozenVelocities(NamedTuple):
+    """
+    Velocities of policies that are not trained, at the same noisy inputs.
+
+    Args:
+        old (`torch.Tensor` of shape `(B, ...)`, *optional*):
+            The old policy's. `None` where the old policy has the weights of the trained one (the detached velocity
+            stands for it then), or where the loss does not need it.
+        reference (`torch.Tensor` of shape `(B, ...)`, *optional*):
+            The base model's. `None` where the loss does not need it.
+    """
+
+    old: Tensor | None = None
+    reference: Tensor | None = None
+
+
+class StepCounts(NamedTuple):
+    """
+    Numbers of samples in one optimizer step, each counted once per timestep, over all micro-batches and processes.
+    Divided by them, losses do not depend on how a step is split.
+
+    Args:
+        valid (`torch.Tensor` of shape `(K,)`):
+            Samples that each reward applies to.
+        scored (`torch.Tensor` of shape `()`):
+            Samples that any reward applies to.
+        total (`int`):
+            All samples.
+    """
+
+    valid: Tensor
+    scored: Tensor
+    total: int
+
+
+class PolicyLoss(Protocol):
+    """
+    A loss as a component. A loss is a frozen dataclass whose fields are settings of `MarbleConfig` of the same names;
+    it has no state.
+
+    Every sample enters the loss of reward k only through C scalars of its own velocity, so the K gradients follow from
+    C weighted backward passes, whatever K is: `grad L_k = sum_i sum_c coefficients[c][k, i] * grad terms[c][i]`.
+    """
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """The frozen velocities that the loss reads: any of `"old"` and `"reference"`."""
+        ...
+
+    @property
+    def samples_with_old(self) -> bool:
+        """Whether images are sampled by the old policy; otherwise by the trained one."""
+        ...
+
+    def draw(
+        self, x0: Tensor, times: Tensor, num_times: int, generators: Sequence[torch.Generator]
+    ) -> Iterator[Drawn]:
+        """
+        The noisy inputs of a micro-batch, one after the other.
+
+        Args:
+            x0 (`torch.Tensor` of shape `(B, ...)`):
+                Clean latents.
+            times (`torch.Tensor` of shape `(N,)`):
+                The rollout's own time grid.
+            num_times (`int`):
+                How many timesteps each sample is trained on: the number of inputs to yield.
+            generators (`Sequence[torch.Generator]`):
+                One per sample, so that how samples are split into micro-batches changes nothing.
+        """
+        ...
+
+    def terms(self, velocity: Tensor, drawn: Drawn, frozen: FrozenVelocities) -> Sequence[Tensor]:
+        """
+        Scalars of every sample.
+
+        Args:
+            velocity (`torch.Tensor` of shape `(B, ...)`):
+                The trained policy's velocity. Gradients flow through it only.
+            drawn ([`Drawn`]):
+                The noisy inputs.
+            frozen ([`FrozenVelocities`]):
+                What [`~PolicyLoss.needs`] asks for.
+
+        Returns:
+            `Sequence[torch.Tensor]`: tensors of shape `(B,)`, each entry of its own sample only. The first C are what
+            the rewards act through; further ones are for [`~PolicyLoss.coefficients`] and [`~PolicyLoss.shared`].
+        """
+        ...
+
+    def coefficients(self, terms: Sequence[Tensor], advantages: Tensor, counts: StepCounts) -> Sequence[Tensor]:
+        """
+        How much of each scalar goes into the loss of each reward.
+
+        Args:
+            terms (`Sequence[torch.Tensor]`):
+                What [`~PolicyLoss.terms`] returned.
+            advantages (`torch.Tensor` of shape `(K, B)`):
+                Clipped to `advantage_clip`; NaN where a reward does not apply.
+            counts ([`StepCounts`]):
+                What to divide by.
+
+        Returns:
+            `Sequence[torch.Tensor]`: C tensors of shape `(K, B)`, detached; 0 where a reward does not apply.
+        """
+        ...
+
+    def shared(
+        self,
+        velocity: Tensor,
+        terms: Sequence[Tensor],
+        frozen: FrozenVelocities,
+        scored: Tensor,
+        counts: StepCounts,
+    ) -> Tensor | None:
+        """
+        What all rewards share, such as a trust region and the KL to the base model: it enters the step once, with
+        weight 1.
+
+        Args:
+            velocity (`torch.Tensor` of shape `(B, ...)`):
+                The trained policy's velocity.
+            terms (`Sequence[torch.Tensor]`):
+                What [`~PolicyLoss.terms`] returned.
+            frozen ([`FrozenVelocities`]):
+                What [`~PolicyLoss.needs`] asks for.
+            scored (`torch.BoolTensor` of shape `(B,)`):
+                The samples that any reward applies to.
+            counts ([`StepCounts`]):
+                What to divide by.
+
+        Returns:
+            `torch.Tensor` of shape `(B,)`: each sample's part, to be summed; `None` where there is nothing shared. It
+            may be detached, where only its value is of interest.
+        """
+        ...

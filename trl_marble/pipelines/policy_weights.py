@@ -1,0 +1,111 @@
+# Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
+"""All weights of a policy, and the velocities that they give: trained, old, averaged and base."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from .conditioning import Conditioning
+from .policy import Policy, adapters_disabled
+from .weight_shadow import WeightShadow, check_same_weights
+
+
+class PolicyWeights:
+    """
+    Owns the weights of a policy: those that are trained, the old policy's, their moving average, and the base model's
+    (without the adapter). All of them run through the same module in the same precision, that of the
+    [`~trl_marble.pipelines.FlowPipeline`].
+
+    Create it when the weights are on their final device.
+
+    Args:
+        policy ([`~trl_marble.pipelines.Policy`]):
+            The module.
+        trained (`Mapping[str, nn.Parameter]`):
+            Its trainable weights by unique names.
+    """
+
+    def __init__(self, policy: Policy, trained: Mapping[str, nn.Parameter]) -> None:
+        self.policy = policy
+        self.flow = policy.flow
+        self.trained = dict(trained)
+        self.parameters = list(self.trained.values())
+        self.old = WeightShadow(self.trained.items())
+        self.averaged = WeightShadow(self.trained.items())
+        modules = policy.transformer.modules()
+        self._has_dropout = any(isinstance(module, nn.Dropout) and module.p > 0 for module in modules)
+
+    def are_on_policy(self) -> bool:
+        """
+        Whether the old policy's velocity is the trained one's: its weights are the same, and there is no dropout, with
+        which no forward pass for training is one of the old policy.
+        """
+        return not self._has_dropout and self.old.equals_live()
+
+    # ---- Velocities ----
+
+    def velocity(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+        """The trained policy's velocity, attached. See [`~trl_marble.pipelines.FlowPipeline.velocity`]."""
+        self.policy.train()
+        return self.policy(x_t, t, conditioning)
+
+    @torch.no_grad()
+    def old_velocity(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+        """
+        The old policy's velocity.
+
+        Ask for frozen velocities before the trained one: with gradient checkpointing that one runs again during the
+        backward pass, and must find the model as it was.
+        """
+        with self.sampling(self.old.swapped_in()):
+            return self.policy(x_t, t, conditioning)
+
+    @torch.no_grad()
+    def base_velocity(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+        """The base model's velocity. See [`~PolicyWeights.old_velocity`] for when to ask."""
+        with self.sampling(adapters_disabled(self.policy.transformer)):
+            return self.policy(x_t, t, conditioning)
+
+    @contextmanager
+    def sampling(self, weights: AbstractContextManager[None]) -> Iterator[None]:
+        """
+        The model as it samples, without dropout, with some weights.
+
+        Args:
+            weights (context manager):
+                What puts them in place, such as `weights.averaged.swapped_in()`; `nullcontext()` for the trained ones.
+        """
+        self.policy.eval()
+        with weights:
+            yield
+
+    # ---- State ----
+
+    def state_dict(self) -> dict[str, dict[str, Tensor]]:
+        """The trained, old and averaged weights; they are not copied."""
+        return {
+            "current": {name: parameter.detach() for name, parameter in self.trained.items()},
+            "old": self.old.state_dict(),
+            "average": self.averaged.state_dict(),
+        }
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """
+        Take over saved weights.
+
+        Args:
+            state_dict (`Mapping[str, Mapping[str, Tensor]]`):
+                What [`~PolicyWeights.state_dict`] returned for an adapter of the same names and shapes.
+
+        Raises:
+            `ValueError`: If names or shapes differ; nothing was loaded.
+        """
+        for saved in state_dict.values():
+            check_same_weights(self.trained, saved)
+        for name, parameter in self.trained.items():
+            parameter.copy_(state_dict["current"][name])
+        self.old.load_state_dict(state_dict["old"])
+        self.averaged.load_state_dict(state_dict["average"])

@@ -1,0 +1,30 @@
+# Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
+"""Rollouts: sampling and scoring, the generation batches that training uses, and where in them a run is."""
+
+from .batch import RolloutBatch, StoredBatch, training_order
+from .diversity import group_diversity, thumbnails
+from .layout import BatchLayout, Position
+from .reward_failures import FailurePolicy, count_failures
+from .reward_logs import average_logged
+from .sampler import RolloutSampler, SampleBatch, Samples
+from .source import RolloutRecord, RolloutSettings, RolloutSource
+
+
+__all__ = [
+    "BatchLayout",
+    "FailurePolicy",
+    "Position",
+    "RolloutBatch",
+    "RolloutRecord",
+    "RolloutSampler",
+    "RolloutSettings",
+    "RolloutSource",
+    "SampleBatch",
+    "Samples",
+    "StoredBatch",
+    "average_logged",
+    "count_failures",
+    "group_diversity",
+    "thumbnails",
+    "training_order",
+]

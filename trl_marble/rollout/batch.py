@@ -1,0 +1,167 @@
+# Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
+"""A generation batch: what one round of sampling and scoring leaves behind for training."""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..pipelines import Conditioning, row_digests
+
+
+_TENSORS = ("prompt_index", "sample_ids", "latents", "advantages", "counts", "active", "scored", "weighted_sum")
+
+
+@dataclass
+class RolloutBatch:
+    """
+    The samples of one generation batch on this process, in the order in which they are trained on.
+
+    Args:
+        prompts (`list[str]`):
+            The prompt of each sample, in the order in which they were sampled.
+        conditioning ([`~trl_marble.pipelines.Conditioning`]):
+            Embeddings of their different prompts, or pairs of prompt and image.
+        rows_digest (`str`):
+            Of the rows of the dataset that were sampled from, see [`digest_of`].
+        prompt_index (`Tensor` of shape `[B]`, int64):
+            Which row of `conditioning` each sample belongs to.
+        sample_ids (`Tensor` of shape `[B]`, int64):
+            Place of each sample in the generation batch of all processes: the seed of its training noise.
+        latents (`Tensor` of shape `[B, ...]`):
+            Clean latents x0; 0 for samples whose latents are not finite, which no reward applies to.
+        advantages (`Tensor` of shape `[K, B]`, float32):
+            NaN where a reward does not apply.
+        counts (`Tensor` of shape `[U, K]`, int64):
+            Number of valid samples of each reward in each optimizer step of one pass, on all processes.
+        active (`Tensor` of shape `[U, K]`, bool):
+            Which rewards tell samples of their group apart in each optimizer step of one pass, on any process.
+        scored (`Tensor` of shape `[U]`, int64):
+            Number of samples that any reward scores in each optimizer step of one pass, on all processes.
+        weighted_sum (`Tensor` of shape `[K]`, float32):
+            How a weighted sum of the raw rewards would have mixed the per-reward gradients.
+    """
+
+    prompts: list[str]
+    conditioning: Conditioning
+    rows_digest: str
+    prompt_index: Tensor
+    sample_ids: Tensor
+    latents: Tensor
+    advantages: Tensor
+    counts: Tensor
+    active: Tensor
+    scored: Tensor
+    weighted_sum: Tensor
+
+    def prompts_of(self, sample_ids: Tensor) -> list[str]:
+        """The prompts of some of this process's samples."""
+        first = int(self.sample_ids.min())
+        return [self.prompts[number - first] for number in sample_ids.tolist()]
+
+    def save(self, path: Path) -> None:
+        """Write it to a safetensors file. The embeddings are computed again from the rows when training goes on."""
+        tensors = {name: getattr(self, name).detach().cpu().contiguous() for name in _TENSORS}
+        save_file(tensors, path, metadata={"rows": self.rows_digest})
+
+
+@dataclass(frozen=True)
+class StoredBatch:
+    """
+    A generation batch as it is in a checkpoint.
+
+    Args:
+        rows_digest (`str`):
+            See [`RolloutBatch`].
+        tensors (`dict[str, Tensor]`):
+            Its tensors by name.
+    """
+
+    rows_digest: str
+    tensors: dict[str, Tensor]
+
+    @classmethod
+    def load(cls, path: Path, device: torch.device) -> "StoredBatch":
+        """
+        Read a generation batch back.
+
+        Args:
+            path (`Path`):
+                A file written by [`RolloutBatch.save`].
+            device (`torch.device`):
+                Where to put the tensors.
+        """
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name).to(device, copy=True) for name in _TENSORS}
+            return cls(file.metadata()["rows"], tensors)
+
+    def with_rows(
+        self, prompts: list[str], images: Sequence[Image.Image] | None, encode: Callable[[], Conditioning]
+    ) -> RolloutBatch:
+        """
+        The batch with what is made anew from its rows of the dataset.
+
+        Args:
+            prompts (`list[str]`):
+                The prompts, one per sample.
+            images (`Sequence[PIL.Image.Image]`, *optional*):
+                The images to be edited, one per sample.
+            encode (`Callable[[], Conditioning]`):
+                Makes their embeddings.
+
+        Raises:
+            `ValueError`: If these are not the rows that the batch was sampled from.
+        """
+        if digest_of(prompts, images) != self.rows_digest:
+            raise ValueError(
+                "The checkpoint was saved in the middle of a generation batch that was sampled from other rows than "
+                f"those of this run (the first is {prompts[0]!r}). Resume with the same `train_dataset` and without "
+                "`ignore_data_skip`, or from a checkpoint between two generation batches."
+            )
+        return RolloutBatch(prompts, encode(), self.rows_digest, **self.tensors)
+
+
+def digest_of(prompts: Sequence[str], images: Sequence[Image.Image] | None = None) -> str:
+    """
+    A digest of the rows of a dataset that a generation batch was sampled from: of their content and order.
+
+    Args:
+        prompts (`Sequence[str]`):
+            The prompts, one per sample.
+        images (`Sequence[PIL.Image.Image]`, *optional*):
+            The images to be edited, one per sample.
+    """
+    return hashlib.sha256("".join(row_digests(prompts, images)).encode()).hexdigest()
+
+
+def training_order(num_samples: int, own: Sequence[int], num_updates: int, seed: int) -> Tensor:
+    """
+    The order in which a process trains on its samples of a generation batch.
+
+    Which optimizer step a sample belongs to does not depend on how many processes there are: of every `num_updates`
+    consecutive samples each step takes one, drawn at random. Within a step the order is random.
+
+    Args:
+        num_samples (`int`):
+            Size of the generation batch of all processes, a multiple of `num_updates`.
+        own (`Sequence[int]`):
+            The samples of this process: consecutive ones, beginning and ending at multiples of `num_updates`.
+        num_updates (`int`):
+            Number of optimizer steps of one pass over the generation batch.
+        seed (`int`):
+            The same for all processes.
+
+    Returns:
+        `Tensor` of shape `[len(own)]`, int64: places in `own`, those of the first optimizer step first.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    update = torch.rand(num_samples // num_updates, num_updates, generator=generator).argsort(dim=1).flatten()
+    place = torch.randperm(num_samples, generator=generator)
+    key = update * num_samples + place
+    return key[own[0] : own[-1] + 1].argsort()

@@ -1,0 +1,286 @@
+# Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
+"""Where generation batches come from: sampled now, or read from a checkpoint."""
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from datasets import Dataset
+from torch import Tensor
+
+from ..data import read_rows
+from ..media import Sample
+from ..memory_advice import rollout_advice
+from ..metrics import MetricBuffer, mean_rms
+from ..nonfinite import CAUSES
+from ..pipelines import Conditioning, encode_distinct
+from ..rewards import RewardScorer, Scores
+from ..seeding import Draw, derive_seed
+from .batch import RolloutBatch, StoredBatch, digest_of, training_order
+from .diversity import group_diversity, thumbnails
+from .layout import BatchLayout
+from .reward_failures import count_failures
+from .reward_logs import average_logged
+from .sampler import RolloutSampler, SampleBatch, Samples
+
+
+@dataclass(frozen=True)
+class RolloutSettings:
+    """
+    Settings of rollouts.
+
+    Args:
+        seed (`int`):
+            Seed of the run.
+        num_generations (`int`):
+            Images per prompt.
+        batch_size (`int`):
+            Images that one call of the pipeline samples.
+        edits (`bool`):
+            Whether the pipeline edits the images of the column `image`.
+    """
+
+    seed: int
+    num_generations: int
+    batch_size: int
+    edits: bool
+
+
+@dataclass(frozen=True)
+class RolloutRecord:
+    """
+    What a rollout leaves to be shown. Rewards are those of the images of this process unless it says otherwise.
+
+    Args:
+        prompts (`list[str]`):
+            The prompt of each image.
+        images (`list[PIL.Image.Image]` or `list[list[PIL.Image.Image]]`):
+            The images, or videos.
+        scores ([`~trl_marble.rewards.Scores`]):
+            Their rewards, and what rewards logged of them.
+        all_rewards (`Tensor` of shape `[K, B]`, float32):
+            The rewards of the images of all processes.
+        all_sources (`list[str]`, *optional*):
+            The column `source` of the images of all processes, where the prompt set has it.
+    """
+
+    prompts: list[str]
+    images: list[Sample]
+    scores: Scores
+    all_rewards: Tensor
+    all_sources: list[str] | None
+
+
+class RolloutSource:
+    """
+    Makes generation batches: samples prompts, scores the images and compares them with their group.
+
+    Args:
+        sampler ([`RolloutSampler`]):
+            Samples and scores.
+        scorer ([`~trl_marble.rewards.RewardScorer`]):
+            The rewards that are trained on.
+        dataset ([`~datasets.Dataset`]):
+            The prompts.
+        layout ([`BatchLayout`]):
+            How a generation batch is cut into optimizer steps.
+        settings ([`RolloutSettings`]):
+            Settings.
+        compute_advantages (`Callable[[Tensor, Tensor], Tensor]`):
+            From rewards `[K, B]` and groups `[B]` of all processes to advantages.
+        compare_with_sum (`Callable[[Tensor], Tensor]`):
+            From rewards `[K, B]` to how their weighted sum would mix the per-reward gradients, `[K]`.
+        accelerator ([`~accelerate.Accelerator`]):
+            Gathers over processes.
+        metrics ([`~trl_marble.metrics.MetricBuffer`]):
+            Where to record.
+    """
+
+    def __init__(
+        self,
+        sampler: RolloutSampler,
+        scorer: RewardScorer,
+        dataset: Dataset,
+        layout: BatchLayout,
+        settings: RolloutSettings,
+        compute_advantages: Callable[[Tensor, Tensor], Tensor],
+        compare_with_sum: Callable[[Tensor], Tensor],
+        accelerator: Accelerator,
+        metrics: MetricBuffer,
+    ) -> None:
+        self.sampler, self.scorer, self.dataset = sampler, scorer, dataset
+        self.layout, self.settings = layout, settings
+        self.compute_advantages, self.compare_with_sum = compute_advantages, compare_with_sum
+        self.accelerator, self.metrics = accelerator, metrics
+        self.together = sampler.together
+        self._silent_rewards: set[str] = set()
+
+    # ---- From a checkpoint ----
+
+    def restore(self, stored: StoredBatch, row_numbers: Sequence[int]) -> RolloutBatch:
+        """
+        A generation batch of a checkpoint, with the embeddings of its prompts.
+
+        Args:
+            stored ([`StoredBatch`]):
+                The batch.
+            row_numbers (`Sequence[int]`):
+                The rows of the dataset that it was sampled from.
+
+        Raises:
+            `ValueError`: If it was sampled from others.
+        """
+        with self.together.phase():
+            columns = read_rows(self.dataset, row_numbers)
+            prompts, images = columns["prompt"], self._images_to_edit(columns)
+            return stored.with_rows(prompts, images, lambda: encode_distinct(self.sampler.flow, prompts, images)[0])
+
+    # ---- Sampled now ----
+
+    def sample(
+        self, row_numbers: Sequence[int], generation: int, trainer_state: Any
+    ) -> tuple[RolloutBatch, RolloutRecord]:
+        """
+        Sample and score with the weights that are in place.
+
+        Args:
+            row_numbers (`Sequence[int]`):
+                The row of the dataset of each of this process's images.
+            generation (`int`):
+                Number of the generation batch.
+            trainer_state ([`~transformers.TrainerState`]):
+                Passed on to the rewards.
+
+        Returns:
+            `tuple[RolloutBatch, RolloutRecord]`: What is trained on, and what can be shown.
+        """
+        first = len(row_numbers) * self.accelerator.process_index
+        own = range(first, first + len(row_numbers))
+        with self.together.phase():  # it may fail in one process, where a dataset reads files
+            columns = read_rows(self.dataset, row_numbers)
+        prompts, images = columns.pop("prompt"), self._images_to_edit(columns)
+        advice = ("rollout_batch_size", self.settings.batch_size)
+        with self.together.phase(), rollout_advice(*advice):
+            conditioning, prompt_index = encode_distinct(self.sampler.flow, prompts, images)
+        with rollout_advice(*advice):
+            samples = self._score(prompts, columns, conditioning, prompt_index, own, generation, trainer_state)
+        rewards = self._gather(samples.scores.rewards.T).T
+        groups = torch.arange(rewards.shape[1]) // self.settings.num_generations
+        self._record(samples, rewards, groups, trainer_state.global_step)
+        sources = gather_object([str(source) for source in columns["source"]]) if "source" in columns else None
+        batch = self._arrange(
+            prompts, conditioning, digest_of(prompts, images), prompt_index, own, samples, rewards, groups, generation
+        )
+        return batch, RolloutRecord(prompts, samples.images, samples.scores, rewards, sources)
+
+    def _images_to_edit(self, columns: dict[str, list]) -> list | None:
+        return columns["image"] if self.settings.edits else None
+
+    def _score(
+        self,
+        prompts: list[str],
+        columns: dict[str, list],
+        conditioning: Conditioning,
+        prompt_index: Tensor,
+        sample_ids: range,
+        generation: int,
+        trainer_state: Any,
+    ) -> Samples:
+        seeds = [derive_seed(self.settings.seed, Draw.ROLLOUT, generation, i) for i in sample_ids]
+        starts = range(0, len(prompts), self.settings.batch_size)
+
+        def cut(start: int) -> SampleBatch:
+            part = slice(start, start + self.settings.batch_size)
+            part_columns = {name: values[part] for name, values in columns.items()}
+            return SampleBatch(prompts[part], part_columns, seeds[part], conditioning.select(prompt_index[part]))
+
+        parts: list[Samples] = []
+        self.sampler.sample_and_score(
+            [self.scorer], map(cut, starts), len(starts), len(prompts), trainer_state, parts.append
+        )
+        return Samples.concatenate(parts)
+
+    def _record(self, samples: Samples, rewards: Tensor, groups: Tensor, step: int) -> None:
+        """Record metrics of a rollout; refuse one of which nothing is left."""
+        finite = self._gather(samples.finite)
+        if not finite.any():
+            raise FloatingPointError(
+                f"The latents of all {len(finite)} sampled images are not finite: nothing is left to train on. "
+                f"{CAUSES}"
+            )
+        failures = self.sampler.failures
+        if not failures.raises_nonfinite:
+            self.metrics.record("nonfinite/latents", int((~finite).sum()))
+        failed: dict[str, int] = {}
+        if failures.leaves_out:
+            with self.together.phase():
+                failed = count_failures(samples.scores, self.scorer.names, self.accelerator)
+        for name, row in zip(self.scorer.names, rewards, strict=True):
+            valid = row[~row.isnan()]
+            if failures.leaves_out:
+                self.metrics.record(f"rewards/{name}/failed", failed[name])
+            self.metrics.record(f"rewards/{name}/valid", len(valid) / len(row))
+            self.metrics.record(f"rewards/{name}/mean", valid.mean().item() if len(valid) else float("nan"))
+            std = valid.std(correction=0).item() if len(valid) else float("nan")
+            self.metrics.record(f"rewards/{name}/std", std)
+            if len(valid) == 0 and name not in self._silent_rewards:
+                self._silent_rewards.add(name)
+                if self.accelerator.is_main_process:
+                    warnings.warn(
+                        f"Reward `{name}` applied to none of the {len(row)} images of step {step + 1}; it takes no "
+                        "part in it. (This is said once for each reward.)",
+                        stacklevel=2,
+                    )
+        for name, mean in average_logged(samples.scores.metrics).items():
+            self.metrics.record(name, mean)
+        features = self._gather(thumbnails(samples.images).masked_fill(~samples.finite[:, None], torch.nan))
+        self.metrics.record("drift/diversity", group_diversity(features, groups).nanmean().item())
+        own_finite = samples.finite.to(samples.latents.device)
+        self.metrics.record("drift/latent_rms", mean_rms(samples.latents[own_finite]).item())
+
+    def _arrange(
+        self,
+        prompts: list[str],
+        conditioning: Conditioning,
+        rows_digest: str,
+        prompt_index: Tensor,
+        own: range,
+        samples: Samples,
+        rewards: Tensor,
+        groups: Tensor,
+        generation: int,
+    ) -> RolloutBatch:
+        """
+        The batch in the order in which it is trained on: micro-batches hold samples of many prompts, in an order that
+        resuming finds again.
+        """
+        advantages = self.compute_advantages(rewards, groups)[:, own.start : own.stop]
+        num_updates, device = self.layout.updates_per_pass, samples.latents.device
+        order_seed = derive_seed(self.settings.seed, Draw.ORDER, generation)
+        order = training_order(rewards.shape[1], own, num_updates, order_seed)
+        advantages = advantages[:, order]
+        updates = advantages.chunk(num_updates, dim=1)
+        counts = torch.stack([(~part.isnan()).sum(dim=1) for part in updates])
+        signals = torch.stack([(part.nan_to_num() != 0).sum(dim=1) for part in updates])
+        scored = torch.stack([(~part.isnan()).any(dim=0).sum() for part in updates])
+        return RolloutBatch(
+            prompts=prompts,
+            conditioning=conditioning,
+            rows_digest=rows_digest,
+            prompt_index=prompt_index[order].to(device),
+            sample_ids=torch.tensor(own)[order],
+            latents=samples.latents[order.to(device)],
+            advantages=advantages.to(device),
+            counts=self.accelerator.reduce(counts.to(device), reduction="sum"),
+            active=self.accelerator.reduce(signals.to(device), reduction="sum") > 0,
+            scored=self.accelerator.reduce(scored.to(device), reduction="sum"),
+            weighted_sum=self.compare_with_sum(rewards).to(device),
+        )
+
+    def _gather(self, values: Tensor) -> Tensor:
+        """Rows of all processes, in the order of the generation batch, on the CPU."""
+        return self.accelerator.gather(values.contiguous().to(self.accelerator.device)).cpu()

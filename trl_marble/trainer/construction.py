@@ -1,0 +1,241 @@
+# Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
+"""The components of a trainer, made from its settings."""
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from datasets import Dataset
+from diffusers import DiffusionPipeline
+from torch import Tensor
+from transformers.utils import logging
+
+from ..balance import (
+    BalanceSchedule,
+    aggregate_advantages,
+    get_weighting,
+    weighted_sum_weights,
+)
+from ..evaluation.prompt_sets import check_best_metric, evaluation_sets, set_label
+from ..losses import LOSSES, PolicyLoss, build_loss
+from ..metrics import MetricBuffer
+from ..pipelines import FlowPipeline, PolicyWeights, edits_images, measured_linears, place_base
+from ..processes import FailingTogether
+from ..progress import MakeBar
+from ..rewards import RewardScorer
+from ..rewards.held_out import held_out_scorer
+from ..rewards.protocol import check_media
+from ..rewards.signatures import check_signatures
+from ..rollout import BatchLayout, FailurePolicy, RolloutSampler, RolloutSettings, RolloutSource
+from ..update import BalanceSettings, NonFiniteGuard, PolicyUpdate, StepGradient, TimeGrid
+from .marble_config import MarbleConfig
+
+
+logger = logging.get_logger(__name__)
+
+
+def default_config(pipeline: Any) -> MarbleConfig:
+    """A configuration with an output folder named after the pipeline."""
+    name = Path(type(pipeline).__name__ if isinstance(pipeline, DiffusionPipeline) else pipeline)
+    return MarbleConfig(f"{name.absolute().name}-marble")
+
+
+def build_scorers(reward_funcs: Any, eval_reward_funcs: Any, args: MarbleConfig) -> list[RewardScorer]:
+    """
+    What calls the rewards: those that are trained on, and the held-out ones where there are any.
+
+    Raises:
+        `ValueError`: If `reward_weights` does not have one value per reward, or a held-out reward is trained on.
+    """
+    scorer = RewardScorer(reward_funcs, args.reward_timeout)
+    if args.reward_weights is not None and len(args.reward_weights) != len(scorer):
+        raise ValueError(
+            f"`reward_weights` has {len(args.reward_weights)} values ({args.reward_weights}) for {len(scorer)} "
+            f"rewards ({', '.join(scorer.names)}); pass one weight per reward, in their order."
+        )
+    held_out = held_out_scorer(eval_reward_funcs, reward_funcs, scorer)
+    scorers = [scorer] if held_out is None else [scorer, held_out]
+    for each in scorers:
+        each.to(args.device, torch.bfloat16 if args.bf16 else torch.float32)
+    return scorers
+
+
+def build_flow(pipeline: DiffusionPipeline, args: MarbleConfig) -> FlowPipeline:
+    """The pipeline with the settings of the rollouts."""
+    return FlowPipeline(
+        pipeline,
+        args.height,
+        args.width,
+        args.guidance_scale,
+        args.max_sequence_length,
+        num_frames=args.num_frames,
+        autocast_dtype=torch.bfloat16 if args.bf16 else None,
+    )
+
+
+def check_prompts(
+    flow: FlowPipeline,
+    scorers: Sequence[RewardScorer],
+    train_dataset: Dataset,
+    eval_dataset: Dataset | dict[str, Dataset] | None,
+    args: MarbleConfig,
+) -> bool:
+    """
+    See that the pipeline, the rewards and the prompt sets fit together.
+
+    Returns:
+        `bool`: Whether the pipeline edits the images of the prompt sets.
+
+    Raises:
+        `ValueError`: If they do not.
+    """
+    edits = edits_images(flow, train_dataset, "train_dataset")
+    output = flow.family.output
+    for scorer in scorers:
+        check_media(scorer.funcs, scorer.names, output, type(flow.pipeline).__name__)
+    trained = scorers[0]
+    check_signatures(trained.funcs, trained.names, output, train_dataset.column_names, "train_dataset")
+    for name, prompts in evaluation_sets(eval_dataset).items():
+        check_evaluation_prompts(flow, scorers, prompts, name)
+    if len(scorers) > 1 and eval_dataset is None:
+        logger.warning(
+            f"Held-out rewards ({', '.join(scorers[1].names)}) are scored in evaluations only, and there is no "
+            "`eval_dataset`: pass one to the trainer, or to `evaluate`."
+        )
+    names = [name for scorer in scorers for name in scorer.names]
+    check_best_metric(args.metric_for_best_model, names, eval_dataset)
+    return edits
+
+
+def check_evaluation_prompts(
+    flow: FlowPipeline, scorers: Sequence[RewardScorer], prompts: Dataset, name: str | None
+) -> bool:
+    """See that rewards can score a prompt set; whether the pipeline edits its images."""
+    edits = edits_images(flow, prompts, set_label(name))
+    for scorer in scorers:
+        check_signatures(scorer.funcs, scorer.names, flow.family.output, prompts.column_names, set_label(name))
+    return edits
+
+
+def place_pipeline(flow: FlowPipeline, trainable: Mapping[str, Any], args: MarbleConfig) -> None:
+    """Bring a pipeline with its adapter to where it is trained, see [`~trl_marble.pipelines.place_base`]."""
+    place_base(
+        flow,
+        trainable.values(),
+        args.device,
+        shards=args.base_is_sharded,
+        offloads=args.offload_components,
+        compile_backend=args.torch_compile_backend,  # `torch_compile` sets it, and is set by it
+        compile_mode=args.torch_compile_mode,
+    )
+
+
+def build_sampler(
+    flow: FlowPipeline, together: FailingTogether, make_bar: MakeBar, args: MarbleConfig
+) -> RolloutSampler:
+    """What samples and scores, for rollouts and for evaluations."""
+    return RolloutSampler(
+        flow,
+        together,
+        args.num_inference_steps,
+        FailurePolicy(args.reward_failure, args.on_nonfinite),
+        reward_timeout=args.reward_timeout,
+        calls_together=args.base_is_sharded,
+        make_bar=make_bar,
+    )
+
+
+def build_layout(args: MarbleConfig) -> BatchLayout:
+    """How a generation batch is cut into optimizer steps and micro-batches."""
+    return BatchLayout(
+        args.per_device_train_batch_size,
+        args.gradient_accumulation_steps,
+        args.steps_per_generation,
+        args.num_iterations,
+    )
+
+
+def build_source(
+    sampler: RolloutSampler,
+    scorer: RewardScorer,
+    dataset: Dataset,
+    edits: bool,
+    accelerator: Accelerator,
+    metrics: MetricBuffer,
+    args: MarbleConfig,
+) -> RolloutSource:
+    """What makes generation batches."""
+    reward_weights = torch.tensor(args.reward_weights or [1.0] * len(scorer))
+    return RolloutSource(
+        sampler,
+        scorer,
+        dataset,
+        build_layout(args),
+        RolloutSettings(args.seed, args.num_generations, args.rollout_batch_size, edits),
+        functools.partial(
+            aggregate_advantages,
+            reward_weights=reward_weights,
+            mode=args.multi_objective_aggregation,
+            scale_rewards=args.scale_rewards,
+            advantage_clip=args.advantage_clip,
+        ),
+        functools.partial(_compare_with_sum, reward_weights=reward_weights, scales=args.scale_rewards != "none"),
+        accelerator,
+        metrics,
+    )
+
+
+def _compare_with_sum(rewards: Tensor, reward_weights: Tensor, scales: bool) -> Tensor:
+    """How "weighted sum of the raw rewards, then one advantage" would mix the per-reward gradients, `[K]`."""
+    valid = ~rewards.isnan()
+    stds = torch.ones(len(rewards))
+    if scales:
+        rows = [row[keep] for row, keep in zip(rewards, valid, strict=True)]
+        stds = torch.tensor([row.std(correction=0).item() if len(row) else 0.0 for row in rows])
+    return weighted_sum_weights(reward_weights, stds, valid.sum(dim=1))
+
+
+def build_policy_loss(args: MarbleConfig) -> PolicyLoss:
+    """The loss that `policy_loss` names."""
+    settings = vars(args)
+    if not args.balances_gradients:  # there is one loss, and nothing to take out of it
+        settings = settings | {"balance_on": "loss"}
+    return build_loss(LOSSES[args.policy_loss], settings)
+
+
+def build_update(
+    weights: PolicyWeights,
+    loss: PolicyLoss,
+    schedule: BalanceSchedule,
+    weighting: Callable[[Tensor], Tensor] | None,
+    reward_names: list[str],
+    edits: bool,
+    accelerator: Accelerator,
+    metrics: MetricBuffer,
+    make_bar: MakeBar,
+    args: MarbleConfig,
+) -> PolicyUpdate:
+    """What turns a generation batch into directions."""
+    guard = NonFiniteGuard(args.on_nonfinite, accelerator, metrics)
+    balance = linears = None
+    if args.balances_gradients:
+        is_equal = args.multi_objective_aggregation == "equal"
+        chosen = get_weighting("equal" if is_equal else weighting or args.weighting)
+        balance = BalanceSettings(schedule, chosen, args.balance_fraction, reward_names)
+        linears = measured_linears(weights.flow, weights.trained, edits, args.per_device_train_batch_size)
+    times = weights.flow.training_times(args.num_inference_steps)
+    return PolicyUpdate(
+        loss,
+        weights,
+        StepGradient(accelerator, weights.parameters, linears, balance, args.seed, guard, metrics),
+        guard,
+        build_layout(args),
+        TimeGrid(times, max(1, int(len(times) * args.timestep_fraction))),
+        args.seed,
+        args.world_size,
+        metrics,
+        make_bar,
+    )

@@ -1,0 +1,180 @@
+# Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
+"""One optimizer step: from a generation batch to a direction, micro-batch by micro-batch."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..losses import FrozenVelocities, PolicyLoss, StepCounts
+from ..losses.forward_process import mean_square_distance
+from ..metrics import MetricBuffer, finite_mean, mean_rms
+from ..pipelines import Conditioning, PolicyWeights
+from ..progress import MakeBar
+from ..rollout import BatchLayout, Position, RolloutBatch
+from ..seeding import Draw, derive_seed
+from .nonfinite import NonFiniteGuard
+from .step_gradient import StepGradient
+
+
+@dataclass(frozen=True)
+class TimeGrid:
+    """
+    The times that samples are trained on.
+
+    Args:
+        times (`Tensor` of shape `[N]`):
+            The rollout's own time grid.
+        per_sample (`int`):
+            How many of them each sample is trained on in one pass, at most N.
+    """
+
+    times: Tensor
+    per_sample: int
+
+
+class PolicyUpdate:
+    """
+    The current optimizer step.
+
+    ```python
+    update.begin(step, batch, position)        # at the step's first micro-batch
+    loss = update.accumulate(batch, position)  # at each micro-batch
+    update.finish()                            # after the last one: the direction is in `.grad`
+    update.commit()                            # when the optimizer has taken it
+    ```
+
+    Args:
+        loss ([`~trl_marble.losses.PolicyLoss`]):
+            The loss.
+        weights ([`~trl_marble.pipelines.PolicyWeights`]):
+            The policy.
+        gradient ([`StepGradient`]):
+            Accumulates and balances gradients.
+        guard ([`NonFiniteGuard`]):
+            Notes losses that are not finite.
+        layout ([`~trl_marble.rollout.BatchLayout`]):
+            How a generation batch is cut into optimizer steps.
+        grid ([`TimeGrid`]):
+            The times to train on.
+        seed (`int`):
+            Seed of the run.
+        num_processes (`int`):
+            Processes that share the work.
+        metrics ([`~trl_marble.metrics.MetricBuffer`]):
+            Where to record.
+        make_bar (`Callable[[str, int], ProgressBar]`):
+            Makes the progress bars.
+    """
+
+    def __init__(
+        self,
+        loss: PolicyLoss,
+        weights: PolicyWeights,
+        gradient: StepGradient,
+        guard: NonFiniteGuard,
+        layout: BatchLayout,
+        grid: TimeGrid,
+        seed: int,
+        num_processes: int,
+        metrics: MetricBuffer,
+        make_bar: MakeBar,
+    ) -> None:
+        self.loss, self.weights, self.gradient, self.guard = loss, weights, gradient, guard
+        self.layout, self.grid, self.seed, self.num_processes = layout, grid, seed, num_processes
+        self.metrics, self.make_bar = metrics, make_bar
+
+    def begin(self, step: int, batch: RolloutBatch, position: Position) -> None:
+        """
+        Start an optimizer step.
+
+        Args:
+            step (`int`):
+                Optimizer steps taken so far.
+            batch ([`~trl_marble.rollout.RolloutBatch`]):
+                The samples.
+            position ([`~trl_marble.rollout.Position`]):
+                Of its first micro-batch.
+        """
+        per_sample, update = self.grid.per_sample, position.update
+        num_micro_steps = self.layout.micro_batches_per_update * per_sample
+        self._counts = StepCounts(
+            valid=batch.counts[update] * per_sample,
+            scored=batch.scored[update] * per_sample,
+            total=self.layout.micro_batch_size * self.num_processes * num_micro_steps,
+        )
+        self._needs_old = "old" in self.loss.needs and not self.weights.are_on_policy()
+        self.guard.begin(step)
+        self.gradient.begin(step, batch.active[update], num_micro_steps, batch.weighted_sum)
+
+    def accumulate(self, batch: RolloutBatch, position: Position) -> Tensor:
+        """
+        Add the gradients of one micro-batch, over its timesteps.
+
+        Args:
+            batch ([`~trl_marble.rollout.RolloutBatch`]):
+                The samples.
+            position ([`~trl_marble.rollout.Position`]):
+                Of the micro-batch.
+
+        Returns:
+            `Tensor` of shape `[]`: The micro-batch's share of the step's loss, detached.
+        """
+        part, num_times = self.layout.samples_of(position.micro_batch), self.grid.per_sample
+        x0, sample_ids = batch.latents[part].float(), batch.sample_ids[part]
+        conditioning = batch.conditioning.select(batch.prompt_index[part])
+        place_of_run = (position.generation, position.iteration)
+        generators = [
+            torch.Generator().manual_seed(derive_seed(self.seed, Draw.TRAINING_NOISE, *place_of_run, i))
+            for i in sample_ids.tolist()
+        ]
+        prompts = batch.prompts_of(sample_ids)
+        loss = torch.zeros((), device=x0.device)
+        first_place = position.micro_batch_of_update * num_times
+        with self.make_bar("update", num_times) as bar:
+            draws = self.loss.draw(x0, self.grid.times, num_times, generators)
+            for place, drawn in enumerate(draws, start=first_place):
+                frozen = self._frozen_velocities(drawn.x_t, drawn.t, conditioning)
+                with self.gradient.recording(place, len(x0)):
+                    velocity = self.weights.velocity(drawn.x_t, drawn.t, conditioning)
+                    terms = self.loss.terms(velocity, drawn, frozen)
+                    self.guard.note(drawn.t, sample_ids, prompts, terms)
+                    loss += self._backward(velocity, terms, frozen, batch.advantages[:, part])
+                bar.update()
+        return loss
+
+    def _backward(
+        self, velocity: Tensor, terms: Sequence[Tensor], frozen: FrozenVelocities, advantages: Tensor
+    ) -> Tensor:
+        """The backward passes of one micro-step. Returns its share of the step's loss."""
+        coefficients = self.loss.coefficients(terms, advantages, self._counts)
+        acting = terms[: len(coefficients)]
+        shared = self.loss.shared(velocity, terms, frozen, ~advantages.isnan().all(dim=0), self._counts)
+        self.gradient.backward(acting, coefficients, shared)
+        with torch.no_grad():
+            self.metrics.record("drift/velocity_rms", mean_rms(velocity))
+            if frozen.reference is not None:
+                self.metrics.record("kl", finite_mean(mean_square_distance(velocity, frozen.reference)))
+            num_rewards = (self._counts.valid > 0).sum().clamp(min=1)
+            total = torch.stack([(own * term).sum() for term, own in zip(acting, coefficients, strict=True)]).sum()
+            return total / num_rewards if shared is None else total / num_rewards + shared.sum()
+
+    def _frozen_velocities(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> FrozenVelocities:
+        """The velocities that the loss needs of policies that are not trained: before the trained policy's."""
+        old = self.weights.old_velocity(x_t, t, conditioning) if self._needs_old else None
+        needs_base = "reference" in self.loss.needs
+        return FrozenVelocities(old, self.weights.base_velocity(x_t, t, conditioning) if needs_base else None)
+
+    def finish(self) -> None:
+        """
+        Leave the update's direction in `.grad`: none if it is not finite.
+
+        Raises:
+            `FloatingPointError`: See [`NonFiniteGuard`].
+        """
+        self.gradient.finish()
+
+    def commit(self) -> None:
+        """Take in what the step has found out of the balance, once the optimizer has taken it."""
+        self.gradient.commit()

@@ -1,0 +1,269 @@
+# Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
+"""The gradient of one optimizer step: what is balanced, what is mixed with known weights, what all rewards share."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from ..balance import (
+    BalanceSchedule,
+    GradientRows,
+    Harmonization,
+    Objective,
+    SeparateBackward,
+    WeightedBackward,
+    assign_gradients,
+    balance_diagnostics,
+    flatten_gradients,
+    gram_matrix,
+    harmonize,
+)
+from ..metrics import MetricBuffer
+from ..seeding import Draw, derive_seed
+from .nonfinite import NonFiniteGuard, drop_gradients
+
+
+@dataclass(frozen=True)
+class BalanceSettings:
+    """
+    How per-reward gradients become a direction.
+
+    Args:
+        schedule ([`~trl_marble.balance.BalanceSchedule`]):
+            Says which steps solve, and which weights are known.
+        weighting (`Callable[[Tensor], Tensor]`):
+            From a Gram matrix to coefficients.
+        fraction (`float`):
+            Fraction of a step's micro-steps that a solution is taken from, in (0, 1].
+        names (`list[str]`):
+            Of the rewards.
+    """
+
+    schedule: BalanceSchedule
+    weighting: Callable[[Tensor], Tensor]
+    fraction: float
+    names: list[str]
+
+
+class StepGradient:
+    """
+    Accumulates the gradient of an optimizer step and leaves the update's direction in `.grad`.
+
+    A step is one of three. It *solves*: every micro-step (one timestep of one micro-batch) is measured, that is,
+    leaves a gradient for each reward, and the weights come from these gradients. It *streams*: the weights are known
+    from earlier steps, and only some micro-steps are measured, for the weights of later ones. Or it *mixes*: the
+    weights are known and nothing is measured.
+
+    Args:
+        accelerator ([`~accelerate.Accelerator`]):
+            Adds up gradients over processes, once per step.
+        parameters (`Sequence[nn.Parameter]`):
+            What is trained.
+        linears (`Sequence[nn.Linear]` or `None`):
+            The linear layers whose weights `parameters` are, in the same order: then per-reward gradients take one
+            backward pass per term of the loss. With `None` they take one per reward.
+        balance ([`BalanceSettings`], *optional*):
+            How rewards are balanced; `None` where there is one advantage, and nothing to balance.
+        seed (`int`):
+            Seed of the run, for which micro-steps are measured.
+        guard ([`NonFiniteGuard`]):
+            Raises or skips where gradients are not finite.
+        metrics ([`~trl_marble.metrics.MetricBuffer`]):
+            Where to record.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        parameters: Sequence[nn.Parameter],
+        linears: Sequence[nn.Linear] | None,
+        balance: BalanceSettings | None,
+        seed: int,
+        guard: NonFiniteGuard,
+        metrics: MetricBuffer,
+    ) -> None:
+        self.accelerator, self.parameters, self.linears = accelerator, parameters, linears
+        self.balance, self.seed, self.guard, self.metrics = balance, seed, guard, metrics
+        self._rows: GradientRows | None = None  # while a step is measured
+        self._recorder: GradientRows | None = None  # the same, while a micro-step of it is
+        self._solution: Harmonization | None = None  # of this step, until the optimizer has taken it
+
+    # ---- What kind of step this is ----
+
+    def begin(self, step: int, active: Tensor, num_micro_steps: int, weighted_sum: Tensor) -> None:
+        """
+        Start an optimizer step.
+
+        Args:
+            step (`int`):
+                Optimizer steps taken so far.
+            active (`Tensor` of shape `[K]`, bool):
+                The rewards that tell samples apart in this step.
+            num_micro_steps (`int`):
+                Micro-steps of this step on each process.
+            weighted_sum (`Tensor` of shape `[K]`):
+                How the weighted sum that is not taken would mix the gradients, for comparison.
+        """
+        self._active, self._weighted_sum = active, weighted_sum
+        self._solution, self._rows, self._measured = None, None, frozenset[int]()
+        self._solves = False
+        device = self.accelerator.device
+        if self.balance is None:
+            self._weights: Tensor | None = torch.ones(1, device=device)
+            return
+        schedule = self.balance.schedule
+        due = schedule.is_due(step, active)
+        self._solves = due and (self.balance.fraction == 1 or not schedule.knows(active))
+        self._weights = None if self._solves else schedule.weights(active).to(device, torch.float32)
+        if due:
+            self._measured = self._draw_measured(step, num_micro_steps)
+            self._rows = self._new_rows(len(self.balance.names) + 1)  # the last one is for what all rewards share
+
+    def _new_rows(self, number: int) -> GradientRows:
+        if self.linears is None:
+            return SeparateBackward(number, self.parameters)
+        return WeightedBackward(number, self.linears)
+
+    def _draw_measured(self, step: int, total: int) -> frozenset[int]:
+        """
+        The micro-steps that are measured, by their place in the step.
+
+        A streaming step measures a random few, the same ones on all processes: these go through a step in time.
+        """
+        assert self.balance is not None
+        if self._solves:
+            return frozenset(range(total))
+        generator = torch.Generator().manual_seed(derive_seed(self.seed, Draw.MEASURED, step))
+        drawn = torch.randperm(total, generator=generator)[: max(1, round(self.balance.fraction * total))]
+        return frozenset(drawn.tolist())
+
+    # ---- Micro-steps ----
+
+    @contextmanager
+    def recording(self, place: int, batch_size: int) -> Iterator[None]:
+        """
+        The trained policy's forward pass and [`~StepGradient.backward`] belong inside this context.
+
+        Args:
+            place (`int`):
+                Which micro-step of this process's step it is.
+            batch_size (`int`):
+                Its samples.
+        """
+        self._recorder = self._rows if place in self._measured else None
+        try:
+            with nullcontext() if self._recorder is None else self._recorder.recording(batch_size):
+                yield
+        finally:
+            self._recorder = None
+
+    def backward(self, terms: Sequence[Tensor], coefficients: Sequence[Tensor], shared: Tensor | None) -> None:
+        """
+        Run the backward passes of one micro-step.
+
+        Args:
+            terms (`Sequence[Tensor]` of shape `(B,)`):
+                What the rewards act through, see [`~trl_marble.losses.PolicyLoss.terms`].
+            coefficients (`Sequence[Tensor]` of shape `(K, B)`):
+                One for each of these terms.
+            shared (`Tensor` of shape `(B,)`, *optional*):
+                What enters the direction with weight 1.
+        """
+        if shared is not None and not shared.requires_grad:
+            shared = None
+        if self._recorder is not None:
+            objectives = [Objective(term, _with_shared(own, 0)) for term, own in zip(terms, coefficients, strict=True)]
+            if shared is not None:
+                objectives.append(Objective(shared, _with_shared(torch.zeros_like(coefficients[0]), 1)))
+            self._recorder.backward(objectives)
+            return
+        assert self._weights is not None  # only a step that solves has none, and it measures every micro-step
+        # With the weights known, sum_k w_k L_k is one loss with mixed coefficients: exact, and one backward pass.
+        mixed = [self._weights.to(own) @ own * term for term, own in zip(terms, coefficients, strict=True)]
+        total = torch.stack(mixed).sum(dim=0).sum()
+        if shared is not None:
+            total = total + shared.sum()
+        total.backward()
+
+    # ---- The direction ----
+
+    def finish(self) -> None:
+        """
+        Add up the gradients of all processes, and leave the update's direction in `.grad`: none if it is not finite.
+
+        Raises:
+            `FloatingPointError`: See [`NonFiniteGuard`].
+        """
+        if self._rows is None:
+            self._finish_mixed()
+        else:
+            self._finish_measured(self._rows)
+        self._rows = None
+
+    def _finish_mixed(self) -> None:
+        if self.accelerator.num_processes > 1:
+            total = flatten_gradients([p.grad for p in self.parameters], self.parameters)
+            assign_gradients(self.accelerator.reduce(total, reduction="sum"), self.parameters)
+        self.guard.check_direction(self.parameters)
+        if self.balance is not None:
+            self._record_alpha(self.balance.schedule.alpha)
+
+    def _finish_measured(self, measured: GradientRows) -> None:
+        assert self.balance is not None
+        rows = measured.gradients
+        if not self._solves:  # micro-steps that were not measured
+            rows[-1] += flatten_gradients([p.grad for p in self.parameters], self.parameters)
+        rows = self.accelerator.reduce(rows, reduction="sum")
+        gradients, shared = rows[:-1], rows[-1]
+        gram = gram_matrix(gradients)
+        if not self.guard.check_rewards(self.balance.names, gram.diagonal()):
+            drop_gradients(self.parameters)
+            self._record_balance(None)
+            return
+        solution = self._solve(gram)
+        weights = solution.weights if self._weights is None else self._weights
+        assign_gradients(shared + weights.to(gradients) @ gradients, self.parameters)
+        if self.guard.check_direction(self.parameters):
+            self._solution = solution
+        self._record_balance(solution)
+
+    def _solve(self, gram: Tensor) -> Harmonization:
+        assert self.balance is not None
+        return harmonize(gram, self.balance.weighting, self._active)
+
+    def _record_balance(self, solution: Harmonization | None) -> None:
+        """Record a measured step; NaN where it was not finite, as every step records the same metrics."""
+        assert self.balance is not None
+        names = self.balance.names
+        alpha = self.balance.schedule.alpha
+        self._record_alpha(alpha if solution is None or not self._solves else solution.alpha)
+        norms = [torch.nan] * len(names) if solution is None else solution.norms.tolist()
+        for name, norm in zip(names, norms, strict=True):
+            self.metrics.record(f"balance/grad_norm/{name}", norm)
+        if solution is None:
+            return
+        weights = solution.weights if self._weights is None else self._weights
+        for prefix, taken in (("balance", weights), ("balance/weighted_sum", self._weighted_sum)):
+            for key, value in balance_diagnostics(solution.gram, taken, solution.active).items():
+                self.metrics.record(f"{prefix}/{key}", value)
+
+    def _record_alpha(self, alpha: Tensor) -> None:
+        assert self.balance is not None
+        # NaN stands for a reward that has not taken part yet: it weighs nothing.
+        for name, value in zip(self.balance.names, alpha.nan_to_num().tolist(), strict=True):
+            self.metrics.record(f"balance/alpha/{name}", value)
+
+    def commit(self) -> None:
+        """Let the schedule take in this step's solution: only now, so that a step that fails leaves no trace."""
+        if self._solution is not None and self.balance is not None:
+            self.balance.schedule.update(self._solution)
+            self._solution = None
+
+
+def _with_shared(coefficients: Tensor, shared: float) -> Tensor:
+    """Coefficients `(K, B)` of the rewards, and `shared` as those of the last row."""
+    return torch.cat([coefficients, torch.full_like(coefficients[:1], shared)])
