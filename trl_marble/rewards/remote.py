@@ -257,8 +257,8 @@ class RemoteReward:
                 return float(value)
         quoted = self._quote(json.dumps(value).encode("ascii"))
         raise RewardError(
-            f"The reward server at {self.url} answered {quoted} for an image; a value is a finite number, or null where "
-            "the reward does not apply."
+            f"The reward server at {self.url} answered {quoted} for an image; a value is a finite number, or null "
+            "where the reward does not apply."
         )
 
 
