@@ -72,7 +72,7 @@ def test_no_files_are_written_by_default(tmp_path) -> None:
 
 @pytest.fixture
 def load(monkeypatch, tmp_path):
-    """`evaluate.load` of a measure's file, with its cache in a folder that goes away."""
+    """`evaluate.load` of a measure's file, with its cache in a temporary folder."""
     monkeypatch.setattr(evaluate.config, "HF_MODULES_CACHE", str(tmp_path))
     monkeypatch.setattr(sys, "path", [*sys.path])
     folder = Path(measures.__file__).parent

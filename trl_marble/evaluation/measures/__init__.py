@@ -1,9 +1,9 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
 """
-Scored images on the classes of the `evaluate` library: they work alone, offline, and leave no files.
+The statistics as modules of the `evaluate` library, which work offline and write no files.
 
-`evaluate.load` reads one file and takes the first such class in it: each measure has a file of its own, which imports
-no other one by name.
+`evaluate.load` reads one file and takes the first such class in it. Each module therefore has a file of its own and
+imports no other one by name.
 """
 
 from .prompt_diversity import PromptDiversity

@@ -9,13 +9,13 @@ import numpy as np
 
 
 class InMemory(evaluate.EvaluationModule):
-    """What the measures share: data stay in memory unless asked otherwise."""
+    """A module that keeps its data in memory by default."""
 
     def __init__(self, config_name: str | None = None, keep_in_memory: bool = True, **kwargs: Any) -> None:
         super().__init__(config_name, keep_in_memory, **kwargs)
 
     def _build_data_dir(self) -> str:
-        # `evaluate` makes a cache folder for every module; one that keeps its data in memory has no use for it.
+        # `evaluate` makes a cache folder for every module, which one that keeps its data in memory does not need.
         return self._data_dir_root if self.keep_in_memory else super()._build_data_dir()
 
 

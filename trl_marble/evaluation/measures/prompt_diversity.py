@@ -26,7 +26,7 @@ class PromptDiversity(in_memory.InMemory, evaluate.Measurement):
 
     Args of `compute` and `add_batch`:
         features (`np.ndarray` of shape `[N, D]`):
-            What of the images counts, such as [`thumbnails`], in [0, 1].
+            Features of the images in [0, 1], such as [`thumbnails`].
         groups (`Sequence[int]`):
             The prompt of each image, numbered from 0 on.
 

@@ -29,7 +29,8 @@ class RewardMean(in_memory.InMemory, evaluate.Measurement):
             The prompt of each image.
 
     Returns of `compute`:
-        `dict`: `mean` and `standard_error` in the reward's unit, and `num_valid`, the number of images that count.
+        `dict`: `mean` and `standard_error` in the reward's unit, and `num_valid`, the number of images that have the
+        reward.
     """
 
     def _info(self) -> evaluate.MeasurementInfo:
