@@ -9,18 +9,7 @@ import torch
 from diffusers import SD3Transformer2DModel
 from peft import LoraConfig
 
-<<<<<<< HEAD
 from trl_marble.checkpoint.run_state import IDENTITY_FILE, STATE_FILE, base_fingerprint, load_state, save_state
-=======
-from trl_marble.checkpoint.run_state import (
-    IDENTITY_FILE,
-    STATE_FILE,
-    base_fingerprint,
-    copy_into,
-    load_state,
-    save_state,
-)
->>>>>>> h-server
 from trl_marble.pipelines import add_trainable_adapter
 
 

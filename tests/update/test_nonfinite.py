@@ -10,10 +10,6 @@ from safetensors.torch import load_file
 from trainer_helpers import blue, bright, small_trainer
 from transformers import TrainerCallback
 
-<<<<<<< HEAD
-=======
-from trl_marble.balance import SampleCoefficients
->>>>>>> h-server
 from trl_marble.checkpoint.tensor_tree import load_tree
 from trl_marble.rewards import RewardError
 

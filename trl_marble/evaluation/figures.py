@@ -3,12 +3,7 @@
 Colours and resolution of all pictures of a run, and how they are drawn and saved.
 
 Figures are made without pyplot, so nothing here needs a display or changes the caller's own plots. They have an opaque
-<<<<<<< HEAD
-light background and are readable on light and dark pages. Matplotlib, of the extra `plots`, is
-imported at first use.
-=======
 light background and are readable on light and dark pages. Matplotlib, of the extra `plots`, is imported at first use.
->>>>>>> h-server
 """
 
 import os
