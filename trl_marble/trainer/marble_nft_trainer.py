@@ -22,6 +22,7 @@ from transformers.utils import logging
 from ..balance import OLD_POLICY_PRESETS, BalanceSchedule, old_policy_decay, weight_ema_decay
 from ..callbacks import LiveTableCallback, MarbleCallback, RolloutPicture, RunPictures
 from ..checkpoint.folder import check_writable
+from ..checkpoint.run_state import base_fingerprint
 from ..data import RepeatPromptSampler, prepare_prompts, source_weights
 from ..evaluation.policy_evaluation import PolicyEvaluator
 from ..evaluation.prompt_sets import prepare_evaluation_sets
@@ -37,7 +38,7 @@ from . import construction
 from .checkpointed_trainer import OPTIMIZER_FILE
 from .marble_config import MarbleConfig
 from .observed_trainer import ObservedTrainer
-from .run_state import RunState, base_fingerprint, describe_run, refuse_nonfinite_optimizer
+from .run_state import RunState, describe_run, refuse_nonfinite_optimizer
 from .unsupported_methods import WithoutPredictions
 
 
