@@ -1,7 +1,7 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
 """Base weights in 8 or 4 bits, with an adapter in full precision."""
 
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from diffusers import PipelineQuantizationConfig
@@ -40,22 +40,12 @@ def quantization_config(quantization: Quantization, compute_dtype: torch.dtype) 
         known = ", ".join(map(repr, get_args(Quantization)))
         raise ValueError(f"There is no quantization {quantization!r}; pass one of {known}.")
     require_extra("quantization", f"The quantization {quantization!r}")
-    if quantization == "int8":
-        return PipelineQuantizationConfig(
-            quant_backend="bitsandbytes_8bit",
-            quant_kwargs={"load_in_8bit": True},
-            components_to_quantize=["transformer"],
-        )
-    return PipelineQuantizationConfig(
-        quant_backend="bitsandbytes_4bit",
-        quant_kwargs={
-            "load_in_4bit": True,
-            "bnb_4bit_quant_type": "nf4",
-            "bnb_4bit_use_double_quant": True,
-            "bnb_4bit_compute_dtype": compute_dtype,
-        },
-        components_to_quantize=["transformer"],
-    )
+    from trl import ModelConfig, get_quantization_config  # takes seconds
+
+    options: dict[str, Any] = {"int8": {"load_in_8bit": True}, "nf4": {"load_in_4bit": True}}[quantization]
+    dtype = str(compute_dtype).removeprefix("torch.")
+    model_config = ModelConfig(dtype=dtype, use_bnb_nested_quant=True, **options)
+    return PipelineQuantizationConfig(quant_mapping={"transformer": get_quantization_config(model_config)})
 
 
 def lora_linear_classes() -> tuple[type[nn.Module], ...]:

@@ -203,7 +203,8 @@ class _Protocol(H11Protocol):
         return self.cycle is not None and not self.cycle.more_body
 
     def _hang_up(self) -> None:
-        if not self._has_arrived or self.cycle.response_started:  # the latter: nor does a client stay that was refused
+        # A client that was refused and keeps its connection open has to go, too.
+        if not self._has_arrived or self.cycle.response_started:
             reason = f"The request did not arrive within {self._seconds:g} seconds."
             self._refuse(HTTPStatus.REQUEST_TIMEOUT, reason)
 
