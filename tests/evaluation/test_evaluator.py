@@ -107,7 +107,7 @@ def test_an_interrupted_evaluation_does_only_what_is_missing(whole, pipeline, tm
             return bright(images)
 
     task = [Bright(), red_only], prompt_set(), small_evaluation(tmp_path)
-    with pytest.raises(RewardError, match="scorer went away.* evaluate again to continue"):
+    with pytest.raises(RewardError, match="scorer went away.* evaluate again with the same settings to continue"):
         evaluate_pipeline(pipeline, *task)
     assert not (tmp_path / "evaluation.json").exists()
     with pytest.raises(FileNotFoundError, match="Continue it with the same settings"):
@@ -224,6 +224,33 @@ def test_a_reward_that_fails_everywhere_is_not_masked(pipeline, tmp_path) -> Non
     with pytest.raises(RewardError, match="`broken` failed for 12 of 12 images and scored 0"):
         args = small_evaluation(tmp_path, reward_failure="mask")
         evaluate_pipeline(pipeline, [bright, broken], prompt_set(), args)
+
+
+def test_latents_that_are_not_finite_stop_an_evaluation_or_count_as_failed(pipeline, tmp_path) -> None:
+    calls = []
+
+    def overflow(module, inputs, output):
+        """Of the third image, in the last solver step of the first batch."""
+        calls.append(None)
+        if len(calls) == 2:
+            output[0][2] = torch.nan
+
+    task = [bright, red_only], prompt_set()
+    handle = pipeline.transformer.register_forward_hook(overflow)
+    try:
+        with pytest.raises(FloatingPointError, match="latents of 1 of 5 .*'a red dog'.*set `reward_failure='mask'`"):
+            evaluate_pipeline(pipeline, *task, small_evaluation(tmp_path / "raise"))
+        calls.clear()
+        masked = evaluate_pipeline(pipeline, *task, small_evaluation(tmp_path / "mask", reward_failure="mask"))
+    finally:
+        handle.remove()
+    assert masked.failed == {"bright": 1, "red_only": 1}
+    assert masked.table["bright"].isna().tolist() == [place == 2 for place in range(12)]
+    assert masked.diversity()[0] > 0
+    # Sampled again, where it raised, it is as if nothing had been.
+    again = evaluate_pipeline(pipeline, *task, small_evaluation(tmp_path / "raise"))
+    left = again.table.drop(index=2)
+    assert left["bright"].equals(masked.table["bright"].drop(index=2))
 
 
 def test_bad_input_is_refused_before_anything_is_written(pipeline, tmp_path) -> None:

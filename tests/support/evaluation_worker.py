@@ -1,6 +1,7 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
 """Run by tests/evaluation: evaluates into a folder, on one or more processes, and may die on the way."""
 
+import json
 import os
 import signal
 import sys
@@ -11,6 +12,7 @@ import torch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import one_evaluator  # noqa: E402
 from evaluation_helpers import bright as brightness  # noqa: E402
 from evaluation_helpers import prompt_set, red_only, small_evaluation  # noqa: E402
 from tiny import tiny_sd3  # noqa: E402
@@ -49,3 +51,6 @@ if __name__ == "__main__":
         evaluate_pipeline(pipeline, [bright_but_on_rank_1, red_only], prompt_set(), failing)
     except Exception as error:
         (folder / f"rank{rank}.txt").write_text(f"{type(error).__name__}: {error}")
+
+    both = one_evaluator.evaluate_both(folder / "trained", per_device_train_batch_size=2)
+    (folder / f"rank{rank}.json").write_text(json.dumps(both))

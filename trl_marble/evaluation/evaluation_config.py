@@ -46,7 +46,8 @@ class EvaluationConfig:
             What happens where a reward raises, takes too long, or answers an exception or an infinite number for an
             image. `"raise"`: the evaluation stops with an error that names the reward, the prompt and the cause; what
             was scored is kept. `"mask"`: the images count as ones that the reward does not apply to, and how many
-            they are is reported; it stops only if a reward fails for every image that it applies to.
+            they are is reported; it stops only if a reward fails for every image that it applies to. An image whose
+            latents are not finite is one that all rewards fail for.
         reward_timeout (`float`, *optional*):
             Longest time in seconds to wait for the answers of all rewards about one batch, once the next one is
             sampled. Defaults to waiting for ever.

@@ -99,6 +99,7 @@ def evaluate_pipeline(
             `output_dir` with an evaluation of other settings, or fewer processes than were launched.
         `OSError`: if the pipeline or the adapter cannot be found.
         [`~trl_marble.rewards.RewardError`]: if a reward failed, see `EvaluationConfig.reward_failure`.
+        `FloatingPointError`: if latents are not finite, see `EvaluationConfig.reward_failure`.
     """
     prompts = prepare_prompts(prompts, "prompts")
     if not isinstance(args, EvaluationConfig):

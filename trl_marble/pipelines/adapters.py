@@ -20,6 +20,7 @@ from huggingface_hub.errors import (
     RemoteEntryNotFoundError,
 )
 from peft import LoraConfig
+from peft.utils import set_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -146,6 +147,13 @@ def load_adapter(
     if not math.isfinite(weight):
         raise ValueError(f"weight={weight} is not finite. Pass a number such as 1.0.")
     pipeline = load_pipeline(pipeline)
+    _load(pipeline, adapter, adapter_name)
+    pipeline.set_adapters(adapter_name, weight)
+    return pipeline
+
+
+def _load(pipeline: DiffusionPipeline, adapter: str | os.PathLike, adapter_name: str) -> dict[str, Tensor]:
+    """Load an adapter, see [`load_adapter`]. Returns its weights by diffusers' names, as they are in the file."""
     if adapter_name in adapter_names(pipeline):
         raise ValueError(
             f"The pipeline has an adapter {adapter_name!r} already. Pass another `adapter_name`, or remove it with "
@@ -173,14 +181,15 @@ def load_adapter(
         pipeline.load_lora_weights(source, adapter_name=adapter_name, use_safetensors=True)
     finally:
         logging.set_verbosity(verbosity)
-    pipeline.set_adapters(adapter_name, weight)
-    return pipeline
+    return state
 
 
 @contextmanager
 def loaded_adapter(pipeline: DiffusionPipeline, file: Path | None) -> Iterator[None]:
     """
     Load an adapter for the time of a context, and remove it at its end, also after an error.
+
+    Its weights have the precision of the file, as in training, and not that of the base.
 
     Args:
         pipeline ([`~diffusers.DiffusionPipeline`]):
@@ -200,10 +209,25 @@ def loaded_adapter(pipeline: DiffusionPipeline, file: Path | None) -> Iterator[N
             "them. Pass a pipeline without adapters, or evaluate its own adapters with `adapter=None`."
         )
     try:
-        load_adapter(pipeline, file)
+        _restore_precision(pipeline, _load(pipeline, file, "default"))
         yield
     finally:
         pipeline.unload_lora_weights()
+
+
+def _restore_precision(pipeline: DiffusionPipeline, state: Mapping[str, Tensor]) -> None:
+    """Give the weights of the only adapter, which peft has rounded as the base is, the precision of the file."""
+    for component in sorted({key.partition(".")[0] for key in state}):
+        if not component.startswith("transformer"):
+            continue  # the names of text encoders' layers in files are not those in memory
+        model = getattr(pipeline, component)
+        own = {key.partition(".")[2]: value for key, value in state.items() if key.startswith(f"{component}.")}
+        dtype = next(iter(own.values())).dtype
+        rounded = [p for name, p in model.named_parameters() if "lora_" in name and p.dtype != dtype]
+        for parameter in rounded:
+            parameter.data = parameter.data.to(dtype)
+        if rounded:
+            set_peft_model_state_dict(model, own, "default")
 
 
 def adapter_names(pipeline: DiffusionPipeline) -> list[str]:

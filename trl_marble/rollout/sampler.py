@@ -161,9 +161,9 @@ class RolloutSampler:
                             requests.ask(images, batch.prompts, batch.columns, finite, trainer_state)
                     # Here processes learn of each other's failures, so that none of them goes on when one has failed.
                     with self.together.phase(), reward_advice():
-                        requests.raise_failures()
-                        while waiting and requests.next_is_done:
+                        while waiting and requests.next_is_done:  # before a later one may end the run
                             deliver_next(None)
+                        requests.raise_failures()
                         while max_waiting is not None and len(waiting) > max_waiting:
                             deliver_next(self._deadline())
                     if batch is not None:
