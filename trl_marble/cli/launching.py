@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from ..setting_names import ELSEWHERE
+from ..setting_names import OTHER_TRAINERS
 from .errors import UsageError, unknown_option
 
 
@@ -97,7 +97,7 @@ def _explain_options_of_other_command(words: list[str], name: str) -> None:
     other, make_parser = ("eval", eval.make_parser) if name == "train" else ("train", train.make_parser)
     others = make_parser().option_strings
     names = [word.partition("=")[0] for word in words]
-    found = [option for option in names if option in others and option.lstrip("-") not in ELSEWHERE]
+    found = [option for option in names if option in others and option.lstrip("-") not in OTHER_TRAINERS]
     if found:
         shown = ", ".join(f"`{word.lstrip('-')}`" for word in found[:3])
         more = f" and {len(found) - 3} more" if len(found) > 3 else ""
