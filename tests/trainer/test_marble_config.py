@@ -16,7 +16,7 @@ import torch
 from transformers import HfArgumentParser, TrainingArguments
 
 from trl_marble import MarbleConfig
-from trl_marble.setting_names import ELSEWHERE, OF_THE_TRAINER
+from trl_marble.setting_names import OTHER_TRAINERS, TRAINER_ARGUMENTS
 from trl_marble.world_size import check_world_size
 
 
@@ -111,9 +111,9 @@ def test_names_of_other_trainers_are_understood(name, how) -> None:
 
 
 def test_names_of_other_trainers_mean_settings_that_exist() -> None:
-    known = {f.name for f in dataclasses.fields(MarbleConfig)} | OF_THE_TRAINER.keys()
-    assert not ELSEWHERE.keys() & {f.name for f in dataclasses.fields(MarbleConfig)}
-    for meant in ELSEWHERE.values():
+    known = {f.name for f in dataclasses.fields(MarbleConfig)} | TRAINER_ARGUMENTS.keys()
+    assert not OTHER_TRAINERS.keys() & {f.name for f in dataclasses.fields(MarbleConfig)}
+    for meant in OTHER_TRAINERS.values():
         assert " " in meant or meant in known, meant
         for named in re.findall(r"`([a-z_]+)`", meant):
             assert named in known or named in ("peft_config", "lora_dropout"), named

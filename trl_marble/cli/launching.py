@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..setting_names import ELSEWHERE
+from ..setting_names import OTHER_TRAINERS
 from .errors import UsageError, unknown_option
 from .launch_options import launch_parser
 
@@ -85,7 +85,7 @@ def _explain_options_of_other_command(words: list[str], name: str, parsers: Mapp
     names = [word.partition("=")[0] for word in words]
     for other in parsers.keys() - {name}:
         others = parsers[other]().option_strings
-        found = [option for option in names if option in others and option.lstrip("-") not in ELSEWHERE]
+        found = [option for option in names if option in others and option.lstrip("-") not in OTHER_TRAINERS]
         if found:
             shown = ", ".join(f"`{word.lstrip('-')}`" for word in found[:3])
             more = f" and {len(found) - 3} more" if len(found) > 3 else ""
