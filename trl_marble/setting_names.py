@@ -33,7 +33,7 @@ OTHER_TRAINERS = {
     "epsilon": _NO_RATIO,
     "epsilon_high": _NO_RATIO,
     "delta": _NO_RATIO,
-    "loss_type": "the loss is DiffusionNFT's; see `nft_beta`",
+    "loss_type": "the loss is `policy_loss`",
     "importance_sampling_level": _NO_RATIO,
     "sync_ref_model": "old_policy_preset",
     "ref_model_mixup_alpha": "old_policy_preset",
