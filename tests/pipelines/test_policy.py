@@ -58,7 +58,7 @@ def test_calling_the_policy_gives_the_velocity(flow):
     assert torch.equal(Policy(flow)(x_t, t, conditioning), flow.velocity(x_t, t, conditioning))
 
 
-def test_checkpointing_under_its_older_name(flow):
+def test_checkpointing_is_switched_on_and_off(flow):
     policy = Policy(flow)
     policy.activation_checkpointing_enable({"preserve_rng_state": False})
     assert flow.transformer.is_gradient_checkpointing
