@@ -1,5 +1,5 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
-"""Bad input to real runs: an error that names the value and the mend, and nothing lost of what was trained."""
+"""Bad input to real runs: an error that names the value and how to fix it, and nothing lost of what was trained."""
 
 import json
 import math
@@ -449,7 +449,10 @@ def renamed(images, **kwargs):
         ({"rewards": (blue,)}, r"rewards = \['blue', 'bright'\], this run has \['blue'\]"),
         ({"peft_config": LoraConfig(r=2, lora_alpha=64)}, r"lora = .*'r': 32.*, this run has .*'r': 2"),
         ({"peft_config": LoraConfig(r=32, lora_alpha=1)}, r"lora = .*'lora_alpha': 64.*, this run has .*: 1"),
-        ({"peft_config": LoraConfig(r=32, lora_alpha=64, target_modules=["to_q"])}, "only in one of them"),
+        (
+            {"peft_config": LoraConfig(r=32, lora_alpha=64, target_modules=["to_q"])},
+            "The saved weights belong to another adapter",
+        ),
         ({"steps_per_generation": 4}, "generation_batch = .*, this run has"),
     ],
     ids=["base", "other reward", "other order", "fewer rewards", "rank", "alpha", "other layers", "batch"],

@@ -48,7 +48,7 @@ def test_held_out_rewards_are_scored_in_evaluations_only(tmp_path):
     assert metrics_of(trainer, "eval_rewards/held_out/mean") == pytest.approx([np.mean([9, 7, 7])] * 2)
     assert len(metrics_of(trainer, "eval_rewards/dark/standard_error")) == 2
     assert not [key for row in trainer.state.log_history for key in row if key.startswith("rewards/dark")]
-    assert trainer._identity()["rewards"] == ["bright", "blue"]
+    assert trainer.run_state.identity["rewards"] == ["bright", "blue"]
 
     without = small_trainer(tmp_path / "without", eval_dataset=prompt_set(), **EVALUATED)
     without.train()

@@ -1,5 +1,5 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
-"""The settings: the papers' defaults, and a refusal with a mend for what cannot work."""
+"""The settings: the papers' defaults, and refusals of what cannot work that say how to fix it."""
 
 import copy
 import dataclasses
@@ -137,7 +137,7 @@ def test_notebooks_and_inspect_see_the_settings() -> None:
         ({"multi_objective_aggregation": "marbles"}, ["'marbles'", "'marble', 'equal', 'sum_then_normalize'"]),
         ({"balance_on": "both"}, ["'both'", "'loss', 'advantage'"]),
         ({"scale_rewards": True}, ["True", "'batch', 'group', 'none'"]),
-        ({"old_policy_preset": 3}, ["3", "0, 1, 2"]),
+        ({"old_policy_preset": 4}, ["4", "0, 1, 2, 3"]),
         ({"num_generations": 1}, ["is 1", "at least 2", "compare the images of one prompt"]),
         ({"num_inference_steps": 0}, ["is 0", "at least 1"]),
         ({"num_iterations": 0}, ["is 0", "at least 1"]),
@@ -177,7 +177,7 @@ def test_notebooks_and_inspect_see_the_settings() -> None:
     ],
     ids=lambda value: "-".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else "",
 )
-def test_settings_that_cannot_work_are_refused_with_value_and_mend(settings, parts) -> None:
+def test_settings_that_cannot_work_are_refused_with_the_value_and_how_to_fix_it(settings, parts) -> None:
     with pytest.raises(ValueError) as caught:
         config(**settings)
     message = str(caught.value)
@@ -293,7 +293,7 @@ def test_one_process_with_several_gpus_is_refused(monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(ValueError, match="One process sees 2 GPUs .*--multi_gpu.*or .*`CUDA_VISIBLE_DEVICES=0`"):
         config(use_cpu=False)
-    assert config().n_gpu == 0  # told to leave them alone
+    assert config().n_gpu == 0  # GPUs are not to be used
 
 
 @pytest.mark.parametrize(

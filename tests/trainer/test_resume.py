@@ -119,9 +119,9 @@ def test_a_failing_reward_loses_nothing(make_trainer, uninterrupted, rewards):
         broken.train()
     folder = Path(broken.args.output_dir)
     assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-8"]
-    mended = make_trainer("broken", **settings)
-    mended.train(resume_from_checkpoint=True)
-    assert_same_state(mended, uninterrupted)
+    repaired = make_trainer("broken", **settings)
+    repaired.train(resume_from_checkpoint=True)
+    assert_same_state(repaired, uninterrupted)
 
 
 def test_a_failure_saves_although_an_older_run_left_a_checkpoint_of_that_step(make_trainer, rewards):
