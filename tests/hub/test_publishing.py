@@ -18,10 +18,11 @@ from trainer_helpers import blue, bright, prompt_set, small_config, small_traine
 
 from trl_marble import MarbleNFTTrainer
 from trl_marble.hub import CardInputs, RewardRow, build_model_card
-from trl_marble.hub.publishing import BALANCE_SETTINGS, diversity_row, framework_versions, reward_rows
+from trl_marble.hub.publishing import diversity_row, framework_versions, reward_rows
 
 
 BASE = "me/tiny-sd3"
+BALANCE_SETTINGS = ("weighting", "balance_on", "balance_every", "balance_ema")
 STRATEGIES = ("end", "every_save", "checkpoint", "all_checkpoints")
 
 # One process trains with every strategy; a second one, with an empty cache, uses what it finds on the Hub.
