@@ -388,7 +388,7 @@ def test_a_compressed_answer_is_neither_asked_for_nor_unpacked():
         (failed,) = judge(url, timeout=20.0)
         with pytest.raises(RewardError, match="is no reward server"):
             RemoteReward(url, "x", timeout=20.0, max_retries=0)(images=IMAGES, prompts=["p"])
-    assert "is no chat completion" in str(failed)
+    assert "is not a chat completion" in str(failed)
     assert all("accept-encoding: identity" in head for head in heads) and len(heads) == 2
 
 

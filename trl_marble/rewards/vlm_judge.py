@@ -273,24 +273,26 @@ class VLMJudge:
 
     def _value(self, response: httpx2.Response) -> float:
         """The value that an answer gives."""
-        told = self._quote(response.text)
+        body = self._quote(response.text)
         status = response.status_code
         if status in (400, 413, 422):  # about this image or prompt: too large, too long, ...
-            raise UnscoredError(f"The judge refused a request with status {status}: {told}.")
+            raise UnscoredError(f"The judge refused a request with status {status}: {body}.")
         if 400 <= status < 500 and status not in ABOUT_ALL:
-            raise RefusedImageError(f"The judge at {self.base_url} refused a request with status {status}: {told}.")
+            raise RefusedImageError(f"The judge at {self.base_url} refused a request with status {status}: {body}.")
         if status != 200:
             fix = {
                 401: " Check `api_key`.",
                 404: f" Check `base_url` and the model {self.model!r}.",
             }.get(status, "")
-            raise RewardError(f"The judge at {self.base_url} answered status {status}: {told}.{fix}")
+            raise RewardError(f"The judge at {self.base_url} answered status {status}: {body}.{fix}")
         try:
             choice = response.json()["choices"][0]
             answers = _texts(choice["message"]["content"])
             reason = choice.get("finish_reason")
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-            raise UnscoredError(f"What the judge at {self.base_url} answered is no chat completion: {told}.") from None
+            raise UnscoredError(
+                f"What the judge at {self.base_url} answered is not a chat completion: {body}."
+            ) from None
         shown = self._quote(answers[0])
         if reason and str(reason).lower() not in ENDED_BY_MODEL:
             fix = " (raise `max_tokens` in `request_options`)" if reason == "length" else ""
@@ -302,7 +304,7 @@ class VLMJudge:
         except ValueError as error:
             raise UnscoredError(f"{error} The judge answered {shown}.") from None
         if len(scores) > 1:
-            raise UnscoredError(f"The parts of the answer make no one score. The judge answered {shown}.")
+            raise UnscoredError(f"The parts of the answer have different scores. The judge answered {shown}.")
         low, high = self.score_range
         return (scores.pop() - low) / (high - low)
 
