@@ -59,7 +59,8 @@ from transformers import (
     T5EncoderModel,
 )
 
-from trl_marble.balance import Objective, WeightedBackward, nft_losses
+from trl_marble.balance import Objective, WeightedBackward
+from trl_marble.losses.nft import implicit_losses
 from trl_marble.pipelines import (
     Conditioning,
     FlowPipeline,
@@ -465,11 +466,9 @@ class Step:
         with self.rows.recording(batch):
             with self._autocast():
                 velocity = self.policy(x_t, t, conditioning)
-            losses = nft_losses(velocity, old, x_t, x0, t, 0.1)
+            positive, negative = implicit_losses(velocity, old, x_t, x0, t, 0.1)
             divergence = (velocity.float() - base.float()).square().flatten(1).mean(dim=1)
-            self.rows.backward(
-                [Objective(each, coefficients) for each in (losses.positive, losses.negative, divergence)]
-            )
+            self.rows.backward([Objective(each, coefficients) for each in (positive, negative, divergence)])
 
 
 def without_values(model: Model, dtype: torch.dtype = torch.bfloat16) -> DiffusionPipeline:

@@ -42,6 +42,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from trl_marble import MarbleConfig, MarbleNFTTrainer
 from trl_marble.shapeworld import load_pipeline, load_prompts, reward_funcs
+from trl_marble.trainer import construction
 
 
 MODES = ("single", "weighted_sum", "naive", "exact", "streaming", "every_10")
@@ -127,41 +128,55 @@ class Bench:
             pipeline, rewards = random_pipeline(args.model, dtype), make_rewards(num_rewards)
         self.trainer = MarbleNFTTrainer(pipeline, rewards, config, prompts)
         self.trainer.create_optimizer()
-        self.linears = self.trainer.step_gradient.linears
         self.rows = [n // args.num_generations for n in range(size)]
-        self.cycle = 0
+        self.generation = 0
         # The policy differs from the old one, as at almost every step.
-        for parameter in self.trainer.parameters:
+        for parameter in self.trainer.weights.parameters:
             torch.nn.init.normal_(parameter, std=0.02)
 
     def sample(self) -> None:
         """The rollout of one generation batch."""
-        self.trainer._batch = self.trainer._generate(self.rows, self.cycle)
-        self.cycle += 1
+        self.trainer._batch = self.trainer._sample(self.rows, self.generation)
+        self.generation += 1
 
     def update(self, solves: bool) -> None:
         """Gradients and optimizer, on the latest generation batch."""
-        trainer = self.trainer
-        trainer.state.global_step = 0 if solves else 1
-        trainer._begin_update(0)
-        for slot in range(trainer.args.gradient_accumulation_steps):
-            trainer._accumulate(slot, 0, 0)
-        trainer.nonfinite.settle()
-        trainer.step_gradient.finish()
-        torch.nn.utils.clip_grad_norm_(trainer.parameters, 1.0)
+        trainer, update, batch = self.trainer, self.trainer.update, self.trainer._batch
+        positions = [trainer.layout.locate(number) for number in range(trainer.args.gradient_accumulation_steps)]
+        update.begin(0 if solves else 1, batch, positions[0])
+        for position in positions:
+            update.accumulate(batch, position)
+        update.finish()
+        torch.nn.utils.clip_grad_norm_(trainer.weights.parameters, 1.0)
         trainer.optimizer.step()
         trainer.optimizer.zero_grad()
-        trainer.step_gradient.commit()
+        update.commit()
 
     def switch(self, mode: str) -> None:
         """Switch the trainer to another mode."""
         mode = mode.removesuffix("_compiled")
-        trainer = self.trainer
+        trainer, args = self.trainer, self.trainer.args
         sums = mode in ("single", "weighted_sum")
-        trainer.args.multi_objective_aggregation = "sum_then_normalize" if sums else "marble"
-        trainer.args.balance_fraction = self.balance_fraction if mode == "streaming" else 1.0
+        args.multi_objective_aggregation = "sum_then_normalize" if sums else "marble"
+        args.balance_fraction = self.balance_fraction if mode == "streaming" else 1.0
         trainer.schedule.balance_every = 10 if mode == "every_10" else 1
-        trainer.step_gradient.linears = None if mode == "naive" else self.linears
+        shared = trainer.accelerator, trainer.metrics
+        trainer.rollouts = construction.build_source(
+            trainer.sampler, trainer.scorer, trainer.train_dataset, trainer.edits, *shared, args
+        )
+        trainer.update = construction.build_update(
+            trainer.weights,
+            construction.build_policy_loss(args),
+            trainer.schedule,
+            None,
+            trainer.scorer.names,
+            trainer.edits,
+            *shared,
+            trainer.progress,
+            args,
+        )
+        if mode == "naive":
+            trainer.update.gradient.linears = None
 
     def synchronize(self) -> None:
         if self.device.type == "cuda":
@@ -202,7 +217,7 @@ class Bench:
             function()
             return torch.cuda.max_memory_allocated(self.device)
         tensors = [*self.trainer.pipeline.transformer.parameters(), *self.trainer.pipeline.vae.parameters()]
-        for shadow in (self.trainer.old_policy, self.trainer.average):
+        for shadow in (self.trainer.weights.old, self.trainer.weights.averaged):
             tensors.extend(shadow.state_dict().values())
         for state in self.trainer.optimizer.state.values():
             tensors.extend(value for value in state.values() if torch.is_tensor(value))
@@ -284,7 +299,7 @@ def measure(args: argparse.Namespace, num_rewards: int, console: Console) -> dic
             "memory_bytes": memory[mode],
             **counts[mode],
         }
-    size = sum(parameter.numel() for parameter in several.trainer.parameters) * 4 / 2**20
+    size = sum(parameter.numel() for parameter in several.trainer.weights.parameters) * 4 / 2**20
     updates = sampling["weighted_sum"] / median(seconds["weighted_sum"])
     console.print(f"One gradient buffer has {size:.1f} MiB; sampling takes {updates:.2f} updates.")
     return results

@@ -321,12 +321,12 @@ def test_the_optimizers_metric_is_that_of_its_next_step(tmp_path):
     rate = trainer.optimizer.param_groups[0]["lr"]
     for seed in (0, 1):
         generator = torch.Generator().manual_seed(seed)
-        gradient = torch.cat([torch.randn(p.numel(), generator=generator) for p in trainer.parameters])
+        gradient = torch.cat([torch.randn(p.numel(), generator=generator) for p in trainer.weights.parameters])
         expected = step._preconditioner(gradient) * gradient
-        before = torch.cat([p.detach().flatten() for p in trainer.parameters])
-        assign_gradients(gradient, trainer.parameters)
+        before = torch.cat([p.detach().flatten() for p in trainer.weights.parameters])
+        assign_gradients(gradient, trainer.weights.parameters)
         trainer.optimizer.step()
-        moved = (before - torch.cat([p.detach().flatten() for p in trainer.parameters])) / rate
+        moved = (before - torch.cat([p.detach().flatten() for p in trainer.weights.parameters])) / rate
         torch.testing.assert_close(moved, expected.float(), rtol=1e-3, atol=1e-3)
 
 

@@ -1,55 +1,102 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
-"""Balancing with two other Gram matrices, which are not settings of the package.
+"""Other ways to balance, which are not settings of the package.
 
-Both change only the input of the weighting, not the rewards' gradients. They work with one process, and with new
-weights at every step for the advantages (`balance_every=1`, `balance_on="advantage"`).
+Each is a `StepGradient` that replaces the trainer's own: `trainer.update.gradient = EXPERIMENTS[name](trainer)`.
 """
 
-from collections.abc import Callable, Mapping
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from trl_marble import MarbleNFTTrainer
-from trl_marble.balance import (
-    SampleCoefficients,
-    WeightedBackward,
-    balance_diagnostics,
-    gram_matrix,
-    mgda_weights,
-)
-from trl_marble.rollout.batch import GenerationBatch
-from trl_marble.update.step_gradient import LossShares, StepGradient
+from trl_marble.balance import GradientRows, Harmonization, balance_diagnostics, gram_matrix, mgda_weights
+from trl_marble.losses import StepCounts
+from trl_marble.update import BalanceSettings, StepGradient
 
 
 # Lower limit for a signal's squared norm, as a share of the gradient's own: smaller estimates are noise.
 LEAST_SIGNAL = 0.05
 
 
-class _ExperimentalStep(StepGradient):
-    """A trainer's `StepGradient` with another weighting, which uses more than the Gram matrix."""
+class _Experiment(StepGradient):
+    """A trainer's `StepGradient`, to be changed."""
+
+    balance: BalanceSettings
 
     def __init__(self, trainer: MarbleNFTTrainer) -> None:
-        own = trainer.step_gradient
-        if not trainer.args.balances_gradients or trainer.args.balance_on != "advantage":
+        own = trainer.update.gradient
+        if own.balance is None:
+            raise ValueError('These experiments balance gradients: set `multi_objective_aggregation="marble"`.')
+        if trainer.args.balance_fraction != 1:
+            raise ValueError("These experiments solve from complete steps: set `balance_fraction=1`.")
+        super().__init__(own.accelerator, own.parameters, own.linears, own.balance, own.seed, own.guard, own.metrics)
+        self.trainer = trainer
+
+    def _solves_at_every_step(self) -> None:
+        if self.trainer.args.balance_every != 1:
+            raise ValueError("This experiment solves at every step: set `balance_every=1`.")
+
+
+class PublishedAmortization(_Experiment):
+    """
+    Between two solves the *advantages* are mixed by the smoothed alpha, as in the code published with MARBLE, and not
+    the per-reward losses by the weights that a solve uses.
+
+    The mixed advantage is clipped again, for alpha need not sum to 1, and counts for every sample that any reward
+    scores.
+    """
+
+    def begin(self, step: int, active: Tensor, num_micro_steps: int, weighted_sum: Tensor) -> None:
+        super().begin(step, active, num_micro_steps, weighted_sum)
+        if not self._solves:
+            self._weights = torch.ones(1, device=self.accelerator.device)  # of the one mixed advantage
+
+    def backward(self, terms: Sequence[Tensor], coefficients: Sequence[Tensor], shared: Tensor | None) -> None:
+        super().backward(terms, coefficients if self._solves else self._of_mixed_advantages(), shared)
+
+    def _of_mixed_advantages(self) -> Sequence[Tensor]:
+        trainer = self.trainer
+        position = trainer.layout.locate(trainer._micro_step)
+        advantages = trainer._batch.advantages[:, trainer.layout.samples_of(position.micro_batch)]
+        alpha, clip = self.balance.schedule.alpha.nan_to_num().to(advantages), trainer.args.advantage_clip
+        mixed = (alpha @ advantages.nan_to_num()).clamp(-clip, clip)
+        mixed = mixed.masked_fill(advantages.isnan().all(dim=0), torch.nan)[None]
+        scored = trainer._batch.scored[position.update] * trainer.update.grid.per_sample
+        return trainer.policy_loss.coefficients((), mixed, StepCounts(scored[None], scored, int(scored)))
+
+
+class RawGram(_Experiment):
+    """Balance with the Gram matrix of the gradients as they are, not of unit length: the weights are alpha."""
+
+    def __init__(self, trainer: MarbleNFTTrainer) -> None:
+        super().__init__(trainer)
+        self._solves_at_every_step()
+
+    def _solve(self, gram: Tensor) -> Harmonization:
+        squared_norms = gram.diagonal()
+        active = self._active.to(gram.device) & (squared_norms > 0)
+        alpha = torch.zeros_like(squared_norms)
+        if active.any():
+            alpha[active] = self.balance.weighting(gram[active][:, active]).to(gram)
+        return Harmonization(alpha, alpha, squared_norms.sqrt(), gram, active)
+
+
+class _OtherGram(_Experiment):
+    """
+    Another input of the weighting, and the same gradients. Works with one process, and with new weights at every step
+    for the advantages.
+    """
+
+    def __init__(self, trainer: MarbleNFTTrainer) -> None:
+        super().__init__(trainer)
+        self._solves_at_every_step()
+        if trainer.args.balance_on != "advantage":
             raise ValueError('These experiments balance the rewards\' signal: set `balance_on="advantage"`.')
-        if trainer.args.balance_every != 1 or trainer.args.balance_fraction != 1:
-            raise ValueError("These experiments solve at every step: set `balance_every=1` and `balance_fraction=1`.")
         if trainer.args.generation_batch_size != trainer.args.per_device_train_batch_size:
             raise ValueError("These experiments have one micro-batch a step: all images that are sampled for it.")
-        assert own.linears is not None
-        super().__init__(
-            own.args,
-            own.accelerator,
-            own.parameters,
-            own.linears,
-            own.schedule,
-            self.weigh,
-            own.names,
-            own.metrics,
-            own.guard,
-        )
-        self.trainer = trainer
+        self.balance = dataclasses.replace(self.balance, weighting=self.weigh)
 
     def weigh(self, gram: Tensor) -> Tensor:
         """The weights of the normalized gradients of the rewards that apply; `gram` is their Gram matrix."""
@@ -59,7 +106,7 @@ class _ExperimentalStep(StepGradient):
         return self._active.to(gradients.device) & (gradients != 0).any(dim=1)
 
 
-class CrossGram(_ExperimentalStep):
+class CrossGram(_OtherGram):
     """
     Balance with the cosines of the rewards' *signals*: inner products between the gradients of two halves of the step.
 
@@ -68,38 +115,37 @@ class CrossGram(_ExperimentalStep):
     of a prompt's images are centred together.)
     """
 
-    def begin(self, step: int, batch: GenerationBatch, update: int, num_times: int, on_policy: bool) -> None:
-        super().begin(step, batch, update, num_times, on_policy)
-        assert self.linears is not None
-        self._rows = WeightedBackward(2 * len(self.names) + 1, self.linears)
+    def _new_rows(self, number: int) -> GradientRows:
+        return super()._new_rows(2 * len(self.balance.names) + 1)
 
-    def shares(self, advantages: Tensor) -> LossShares:
-        shares = super().shares(advantages)
-        first = self._batch.sample_ids.to(advantages.device) % 2 == 0  # images of a prompt are consecutive
-        halves = [torch.cat([one * first, one * ~first]) for one in shares.balanced]  # [2K, B]
-        return shares._replace(balanced=SampleCoefficients(*halves))
+    def backward(self, terms: Sequence[Tensor], coefficients: Sequence[Tensor], shared: Tensor | None) -> None:
+        first = self.trainer._batch.sample_ids % 2 == 0  # images of a prompt are consecutive
+        halves = [
+            torch.cat([own * first.to(own.device), own * ~first.to(own.device)]) for own in coefficients
+        ]  # [2K, B]
+        super().backward(terms, halves, shared)
 
-    def _set_direction(self) -> None:
-        assert self._rows is not None
-        first, second, shared = self._rows.gradients.split([len(self.names), len(self.names), 1])
+    def _finish_measured(self, measured: GradientRows) -> None:
+        names = self.balance.names
+        first, second, shared = measured.gradients.split([len(names), len(names), 1])
         cross = 4 * first @ second.T  # the gradient of a half is half of the step's
         cross = ((cross + cross.T) / 2).double()
         gradients = first + second
         squared_norms = gradients.square().sum(dim=1).double()
-        for name, signal, total in zip(self.names, cross.diagonal(), squared_norms, strict=True):
+        for name, signal, total in zip(names, cross.diagonal(), squared_norms, strict=True):
             self.metrics.record(f"experiment/signal/{name}", (signal / total).item())
         kept = self._taking_part(gradients)
         norms = cross.diagonal().maximum(LEAST_SIGNAL * squared_norms)[kept].sqrt()
         cosines = cross[kept][:, kept] / norms.outer(norms)
         self._cosines = cosines.fill_diagonal_(1)  # also where the signal is too small to be distinguished from noise
-        self._rows.gradients = torch.cat([gradients, shared])
-        super()._set_direction()
+        measured.gradients = torch.cat([gradients, shared])
+        super()._finish_measured(measured)
 
     def weigh(self, gram: Tensor) -> Tensor:
         return mgda_weights(nearest_positive(self._cosines)).to(gram)
 
 
-class OptimizersMetric(_ExperimentalStep):
+class OptimizersMetric(_OtherGram):
     """
     Balance AdamW's step: inner products `g_k . P g_l`, with `P = 1 / (sqrt(v) + eps)`.
 
@@ -108,14 +154,13 @@ class OptimizersMetric(_ExperimentalStep):
     after the step with the direction that is the shortest without `P`.
     """
 
-    def _set_direction(self) -> None:
-        assert self._rows is not None
-        gradients = self._rows.gradients[:-1]
+    def _finish_measured(self, measured: GradientRows) -> None:
+        gradients = measured.gradients[:-1]
         kept = gradients[self._taking_part(gradients)].double()
         norms = kept.norm(dim=1)
         units = kept / norms[:, None]
         plain = mgda_weights(gram_matrix(units))
-        preconditioner = self._preconditioner(norms.mean() * plain @ units + self._rows.gradients[-1])
+        preconditioner = self._preconditioner(norms.mean() * plain @ units + measured.gradients[-1])
         metric_gram = gram_matrix(units * preconditioner.sqrt())
         lengths = metric_gram.diagonal().sqrt()
         alpha = mgda_weights(metric_gram / lengths.outer(lengths))
@@ -126,7 +171,7 @@ class OptimizersMetric(_ExperimentalStep):
         for name, chosen in (("plain", plain), ("taken", self._alpha)):
             for key, value in balance_diagnostics(metric_gram, chosen, everything).items():
                 self.metrics.record(f"experiment/step_{name}/{key}", value)
-        super()._set_direction()
+        super()._finish_measured(measured)
 
     def _preconditioner(self, direction: Tensor) -> Tensor:
         """`P` of shape `[P]` with the second moment as it is after a step with this gradient."""
@@ -163,6 +208,8 @@ def nearest_positive(matrix: Tensor) -> Tensor:
 
 
 EXPERIMENTS: Mapping[str, Callable[[MarbleNFTTrainer], StepGradient]] = {
+    "published_amortization": PublishedAmortization,
+    "raw_gram": RawGram,
     "cross_gram": CrossGram,
     "optimizers_metric": OptimizersMetric,
 }

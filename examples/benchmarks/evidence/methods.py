@@ -1,8 +1,8 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
 """The compared methods: those of the main table, and the variants of the ablations.
 
-The Gram matrix between halves of a batch and the one in the optimizer's metric are not settings of the package; they
-are in `experiments.py`.
+The published code's way to mix advantages, and other Gram matrices, are not settings of the package; they are in
+`experiments.py`.
 """
 
 from collections.abc import Callable, Mapping
@@ -73,7 +73,7 @@ WEIGHTED_SUM: dict[str, Any] = {"multi_objective_aggregation": "sum_then_normali
 # Advantages are normalized per group, as in its paper (docs/papers.md).
 GDPO: dict[str, Any] = {"multi_objective_aggregation": "normalize_then_sum", "scale_rewards": "group"}
 # With the code published with MARBLE, between two solves the advantages are mixed by the smoothed alpha.
-REFERENCE: dict[str, Any] = {"balance_every": 10, "balance_on": "loss", "amortization": "reference"}
+REFERENCE: dict[str, Any] = {"balance_every": 10, "balance_on": "loss"}
 
 SPECIALISTS = {name: f"specialist_{name}" for name in REWARDS}
 
@@ -87,7 +87,7 @@ METHODS: dict[str, Method] = {
     "sequential": Method("one after the other", tuple((name,) for name in REWARDS), WEIGHTED_SUM),
     "marble": Method("MARBLE, N = 1"),
     "marble_10": Method("MARBLE, N = 10", settings={"balance_every": 10}),
-    "marble_reference": Method("MARBLE, published code", settings=REFERENCE),
+    "marble_reference": Method("MARBLE, published code", settings=REFERENCE, experiment="published_amortization"),
 }
 
 
@@ -136,6 +136,7 @@ ABLATIONS: dict[str, dict[str, Method]] = {
         "floor": Method("MGDA, every alpha at least 0.1", weighting="floor", tuned_as="marble"),
     },
     "Gram matrix": {
+        "raw_gram": Method("of the gradients as they are", experiment="raw_gram", tuned_as="marble"),
         "cross_gram": Method("between halves of the step", experiment="cross_gram", tuned_as="marble"),
         "optimizers_metric": Method("in AdamW's metric", experiment="optimizers_metric", tuned_as="marble"),
     },
@@ -169,12 +170,12 @@ def missing_packages(method: Method) -> list[str]:
     return [package for package in needed if find_spec(package) is None]
 
 
-def make_weighting(method: Method) -> str | Callable[[Tensor], Tensor]:
-    """The value for `MarbleNFTTrainer(weighting=...)`."""
+def make_weighting(method: Method) -> Callable[[Tensor], Tensor] | None:
+    """The value for `MarbleNFTTrainer(weighting=...)`: `None` for MGDA, which it uses by itself."""
     if method.weighting == "floor":
         return partial(mgda_weights, floor=FLOOR)
-    if method.weighting not in TORCHJD:
-        return method.weighting
+    if method.weighting == "mgda":
+        return None
     import torchjd.aggregation
 
     name, arguments, _ = TORCHJD[method.weighting]

@@ -298,7 +298,7 @@ def _train_stage(
         callbacks=[progress],
     )
     if method.experiment is not None:
-        trainer.step_gradient = EXPERIMENTS[method.experiment](trainer)
+        trainer.update.gradient = EXPERIMENTS[method.experiment](trainer)
     try:
         trainer.train(resume_from_checkpoint=any(folder.glob("checkpoint-*")))
     except FileNotFoundError as error:  # there are checkpoints, but none is valid
