@@ -136,7 +136,6 @@ TRAINER_ARGUMENTS = {
     "lora_alpha": _ADAPTER,
     "lora_target_modules": _ADAPTER,
     "peft_config": "pass it to the trainer",
-    "weighting": "pass it to the trainer",
 }
 
 
