@@ -222,7 +222,8 @@ def test_images_are_decoded_once_for_a_generation_batch(tmp_path, decoded):
 
 
 def test_an_evaluation_decodes_each_image_once(tmp_path, decoded):
-    trainer = editing_trainer(tmp_path, eval_dataset=edit_set(), num_generations_eval=3)
+    """Where batches hold all samples of a row, as here: eight are two rows of four."""
+    trainer = editing_trainer(tmp_path, eval_dataset=edit_set(), num_generations_eval=4)
     trainer.evaluate()
     assert len(decoded) == 6
 

@@ -1,7 +1,7 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
 """Sampling and scoring a whole prompt set, batch by batch, on any number of processes."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -36,7 +36,8 @@ class EvaluationPlan:
     """
 
     def __init__(self, prompts: Dataset, edits: bool, num_generations: int, seed: int, batch_size: int) -> None:
-        self.prompts = with_rgb_images(prompts) if edits else prompts
+        self.prompts = prompts
+        self._rows = with_rgb_images(prompts) if edits else prompts  # its images are decoded where a row is read
         self.edits, self.num_generations, self.seed = edits, num_generations, seed
         self.num_images = len(prompts) * num_generations
         starts = range(0, self.num_images, batch_size)
@@ -53,7 +54,7 @@ class EvaluationPlan:
     def make_batch(self, flow: FlowPipeline, number: int) -> SampleBatch:
         """What a batch is sampled from."""
         indices = self.batches[number]
-        columns = read_rows(self.prompts, [self.place(index)[0] for index in indices])
+        columns = read_rows(self._rows, [self.place(index)[0] for index in indices])
         texts = columns.pop("prompt")
         conditioning, row = encode_distinct(flow, texts, columns["image"] if self.edits else None)
         seeds = [self.image_seed(index) for index in indices]
@@ -87,7 +88,7 @@ def evaluate_batches(
     numbers: Sequence[int],
     trainer_state: Any,
     deliver: Callable[[int, Samples], None],
-) -> None:
+) -> SampleBatch | None:
     """
     Sample and score this process's batches with the weights that are in place. A batch is scored while the next one is
     sampled. All processes call it.
@@ -105,6 +106,9 @@ def evaluate_batches(
             Passed on to the rewards.
         deliver (`Callable[[int, Samples], None]`):
             Called with the number of each batch and what became of it, in their order.
+
+    Returns:
+        [`~trl_marble.rollout.SampleBatch`]: What the first of these batches was sampled from; `None` without one.
     """
     # As many rounds on all processes, so that none of them goes on when one has failed.
     rounds = max(gather_object([len(numbers)]))
@@ -112,6 +116,14 @@ def evaluate_batches(
     filled = [*numbers, *[0] * (rounds - len(numbers))] if sampler.calls_together else list(numbers)
     todo, done = iter(filled), iter(filled)
     num_own = len(numbers)
+    first: list[SampleBatch] = []
+
+    def make_batches() -> Iterator[SampleBatch]:
+        for number in todo:
+            batch = plan.make_batch(sampler.flow, number)
+            if not first:
+                first.append(batch)
+            yield batch
 
     def deliver_own(samples: Samples) -> None:
         nonlocal num_own
@@ -121,10 +133,11 @@ def evaluate_batches(
 
     sampler.sample_and_score(
         scorers,
-        (plan.make_batch(sampler.flow, number) for number in todo),
+        make_batches(),
         rounds,
         sum(len(plan.batches[number]) for number in filled),
         trainer_state,
         deliver_own,
         max_waiting=1,
     )
+    return first[0] if first else None

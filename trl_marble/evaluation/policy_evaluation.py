@@ -16,7 +16,7 @@ from ..media import Sample
 from ..pipelines import PolicyWeights
 from ..rewards import RewardError, RewardScorer, Scores
 from ..rewards.call_log import LogKey, column_names
-from ..rollout import RolloutSampler, Samples, average_logged, count_failures
+from ..rollout import RolloutSampler, SampleBatch, Samples, average_logged, count_failures
 from ..rollout.diversity import group_diversity, thumbnails
 from .evaluation import Evaluation
 from .evaluator import EvaluationPlan, evaluate_batches
@@ -131,7 +131,7 @@ class PolicyEvaluator:
         shown_rows = {(k * rows) // self.num_shown for k in range(self.num_shown)}
         own: list[_ScoredImage] = []
         own_scores: list[Scores] = []
-        first: list[Samples] = []  # of the first batch of all
+        first: list[Samples] = []  # of this process's first batch
         num_nonfinite = 0
 
         def keep(number: int, samples: Samples) -> None:
@@ -143,13 +143,13 @@ class PolicyEvaluator:
             num_nonfinite += int((~samples.finite).sum())
 
         share = range(self.accelerator.process_index, len(plan.batches), self.accelerator.num_processes)
-        evaluate_batches(plan, self.sampler, self.scorers, share, trainer_state, keep)
+        first_batch = evaluate_batches(plan, self.sampler, self.scorers, share, trainer_state, keep)
         scores = Scores.concatenate(own_scores) if own_scores else _no_scores(len(self.names))
         with together.phase():
             failed = count_failures(scores, self.names, self.accelerator) if failures.leaves_out else {}
             logged = average_logged(scores.metrics)
         with together.phase(exchanges=self.sampler.calls_together):
-            norms = self._squared_velocity_norms(plan, first)
+            norms = self._squared_velocity_norms(plan, first_batch, first)
 
         images = sorted(gather_object(own), key=lambda image: image.number)
         policy, base = torch.tensor(gather_object(norms), dtype=torch.float64).sum(dim=0)
@@ -181,7 +181,9 @@ class PolicyEvaluator:
         )
 
     @torch.no_grad()
-    def _squared_velocity_norms(self, plan: EvaluationPlan, first: Sequence[Samples]) -> list[tuple[float, float]]:
+    def _squared_velocity_norms(
+        self, plan: EvaluationPlan, batch: SampleBatch | None, first: Sequence[Samples]
+    ) -> list[tuple[float, float]]:
         """
         Squared norms of the policy's and the base model's velocities of each image of the first batch, half way
         between it and noise. The first process has that batch, and what it finds.
@@ -192,7 +194,8 @@ class PolicyEvaluator:
             latents = gather_object(latents)
         if not latents:
             return []
-        batch = plan.make_batch(self.sampler.flow, 0)
+        if batch is None or not is_first:
+            batch = plan.make_batch(self.sampler.flow, 0)
         x0 = latents[0].to(self.accelerator.device).float()
         generators = [torch.Generator().manual_seed(seed) for seed in batch.seeds]
         noise = torch.stack([torch.randn(x0.shape[1:], generator=g) for g in generators]).to(x0)
