@@ -5,8 +5,10 @@ PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3 python;
 	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && echo $$python && break; done)
 
 BIN := .venv/bin
-# One thread a test process: two processes run at once, and small tensors gain nothing from more threads.
+# One thread a test process: two processes run at once, and small tensors gain nothing from more threads. The tests of a
+# file run in one process, so that what they share is made once.
 PYTEST := OMP_NUM_THREADS=1 .venv/bin/pytest
+TWO_AT_ONCE := -n 2 --dist loadfile
 INSTALLED := .venv/.installed
 
 AUDIT := build/audit
@@ -42,10 +44,10 @@ ablations: evidence
 
 test: $(INSTALLED)
 	$(BIN)/ruff check
-	$(PYTEST) tests -n 2
+	$(PYTEST) tests $(TWO_AT_ONCE)
 
 slow: $(INSTALLED)
-	$(PYTEST) tests -m slow
+	$(PYTEST) tests -m slow $(TWO_AT_ONCE)
 
 fuzz: $(INSTALLED)
 	$(PYTEST) tests/safety/test_fuzz.py --hypothesis-profile=long

@@ -3,11 +3,12 @@
 
 from typing import TYPE_CHECKING, Any
 
+from .version import __version__
+
 
 if TYPE_CHECKING:
     from .trainer import LiveTableCallback, MarbleConfig, MarbleNFTTrainer, RewardHackingCallback
 
-__version__ = "0.1.0.dev0"
 
 __all__ = ["LiveTableCallback", "MarbleConfig", "MarbleNFTTrainer", "RewardHackingCallback", "__version__"]
 

@@ -22,6 +22,17 @@ class MissingExtraError(ImportError):
     """A feature needs an extra that is not installed."""
 
 
+def has_extra(extra: str) -> bool:
+    """
+    Whether all modules that are needed of an extra are installed.
+
+    Args:
+        extra (`str`):
+            Name of the extra, a key of `EXTRAS`.
+    """
+    return not _missing(extra)
+
+
 def require_extra(extra: str, feature: str, otherwise: str = "") -> None:
     """
     Check that an extra is installed.
@@ -32,15 +43,19 @@ def require_extra(extra: str, feature: str, otherwise: str = "") -> None:
         feature (`str`):
             What needs it, for the message: the start of a sentence, such as `"The reward server"`.
         otherwise (`str`, *optional*):
-            What to do without it, for the message: the rest of a sentence, such as `"set log_images=False"`.
+            What to do without it, for the message: the rest of a sentence, such as `"train on a CPU"`.
 
     Raises:
         [`MissingExtraError`]: If a module of the extra is not installed. The message says how to install it.
     """
-    missing = [module for module in EXTRAS[extra] if find_spec(module) is None]
+    missing = _missing(extra)
     if missing:
         raise MissingExtraError(
             f"{feature} needs {' and '.join(missing)}, which the extra `{extra}` installs: run "
             f'`pip install ".[{extra}]"` in your clone of trl_marble, or `pip install {" ".join(missing)}`'
             + (f"; or {otherwise}." if otherwise else ".")
         )
+
+
+def _missing(extra: str) -> list[str]:
+    return [module for module in EXTRAS[extra] if find_spec(module) is None]

@@ -1,5 +1,5 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
-"""Images and videos: their colours, frames, tensors and files."""
+"""Images and videos: convert, select frames, make tensors, read and write files."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,30 +14,30 @@ Video = list[Image.Image]
 """A video: its frames in their order, PIL images of one size."""
 
 Sample = Image.Image | Video
-"""What a pipeline makes of a prompt."""
+"""An image or a video, the output of a pipeline for one prompt."""
 
-FRAME_MILLISECONDS = 62  # 16 frames a second; a pipeline does not say how fast its videos are meant to play
+FRAME_MILLISECONDS = 62  # 16 frames per second; pipelines do not define the speed of their videos
 PAPER = "#FFFFFF"
 
-# Pillow's modes of 32 bits do not say which value is white: the two that are in use.
+# Pillow's modes of 32 bits do not define which value is white; these two are common.
 WHITE = {"I": (255, 65535), "F": (1, 255)}
 
 
 def to_rgb(image: Image.Image | np.ndarray | Tensor) -> Image.Image:
     """
-    Convert an image of any kind to RGB with 8 bits per colour, upright, and on white where it is transparent.
+    Convert an image of any type to RGB with 8 bits per colour, upright, and on white where it is transparent.
 
-    Pipelines that edit images and rewards both get images through this function, so that they see the same colours.
+    Images for pipelines and for rewards are converted by this function, so that both see the same colours.
 
     Args:
         image (`PIL.Image.Image`, `np.ndarray` or `torch.Tensor`):
             An image of any mode. Values of 16 bits (`I;16`) are scaled to 8 bits. White is 255 or 65535 in mode `I`,
-            and 1 or 255 in mode `F`, whichever fits the largest value. The orientation that a camera noted (EXIF) is
+            and 1 or 255 in mode `F`, whichever fits the largest value. The orientation in the metadata (EXIF) is
             applied. An array has the shape `[H, W]` or `[H, W, C]`, a tensor `[H, W]` or `[C, H, W]`, with 1 to 4
             channels (grey, grey and alpha, RGB, RGBA); its values are bool, uint8, uint16, or floats in [0, 1].
 
     Returns:
-        `PIL.Image.Image`: the image itself if it is already so, else a new one.
+        `PIL.Image.Image`: the image itself if nothing has to be converted, otherwise a new one.
 
     Raises:
         `ValueError`: If the shape, the dtype or the values are not as above, or it is unclear which value is white.
@@ -57,7 +57,7 @@ def to_rgb(image: Image.Image | np.ndarray | Tensor) -> Image.Image:
 
 
 def _to_eight_bits(image: Image.Image) -> Image.Image:
-    """An image of mode `I`, `I;16` or `F` in mode `L`."""
+    """Convert an image of mode `I`, `I;16` or `F` to mode `L`."""
     values = np.asarray(image).astype(np.float64)
     low, high = values.min(), values.max()
     small, large = WHITE.get(image.mode, (65535, 65535))
@@ -116,13 +116,13 @@ def _array_to_image(values: np.ndarray) -> Image.Image:
 
 def evenly_spaced_frames(video: Video, num_frames: int) -> Video:
     """
-    Some frames of a video, from its first one to its last one.
+    Select frames of a video at equal distances, from the first to the last.
 
     Args:
         video (`list[PIL.Image.Image]`):
             The video.
         num_frames (`int`):
-            How many frames; 1 takes the one in the middle. A video that has fewer is taken whole.
+            Number of frames; 1 is the frame in the middle. If the video has fewer, all are selected.
     """
     if num_frames >= len(video):
         return list(video)
@@ -133,19 +133,19 @@ def evenly_spaced_frames(video: Video, num_frames: int) -> Video:
 
 def film_strip(sample: Sample, num_frames: int = 4) -> Image.Image:
     """
-    A picture that shows a video: some of its frames side by side. An image shows itself.
+    An image of a video: some of its frames side by side. An image is returned unchanged.
 
     Args:
         sample (`PIL.Image.Image` or `list[PIL.Image.Image]`):
             An image or a video.
         num_frames (`int`, *optional*, defaults to `4`):
-            How many frames, see [`evenly_spaced_frames`].
+            Number of frames, see [`evenly_spaced_frames`].
     """
     if not isinstance(sample, list):
         return sample
     frames = evenly_spaced_frames(sample, num_frames)
     width, height = frames[0].size
-    step = width + max(1, width // 40)  # a gap parts a frame from the next
+    step = width + max(1, width // 40)  # with a gap between frames
     strip = Image.new("RGB", (step * len(frames) - (step - width), height), PAPER)
     for place, frame in enumerate(frames):
         strip.paste(to_rgb(frame), (place * step, 0))
@@ -154,7 +154,7 @@ def film_strip(sample: Sample, num_frames: int = 4) -> Image.Image:
 
 def to_tensor(samples: Sequence[Sample]) -> Tensor:
     """
-    Images as one tensor `[B, 3, H, W]`, videos of one length as one `[B, F, 3, H, W]`; RGB in [0, 1].
+    Convert images to one tensor `[B, 3, H, W]`, or videos of one length to `[B, F, 3, H, W]`; RGB in [0, 1].
 
     Args:
         samples (`Sequence[PIL.Image.Image]` or `Sequence[list[PIL.Image.Image]]`):
@@ -169,21 +169,22 @@ def to_tensor(samples: Sequence[Sample]) -> Tensor:
 
 
 def sample_suffix(sample: Sample) -> str:
-    """The ending of a file that [`save_sample`] writes: `".png"` for an image, `".webp"` for a video."""
+    """The suffix of a file for [`save_sample`]: `".png"` for an image, `".webp"` for a video."""
     return ".webp" if isinstance(sample, list) else ".png"
 
 
 def save_sample(sample: Sample, file: Path, *, lossless: bool = True) -> None:
     """
-    Write an image as PNG, or a video as an animated WebP, which browsers play in a loop at 16 frames a second.
+    Write an image as PNG, or a video as an animated WebP, which browsers play in a loop at 16 frames per second.
 
     Args:
         sample (`PIL.Image.Image` or `list[PIL.Image.Image]`):
             An image, or a video, which is written in RGB.
         file (`Path`):
-            The file, whatever its ending.
+            The file, with any suffix.
         lossless (`bool`, *optional*, defaults to `True`):
-            Whether every pixel of a video is kept, as every pixel of an image is; else its file is many times smaller.
+            Whether a video is compressed without loss, as an image always is; otherwise its file is many times
+            smaller.
     """
     if not isinstance(sample, list):
         sample.save(file, format="PNG")
@@ -202,21 +203,21 @@ def save_sample(sample: Sample, file: Path, *, lossless: bool = True) -> None:
 
 def open_sample(file: Path) -> Sample:
     """
-    What [`save_sample`] wrote, in RGB.
+    Read a file of [`save_sample`], in RGB.
 
-    WebP keeps a frame that does not change once, with the time that it lasts, from which the frames are counted.
-    Of a video whose frames are all the same there is one frame left.
+    WebP stores consecutive equal frames once, with their duration, which gives their number. A video whose frames are
+    all equal has one frame afterwards.
 
     Args:
         file (`Path`):
-            A file whose ending is that of [`sample_suffix`].
+            A file with the suffix of [`sample_suffix`].
     """
-    with Image.open(file, formats=["PNG", "WEBP"]) as opened:  # other decoders are never asked
+    with Image.open(file, formats=["PNG", "WEBP"]) as opened:  # no other decoder is used
         if opened.format != "WEBP":
-            return to_rgb(opened).copy()  # the file is closed behind it
+            return to_rgb(opened).copy()  # of the pixels, since the file is closed
         video: Video = []
         for place in range(getattr(opened, "n_frames", 1)):
             opened.seek(place)
-            opened.load()  # tells the duration
+            opened.load()  # reads the duration
             video += [to_rgb(opened.copy())] * max(1, round(opened.info["duration"] / FRAME_MILLISECONDS))
         return video

@@ -1,5 +1,5 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
-"""Several processes that fail together: none waits for one that has stopped."""
+"""Raise an error of one process in all processes, so that none waits for one that has stopped."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,12 +12,12 @@ from .rewards import RewardError
 
 class FailingTogether:
     """
-    Where one process of a run fails, all of them raise the same error.
+    If one process of a run fails, all of them raise the same error.
 
     Without it, a process that raises would leave the others waiting in their next collective operation.
 
     Attributes:
-        failed (`bool`): Whether an error was raised in all processes. They are then at the same place of the run.
+        failed (`bool`): Whether an error was raised in all processes, all at the same place of the run.
 
     Example:
 
@@ -36,22 +36,23 @@ class FailingTogether:
     @contextmanager
     def phase(self, exchanges: bool = False, ask: bool = True) -> Iterator[None]:
         """
-        A part of the run that all processes go through. At its end they tell each other whether they failed.
+        A part of the run that all processes execute. At its end they exchange whether they failed.
 
-        Phases do not contain each other.
+        Phases must not be nested.
 
         Args:
             exchanges (`bool`, *optional*, defaults to `False`):
-                Whether processes exchange data inside, after places where only one of them may fail. That one cannot
-                tell the others, which wait for its data: it raises alone, and as it ends its launcher ends the others.
+                Whether processes exchange data inside, after places where only one of them may fail. That process
+                cannot inform the others, which wait for its data: it raises alone, and when it ends its launcher ends
+                the others.
             ask (`bool`, *optional*, defaults to `True`):
-                Whether to wait for the other processes. A process that failed waits for them in any case, so `False`
-                saves time where they all come to the end of another phase before anything else is exchanged.
+                Whether to wait for the other processes. A process that failed waits for them in any case. `False`
+                saves time if all processes reach the end of another phase before they exchange anything else.
 
         Raises:
             [`~trl_marble.rewards.RewardError`] or `RuntimeError`: In all processes, if any of them failed: the error
-                of the first of these, with its number and kind; on that process with the error itself as the cause.
-                The error itself where there is one process, or where processes exchange data.
+                of the first of these, with its number and type; on that process with the error itself as the cause.
+                With one process, or if processes exchange data, the error itself.
         """
         state = PartialState()
         failure: Exception | None = None
@@ -64,15 +65,15 @@ class FailingTogether:
             failure = error
         if state.num_processes == 1 or (failure is None and not ask):
             return
-        for process, told in enumerate(gather_object([None if failure is None else _tell(failure)])):
-            if told is not None:
+        for process, found in enumerate(gather_object([None if failure is None else _describe(failure)])):
+            if found is not None:
                 self.failed = True
-                text, of_reward = told
+                text, of_reward = found
                 message = f"Process {process} of {state.num_processes} failed with {text}"
                 raise (RewardError if of_reward else RuntimeError)(message) from failure
 
 
-def _tell(error: Exception) -> tuple[str, bool]:
-    """What others are told of an error: kind and message, and whether a reward is to blame."""
+def _describe(error: Exception) -> tuple[str, bool]:
+    """An error as text for other processes, and whether it is that of a reward."""
     lines = [f"{type(error).__name__}: {error}", *getattr(error, "__notes__", [])]
     return "\n".join(lines), isinstance(error, RewardError)

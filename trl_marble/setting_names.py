@@ -1,5 +1,5 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
-"""Names of settings that do not exist here: which one was meant. Imports nothing that takes long."""
+"""Suggest a setting for a name that does not exist here. Imports nothing that takes long."""
 
 import difflib
 from collections.abc import Collection
@@ -15,9 +15,9 @@ _8BIT = "set `optim='adamw_bnb_8bit'`"
 _BF16 = "set `bf16=True`"
 _ADAPTER = "pass a `peft.LoraConfig` as `peft_config` of the trainer"
 
-# What other trainers call it: TRL's GRPOConfig and DDPOConfig, diffusers' scripts, Flow-GRPO, DiffusionNFT, and older
-# versions of transformers. A single word is a setting of ours; anything else is an explanation.
-ELSEWHERE = {
+# Settings of other trainers: TRL's GRPOConfig and DDPOConfig, diffusers' scripts, Flow-GRPO, DiffusionNFT, and older
+# versions of transformers. A single word is a setting of this package; anything else is an explanation.
+OTHER_TRAINERS = {
     # TRL
     "log_completions": "log_images",
     "log_multimodal": "log_images",
@@ -33,7 +33,7 @@ ELSEWHERE = {
     "epsilon": _NO_RATIO,
     "epsilon_high": _NO_RATIO,
     "delta": _NO_RATIO,
-    "loss_type": "the loss is DiffusionNFT's; see `nft_beta`",
+    "loss_type": "the loss is `policy_loss`",
     "importance_sampling_level": _NO_RATIO,
     "sync_ref_model": "old_policy_preset",
     "ref_model_mixup_alpha": "old_policy_preset",
@@ -125,43 +125,42 @@ ELSEWHERE = {
     "logging_dir": "set the environment variable `TENSORBOARD_LOGGING_DIR`",
     "push_to_hub_model_id": "hub_model_id",
     "push_to_hub_token": "hub_token",
-    "group_by_length": "prompts are drawn in whole groups; leave it out",
+    "group_by_length": "every group has the images of one prompt; leave it out",
     "save_safetensors": "everything is saved as safetensors; leave it out",
 }
-# For Python, where the rewards and the adapter are arguments of the trainer and no settings.
-OF_THE_TRAINER = {
+# For Python, where the rewards and the adapter are arguments of the trainer instead of settings.
+TRAINER_ARGUMENTS = {
     "model": "pass it as `pipeline` of the trainer",
     "rewards": "pass them as `reward_funcs` of the trainer",
     "lora_r": _ADAPTER,
     "lora_alpha": _ADAPTER,
     "lora_target_modules": _ADAPTER,
     "peft_config": "pass it to the trainer",
-    "weighting": "pass it to the trainer",
 }
 
 
 def suggest_name(name: str, known: Collection[str], prefix: str = "") -> str | None:
     """
-    Say what to use instead of a setting that does not exist.
+    Suggest what to use instead of a setting that does not exist.
 
     Args:
         name (`str`):
-            The setting as it was written.
+            The name that does not exist.
         known (`Collection[str]`):
-            The settings that there are.
+            The settings that exist.
         prefix (`str`, *optional*, defaults to `""`):
-            What stands before a name that is shown: `"--"` for options.
+            The prefix of a suggested name: `"--"` for options.
 
     Returns:
-        `str`: A clause such as `` did you mean `log_images`? ``, or `None` if nothing is near.
+        `str`: A clause such as `` did you mean `log_images`? ``, or `None` if no name is similar.
     """
-    meant = ELSEWHERE.get(name, _NO_ENGINE if name.startswith("vllm_") else None)
+    meant = OTHER_TRAINERS.get(name, _NO_ENGINE if name.startswith("vllm_") else None)
     if meant is not None and " " in meant:
         return meant
     meant = meant or name
     if meant not in known:
-        if meant in OF_THE_TRAINER and not prefix:
-            return OF_THE_TRAINER[meant]
+        if meant in TRAINER_ARGUMENTS and not prefix:
+            return TRAINER_ARGUMENTS[meant]
         nearest = difflib.get_close_matches(name, known, n=1)
         if not nearest:
             return None

@@ -1,32 +1,32 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
-"""Whether as many processes work together as were launched. Imports nothing that takes long."""
+"""Check that all launched processes work together. Imports nothing that takes long."""
 
 import os
 
 
 def check_world_size(num_processes: int) -> None:
     """
-    Refuse to work with other processes than were launched: some of them would each do all the work, in one folder.
+    Refuse a number of processes other than the launched one: each process would do all the work in the same folder.
 
     Args:
         num_processes (`int`):
-            Number of processes that work together, as this one knows it.
+            Number of processes that work together.
 
     Raises:
-        `ValueError`: If the launcher was asked for another number.
+        `ValueError`: If the launcher was started for another number.
     """
     launched = os.environ.get("WORLD_SIZE", "1")
     how = (
-        "One process for each accelerator is started by `accelerate launch --multi_gpu --num_processes N`; for N on "
+        "One process per accelerator is started by `accelerate launch --multi_gpu --num_processes N`; for N on "
         "CPUs also set `use_cpu=True`, or start them by `trl-marble train --cpu --num_processes N`."
     )
     if launched.isdecimal() and int(launched) > 1 and int(launched) != num_processes:
         raise ValueError(
-            f"{launched} processes were launched (`WORLD_SIZE`), and {num_processes} would work together: there is no "
-            f"accelerator for each. {how}"
+            f"{launched} processes were launched (`WORLD_SIZE`), and {num_processes} would work together: there are "
+            f"not enough accelerators. {how}"
         )
-    # `accelerate launch` without `--multi_gpu` starts one process, whatever the number that it is asked for. All that
-    # tells of the number is that it sets the address of process 0.
+    # `accelerate launch` without `--multi_gpu` starts one process, whatever the requested number. The only sign of a
+    # larger number is that it sets the address of process 0.
     one_for_several = "ACCELERATE_USE_CPU" in os.environ and "MASTER_ADDR" in os.environ
     if num_processes == 1 and one_for_several and "RANK" not in os.environ:
         raise ValueError(

@@ -76,9 +76,9 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--steps", type=int, help=f"optimizer steps of every run; default: {STEPS}")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time; default: %(default)s")
-    parser.add_argument("--dry_run", action="store_true", help="say what would be run, and how long it would take")
+    parser.add_argument("--dry_run", action="store_true", help="print what would be run, and for how long")
     parser.add_argument(
-        "--quick", action="store_true", help="two methods, one seed, one rate, two steps: a test of the plumbing"
+        "--quick", action="store_true", help="two methods, one seed, one rate, two steps: tests only the code"
     )
     args = parser.parse_args(arguments)
     if args.jobs < 1:
@@ -136,7 +136,7 @@ def run_stage(title: str, runs: Sequence[Run], args: argparse.Namespace, console
         console.print(f"[red]{len(failed)} runs failed.[/red] Their logs:")
         for run in failed:
             console.print(f"  {args.output_dir / run.name / 'log.txt'}", highlight=False)
-        raise SystemExit("Run the same command again: what is finished is kept.")
+        raise SystemExit("Run the same command again: finished runs are kept.")
 
 
 def estimated_seconds(missing: Sequence[Run], all_runs: Sequence[Run], output_dir: Path) -> float:
@@ -188,4 +188,4 @@ if __name__ == "__main__":
     try:
         main()
     except KeyboardInterrupt:
-        raise SystemExit("Interrupted. The same command goes on from here.") from None
+        raise SystemExit("Interrupted. Run the same command again to continue.") from None

@@ -2,7 +2,7 @@
 
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["trl_marble[ocr]"]
+# dependencies = ["trl_marble[ocr,plots]"]
 #
 # [tool.uv.sources]
 # trl_marble = { path = "../.." }  # `uv run` from a clone: the package is not on PyPI yet
@@ -23,6 +23,8 @@ On the trainer's machine:
 ```bash
 accelerate launch --num_processes 8 examples/scripts/flux_remote_rewards.py \\
     --output_dir flux-marble \\
+    --model_name_or_path black-forest-labs/FLUX.1-dev \\
+    --dtype bfloat16 \\
     --prompts prompts.txt \\
     --height 512 \\
     --width 512 \\
@@ -33,14 +35,16 @@ accelerate launch --num_processes 8 examples/scripts/flux_remote_rewards.py \\
     --reward_timeout 600 \\
     --max_steps 500
 ```
+
+The options of the model are those of TRL's scripts. Without `--use_peft` the adapter is the paper's; with it,
+`--lora_r` and the like say what it is. `--load_in_4bit` stores the transformer in 4 bits.
 """
 
 from dataclasses import dataclass, field
 
 import torch
-from diffusers import FluxPipeline
-from peft import LoraConfig
-from trl import TrlParser
+from diffusers import FluxPipeline, PipelineQuantizationConfig
+from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
 from trl_marble import MarbleConfig, MarbleNFTTrainer
 from trl_marble.data import load_prompts, mix_prompts, ocr_prompts
@@ -50,32 +54,26 @@ from trl_marble.rewards import OCRAccuracy, RemoteReward, VLMJudge
 @dataclass
 class ScriptArguments:
     """
-    Where the model, the prompts and the rewards are.
+    Where the prompts and the rewards are.
 
     Args:
         prompts (`str`):
             General prompts: a file or a Hub dataset, see `load_prompts`.
-        model (`str`, *optional*, defaults to `"black-forest-labs/FLUX.1-dev"`):
-            The pipeline: a Hub id or a local folder.
         reward_server (`str`, *optional*, defaults to `"http://127.0.0.1:8100"`):
             Address of the reward server.
         judge (`str`, *optional*, defaults to `"http://127.0.0.1:8000/v1"`):
             Address of the judge's endpoint.
         judge_model (`str`, *optional*, defaults to `"CodeGoat24/UnifiedReward-qwen-7b"`):
             The judge's model.
-        lora_rank (`int`, *optional*, defaults to `32`):
-            Rank of the adapter.
     """
 
     prompts: str = field(metadata={"help": "General prompts: a file or a Hub dataset."})
-    model: str = field(default="black-forest-labs/FLUX.1-dev", metadata={"help": "Hub id or folder of the pipeline."})
     reward_server: str = field(default="http://127.0.0.1:8100", metadata={"help": "Address of the reward server."})
     judge: str = field(default="http://127.0.0.1:8000/v1", metadata={"help": "Address of the judge's endpoint."})
     judge_model: str = field(default="CodeGoat24/UnifiedReward-qwen-7b", metadata={"help": "The judge's model."})
-    lora_rank: int = field(default=32, metadata={"help": "Rank of the adapter."})
 
 
-def main(script_args: ScriptArguments, training_args: MarbleConfig) -> None:
+def main(script_args: ScriptArguments, training_args: MarbleConfig, model_args: ModelConfig) -> None:
     # ---- Prompts: general ones, and others that ask for written text ----
     prompts = mix_prompts(
         {"general": load_prompts(script_args.prompts), "ocr": ocr_prompts(2000, seed=training_args.seed)}
@@ -89,21 +87,23 @@ def main(script_args: ScriptArguments, training_args: MarbleConfig) -> None:
         OCRAccuracy(),
     ]
 
-    # ---- Training: the attention layers of both streams ----
+    # ---- Training: the attention layers of both streams, if `--lora_target_modules` does not say otherwise ----
+    quantization = get_quantization_config(model_args)
     pipeline = FluxPipeline.from_pretrained(
-        script_args.model, dtype=torch.bfloat16 if training_args.bf16 else torch.float32, use_safetensors=True
+        model_args.model_name_or_path,
+        revision=model_args.model_revision,
+        dtype=getattr(torch, model_args.dtype),
+        quantization_config=quantization and PipelineQuantizationConfig(quant_mapping={"transformer": quantization}),
+        use_safetensors=True,
     )
+    if model_args.attn_implementation is not None:
+        pipeline.transformer.set_attention_backend(model_args.attn_implementation)
     trainer = MarbleNFTTrainer(
         pipeline,
         reward_funcs=rewards,
         args=training_args,
         train_dataset=prompts,
-        peft_config=LoraConfig(
-            r=script_args.lora_rank,
-            lora_alpha=2 * script_args.lora_rank,
-            init_lora_weights="gaussian",
-            target_modules=["attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"],
-        ),
+        peft_config=get_peft_config(model_args),
     )
     trainer.train()
 
@@ -115,4 +115,4 @@ def main(script_args: ScriptArguments, training_args: MarbleConfig) -> None:
 
 
 if __name__ == "__main__":
-    main(*TrlParser((ScriptArguments, MarbleConfig)).parse_args_and_config())
+    main(*TrlParser((ScriptArguments, MarbleConfig, ModelConfig)).parse_args_and_config())

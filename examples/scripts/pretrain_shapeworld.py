@@ -79,7 +79,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--vae_batch_size", type=int, default=64)
     parser.add_argument("--flow_batch_size", type=int, default=128)
     parser.add_argument("--learning_rate", type=float, default=2e-3, help="Peak of the one-cycle schedules.")
-    parser.add_argument("--ema_decay", type=float, default=0.998, help="Of the weights that are saved in the end.")
+    parser.add_argument("--ema_decay", type=float, default=0.998, help="Of the averaged weights, which are saved.")
     parser.add_argument("--save_every", type=int, default=250, help="Steps between saved states.")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True, help="Needs a C++ compiler.")
     parser.add_argument("--seed", type=int, default=0)

@@ -2,7 +2,7 @@
 
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["trl_marble[clip,ocr]"]
+# dependencies = ["trl_marble[clip,ocr,plots]"]
 #
 # [tool.uv.sources]
 # trl_marble = { path = "../.." }  # `uv run` from a clone: the package is not on PyPI yet
@@ -62,8 +62,7 @@ class ScriptArguments:
         offload_rewards (`bool`, *optional*, defaults to `False`):
             Whether the scorers leave the GPU during updates.
         use_t5 (`bool`, *optional*, defaults to `True`):
-            Whether prompts are read by T5 too, which takes 9 GB in bf16. Without it, train and use the adapter on the
-            pipeline without it.
+            Whether T5 encodes the prompts too, which needs 9 GB in bf16. If `False`, also use the adapter without T5.
     """
 
     model: str = field(
@@ -72,10 +71,10 @@ class ScriptArguments:
     general_prompts: str = field(
         default="Gustavosta/Stable-Diffusion-Prompts", metadata={"help": "Hub dataset or file of general prompts."}
     )
-    prompt_column: str = field(default="Prompt", metadata={"help": "The column that holds the general prompts."})
-    num_generated_prompts: int = field(default=4000, metadata={"help": "Prompts made for each specialist."})
+    prompt_column: str = field(default="Prompt", metadata={"help": "The column with the general prompts."})
+    num_generated_prompts: int = field(default=4000, metadata={"help": "Generated prompts of each kind."})
     offload_rewards: bool = field(default=False, metadata={"help": "Keep the scorers off the GPU during updates."})
-    use_t5: bool = field(default=True, metadata={"help": "Read prompts with T5 too."})
+    use_t5: bool = field(default=True, metadata={"help": "Encode prompts with T5 too."})
 
 
 def main(script_args: ScriptArguments, training_args: MarbleConfig) -> None:

@@ -2,7 +2,7 @@
 
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["trl_marble"]
+# dependencies = ["trl_marble[plots]"]
 #
 # [tool.uv.sources]
 # trl_marble = { path = "../.." }  # `uv run` from a clone: the package is not on PyPI yet
@@ -57,7 +57,7 @@ class ScriptArguments:
             Whether training stops, instead of warning, when rewards rise while held-out rewards fall.
     """
 
-    num_eval_prompts: int = field(default=24, metadata={"help": "Held-out prompts that are evaluated on."})
+    num_eval_prompts: int = field(default=24, metadata={"help": "Number of held-out prompts in an evaluation."})
     stop_on_hacking: bool = field(default=False, metadata={"help": "Stop, not only warn, on reward hacking."})
 
 

@@ -2,7 +2,7 @@
 
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["trl_marble[clip]"]
+# dependencies = ["trl_marble[clip,plots]"]
 #
 # [tool.uv.sources]
 # trl_marble = { path = "../.." }  # `uv run` from a clone: the package is not on PyPI yet

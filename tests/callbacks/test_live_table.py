@@ -44,7 +44,9 @@ def test_on_a_terminal_there_is_one_display(tmp_path, capfd, disable_tqdm):
     screen = console(terminal=True)
 
     def slow(images, trainer_state, **kwargs):
-        time.sleep(0.4 if trainer_state.global_step == 1 else 0)  # longer than the display waits to refresh
+        deadline = time.monotonic() + 20
+        while trainer_state.global_step == 1 and "rewards  " not in screen.file.getvalue():
+            assert time.monotonic() < deadline  # the display refreshes four times a second
         return blue(images)
 
     trainer = small_trainer(

@@ -53,6 +53,7 @@ def said(caplog):
     return [record.message for record in caplog.records if "Reward hacking" in record.message]
 
 
+@pytest.mark.slow
 def test_a_hacked_run_stops_with_a_checkpoint_and_goes_on_when_resumed(tmp_path, caplog):
     stopped = hacked(tmp_path, RewardHackingCallback("stop"))
     stopped.train()

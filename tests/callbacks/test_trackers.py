@@ -43,6 +43,7 @@ def folder(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_tensorboard(folder):
     events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     found = events.EventAccumulator(str(folder / "tensorboard"), size_guidance={"images": 0, "histograms": 0})
@@ -60,6 +61,7 @@ def test_tensorboard(folder):
         assert counts[0] == 4 == counts[1] + counts[2]
 
 
+@pytest.mark.slow
 def test_trackio(folder):
     pytest.importorskip("trackio")
     logs = json.loads((folder / "trackio.json").read_text())
@@ -76,6 +78,7 @@ def test_trackio(folder):
     assert [row["train/global_step"] for row in logs if "train/loss" in row] == [1, 2, 3]
 
 
+@pytest.mark.slow
 def test_wandb(folder):
     pytest.importorskip("wandb")
     (file,) = (folder / "wandb").glob("offline-run-*/run-*.wandb")

@@ -17,7 +17,13 @@ def run(folder, *arguments):
 
 
 def test_the_demo_leaves_what_it_promises(tmp_path, monkeypatch, capsys):
-    for name, value in {"num_generations_eval": 2, "num_generations": 4, "per_device_train_batch_size": 64}.items():
+    small = {
+        "num_generations": 4,
+        "num_generations_eval": 1,
+        "per_device_train_batch_size": 32,
+        "num_inference_steps": 4,
+    }
+    for name, value in small.items():
         monkeypatch.setitem(DEMO_SETTINGS, name, value)
     report = run(tmp_path / "demo", "--max_steps", "1")
     assert set(report["rewards"]) == {"composition", "reader", "coverage", "centring", "calm"}

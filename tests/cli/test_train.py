@@ -161,6 +161,7 @@ def test_pushing_without_a_login_or_a_network_is_refused_before_anything_is_done
     assert re.search(message, capsys.readouterr().err)
 
 
+@pytest.mark.slow
 def test_two_processes_are_started_and_train_together(workplace):
     with (workplace / "run.yaml").open("a") as file:
         file.write("num_processes: 2\ncpu: true\n")

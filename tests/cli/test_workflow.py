@@ -39,7 +39,7 @@ def test_every_step_leaves_what_the_next_one_needs(finished):
     hub, done, folder = finished
     statuses = [line for line in done.stdout.splitlines() if line.startswith("STATUS")]
     assert statuses == ["STATUS 0"] * 6 + ["STATUS 2"], done.stderr
-    assert "'mine' is no repository id" in done.stderr
+    assert "'mine' is not a repository id" in done.stderr
     assert "They are on the Hub: me/trained" in done.stdout and f"{hub.url}/me/mine" in done.stdout
     assert "Compared with base" in done.stdout and "ours" in done.stdout
 

@@ -1,5 +1,5 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
-"""Prompt sets made by rule: all different, the same at every call, and what they say is what their columns say."""
+"""Generated prompt sets: different prompts, the same at every call, which agree with their columns."""
 
 import json
 import re
@@ -38,7 +38,7 @@ def test_there_are_n_different_prompts(make, n, seed) -> None:
 @MAKERS
 @pytest.mark.parametrize("n", [0, -3, 10**12])
 def test_more_than_there_are_is_refused(make, n) -> None:
-    with pytest.raises(ValueError, match=rf"`n` is {n}; there are (\d+) different prompts, ask for 1 to \1"):
+    with pytest.raises(ValueError, match=rf"`n` is {n}; there are (\d+) different prompts, so pass 1 to \1"):
         make(n)
 
 
@@ -82,7 +82,7 @@ def words_of(include: list[dict], tag: str) -> str:
 
 
 @sizes_and_seeds
-def test_include_says_what_the_prompt_says(n, seed) -> None:
+def test_include_agrees_with_the_prompt(n, seed) -> None:
     keys = {
         "single_object": [{"class", "count"}],
         "two_object": [{"class", "count"}] * 2,
@@ -108,7 +108,7 @@ def test_the_first_prompts_are_of_every_kind() -> None:
     assert {len(text.split()) for text in ocr_prompts(600)["text"][:60]} == {1, 2, 3}
 
 
-def test_what_has_no_colour_is_asked_for_in_none() -> None:
+def test_classes_without_colours_are_asked_for_without_one() -> None:
     colored = [
         entry["class"]
         for include in compositional_prompts(9000)["include"]

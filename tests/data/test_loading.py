@@ -1,5 +1,5 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
-"""Prompt sets from files and folders: what is written is what is read, and what cannot be read is refused."""
+"""Prompt sets from files and folders: texts are read unchanged, and files that cannot be read are refused."""
 
 import csv
 import io
@@ -56,11 +56,11 @@ def test_blank_lines_are_counted(write) -> None:
 
 @pytest.mark.parametrize("line", ['"a sign ""OPEN"" here"', 'a sign \\"OPEN\\"', '"""OPEN"" sign"'])
 def test_a_line_with_the_quotes_of_a_csv_file_is_refused(write, line) -> None:
-    with pytest.raises(ValueError, match="a.txt`, line 3, is .* with quotes as csv files have them"):
+    with pytest.raises(ValueError, match="a.txt`, line 3, is .* with quotes as in a csv file"):
         load_prompts(write("a.txt", f"a cat\n\n{line}\n"))
 
 
-def test_prompts_that_are_quotes_altogether_are_warned_of(write) -> None:
+def test_a_warning_about_prompts_that_are_all_in_quotes(write) -> None:
     with pytest.warns(UserWarning, match="All prompts of `.*a.txt` are in double quotes"):
         assert load_prompts(write("a.txt", '"a cat"\n"a dog"\n'))["prompt"][:] == ['"a cat"', '"a dog"']
     with warnings.catch_warnings():
@@ -168,7 +168,7 @@ def test_blank_lines_between_objects_are_counted(write) -> None:
     [
         ("a.jsonl", '{"prompt": "a"}\n{"prompt": oops}\n', "line 2 of `.*a.jsonl` is not JSON: Expecting value"),
         ("a.json", '[{"prompt": "a"},]', "a.json is not JSON"),
-        ("a.jsonl", '{"prompt": "a"}\n7\n', "`.*a.jsonl`, line 2, is 7; a prompt set is one JSON object a line"),
+        ("a.jsonl", '{"prompt": "a"}\n7\n', "`.*a.jsonl`, line 2, is 7; a prompt set is one JSON object per line"),
         ("a.json", '["a cat"]', '`.*a.json`, record 0, is "a cat"; a prompt set is'),
         ("a.jsonl", '{"prompt": "a", "n": 1}\n{"prompt": "b", "n": "1"}', "The column `n` .* types int, str; write"),
         ("a.json", '{"prompt": ["a", "b"]}', r"Row 0 of `.*` has the prompt \['a', 'b'\]"),
@@ -176,7 +176,7 @@ def test_blank_lines_between_objects_are_counted(write) -> None:
         ("a.jsonl", '{"prompt": "a"}\n{"tag": "x"}', "Row 1 of `.*` has the prompt None"),
     ],
 )
-def test_json_that_is_no_prompt_set_is_refused_with_its_place(write, name, content, message) -> None:
+def test_json_that_is_not_a_prompt_set_is_refused_with_its_place(write, name, content, message) -> None:
     with pytest.raises(ValueError, match=message):
         load_prompts(write(name, content))
 
@@ -199,15 +199,18 @@ def test_csv_with_quotes_and_empty_fields(write) -> None:
     [
         ("", "`.*a.csv` is empty; it needs at least one prompt"),
         ("prompt\n", "`.*a.csv` is empty; it needs at least one prompt"),
-        ("prompt\na cat, a dog\n", "more fields than its header. Put fields that hold a comma in double quotes"),
+        ("prompt\na cat, a dog\n", "more fields than its header. Put fields that contain a comma in double quotes"),
         ("prompt\na cat\na cat, a dog\n", "`.*a.csv`, line 3: it has 2 fields, more fields than its header"),
         ("prompt,tag,tag\na cat,x,y\n", "line 1: the header has the column 'tag' twice. Rename one"),
         ("sep=;\nprompt;tag\n\na;b;c\n", "line 4: it has 3 fields"),
-        ("\n\nprompt;tag\n\na;b;c\n", "line 5: it has 3 fields, .* Put fields that hold a semicolon in double quotes"),
+        (
+            "\n\nprompt;tag\n\na;b;c\n",
+            "line 5: it has 3 fields, .* Put fields that contain a semicolon in",
+        ),
         ("prompt,tag\na cat,x\n,y\n", "Row 1 of `.*a.csv` has the prompt None"),
     ],
 )
-def test_csv_that_is_no_prompt_set_is_refused(write, content, message) -> None:
+def test_csv_that_is_not_a_prompt_set_is_refused(write, content, message) -> None:
     with pytest.raises(ValueError, match=message):
         load_prompts(write("a.csv", content))
 
@@ -252,7 +255,7 @@ def test_quotes_of_a_csv_file_are_read_as_they_were_meant(write, content, meant)
 
 
 @pytest.mark.parametrize("separator", [",", ";", "\t"])
-def test_the_separator_may_be_told_as_excel_wants_it(write, separator) -> None:
+def test_the_separator_can_be_set_as_in_excel(write, separator) -> None:
     lines = [f"sep={separator}", f"prompt{separator}topic", f'"a, b; c"{separator}door']
     assert load_prompts(write("a.csv", "\r\n".join(lines)))[:] == {"prompt": ["a, b; c"], "topic": ["door"]}
 
@@ -266,8 +269,8 @@ def test_the_separator_may_be_told_as_excel_wants_it(write, separator) -> None:
         ('prompt,topic\n""OPEN"" sign,door\n', 2, "opens a double quote that is not closed at its end"),
         ('prompt,topic\n"OPEN, now" sign,door\n', 2, "opens a double quote that is not closed at its end"),
         ('prompt,topic\n"OPEN", a sign,door\n', 2, "it has 3 fields, more fields than its header"),
-        ('prompt,topic\n"a \\""b"" c",door\n', 2, r"has a quote behind a backslash. Write"),
-        ('prompt,topic\n"a \\"b\\" c",door\n"it ends with \\",door\n', 2, "opens a double quote|behind a backslash"),
+        ('prompt,topic\n"a \\""b"" c",door\n', 2, r"has a quote after a backslash. Write"),
+        ('prompt,topic\n"a \\"b\\" c",door\n"it ends with \\",door\n', 2, "opens a double quote|after a backslash"),
     ],
 )
 def test_a_csv_line_that_can_be_read_in_several_ways_is_refused_by_its_number(write, content, line, reason) -> None:
@@ -282,7 +285,7 @@ def test_a_csv_line_that_can_be_read_in_several_ways_is_refused_by_its_number(wr
     quoting=st.sampled_from([csv.QUOTE_MINIMAL, csv.QUOTE_ALL]),
     ending=st.sampled_from(["\n", "\r\n"]),
 )
-def test_what_a_program_wrote_is_read_field_by_field(rows, separator, quoting, ending) -> None:
+def test_fields_written_by_a_program_are_read_unchanged(rows, separator, quoting, ending) -> None:
     file = io.StringIO()
     csv.writer(file, delimiter=separator, quoting=quoting, lineterminator=ending).writerows(
         [("prompt", "text"), *rows]
@@ -323,9 +326,9 @@ def test_another_encoding_is_refused_with_its_line(write, name) -> None:
         load_prompts(write(name, "prompt\ncafe\n".encode("utf-16-le")))
 
 
-def test_a_csv_file_that_another_library_reads_is_warned_of(write) -> None:
+def test_a_warning_about_csv_files_that_datasets_reads(write) -> None:
     folder = write("set/data.csv", "prompt,topic\na cat,x\n").parent
-    with pytest.warns(UserWarning, match="stored as csv, which `datasets` reads.*quotes.*Pass the file itself"):
+    with pytest.warns(UserWarning, match="stored as csv and read by `datasets`.*quotes.*Pass the file itself"):
         assert load_prompts(folder)["prompt"][:] == ["a cat"]
 
 
@@ -362,14 +365,14 @@ def test_a_broken_parquet_file_is_refused(write) -> None:
         load_prompts(write("a.parquet", "no"))
 
 
-def test_what_has_no_text_in_json_is_refused(tmp_path) -> None:
+def test_values_without_a_form_in_json_are_refused(tmp_path) -> None:
     features = Features({"prompt": Value("string"), "when": List(Value("timestamp[s]"))})
     Dataset.from_dict({"prompt": ["a"], "when": [[0]]}, features=features).to_parquet(tmp_path / "a.parquet")
     with pytest.raises(ValueError, match="The column `when` of .* cannot be written as JSON .*datetime"):
         load_prompts(tmp_path / "a.parquet")
 
 
-def test_what_was_generated_comes_back(tmp_path) -> None:
+def test_generated_sets_are_read_unchanged(tmp_path) -> None:
     made = compositional_prompts(20)
     made.to_json(tmp_path / "a.jsonl")
     made.to_csv(tmp_path / "a.csv")
@@ -381,7 +384,7 @@ def test_what_was_generated_comes_back(tmp_path) -> None:
 # ---- Folders, splits, columns ----
 
 
-def test_a_folder_as_a_hub_dataset_has_it(tmp_path) -> None:
+def test_a_folder_like_a_dataset_of_the_hub(tmp_path) -> None:
     """Configurations in the card and numbered shards, through `load_dataset`."""
     for config, split, text in (("plain", "train", "a"), ("plain", "test", "b"), ("long", "train", "c")):
         folder = tmp_path / config
@@ -405,7 +408,7 @@ def test_a_folder_as_a_hub_dataset_has_it(tmp_path) -> None:
         load_prompts(tmp_path, split="val", name="plain")
 
 
-def test_what_save_to_disk_wrote(tmp_path) -> None:
+def test_folders_of_save_to_disk_are_read(tmp_path) -> None:
     one, two = Dataset.from_dict({"prompt": ["a"]}), Dataset.from_dict({"prompt": ["b"]})
     one.save_to_disk(tmp_path / "one")
     DatasetDict(train=one, test=two).save_to_disk(tmp_path / "both")
@@ -424,7 +427,7 @@ def test_two_files_for_a_split_are_refused(write) -> None:
 
 def test_a_missing_column_is_refused_with_those_there_are(write) -> None:
     path = write("a.jsonl", '{"text": "a", "tag": "b"}')
-    with pytest.raises(ValueError, match="has no column `prompt`; its columns are text, tag. Name the one"):
+    with pytest.raises(ValueError, match="has no column `prompt`; its columns are text, tag. Name the column"):
         load_prompts(path)
     assert load_prompts(path, column="text").to_dict() == {"prompt": ["a"], "tag": ["b"]}
 
@@ -448,7 +451,7 @@ def test_a_missing_file_is_refused_without_asking_the_hub(source) -> None:
 
 
 @pytest.mark.parametrize("source", ["someone/prompts-of-theirs", "prompts_1.5"])
-def test_what_may_be_on_the_hub_is_asked_for_there(source) -> None:
+def test_names_of_hub_datasets_are_looked_up_there(source) -> None:
     """Tests have no network: the Hub's client says so, and the message says what was looked for."""
     with pytest.raises(FileNotFoundError, match=f"'{source}' is neither a local file or folder nor .* Hub"):
         load_prompts(source)

@@ -15,7 +15,7 @@ OBJECTS = Dataset.from_dict({"tag": ["colors"], "include": ['[{"class": "cup"}]'
 SETS = {"general": GENERAL, "ocr": SIGNS, "geneval": OBJECTS}
 
 
-def test_every_row_keeps_what_it_had_and_has_none_elsewhere() -> None:
+def test_every_row_keeps_its_values_and_has_none_in_other_columns() -> None:
     mixed = mix_prompts(SETS)
     validate_prompts(mixed)
     nothing = {"text": None, "tag": None, "include": None, "source_weight": 1.0}
@@ -72,7 +72,7 @@ def test_quotes_of_general_prompts_beside_written_text_are_counted() -> None:
 
 
 @pytest.mark.filterwarnings("error")
-def test_quotes_that_are_meant_or_said_to_be_none_are_not_warned_of() -> None:
+def test_no_warning_about_quotes_that_are_intended_or_declared_as_none() -> None:
     general = Dataset.from_dict({"prompt": ["a cat", 'the "great" wall', "a hen"]})
     empty = general.map(lambda row: {"text": ""})  # what the warning says to do
     assert mix_prompts({"general": empty, "ocr": SIGNS})["text"][:] == ["", "", "", "hi", "yo"]
@@ -147,7 +147,7 @@ def test_a_set_with_its_own_source_column_is_refused() -> None:
         mix_prompts({"ocr": SIGNS, "mine": mix_prompts({"general": GENERAL})})
 
 
-def test_what_cannot_be_rolled_out_is_refused_by_name() -> None:
+def test_refuses_sets_that_cannot_be_used_and_names_them() -> None:
     with pytest.raises(ValueError, match='`datasets\\["ocr"\\]` has the columns .* but no `prompt`'):
         mix_prompts({"general": GENERAL, "ocr": Dataset.from_dict({"text": ["hi"]})})
     with pytest.raises(TypeError, match='`datasets\\["ocr"\\]` is a list'):
@@ -166,7 +166,7 @@ def test_a_weight_that_is_no_share_is_refused(weight) -> None:
 
 @pytest.mark.parametrize("weights", [{}, {"general": 1}, {"general": 1, "ocr": 1, "orc": 1}])
 def test_weights_for_other_sources_are_refused(weights) -> None:
-    with pytest.raises(ValueError, match=r"the prompt sets are \['general', 'ocr'\]; give each its weight"):
+    with pytest.raises(ValueError, match=r"the prompt sets are \['general', 'ocr'\]; pass one weight each"):
         mix_prompts({"general": GENERAL, "ocr": SIGNS}, weights)
 
 
@@ -174,7 +174,7 @@ def test_a_mix_that_was_changed_later_is_refused() -> None:
     mixed = mix_prompts({"general": GENERAL, "ocr": SIGNS})
     with pytest.raises(ValueError, match="Row 5 of the prompt set has the source None and the weight None"):
         source_weights(concatenate_datasets([mixed, GENERAL]))
-    with pytest.raises(ValueError, match="Row 5 of the prompt set gives the source 'ocr' the weight 2.0, an earlier"):
+    with pytest.raises(ValueError, match="Row 5 of the prompt set has the weight 2.0 for the source 'ocr'"):
         source_weights(concatenate_datasets([mixed, mix_prompts({"ocr": SIGNS}, {"ocr": 2})]))
     with pytest.raises(ValueError, match="has a column `source_weight` but no `source`"):
         source_weights(mixed.remove_columns("source"))

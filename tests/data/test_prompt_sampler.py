@@ -1,5 +1,5 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
-"""Order of the prompts: whole groups, every prompt, another order each epoch, its share to every source."""
+"""Order of the prompts: complete groups, every prompt, another order each epoch, a share for every source."""
 
 import math
 from collections import Counter
@@ -42,7 +42,7 @@ def test_the_length_is_what_is_yielded(sampler) -> None:
 
 
 @given(samplers())
-def test_a_batch_holds_whole_groups_of_different_prompts(sampler) -> None:
+def test_a_batch_has_complete_groups_of_different_prompts(sampler) -> None:
     for batch in batches(sampler):
         groups = [
             batch[start : start + sampler.num_generations] for start in range(0, len(batch), sampler.num_generations)
@@ -52,7 +52,7 @@ def test_a_batch_holds_whole_groups_of_different_prompts(sampler) -> None:
 
 
 @given(samplers())
-def test_a_batch_is_repeated_in_a_row(sampler) -> None:
+def test_a_batch_is_repeated_consecutively(sampler) -> None:
     every = batches(sampler)
     for start in range(0, len(every), sampler.num_repeats):
         assert every[start : start + sampler.num_repeats] == [every[start]] * sampler.num_repeats
@@ -279,7 +279,7 @@ def test_the_order_is_the_same_on_any_number_of_processes(epoch) -> None:
 
 @pytest.mark.parametrize("epoch", [0, 3])
 @pytest.mark.parametrize("processes", [1, 2])
-def test_resuming_takes_what_the_uninterrupted_run_takes_next(epoch, processes) -> None:
+def test_a_resumed_run_continues_with_the_same_prompts(epoch, processes) -> None:
     whole = loaded(MIX, processes, processes - 1, epoch)
     assert len(whole) == 12
     for done in range(len(whole)):
@@ -289,13 +289,13 @@ def test_resuming_takes_what_the_uninterrupted_run_takes_next(epoch, processes) 
 def test_a_source_that_is_too_small_for_its_share_is_refused() -> None:
     sources = ["big"] * 20 + ["small"] * 2
     RepeatPromptSampler(22, 1, 4, sources=sources)
-    with pytest.raises(ValueError, match="The source 'small' has 2 prompts, but its share .* is 2.5 of 5, and no"):
+    with pytest.raises(ValueError, match="The source 'small' has 2 prompts, but its share .* is 2.5 of 5 different"):
         RepeatPromptSampler(22, 1, 5, sources=sources)
     RepeatPromptSampler(22, 1, 5, sources=sources, source_weights={"big": 3, "small": 2})
 
 
 def test_sources_and_weights_must_fit() -> None:
-    with pytest.raises(ValueError, match="names the source of 2 prompts; the dataset has 3"):
+    with pytest.raises(ValueError, match="has 2 entries, and the dataset has 3 prompts"):
         RepeatPromptSampler(3, 1, 1, sources=["a", "b"])
     with pytest.raises(ValueError, match="`source_weights` needs `sources`"):
         RepeatPromptSampler(3, 1, 1, source_weights={"a": 1})

@@ -1,5 +1,5 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
-"""What a prompt set must look like."""
+"""Checks of prompt sets, and conversations as prompts."""
 
 import json
 import warnings
@@ -19,7 +19,7 @@ def test_prompts_with_any_other_column_are_taken() -> None:
 
 
 @pytest.mark.parametrize("given", [["a cat"], {"prompt": ["a cat"]}, None])
-def test_what_is_no_dataset_is_refused(given) -> None:
+def test_refuses_objects_that_are_not_datasets(given) -> None:
     message = f"`train_dataset` is a {type(given).__name__}; pass a `datasets.Dataset`"
     with pytest.raises(TypeError, match=message):
         validate_prompts(given)
@@ -61,7 +61,7 @@ def user(content) -> dict:
     return {"role": "user", "content": content}
 
 
-def test_of_a_conversation_the_last_message_of_the_user_is_the_prompt() -> None:
+def test_the_last_message_of_the_user_is_the_prompt_of_a_conversation() -> None:
     prompts = [
         [user("a cat")],
         [
@@ -154,6 +154,6 @@ def test_an_empty_prompt_is_refused_with_its_row(prompt) -> None:
         validate_prompts(Dataset.from_dict({"prompt": ["a cat", prompt]}))
 
 
-def test_a_prompt_that_is_no_text_is_refused_with_its_value() -> None:
+def test_a_prompt_that_is_not_a_text_is_refused_with_its_value() -> None:
     with pytest.raises(ValueError, match="Row 0 of `train_dataset` has the prompt 7"):
         validate_prompts(Dataset.from_dict({"prompt": [7, 8]}))

@@ -1,12 +1,12 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
-"""Reading rows of a prompt set."""
+"""Reading rows of a prompt set, each once."""
 
 from tiny_edits import edit_set
 
 from trl_marble.data import read_rows
 
 
-def test_rows_come_in_the_order_that_they_are_wanted_in():
+def test_rows_are_in_the_given_order():
     dataset = edit_set()
     columns = read_rows(dataset, [4, 0, 4, 2])
     assert list(columns) == ["prompt", "image", "tag"]

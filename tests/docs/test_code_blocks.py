@@ -8,6 +8,9 @@ from little_hub import little_hub
 
 
 PAGES = [page for page in pages() if read_blocks(page)]
+# Pages whose blocks take more than a few seconds. The README's do so too, and always run.
+LONG = {f"docs/{name}.md" for name in "cli evaluation hub quickstart reproducing scaling step_cost trainer".split()}
+assert set(PAGES) >= LONG
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +34,9 @@ def run(runner, tmp_path):
     return run
 
 
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize(
+    "page", [pytest.param(page, marks=pytest.mark.slow) if page in LONG else page for page in PAGES]
+)
 def test_the_blocks_of_a_page_run(page, run):
     error = run(page)
     assert error is None, error

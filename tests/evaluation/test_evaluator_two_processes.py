@@ -15,6 +15,8 @@ from tiny import tiny_sd3
 from trl_marble.evaluation import evaluate_pipeline
 
 
+pytestmark = pytest.mark.slow
+
 WORKER = Path(__file__).parents[1] / "support" / "evaluation_worker.py"
 REWARDS = [bright, red_only]
 

@@ -2,13 +2,15 @@
 """The modules of the `evaluate` library: alone, combined, batch by batch, and without files."""
 
 import math
+import sys
+from pathlib import Path
 
 import evaluate
 import pytest
 import torch
 from PIL import Image
 
-from trl_marble.evaluation import PromptDiversity, RewardMean, WinRate, thumbnails
+from trl_marble.evaluation import PromptDiversity, RewardMean, WinRate, measures, thumbnails
 from trl_marble.rollout.diversity import group_diversity
 
 
@@ -66,3 +68,19 @@ def test_no_files_are_written_by_default(tmp_path) -> None:
     module.add_batch(data=[1.0, 2.0], groups=[0, 1])
     assert list(tmp_path.rglob("*.arrow"))
     assert module.compute()["mean"] == 1.5
+
+
+@pytest.fixture
+def load(monkeypatch, tmp_path):
+    """`evaluate.load` of a measure's file, with its cache in a temporary folder."""
+    monkeypatch.setattr(evaluate.config, "HF_MODULES_CACHE", str(tmp_path))
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    folder = Path(measures.__file__).parent
+    return lambda name: evaluate.load(str(folder / f"{name}.py"), cache_dir=str(tmp_path))
+
+
+def test_others_load_them_by_path(load) -> None:
+    assert load("reward_mean").compute(data=[1.0, 3.0], groups=[0, 1])["mean"] == 2
+    diversity = load("prompt_diversity").compute(features=[[0.0, 0.0], [0.6, 0.8]], groups=[0, 0])
+    assert diversity["diversity"] == pytest.approx(0.5**0.5)
+    assert load("win_rate").compute(predictions1=[0.1, None], predictions2=[0.2, 0.5], groups=[0, 1])["wins"] == 1

@@ -162,7 +162,7 @@ def test_the_card_shows_videos_before_and_after(base, tuned, adapter):
 
 
 def test_rewards_of_images_are_refused_before_anything_is_written(tmp_path):
-    with pytest.raises(ValueError, match=re.escape("`FrameReward(bright)` scores evenly spaced frames")):
+    with pytest.raises(ValueError, match=re.escape("`FrameReward(bright)`, which averages its scores")):
         evaluate_pipeline(tiny_wan(), [motion, bright], prompt_set(), small_evaluation(tmp_path / "new", **SIZE))
     assert not (tmp_path / "new").exists()
 

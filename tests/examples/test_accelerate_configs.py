@@ -50,6 +50,7 @@ def test_accelerate_reads_the_files(config, kind, machines) -> None:
     assert read.mixed_precision == "no" and read.use_cpu is False
 
 
+@pytest.mark.slow
 def test_one_process_is_launched(tmp_path) -> None:
     process = launch(tmp_path, "single_gpu.yaml", **SHORT)
     said = wait(process)
@@ -57,6 +58,7 @@ def test_one_process_is_launched(tmp_path) -> None:
     assert [file.name for file in (tmp_path / "run").glob("rank*.json")] == ["rank0.json"]
 
 
+@pytest.mark.slow
 def test_two_machines_train_together(tmp_path) -> None:
     """Both are this one, with a process each."""
     with socket.socket() as free:
@@ -72,6 +74,7 @@ def test_two_machines_train_together(tmp_path) -> None:
     assert not first["sample_ids/0"].equal(second["sample_ids/0"])
 
 
+@pytest.mark.slow
 def test_where_a_process_is_killed_the_others_are_stopped(tmp_path) -> None:
     process = launch(tmp_path, "multi_gpu.yaml", "--num_processes", "2", **SHORT | {"max_steps": 3}, fault="kill")
     said = wait(process)

@@ -218,6 +218,7 @@ def test_learning_rates_are_not_chosen_on_held_out_prompts():
         }
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_from_its_last_stage(tmp_path):
     run = Run(MAIN, "sequential", 1e-3, 1, replace(QUICK, steps=5))
     runs.execute(run, tmp_path)
@@ -270,6 +271,7 @@ def test_what_is_scored_is_the_adapter_that_was_saved(tmp_path):
     assert np.nanmax(np.abs(fused - base.table[names].to_numpy())) > 1e-2  # it does something
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_does_not_stop_the_others(tmp_path, monkeypatch):
     for key in (*workers.ONE_THREAD, "TQDM_DISABLE"):  # are for the processes, not for the tests after this one
         monkeypatch.setenv(key, "1")
@@ -289,6 +291,7 @@ def logged_steps(name: str, folder: Path) -> list[dict]:
     return [row for row in runs.load_report(run, folder)["history"] if "loss" in row]
 
 
+@pytest.mark.slow
 def test_experiments_have_the_gradients_of_marble_and_weigh_them_in_their_own_way(tmp_path):
     plain, halves, metric = (logged_steps(name, tmp_path) for name in ("marble", "cross_gram", "optimizers_metric"))
     norms = [key for key in plain[0] if key.startswith("balance/grad_norm/") and plain[0][key] > 0]
@@ -374,6 +377,7 @@ def test_nash_mtl_of_a_gram_matrix_is_that_of_its_gradients():
 # ---- The command ----
 
 
+@pytest.mark.slow
 def test_from_nothing_to_a_report(tmp_path):
     command = ["--quick", "--jobs", "1", "--output_dir", str(tmp_path)]
     subprocess.run([sys.executable, FOLDER / "compare.py", *command], check=True)

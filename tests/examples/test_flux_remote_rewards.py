@@ -56,7 +56,8 @@ class ImageReward(PickScore):
 
 def test_the_command_in_the_docstring_is_one_that_the_script_takes(script, tmp_path):
     command = command_in_docstring(script, tmp_path)
-    _, args = parse(script, *command, "--use_cpu")
+    _, args, model_args = parse(script, *command, "--use_cpu")
+    assert model_args.model_name_or_path == "black-forest-labs/FLUX.1-dev"
     assert args.generation_batch_size * 8 == 48 * 24 and args.guidance_scale == 3.5
 
 
@@ -66,11 +67,13 @@ def test_the_script_trains_with_rewards_from_servers(script, tmp_path, judge, ti
     (tmp_path / "prompts.txt").write_text("a cat\na street at night\n")
     with RewardServer([PickScore(), ImageReward()], port=0) as server:
         arguments = {
-            "model": tmp_path / "flux",
+            "model_name_or_path": tmp_path / "flux",
             "prompts": tmp_path / "prompts.txt",
             "reward_server": server.url,
             "judge": judge,
-            "lora_rank": 2,
+            "use_peft": True,
+            "lora_r": 2,
+            "attn_implementation": "native",
             "output_dir": tmp_path / "run",
             "per_device_train_batch_size": 4,
             "gradient_accumulation_steps": 1,

@@ -2,7 +2,6 @@
 """The notebooks run from top to bottom, and are stored with outputs that say nothing of the machine they ran on."""
 
 import json
-import os
 import re
 from pathlib import Path
 
@@ -16,24 +15,10 @@ NOTEBOOKS = sorted((ROOT / "examples" / "notebooks").glob("*.ipynb"))
 PATHS = re.compile(
     r"(?<![\w.:/])(/(?:home|root|tmp|work|Users|usr|opt|mnt|var|content)\b|[A-Z]:\\\\)|site-packages|\.venv"
 )
-SMALL = "from doc_runner import make_small\n\nmake_small()"
 
 
 def cells(notebook):
     return [cell for cell in notebook.cells if cell.cell_type == "code"]
-
-
-def execute(path, folder, monkeypatch, first=None):
-    """The notebook after a run in an empty folder."""
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests" / "support")]))
-    notebook = nbformat.read(path, as_version=4)
-    if first is not None:
-        notebook.cells.insert(0, nbformat.v4.new_code_cell(first))
-    client = NotebookClient(
-        notebook, timeout=900, kernel_name="python3", resources={"metadata": {"path": str(folder)}}
-    )
-    client.execute()  # raises where a cell does
-    return notebook
 
 
 def kinds(cell):
@@ -42,17 +27,16 @@ def kinds(cell):
     return [sorted(output.data) for output in outputs]
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_a_notebook_runs(path, tmp_path, monkeypatch):
-    notebook = execute(path, tmp_path, monkeypatch, first=SMALL)
-    stored = nbformat.read(path, as_version=4)
-    assert [kinds(cell) for cell in cells(notebook)[1:]] == [kinds(cell) for cell in cells(stored)]
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_a_notebook_runs_in_full(path, tmp_path, monkeypatch):
-    execute(path, tmp_path, monkeypatch)
+def test_a_notebook_runs(path, tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    notebook, stored = (nbformat.read(path, as_version=4) for _ in range(2))
+    client = NotebookClient(
+        notebook, timeout=900, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}
+    )
+    client.execute()  # raises where a cell does
+    assert [kinds(cell) for cell in cells(notebook)] == [kinds(cell) for cell in cells(stored)]
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)

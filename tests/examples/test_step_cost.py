@@ -6,10 +6,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "benchmarks" / "step_cost.py"
 
 
+@pytest.mark.slow
 def test_every_mode_is_measured(tmp_path):
     options = ["--model", "tiny", "--rewards", "3", "--repeats", "1", "--device", "cpu", "--beta", "0.1"]
     subprocess.run([sys.executable, SCRIPT, *options, "--json", tmp_path / "cost.json"], check=True)

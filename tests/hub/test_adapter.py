@@ -42,6 +42,7 @@ def test_fresh_pipeline_makes_the_same_images(family, tmp_path):
     np.testing.assert_allclose(images(fresh), trained, atol=1e-5)  # alpha / r is 3: a rounding apart
 
 
+@pytest.mark.slow
 def test_pushed_adapter_makes_the_same_images_in_another_process(trained, tmp_path):
     save_adapter(trained, tmp_path / "adapter")
     head = """
@@ -63,7 +64,7 @@ for source in (folder, "me/adapter"):
 np.save(out, np.stack(results))
 """
     with local_hub() as hub:
-        # A process of its own too: nothing that other tests left behind can make a difference.
+        # In another process: state of other tests cannot change the result.
         hub.run(head + make, str(tmp_path / "expected.npy"), home=tmp_path / "home")
         hub.run(head + use, str(tmp_path / "adapter"), str(tmp_path / "images.npy"), home=tmp_path / "home")
         assert list(hub.files["me/adapter"]) == [FILE]
@@ -106,7 +107,7 @@ def test_the_tensors_alone_make_the_same_images_as_the_file(configuration, tmp_p
     right = picture(trained)
     assert np.abs(right - base).max() > 0.01
     before = {key: value.clone() for key, value in adapter_state(trained).items()}
-    trained.set_adapters("default", 0.25)  # what is published is what was trained, however it is used here
+    trained.set_adapters("default", 0.25)  # the file has the trained strength, whatever the one in use
     file = save_adapter(trained, tmp_path)
     assert all(torch.equal(value, before[key]) for key, value in adapter_state(trained).items())
 
@@ -131,7 +132,7 @@ def test_a_scale_that_cannot_be_part_of_the_weights_stays_in_the_metadata(tmp_pa
         assert torch.equal(opened.get_tensor(f"transformer.{key}"), adapter_state(pipeline)[key])
 
 
-def test_other_weights_can_be_saved_in_the_place_of_the_adapters_own(trained, tmp_path):
+def test_other_weights_can_be_saved_instead_of_the_adapters_own(trained, tmp_path):
     zero = {key: torch.zeros_like(value) for key, value in adapter_state(trained).items()}
     save_adapter(trained, tmp_path, zero)
     fresh = quiet(tiny.tiny_sd3())
@@ -155,7 +156,7 @@ def test_only_the_named_adapter_is_saved(tmp_path):
             assert torch.equal(saved[key], 3 * value if "lora_B" in key else value), key
 
 
-def test_file_says_that_alpha_is_r_and_nothing_of_the_machine(trained, tmp_path):
+def test_file_has_alpha_equal_to_r_and_no_path_of_the_machine(trained, tmp_path):
     trained.transformer.peft_config["default"].base_model_name_or_path = str(tmp_path)
     file = save_adapter(trained, tmp_path)
     with safe_open(file, "pt") as opened:
@@ -170,7 +171,7 @@ def test_equal_adapters_are_equal_files(trained, tmp_path):
     copy = tiny.tiny_sd3()
     add_trained_adapter(copy)
     copy.transformer.peft_config["default"].target_modules = set(reversed(TARGETS))
-    # Several times, since an order that is left to chance comes out right now and then.
+    # Several times, since a random order can be right by chance.
     files = [save_adapter(pipeline, tmp_path / str(i)) for i in range(4) for pipeline in (trained, copy)]
     assert len({file.read_bytes() for file in files}) == 1
 

@@ -72,7 +72,7 @@ def test_interpolation_is_the_weighted_sum_of_the_weight_changes(tmp_path, varia
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_the_ends_make_the_images_of_the_two_adapters(tmp_path, variant):
+def test_shares_0_and_1_make_the_images_of_the_two_adapters(tmp_path, variant):
     a, b = saved(tmp_path / "a"), saved(tmp_path / "b", seed=1, **VARIANTS[variant])
     for share, end in ((0.0, a), (1.0, b)):
         interpolate_adapters(a, b, share, tmp_path / str(share))
@@ -80,7 +80,7 @@ def test_the_ends_make_the_images_of_the_two_adapters(tmp_path, variant):
     assert np.abs(images_with(a) - images_with(b)).max() > 0.01
 
 
-def test_the_file_says_its_ranks_and_does_without_metadata_too(tmp_path):
+def test_the_file_has_its_ranks_and_also_works_without_metadata(tmp_path):
     a, b = saved(tmp_path / "a"), saved(tmp_path / "b", seed=1, r=2, target_modules=["to_q"])
     file = interpolate_adapters(a, b, 0.25, tmp_path / "between")
     with safe_open(file, "pt") as opened:
@@ -200,7 +200,7 @@ def test_adapters_of_different_models(tmp_path):
 
 
 @pytest.mark.parametrize("share", [-0.1, 1.01, math.nan])
-def test_a_share_outside_the_two(tmp_path, share):
+def test_refuses_a_share_outside_0_and_1(tmp_path, share):
     a = saved(tmp_path / "a")
     with pytest.raises(ValueError, match=r"is not in \[0, 1\]"):
         interpolate_adapters(a, a, share, tmp_path / "out")
@@ -209,7 +209,7 @@ def test_a_share_outside_the_two(tmp_path, share):
 def test_an_adapter_is_not_replaced_by_its_mixture(tmp_path):
     a, b = saved(tmp_path / "a"), saved(tmp_path / "b", seed=1)
     before = (b / FILE).read_bytes()
-    with pytest.raises(ValueError, match="holds one of the two adapters"):
+    with pytest.raises(ValueError, match="is the folder of one of the adapters"):
         interpolate_adapters(a, b / FILE, 0.5, b)
     assert (b / FILE).read_bytes() == before
 
@@ -220,10 +220,10 @@ def test_an_adapter_is_not_replaced_by_its_mixture(tmp_path):
         ("lora_unet_blocks_0.lora_down.weight", "not plain LoRA"),
         ("transformer.x.lora_magnitude_vector", "DoRA and biases"),
         ("base_model.model.x.lora_A.weight", "not plain LoRA"),
-        ("transformer.x.lora_A.weight", "no pair of LoRA factors"),
+        ("transformer.x.lora_A.weight", "not a pair of LoRA factors"),
     ],
 )
-def test_files_that_cannot_be_computed_with(tmp_path, key, message):
+def test_refuses_files_that_are_not_plain_lora(tmp_path, key, message):
     a = saved(tmp_path / "a")
     save_file(load_file(a / FILE) | {key: torch.ones(2, 2)}, tmp_path / "b.safetensors")
     with pytest.raises(ValueError, match=message):

@@ -1,5 +1,5 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
-"""Loading and fusing: what counts is the images that come out."""
+"""Loading and fusing adapters, checked by the images that the pipelines make."""
 
 import json
 
@@ -52,7 +52,7 @@ def test_weight_scales_the_change(adapter):
     assert pipeline.get_active_adapters() == ["first"]
     half = images(pipeline)
     assert np.abs(half - base).max() > 0.005 and np.abs(half - trained).max() > 0.005
-    # Two halves are a whole.
+    # Two times one half is one.
     load_adapter(pipeline, folder, adapter_name="second")
     pipeline.set_adapters(["first", "second"], [0.5, 0.5])
     np.testing.assert_allclose(images(pipeline), trained, atol=1e-5)
@@ -112,6 +112,7 @@ def peft_files(folder, tmp_path) -> dict[str, bytes]:
     return {"adapter_model.safetensors": (tmp_path / "peft.safetensors").read_bytes(), "adapter_config.json": config}
 
 
+@pytest.mark.slow
 def test_an_adapter_on_the_hub(adapter, tmp_path):
     folder, _, trained = adapter
     script = """
@@ -156,7 +157,7 @@ def test_an_adapter_of_another_model_is_refused_and_changes_nothing(adapter, tmp
     sd3 = tiny.tiny_sd3()
     with pytest.raises(ValueError, match="made for another model"):
         load_adapter(sd3, tmp_path / "wide.safetensors")
-    # A deeper model of the same kind: diffusers would leave out what it has no place for.
+    # A deeper model of the same kind: diffusers would leave out the layers that the pipeline does not have.
     with pytest.raises(ValueError, match=r"first: 'transformer.transformer_blocks.1"):
         fuse_adapter(tiny.tiny_sd3(num_layers=1), folder)
     assert lora_layers(sd3) == lora_layers(flux) == []
@@ -174,7 +175,7 @@ def test_broken_values_and_weights_are_refused(adapter, tmp_path):
         load_adapter(tiny.tiny_sd3(), folder, weight=float("nan"))
 
 
-def test_a_name_that_is_taken_and_adapters_that_would_be_lost(adapter):
+def test_refuses_a_name_in_use_and_adapters_that_would_be_lost(adapter):
     folder, _, _ = adapter
     pipeline = load_adapter(tiny.tiny_sd3(), folder)
     with pytest.raises(ValueError, match="has an adapter 'default' already"):
@@ -191,7 +192,7 @@ def test_a_name_that_no_module_can_have(adapter, name):
     assert lora_layers(pipeline) == []
 
 
-def test_a_place_that_is_taken_is_refused_before_the_weights_change(adapter, tmp_path):
+def test_refuses_a_folder_in_use_before_the_weights_change(adapter, tmp_path):
     folder, base, _ = adapter
     (tmp_path / "something").write_text("")
     pipeline = quiet(tiny.tiny_sd3())
@@ -212,6 +213,6 @@ def test_pickles_are_refused(adapter, tmp_path, name):
 
 
 @pytest.mark.parametrize("place", ["../nowhere", "./user/name", "a/b/c", "user/..", "user/a.safetensors"])
-def test_what_is_neither_a_path_nor_a_hub_id(place):
+def test_refuses_names_that_are_neither_paths_nor_hub_ids(place):
     with pytest.raises(OSError, match="There is no adapter|does not exist"):
         load_adapter(tiny.tiny_sd3(), place)

@@ -1,5 +1,5 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
-"""The Hub that other tests push to behaves like one towards the real client."""
+"""The local Hub of other tests answers the real client as the real Hub does."""
 
 import json
 

@@ -1,5 +1,5 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
-"""Adapters in the layouts of other programs: the same images, or a message that says whose layout it is."""
+"""Adapters in the layouts of other programs: the same images, or an error that names the layout."""
 
 import json
 
@@ -50,7 +50,7 @@ RENAMED = {
 
 
 @pytest.mark.parametrize("rename", RENAMED.values(), ids=RENAMED)
-def test_what_only_has_other_names_is_loaded(adapter, rename, tmp_path):
+def test_files_with_other_names_are_loaded(adapter, rename, tmp_path):
     _, folder, trained = adapter
     published = load_file(folder / FILE)
     save_file(
@@ -111,7 +111,7 @@ def test_an_adapter_of_peft_is_loaded_with_the_alpha_of_its_configuration(adapte
     np.testing.assert_allclose(images(rank_stabilized), trained, atol=1e-5)
 
 
-def test_an_adapter_of_peft_whose_strength_nobody_knows_or_that_is_more_than_lora(adapter, tmp_path):
+def test_refuses_adapters_of_peft_without_alpha_or_with_more_than_lora(adapter, tmp_path):
     state, _, _ = adapter
     save_as_peft(state, tmp_path, layer_replication=[[0, 1]])
     pipeline = tiny.tiny_sd3()
@@ -137,7 +137,7 @@ UNKNOWN = {
 
 
 @pytest.mark.parametrize(("description", "rename"), UNKNOWN.items(), ids=UNKNOWN)
-def test_other_names_of_the_layers_are_told_from_another_model(adapter, description, rename, tmp_path):
+def test_refuses_other_names_of_layers_and_names_the_layout(adapter, description, rename, tmp_path):
     state, _, _ = adapter
     file = tmp_path / "other.safetensors"
     save_file({rename(key): value for key, value in state.items()}, file)
@@ -148,7 +148,7 @@ def test_other_names_of_the_layers_are_told_from_another_model(adapter, descript
     assert pipeline.get_list_adapters() == {}
 
 
-def test_an_adapter_of_another_model_in_another_layout_is_called_that(adapter, tmp_path):
+def test_refuses_an_adapter_of_another_model_in_another_layout(adapter, tmp_path):
     state, _, _ = adapter
     save_as_peft(state, tmp_path)
     with pytest.raises(ValueError, match="made for another model"):

@@ -57,7 +57,7 @@ def bare_card(**changes) -> ModelCard:
 
 
 def every_section(**changes) -> ModelCard:
-    """A card with all that there can be."""
+    """A card with all parts."""
     return full_card(
         rewards=[
             RewardRow("composition", 0.7, 0.8, 0.01, 0.02, change=0.1, change_se=0.005),
@@ -86,14 +86,14 @@ def call_prompt(card: ModelCard) -> ast.expr:
     return code(card).body[3].value.value.value.args[0]
 
 
-def test_rewards_stand_in_a_table_with_their_change():
+def test_rewards_are_in_a_table_with_their_change():
     text = section(full_card(), "Rewards before and after")
     assert (
         "| composition | 0.7000 ± 0.0100 | 0.8000 ± 0.0200 | +0.1000 |\n| reader | 21.50 | 21.00 | -0.5000 |" in text
     )
 
 
-def test_held_out_rewards_and_diversity_stand_in_the_table_and_are_explained():
+def test_held_out_rewards_and_diversity_are_in_the_table_and_explained():
     card = every_section()
     text = section(card, "Rewards before and after")
     assert "| composition | 0.7000 ± 0.0100 | 0.8000 ± 0.0200 | +0.1000 ± 0.0050 |" in text
@@ -117,7 +117,7 @@ def test_sources_have_a_table_of_their_own():
     assert "| composition | – | – |\n| beauty | 5.000 → 4.500 | 5.000 → 3.500 |" in text
 
 
-def test_an_adapter_from_elsewhere_is_not_said_to_be_trained_here():
+def test_the_card_of_an_adapter_that_was_not_trained_here_does_not_claim_it():
     card = every_section(trained_here=False)
     assert "made with **trl_marble**" not in card.content and "2605.06507" not in card.content
     assert "## Training" not in card.content and "balanced" not in card.content
@@ -151,7 +151,7 @@ def test_balance_of_the_update_and_of_the_weighted_sum():
     assert "(balance.png)" in text
 
 
-def test_what_was_not_measured_is_said_to_be():
+def test_missing_values_are_not_measured():
     card = bare_card()
     assert "| composition | not measured | not measured | not measured |" in card.content
     assert "not measured" in section(card, "How the rewards were balanced")
@@ -162,7 +162,7 @@ def test_what_was_not_measured_is_said_to_be():
 
 
 @pytest.mark.parametrize("card", [full_card(), bare_card(), every_section()], ids=["full", "bare", "every section"])
-def test_the_card_is_whole(card):
+def test_the_card_has_all_sections(card):
     for title in ("How to use it", "Training settings", "Licence and limits", "Citation"):
         assert section(card, title).strip()
     assert "2605.06507" in section(card, "Citation") and "2509.16117" in section(card, "Citation")
@@ -203,7 +203,7 @@ def test_a_result_keeps_its_digits(value):
     assert result.metric_value == pytest.approx(value, rel=1e-5)
 
 
-def test_inputs_come_back_from_their_file(tmp_path):
+def test_saved_inputs_are_loaded_again(tmp_path):
     inputs = full_inputs(
         rewards=[RewardRow("a", math.nan, 0.5, held_out=True)],
         diversity=RewardRow("diversity", 0.1, 0.2),
@@ -212,7 +212,7 @@ def test_inputs_come_back_from_their_file(tmp_path):
     assert inputs.save(tmp_path) == tmp_path / "model_card.json"
     read = CardInputs.load(tmp_path)
     assert str(build_model_card(read)) == str(build_model_card(inputs))
-    # NaN, which JSON has not, is what was not measured.
+    # NaN, which JSON does not have, means not measured.
     assert read == dataclasses.replace(inputs.public(), rewards=[RewardRow("a", None, 0.5, held_out=True)])
     CardInputs("bare", [RewardRow("a")]).save(tmp_path)
     assert str(build_model_card(CardInputs.load(tmp_path))) == str(
@@ -331,7 +331,7 @@ def test_no_base_model_and_folders_of_other_systems(base_model):
     assert card.data.base_model is None
 
 
-def test_tokens_never_get_in():
+def test_the_card_never_has_a_token():
     token = "hf_" + "aB3" * 10
     card = full_card(
         settings={"hub_token": "my own secret", "token": "another", "note": token, "tokens_per_image": 16},
@@ -406,7 +406,7 @@ except ValueError as error:
         ("UnlistedPipeline", "sample.png", False),
     ],
 )
-def test_a_card_of_videos_says_so(pipeline_class, file, videos):
+def test_a_card_of_videos_has_their_task_and_example(pipeline_class, file, videos):
     card = full_card(pipeline_class=pipeline_class, gallery=[GalleryItem(file, "a cat")])
     assert card.data.pipeline_tag == ("text-to-video" if videos else "text-to-image")
     assert card.data.pipeline_tag in card.data.tags

@@ -267,6 +267,7 @@ def test_images_reach_the_tracker(published) -> None:
     assert {tag: found[tag] for tag in expected} == expected
 
 
+@pytest.mark.slow
 def test_a_download_makes_the_same_images_and_resumes_the_run(published) -> None:
     output = published.hub.run(USE, str(published.folder), home=published.folder / "empty home").stdout
     result = json.loads(output.split("RESULT ")[1].splitlines()[0])

@@ -1,5 +1,5 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
-"""What `push_adapter` leaves on a Hub, and what it refuses before anything is there."""
+"""What `push_adapter` uploads to a Hub, and what it refuses before it creates a repository."""
 
 import json
 from pathlib import Path
@@ -32,7 +32,7 @@ def picture(file: Path) -> None:
 
 @pytest.fixture
 def folder(tmp_path):
-    """An adapter with its card, among things that are nobody's business."""
+    """An adapter with its card, next to private files."""
     folder = tmp_path / "run"
     pipeline = tiny.tiny_sd3(num_layers=1)
     add_trained_adapter(pipeline)
@@ -100,7 +100,7 @@ def test_the_adapter_its_card_and_its_pictures_are_pushed_and_nothing_else(folde
             assert hub.files[f"me/{name}"][FILE] == (folder / FILE).read_bytes()
             for content in hub.files[f"me/{name}"].values():
                 assert TOKEN.encode() not in content and str(tmp_path).encode() not in content
-        # The card is rendered anew under the repository's name, unless someone worked on it.
+        # The card is rendered again with the repository's name, unless somebody has edited it.
         for name in ("first", "second"):
             card = hub.text(f"me/{name}", "README.md")
             assert f"# {name}\n" in card and f'load_lora_weights("me/{name}")' in card
@@ -111,7 +111,7 @@ def test_the_adapter_its_card_and_its_pictures_are_pushed_and_nothing_else(folde
         )
 
 
-def test_pictures_of_cards_by_other_hands(folder):
+def test_pictures_of_edited_cards(folder):
     (folder / "model_card.json").unlink()
     picture(folder / "plots" / "html.png")
     picture(folder / "plots" / "titled.png")
@@ -131,8 +131,8 @@ def test_several_weight_files_go_together(folder):
 
 
 @pytest.mark.parametrize("repo_id", ["name", "me/", "https://huggingface.co/me/name", "../name"])
-def test_what_is_no_repository_id(folder, repo_id):
-    with pytest.raises(ValueError, match="is no repository id. Pass the owner and a name"):
+def test_refuses_names_that_are_not_repository_ids(folder, repo_id):
+    with pytest.raises(ValueError, match="is not a repository id. Pass the owner and a name"):
         push_adapter(folder, repo_id)
 
 
@@ -146,19 +146,19 @@ def test_a_folder_without_an_adapter_or_a_card(folder):
         push_adapter(folder, "me/name")
 
 
-def test_a_picture_that_is_missing_or_elsewhere(folder, tmp_path):
+def test_a_picture_that_is_missing_or_outside_the_folder(folder, tmp_path):
     before = (folder / "README.md").read_bytes()
     (folder / "images" / "a b.png").rename(tmp_path / "secret.png")
     with pytest.raises(FileNotFoundError, match="The card shows 'images/a b.png', which is not in"):
         push_adapter(folder, "me/name")
     (folder / "images" / "a b.png").symlink_to(tmp_path / "secret.png")
-    with pytest.raises(ValueError, match="lies outside"):
+    with pytest.raises(ValueError, match="is outside"):
         push_adapter(folder, "me/name")
     assert (folder / "README.md").read_bytes() == before
     (folder / "images" / "a b.png").unlink()
     picture(folder / "images" / "a b.png")
     edited(folder, "\n![s](../secret.png)\n")
-    with pytest.raises(ValueError, match="'../secret.png', which lies outside"):
+    with pytest.raises(ValueError, match="'../secret.png', which is outside"):
         push_adapter(folder, "me/name")
 
 
@@ -171,5 +171,5 @@ def test_metadata_that_cannot_be_read(folder, metadata):
 
 def test_an_access_token_in_the_card(folder):
     edited(folder, "\nUse hf_" + "aB3" * 10 + "\n")
-    with pytest.raises(ValueError, match="README.md holds an access token"):
+    with pytest.raises(ValueError, match="README.md contains an access token"):
         push_adapter(folder, "me/name")

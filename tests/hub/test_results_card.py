@@ -123,7 +123,7 @@ def test_the_pictures_are_the_evaluated_images(adapter):
     assert (folder / "before_after.png").stat().st_size > 1000
 
 
-def test_an_adapter_from_elsewhere_names_the_pipeline_that_was_evaluated(adapter, tmp_path):
+def test_the_card_of_an_adapter_without_inputs_names_the_evaluated_pipeline(adapter, tmp_path):
     folder, results = adapter
     card = card_from_evaluations(folder, results)
     assert "A LoRA adapter for `my_base`.\n" in card.content and "# mine\n" in card.content
@@ -136,14 +136,14 @@ def test_an_adapter_from_elsewhere_names_the_pipeline_that_was_evaluated(adapter
     assert (folder / "README.md").read_text() == str(card)
     named = card_from_evaluations(folder, results, base_model="acme/base")
     assert named.data.base_model == "acme/base"
-    # What was found out stays for the next time, but not the rewards of the time before.
+    # The inputs are used the next time, but not the rewards of the earlier evaluation.
     fewer = {name: dataclasses.replace(result, reward_names=["bright"]) for name, result in results.items()}
     again = card_from_evaluations(folder, fewer)
     assert again.data.base_model == "acme/base" and [r.metric_type for r in again.data.eval_results] == ["bright"]
     assert r"only\_signs" not in again.content
 
 
-def test_what_the_trainer_left_is_kept_and_other_rewards_are_held_out(adapter):
+def test_inputs_of_the_trainer_are_kept_and_other_rewards_are_held_out(adapter):
     folder, results = adapter
     CardInputs(
         repo_name="the trained one",
@@ -162,7 +162,7 @@ def test_what_the_trainer_left_is_kept_and_other_rewards_are_held_out(adapter):
     assert "| `learning_rate` | `0.001` |" in card.content and "(balance.png)" in card.content
     assert "against 2 rewards at once:\n`bright`, `unmeasured`. It" in card.content
     assert cells(card, r"only\_signs (held out)") and cells(card, "bright")
-    assert cells(card, "unmeasured") == ["not measured"] * 3  # not what another evaluation once found
+    assert cells(card, "unmeasured") == ["not measured"] * 3  # not the value of an earlier evaluation
     assert "old" not in [row.name for row in CardInputs.load(folder).rewards]
     # Again, and nothing changes.
     assert str(card_from_evaluations(folder, results)) == str(card)
@@ -184,11 +184,11 @@ def test_one_evaluation_has_no_before(adapter):
     assert " → " not in card.content.split("| Reward | signs")[1].split("\n\n")[0]
 
 
-def test_failed_images_are_said(adapter):
+def test_the_card_has_the_number_of_failed_images(adapter):
     folder, results = adapter
     after = dataclasses.replace(results["after"], failed={"bright": 3, "only_signs": 0})
     card = card_from_evaluations(folder, {"after": after})
-    assert "less those that a reward failed for (`bright` for 3)" in card.content
+    assert "without those for which a reward failed (`bright` for 3)" in card.content
 
 
 def test_bad_input_is_refused_and_leaves_no_card(adapter, tmp_path):
@@ -205,6 +205,6 @@ def test_bad_input_is_refused_and_leaves_no_card(adapter, tmp_path):
     pipeline = tiny.tiny_sd3()
     add_trained_adapter(pipeline, seed=1)
     save_adapter(pipeline, folder)
-    with pytest.raises(ValueError, match="'after' is of .* which is not the adapter that is now in"):
+    with pytest.raises(ValueError, match="'after' is of .* which is not the adapter in"):
         card_from_evaluations(folder, results)
     assert not (folder / "README.md").exists()

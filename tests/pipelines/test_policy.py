@@ -58,18 +58,18 @@ def test_calling_the_policy_gives_the_velocity(flow):
     assert torch.equal(Policy(flow)(x_t, t, conditioning), flow.velocity(x_t, t, conditioning))
 
 
-def test_checkpointing_under_its_older_name(flow):
+def test_checkpointing_is_switched_on_and_off(flow):
     policy = Policy(flow)
-    policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"preserve_rng_state": False})
+    policy.activation_checkpointing_enable({"preserve_rng_state": False})
     assert flow.transformer.is_gradient_checkpointing
-    policy.gradient_checkpointing_disable()
+    policy.activation_checkpointing_disable()
     assert not flow.transformer.is_gradient_checkpointing
 
 
 def test_checkpointing_that_would_lose_gradients_is_refused(flow):
     policy = Policy(flow)
     with pytest.raises(ValueError, match="use_reentrant=True gives no gradients"):
-        policy.gradient_checkpointing_enable({"use_reentrant": True})
+        policy.activation_checkpointing_enable({"use_reentrant": True})
     with pytest.raises(ValueError, match="every_n_layers=2 and offload=False"):
         policy.activation_checkpointing_enable(every_n_layers=2)
     with pytest.raises(ValueError, match="every_n_layers=1 and offload=True"):

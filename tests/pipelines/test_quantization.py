@@ -1,9 +1,11 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
 """A LoRA on a base of 8 or 4 bits trains, saves and loads as on any other."""
 
+import sys
+
 import pytest
 import torch
-from peft.import_utils import is_bnb_available
+from diffusers.quantizers.bitsandbytes import BnB4BitDiffusersQuantizer, BnB8BitDiffusersQuantizer
 from quantized import QUANTIZATIONS, quantized_sd3
 from tiny import tiny_sd3
 from tiny_families import tiny_flux2
@@ -13,10 +15,12 @@ from trainer_helpers import small_trainer
 from trl_marble.balance import Objective, SeparateBackward, WeightedBackward
 from trl_marble.checkpoint.run_state import base_fingerprint
 from trl_marble.cli.sources import load_model
+from trl_marble.extras import MissingExtraError
 from trl_marble.pipelines import (
     FlowPipeline,
     add_trainable_adapter,
     load_adapter,
+    load_pipeline,
     lora_config,
     plain_lora_linears,
 )
@@ -93,11 +97,23 @@ def test_the_dtype_is_not_that_of_a_lora_in_front_of_all_other_weights():
     assert FlowPipeline(pipeline).dtype == torch.bfloat16
 
 
-def test_the_configurations_are_for_the_transformer_alone():
+@pytest.mark.parametrize(
+    ("quantization", "quantizer", "layer"),
+    [("nf4", BnB4BitDiffusersQuantizer, "Linear4bit"), ("int8", BnB8BitDiffusersQuantizer, "Linear8bitLt")],
+)
+def test_the_transformer_alone_is_loaded_quantized(quantization, quantizer, layer, tmp_path, monkeypatch):
     pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
-    nf4, int8 = (quantization_config(name, torch.bfloat16) for name in ("nf4", "int8"))
-    assert nf4.components_to_quantize == int8.components_to_quantize == ["transformer"]
-    assert nf4.quant_kwargs["bnb_4bit_compute_dtype"] == torch.bfloat16
+    # They load onto a GPU only, although bitsandbytes computes on a CPU too.
+    monkeypatch.setattr(quantizer, "validate_environment", lambda self, *args, **kwargs: None)
+    monkeypatch.setattr(quantizer, "update_device_map", lambda self, device_map: {"": "cpu"})
+    tiny_sd3(num_layers=1).save_pretrained(tmp_path)
+    config = quantization_config(quantization, torch.bfloat16)
+    pipeline = load_pipeline(str(tmp_path), torch.bfloat16, quantization_config=config)
+    layers = [module for module in pipeline.transformer.modules() if type(module).__name__ == layer]
+    assert layers and layer not in {type(module).__name__ for module in pipeline.text_encoder.modules()}
+    if quantization == "nf4":
+        assert layers[0].weight.quant_state.quant_type == "nf4" and layers[0].weight.quant_state.nested
+        assert layers[0].compute_dtype == torch.bfloat16
 
 
 def test_what_cannot_be_quantized_is_refused():
@@ -107,7 +123,7 @@ def test_what_cannot_be_quantized_is_refused():
         load_model("shapeworld", quantization="nf4")
 
 
-@pytest.mark.skipif(is_bnb_available(), reason="bitsandbytes is installed")
-def test_a_missing_library_is_named():
-    with pytest.raises(ImportError, match="`pip install bitsandbytes`"):
+def test_a_missing_library_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(MissingExtraError, match=r"'nf4' needs bitsandbytes.*`pip install \"\.\[quantization\]\"`"):
         quantization_config("nf4", torch.bfloat16)

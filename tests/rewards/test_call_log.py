@@ -1,5 +1,5 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
-"""What rewards log beside their scores."""
+"""Metrics and columns that rewards log in addition to their scores."""
 
 import asyncio
 import math
@@ -31,14 +31,14 @@ def test_numbers_of_all_kinds_are_metrics(value):
 
 
 @pytest.mark.parametrize("value", [None, "high", "0.5", 1j, [1.0, 2.0], torch.zeros(2), {}])
-def test_a_metric_that_is_no_number_is_refused(value):
+def test_a_metric_that_is_not_a_number_is_refused(value):
     with pytest.raises(TypeError, match="`log_metric.'confidence', ...\\)` was called with .*; pass one number"):
         CallLog(2).log_metric("confidence", value)
 
 
 @pytest.mark.parametrize("name", ["loss", "kl", "epoch", "rewards/bright/mean", "balance/x", "eval_x", "train_loss"])
-def test_a_metric_cannot_take_the_place_of_the_trainers_own(name):
-    with pytest.raises(ValueError, match=f"'{name}', which belongs to what the trainer logs itself"):
+def test_a_metric_with_the_name_of_one_of_the_trainer_is_refused(name):
+    with pytest.raises(ValueError, match=f"'{name}', which the trainer uses for its own metrics"):
         CallLog(2).log_metric(name, 1.0)
 
 
@@ -81,7 +81,7 @@ def test_extras_are_one_value_for_each_image(values, error, message):
         CallLog(2).log_extra("answer", values)
 
 
-def test_a_column_is_logged_once_a_call():
+def test_a_column_is_logged_once_per_call():
     log = CallLog(1)
     log.log_extra("answer", ["a"])
     with pytest.raises(ValueError, match="'answer', ...\\)` was called twice in one call"):
@@ -105,11 +105,11 @@ def test_many_threads_may_log():
     assert len(log.metrics["n"]) == 1600 and len(log.extras) == 8
 
 
-def test_columns_of_one_name_are_told_apart_by_their_reward():
+def test_columns_of_one_name_get_the_name_of_their_reward():
     assert column_names([("a", "why"), ("b", "why"), ("b", "box")]) == ["why (a)", "why (b)", "box"]
 
 
-def test_scores_hold_what_sync_and_async_rewards_logged_call_by_call():
+def test_scores_have_the_logs_of_sync_and_async_rewards_for_each_call():
     def sharp(images, number, log_metric, log_extra, **kwargs):
         log_metric("mean", number[0])
         if number[0] == 0:  # not in every call
@@ -150,7 +150,7 @@ def test_a_wrong_use_is_a_failure_of_the_reward_with_its_own_line():
     assert isinstance(error.__cause__, ValueError)
 
 
-def test_what_a_reward_logs_of_frames_is_a_list_for_each_video():
+def test_logged_values_of_frames_become_one_list_per_video():
     def red(images, log_metric, log_extra, **kwargs):
         values = [image.getpixel((0, 0))[0] for image in images]
         log_metric("frames", len(images))
@@ -173,7 +173,7 @@ def test_what_a_reward_logs_of_frames_is_a_list_for_each_video():
     assert "`wrong` raised ValueError" in str(error) and "2 values for 3 images" in str(error)
 
 
-def test_rewards_of_the_package_take_no_harm():
+def test_rewards_of_the_package_work_with_log_functions():
     class Constant(ModelReward):
         value_range = "1"
 

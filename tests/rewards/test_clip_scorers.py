@@ -13,6 +13,8 @@ from tiny_scorers import open_clip_weights
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
+from trl_marble.extras import MissingExtraError
+from trl_marble.rewards import load_reward
 from trl_marble.rewards.aesthetic import AestheticScore
 from trl_marble.rewards.clip_features import crop_square, image_features, text_cleaner, text_features
 from trl_marble.rewards.clip_score import CLIPScore
@@ -236,7 +238,7 @@ def test_what_comes_after_the_last_token_is_not_read(name, make):
 
 
 @pytest.mark.parametrize("name", SCORERS)
-def test_bfloat16_is_near_and_does_not_round_what_it_need_not(name, make):
+def test_bfloat16_is_near_and_keeps_scales_in_float32(name, make):
     images, prompts = pictures(), list(PROMPTS)
     exact = np.array(make(name)(images, prompts))
     reward = make(name).to("cpu", torch.bfloat16)
@@ -303,7 +305,7 @@ def test_only_the_prompt_of_the_others_counts(make):
     assert len(set(values)) == 1
 
 
-def test_the_text_tower_of_the_aesthetic_score_is_not_kept(make):
+def test_the_text_encoder_of_the_aesthetic_score_is_not_kept(make):
     names = [name for name, _ in make("AestheticScore").model.named_parameters()]
     assert names and not any(name.startswith("text_model") for name in names)
 
@@ -325,7 +327,7 @@ def test_prompts_are_cleaned_as_by_the_original_tokenizer(text, cleaned):
 
 
 @pytest.mark.parametrize(("name", "cleans"), [("CLIPScore", True), ("HPSv2", True), ("PickScore", False)])
-def test_who_cleans_prompts(name, cleans, make):
+def test_which_rewards_clean_prompts(name, cleans, make):
     reward, (image,) = make(name), pictures([(28, 28)])
     turn_where_negative(reward, image, "it's &")
     typographic, plain = reward([image] * 2, ["it’s &amp;", "it's &"])
@@ -333,10 +335,10 @@ def test_who_cleans_prompts(name, cleans, make):
 
 
 @pytest.mark.parametrize("name", ["CLIPScore", "HPSv2"])
-def test_a_missing_ftfy_is_said_with_its_cure(name, make, monkeypatch):
+def test_a_missing_ftfy_is_an_error_when_the_reward_is_made(name, monkeypatch):
     monkeypatch.setitem(sys.modules, "ftfy", None)
-    with pytest.raises(ImportError, match="`ftfy`.*`pip install ftfy`"):
-        make(name)(pictures([(28, 28)]), ["a cat"])
+    with pytest.raises(MissingExtraError, match=r"needs ftfy.*`pip install \"\.\[clip\]\"`"):
+        load_reward(name.lower())
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -410,7 +412,7 @@ def test_a_checkpoint_in_half_precision_is_scored_in_float32(half, folder, tmp_p
     [
         (
             lambda weights: weights.pop("text_projection"),
-            "`other.pt` of .* is no checkpoint of HPSv2: it lacks 'text_pr",
+            "`other.pt` of .* is not a checkpoint of HPSv2: it has no 'text_pr",
         ),
         (
             lambda weights: weights.pop("ln_final.bias"),
@@ -419,7 +421,7 @@ def test_a_checkpoint_in_half_precision_is_scored_in_float32(half, folder, tmp_p
         (lambda weights: weights.update(score=torch.zeros(1)), r"missing \[\], unknown \['score'\]"),
     ],
 )
-def test_other_checkpoints_are_refused_with_what_they_lack(change, message, folder, tmp_path):
+def test_other_checkpoints_are_refused_with_the_missing_weights(change, message, folder, tmp_path):
     weights = open_clip_weights(tiny_clip("gelu"))
     change(weights)
     torch.save({"state_dict": weights}, tmp_path / "other.pt")
@@ -429,7 +431,7 @@ def test_other_checkpoints_are_refused_with_what_they_lack(change, message, fold
 
 def test_a_checkpoint_without_a_state_dict_is_refused(folder, tmp_path):
     torch.save(open_clip_weights(tiny_clip("gelu")), tmp_path / "bare.pt")
-    with pytest.raises(ValueError, match="`bare.pt` of .* is no checkpoint of HPSv2: it lacks 'state_dict'"):
+    with pytest.raises(ValueError, match="`bare.pt` of .* is not a checkpoint of HPSv2: it has no 'state_dict'"):
         _ = HPSv2(str(tmp_path), filename="bare.pt", tokenizer=str(folder)).model
 
 
@@ -458,7 +460,7 @@ def test_the_aesthetic_score_needs_embeddings_of_its_size(folder, tmp_path):
     config.projection_dim = 32
     CLIPModel(config).save_pretrained(tmp_path)
     CLIPImageProcessorPil().save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="reads 768 numbers an image and .* gives 32; use a CLIP ViT-L/14"):
+    with pytest.raises(ValueError, match="reads 768 numbers per image, and .* has 32; use a CLIP ViT-L/14"):
         _ = AestheticScore(str(tmp_path), str(folder)).model
 
 

@@ -65,7 +65,7 @@ def test_a_reward_of_videos_gets_lists_of_frames():
     assert scores.rewards[1].tolist() == pytest.approx([10 / 3, 10 / 3])  # of three channels one
 
 
-def test_a_reward_that_asks_for_tensors_gets_one_of_all_videos():
+def test_a_reward_of_tensors_gets_one_tensor_of_all_videos():
     def red_of_the_third(videos, **kwargs):
         assert videos.shape == (2, 5, 3, 2, 4)
         return videos[:, 2, 0].mean(dim=(1, 2))
@@ -135,7 +135,7 @@ def test_a_reward_that_raises_fails_for_all_videos():
     assert scores.failed.all() and "no such file" in str(scores.errors[0])
 
 
-def test_one_value_a_video_is_not_one_a_frame():
+def test_one_value_per_video_instead_of_frame_is_refused():
     def wrong(images, **kwargs):
         return [1.0, 2.0]
 
@@ -199,7 +199,7 @@ class _Scale(ModelReward):
         return [2.0 * value for value in red(images)]
 
 
-def test_a_model_follows_the_trainers_device_and_leaves_it():
+def test_a_model_moves_to_the_trainers_device_and_back():
     inner = _Scale(batch_size=3, offload=True)
     reward = FrameReward(inner)
     scorer = RewardScorer([reward])
@@ -231,7 +231,7 @@ def test_it_has_the_name_of_the_reward_in_it(monkeypatch, tmp_path):
     assert reward(videos=VIDEOS, prompts=PROMPTS)[0] < 0
 
 
-def test_what_cannot_be_asked_frame_by_frame_is_refused():
+def test_refuses_rewards_that_cannot_score_frames():
     with pytest.raises(ValueError, match="`num_frames` must be at least 1, got 0"):
         FrameReward(red, num_frames=0)
     with pytest.raises(TypeError, match="`reward` is 3; it must be a callable that scores images"):
@@ -239,7 +239,7 @@ def test_what_cannot_be_asked_frame_by_frame_is_refused():
     with pytest.raises(ValueError, match="Did you mean 'pickscore'"):
         FrameReward("pikscore")
     for whole in (motion, FrameReward(red)):
-        with pytest.raises(ValueError, match="scores whole videos by itself; pass it without `FrameReward`"):
+        with pytest.raises(ValueError, match="scores videos itself; pass it without `FrameReward`"):
             FrameReward(whole)
 
 
@@ -258,7 +258,7 @@ IMAGE_REWARDS = [
 @pytest.mark.parametrize("reward", IMAGE_REWARDS, ids=lambda reward: reward_names([reward])[0])
 def test_a_reward_of_images_is_refused_for_a_pipeline_of_videos(reward):
     names = reward_names([reward])
-    with pytest.raises(ValueError, match=rf"Reward `{names[0]}` scores images, and Wan makes videos. `FrameReward\("):
+    with pytest.raises(ValueError, match=rf"Reward `{names[0]}` scores images, and Wan makes videos. Pass `Frame"):
         check_media([reward], names, "video", "Wan")
     check_media([reward], names, "image", "SD3")
     check_media([FrameReward(reward)], names, "video", "Wan")
@@ -274,7 +274,7 @@ def test_a_reward_of_videos_is_refused_for_a_pipeline_of_images(reward):
         RewardServer(reward, port=0)
 
 
-def test_a_reward_that_does_not_say_what_it_needs_is_let_through():
+def test_a_reward_without_a_parameter_for_media_is_accepted():
     def either(images=None, videos=None, **kwargs):
         return []
 

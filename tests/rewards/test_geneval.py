@@ -1,5 +1,5 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
-"""GenEval: its rules on objects placed by hand, and the whole of it on tiny random models loaded from disk."""
+"""GenEval: its rules on objects placed by hand, and the complete reward on tiny random models loaded from disk."""
 
 import functools
 import json
@@ -26,12 +26,12 @@ from trl_marble.rewards.geneval_scoring import (
     TAGS,
     Clause,
     Detection,
-    objects_that_count,
     overlap,
     parse_clauses,
     parse_request,
     partial_score,
     relations,
+    select_objects,
     strict_score,
 )
 from trl_marble.shapeworld.prompts import Caption, Group
@@ -228,22 +228,22 @@ class TestWhatCounts:
         objects = [thing(score=score) for score in (0.2, 0.95, 0.3, 0.5, 0.9)]
         for tag in TAGS:
             expected = [0.95] if tag == "counting" else [0.95, 0.9, 0.5]
-            assert [each.score for each in objects_that_count(objects, tag)] == expected
+            assert [each.score for each in select_objects(objects, tag)] == expected
 
     def test_sixteen_of_a_class_at_most(self):
         objects = [thing(score=0.4 + 0.01 * i) for i in range(20)]
-        assert objects_that_count(objects, "colors") == objects[:3:-1]
+        assert select_objects(objects, "colors") == objects[:3:-1]
 
-    def test_overlapping_objects_count_unless_told_otherwise(self):
+    def test_overlapping_objects_count_by_default(self):
         best, near, far = thing(0, 0, score=0.9), thing(3, 0, score=0.8), thing(50, 0, score=0.7)
-        assert objects_that_count([far, near, best], "colors") == [best, near, far]
-        assert objects_that_count([far, near, best], "colors", max_overlap=0.5) == [best, far]
-        assert objects_that_count([far, near, best], "colors", max_overlap=0.7) == [best, near, far]
+        assert select_objects([far, near, best], "colors") == [best, near, far]
+        assert select_objects([far, near, best], "colors", max_overlap=0.5) == [best, far]
+        assert select_objects([far, near, best], "colors", max_overlap=0.7) == [best, near, far]
         half = thing(0, 0, 9, 19, score=0.9), thing(0, 0, 9, 9, score=0.8)
-        assert objects_that_count(half, "colors", max_overlap=0.5) == [half[0]]
+        assert select_objects(half, "colors", max_overlap=0.5) == [half[0]]
 
     def test_nothing(self):
-        assert objects_that_count([], "colors") == []
+        assert select_objects([], "colors") == []
 
 
 class TestReading:
@@ -482,9 +482,9 @@ class TestModels:
             everything = reward.detect(images)
         for image, found in zip(images, everything, strict=True):
             expected = detected(image)
-            assert {name for name in found if objects_that_count(found[name], "colors")} == expected.keys()
+            assert {name for name in found if select_objects(found[name], "colors")} == expected.keys()
             for name, objects in expected.items():
-                mine = objects_that_count(found[name], "colors")
+                mine = select_objects(found[name], "colors")
                 assert [each.score for each in mine] == pytest.approx([score for score, _ in objects], abs=1e-5)
                 for each, (_, inside) in zip(mine, objects, strict=True):
                     assert np.array_equal(each.mask, inside)
@@ -602,7 +602,7 @@ class TestModels:
             reward.model.to(dtype)
             with torch.inference_mode():
                 reward.name_colors(image, "dog", [thing_like(image)])
-        exact, rounded = reward._color_texts("dog"), reward._known_color_texts["dog", torch.bfloat16]
+        exact, rounded = reward._color_features("dog"), reward._known_color_features["dog", torch.bfloat16]
         assert 0 < (exact - rounded).abs().max() < 0.1
 
     def test_it_applies_where_something_is_asked_for(self):
@@ -628,7 +628,7 @@ class TestModels:
         tiny_detector(num_labels=133).save_pretrained(tmp_path)
         Mask2FormerImageProcessorPil().save_pretrained(tmp_path)
         reward = GenEval(detector=str(tmp_path), clip=folders["clip"])
-        with pytest.raises(ValueError, match="knows 133 classes; use one for COCO instances, which knows 80"):
+        with pytest.raises(ValueError, match="has 133 classes; use one for COCO instances, which has 80"):
             reward.model  # noqa: B018
 
     @pytest.mark.parametrize("max_overlap", [0, -1, 1.5])

@@ -250,9 +250,9 @@ def write(folder, tmp_path, weights):
         ("blip.text_encoder.encoder.layer.1.crossattention.self.key.weight", "text.*layer.1.crossattention.self.key"),
     ],
 )
-def test_a_checkpoint_that_lacks_weights_is_refused(folder, tmp_path, weights, lost, named):
+def test_a_checkpoint_without_all_weights_is_refused(folder, tmp_path, weights, lost, named):
     scorer = write(folder, tmp_path, {name: weight for name, weight in weights.items() if name != lost})
-    with pytest.raises(ValueError, match=f"not one of ImageReward: it lacks {named}"):
+    with pytest.raises(ValueError, match=f"not one of ImageReward: it has no {named}"):
         scorer(images=pictures()[:1], prompts=["a cat"])
 
 

@@ -1,7 +1,7 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
 """The base class of rewards that a model computes, on a real small model."""
 
-import time
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -94,13 +94,16 @@ def test_a_batch_holds_at_least_one_image():
 def test_models_are_loaded_one_at_a_time():
     """`transformers` patches itself while it loads; two loads at once left tied weights untied for good."""
     loading, most = 0, 0
+    second = threading.Event()
 
     class Slow(Brightness):
         def load(self):
             nonlocal loading, most
             loading += 1
             most = max(most, loading)
-            time.sleep(0.05)
+            if loading > 1:
+                second.set()
+            second.wait(0.05)  # a second one would come now
             loading -= 1
             return super().load()
 

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageFont
 
+from trl_marble.extras import MissingExtraError
 from trl_marble.rewards.ocr import OCRAccuracy, comparable, edit_distance, is_read, text_accuracy
 from trl_marble.rewards.protocol import reward_names, reward_tensor
 from trl_marble.rewards.quotes import read_quotes
@@ -206,7 +207,7 @@ def test_a_text_without_visible_characters_is_empty(text):
     assert comparable(text) == ""
 
 
-@pytest.mark.filterwarnings("ignore:.*quotes that do not pair up")
+@pytest.mark.filterwarnings("ignore:.*unpaired quotes")
 def test_it_applies_where_a_text_is_asked_for(reward):
     image = draw("Open")
     prompts = ["a door", "don't", 'a "" b', 'a " " b', '"open"', '"closed', "“Open”"]
@@ -224,9 +225,7 @@ def test_the_column_comes_before_the_quotes(reward):
 
 
 def test_a_column_of_something_else_is_refused(reward):
-    with pytest.raises(
-        TypeError, match=r"column `text` holds 7 \(int\) for the prompt 'a sign'; it must hold strings"
-    ):
+    with pytest.raises(TypeError, match=r"column `text` has 7 \(int\) for the prompt 'a sign'; it must have strings"):
         reward(images=[draw("7")], prompts=["a sign"], text=[7])
 
 
@@ -267,15 +266,15 @@ def test_prompts_in_doubt_are_counted_in_a_warning():
     assert warned(['a "sign"', "don't"]) == []
     assert warned(['a "sign', "b"], text=["Open", ""]) == []  # the column says it
     (message,) = warned(['a "sign', "b"])
-    assert "so far 1 prompt has quotes that do not pair up" in message
-    assert 'put it between "...", or in a column `text`' in message and "'a \"sign'" in message
+    assert "so far 1 prompt has unpaired quotes" in message
+    assert 'Put it between "...", or in a column `text`' in message and "'a \"sign'" in message
     assert warned(['a "sign'] * 24) == []  # the same prompt
     (message,) = warned(['a "sign', "says 'Open'", "a sign”"])
     assert "so far 3 prompts have" in message
-    assert warned(['"x', '"y']) == []  # told again when there are twice as many
+    assert warned(['"x', '"y']) == []  # again when there are twice as many
     assert len(warned(['"z'])) == 1
     (message,) = warned(['says "привет"', 'says "Open"', 'says "10 µm"'])
-    assert "so far 1 prompt has a text in a script that the reader does not read" in message
+    assert "so far 1 prompt has a text in a script that the OCR model does not read" in message
 
 
 @pytest.mark.parametrize(
@@ -290,7 +289,7 @@ def test_scripts_that_are_not_read(text):
     assert not is_read(text)
 
 
-@pytest.mark.filterwarnings("ignore:.*script that the reader does not read")
+@pytest.mark.filterwarnings("ignore:.*script that the OCR model does not read")
 def test_other_scripts(reward):
     languages = "Ñandú café|Geöffnet|Zavřeno|Łódź|Öppet|Açık|Kijárat|Noël".split("|")
     values = reward(images=[draw(text) for text in languages], prompts=[f'"{text}"' for text in languages])
@@ -316,11 +315,17 @@ def test_an_error_of_the_reader_is_raised(reward):
         reward(images=[draw("Open"), Image.new("RGB", (0, 5))], prompts=['"Open"', '"Open"'])
 
 
-def test_the_reader_is_loaded_when_it_is_needed_and_says_how_to_get_it(monkeypatch):
+def test_a_missing_reader_is_an_error_when_the_reward_is_made(monkeypatch):
     monkeypatch.setitem(sys.modules, "rapidocr", None)
+    with pytest.raises(MissingExtraError, match=r"needs rapidocr.*`pip install \"\.\[ocr\]\"`"):
+        OCRAccuracy()
+
+
+def test_the_reader_is_loaded_when_it_is_needed(monkeypatch):
     reward = OCRAccuracy()
+    monkeypatch.setitem(sys.modules, "rapidocr", None)
     assert reward(images=[draw("Open")], prompts=["a door"]) == [None]
-    with pytest.raises(ImportError, match="`pip install rapidocr onnxruntime`"):
+    with pytest.raises(ImportError):
         reward(images=[draw("Open")], prompts=['"Open"'])
 
 

@@ -439,9 +439,9 @@ def test_a_length_that_is_no_number_is_refused(small_server):
         assert "Invalid HTTP request" in refusal(small_server, sent, 400)
 
 
-def chunked(*parts):
+def chunked(*parts, name="Recorder"):
     pieces = b"".join(b"%x\r\n%s\r\n" % (len(part), part) for part in (*parts, b""))
-    return authorized(content=b"", drop=["Content-Length"], Transfer_Encoding="chunked") + pieces
+    return authorized(name, content=b"", drop=["Content-Length"], Transfer_Encoding="chunked") + pieces
 
 
 def test_a_body_that_does_not_say_its_length_is_read_up_to_the_limit(small_server):
@@ -482,6 +482,14 @@ def test_a_refusal_can_be_read_after_everything_was_sent():
                 connection.sendall(part)
                 time.sleep(0.1)  # the refusal is on its way, and the server must not reset what still comes
             assert b" 413 " in connection.recv(1000)
+
+
+def test_a_client_that_was_refused_and_stays_is_let_go():
+    with RewardServer(red, port=0, max_bytes=10, timeout=0.5) as server:
+        for sent in (request("red"), chunked(b" " * 20, name="red"), request(method="GET")):
+            with socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2])), timeout=5) as connection:
+                connection.sendall(sent)
+                assert re.match(rb"HTTP/1.1 4\d\d .*\}$", connection.makefile("rb").read(), re.DOTALL)
 
 
 @pytest.mark.parametrize(

@@ -47,10 +47,10 @@ def test_every_known_name_gives_a_reward_without_loading_a_model(name):
         ("no_such_module.reward", "no module `no_such_module`"),
         ("trl_marble.no_such.reward", "no module `trl_marble.no_such`"),
         ("my_rewards.darkness", "the module `my_rewards` has no `darkness`"),
-        ("my_rewards.number", "is 3, which cannot be called"),
+        ("my_rewards.number", "is 3, which is not callable"),
     ],
 )
-def test_what_is_not_there_is_said(own_module, name, message):
+def test_refuses_names_that_cannot_be_loaded(own_module, name, message):
     with pytest.raises(ValueError, match=message):
         load_reward(name)
 

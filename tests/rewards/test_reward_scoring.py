@@ -194,7 +194,7 @@ def ok(images, **kwargs):
 
 
 @pytest.mark.parametrize("is_async", [False, True])
-def test_a_raised_error_is_told_with_the_reward_and_the_prompts(scorer, is_async) -> None:
+def test_a_raised_error_is_reported_with_the_reward_and_the_prompts(scorer, is_async) -> None:
     def broken(images, **kwargs):
         raise KeyError("no detector")
 
@@ -214,7 +214,7 @@ def test_a_raised_error_is_told_with_the_reward_and_the_prompts(scorer, is_async
 
 @pytest.mark.parametrize("kind", [list, np.array, torch.tensor])
 @pytest.mark.parametrize("value", [math.inf, -math.inf, 1e39])
-def test_an_infinite_number_is_the_failure_of_one_image(scorer, kind, value) -> None:
+def test_an_infinite_number_is_a_failure_of_one_image(scorer, kind, value) -> None:
     def unbounded(images, **kwargs):
         return kind([0.5, value]) if kind is list else kind([0.5, math.copysign(math.inf, value)])
 
@@ -227,7 +227,7 @@ def test_an_infinite_number_is_the_failure_of_one_image(scorer, kind, value) -> 
     assert "`unbounded` returned float" in str(error) and "'a dog'" in str(error)
 
 
-def test_an_exception_in_the_place_of_a_number_is_the_failure_of_one_image(scorer) -> None:
+def test_an_exception_instead_of_a_number_is_a_failure_of_one_image(scorer) -> None:
     def picky(images, **kwargs):
         return [0.5, ValueError("cannot see")]
 
@@ -240,7 +240,7 @@ def test_an_exception_in_the_place_of_a_number_is_the_failure_of_one_image(score
 
 
 @pytest.mark.parametrize("is_async", [False, True])
-def test_a_reward_that_hangs_fails_after_the_timeout_and_is_left_behind(scorer, is_async) -> None:
+def test_a_reward_that_hangs_fails_after_the_timeout(scorer, is_async) -> None:
     wake, calls = threading.Event(), []
 
     def hangs(images, **kwargs):
@@ -271,7 +271,7 @@ def test_a_reward_may_raise_a_timeout_of_its_own(scorer) -> None:
     assert "the server said nothing" in str(scores.errors[0])
 
 
-def test_models_follow_the_device_and_leave_it(scorer) -> None:
+def test_models_move_to_the_device_and_back(scorer) -> None:
     class Constant(ModelReward):
         def load(self):
             return torch.nn.Linear(1, 1)
@@ -334,7 +334,7 @@ def test_close_ends_async_rewards_that_still_run(scorer) -> None:
     assert cancelled.is_set() and pending.futures[0].cancelled()
 
 
-def test_close_drops_batches_that_wait_for_their_turn_and_leaves_behind_what_runs(scorer) -> None:
+def test_close_drops_waiting_batches_and_does_not_wait_for_running_ones(scorer) -> None:
     started, release, calls = threading.Event(), threading.Event(), []
 
     def slow(images, **kwargs):
@@ -346,9 +346,7 @@ def test_close_drops_batches_that_wait_for_their_turn_and_leaves_behind_what_run
     made = scorer(slow)
     pending = [made.submit(IMAGES, PROMPTS, {}, None) for _ in range(3)]
     assert started.wait(PATIENCE)
-    begin = time.monotonic()
-    made.close()
-    assert time.monotonic() - begin < 1
+    made.close()  # does not wait: what runs ends after `release`
     for each in pending[1:]:
         assert each.futures[0].cancelled()
     release.set()
@@ -356,7 +354,7 @@ def test_close_drops_batches_that_wait_for_their_turn_and_leaves_behind_what_run
     assert len(calls) == 1
 
 
-def test_close_leaves_behind_async_rewards_that_block_their_loop(scorer) -> None:
+def test_close_does_not_wait_for_async_rewards_that_block_their_loop(scorer) -> None:
     started, release = threading.Event(), threading.Event()
 
     async def blocks(images, **kwargs):
@@ -380,29 +378,27 @@ def test_one_deadline_is_for_all_rewards_and_batches(scorer) -> None:
         assert wake.wait(PATIENCE)
         return [0] * len(images)
 
-    def hangs_too(images, **kwargs):
-        return hangs(images)
-
-    made = scorer(hangs, hangs_too, timeout=0.3)
+    made = scorer(*[hangs] * 8, timeout=PATIENCE)
     pending = [made.submit(IMAGES, PROMPTS, {}, None) for _ in range(4)]
     begin = time.monotonic()
     scores = Scores.concatenate([made.collect(each, begin + 0.3) for each in pending])
-    assert 0.3 <= time.monotonic() - begin < 0.6 and scores.failed.all() and len(scores.errors) == 8
+    assert 0.3 <= time.monotonic() - begin < PATIENCE / 2 and scores.failed.all() and len(scores.errors) == 32
     # Without one, a batch takes `timeout` for all its rewards together.
+    made = scorer(*[hangs] * 8, timeout=1)
     begin = time.monotonic()
     assert made.collect(made.submit(IMAGES, PROMPTS, {}, None)).failed.all()
-    assert 0.3 <= time.monotonic() - begin < 0.6
+    assert 1 <= time.monotonic() - begin < 6  # 8 s where they add up
     wake.set()
 
 
-def test_what_came_before_the_deadline_counts_after_it(scorer) -> None:
+def test_scores_from_before_the_deadline_count_after_it(scorer) -> None:
     made = scorer(ok, timeout=PATIENCE)
     pending = made.submit(IMAGES, PROMPTS, {}, None)
     pending.futures[0].result(PATIENCE)
     assert made.collect(pending, time.monotonic() - 1).rewards.tolist() == [[0, 0]]
 
 
-def test_failures_are_told_without_waiting(scorer) -> None:
+def test_failures_are_reported_without_waiting(scorer) -> None:
     release = threading.Event()
 
     def slow(images, **kwargs):
@@ -451,7 +447,7 @@ def raising(error, after=0):
         (lambda images, **kwargs: [0, math.inf], False),
     ],
 )
-def test_what_is_broken_is_told_from_what_failed(scorer, reward, is_broken) -> None:
+def test_broken_rewards_are_distinguished_from_failures(scorer, reward, is_broken) -> None:
     made = scorer(reward)
     (error,) = [each for _ in range(2) for each in made.collect(made.submit(IMAGES, PROMPTS, {}, None)).errors][:1]
     assert isinstance(error, BrokenRewardError) == is_broken
@@ -459,7 +455,7 @@ def test_what_is_broken_is_told_from_what_failed(scorer, reward, is_broken) -> N
     assert ("has not scored any image so far" in str(error)) == (is_broken and not is_a_mistake)
 
 
-def test_an_async_reward_with_other_parameters_is_a_failure_of_it(scorer) -> None:
+def test_an_async_reward_with_wrong_parameters_has_failed(scorer) -> None:
     async def narrow(images):
         return [0] * len(images)
 
@@ -543,13 +539,13 @@ print("the end", flush=True)
 
 
 @pytest.mark.slow
-def test_a_model_that_is_left_behind_does_not_abort_the_interpreter() -> None:
+def test_a_running_model_does_not_abort_the_interpreter_at_its_end() -> None:
     ran = subprocess.run([sys.executable, "-c", BUSY], capture_output=True, text=True, timeout=120)
     assert ran.stdout == "the end\n" and ran.returncode == 0, ran.stderr
 
 
 @pytest.mark.slow
-def test_nothing_that_hangs_keeps_the_interpreter_from_ending() -> None:
+def test_a_hanging_reward_does_not_prevent_the_interpreter_from_ending() -> None:
     ran = subprocess.run([sys.executable, "-c", HANGING], capture_output=True, text=True, timeout=120)
     assert ran.stdout == "the end\n" and ran.returncode == 0, ran.stderr
 

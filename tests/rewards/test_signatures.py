@@ -1,5 +1,5 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
-"""Rewards that no call could succeed for are refused by their parameters."""
+"""Rewards whose every call would fail are refused by their parameters."""
 
 import functools
 
@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from trl_marble.rewards import FrameReward, ModelReward, RemoteReward
-from trl_marble.rewards.parameters import accepts_certainly
+from trl_marble.rewards.parameters import accepts_log_function
 from trl_marble.rewards.protocol import reward_names
 from trl_marble.rewards.signatures import check_signatures
 from trl_marble.shapeworld.rewards import composition
@@ -83,7 +83,7 @@ def decorated(images): ...
     ],
     ids=lambda func: reward_names([func])[0],
 )
-def test_what_can_be_called_is_let_pass(func):
+def test_callables_that_accept_the_keywords_pass(func):
     check(func)
 
 
@@ -95,27 +95,27 @@ def test_what_can_be_called_is_let_pass(func):
             lambda images, prompts, trainer_state: [],
             ["does not accept `tag`", "the columns of `train_dataset` (`tag`)"],
         ),
-        (lambda image, **kwargs: [], ["nothing gives it `image`", "Did you mean `images` instead of `image`"]),
+        (lambda image, **kwargs: [], ["no value for `image`", "Did you mean `images` instead of `image`"]),
         (lambda images, tags, **kwargs: [], ["`tags`", "`tag` instead of `tags`", "add a column of that name"]),
-        (lambda images, zzz, qqq, **kwargs: [], ["nothing gives it `zzz`, `qqq`. Rename"]),
-        (lambda images, *, target, **kwargs: [], ["nothing gives it `target`"]),
+        (lambda images, zzz, qqq, **kwargs: [], ["no value for `zzz`, `qqq`. Rename"]),
+        (lambda images, *, target, **kwargs: [], ["no value for `target`"]),
         (lambda images, /, **kwargs: [], ["`images` cannot be passed by keyword. Remove the `/`"]),
         (lambda *images: [], ["does not accept `images`, `prompts`"]),
-        (functools.partial(lambda images, a, b, **kwargs: [], a=1), ["nothing gives it `b`"]),
+        (functools.partial(lambda images, a, b, **kwargs: [], a=1), ["no value for `b`"]),
         (Later, ["Reward `Later` is a class", "Pass `Later()`"]),
-        (composition, ["nothing gives it `include`"]),
+        (composition, ["no value for `include`"]),
         (RemoteReward("http://127.0.0.1:1", "far", columns=["tags"]), ["`far` asks for `tags`", "Did you mean `tag`"]),
         (FrameReward(lambda images: []), ["does not accept `prompts`"]),
     ],
 )
-def test_what_cannot_be_called_is_refused_with_its_parameters_and_what_there_is(func, parts):
+def test_refuses_callables_with_their_parameters_and_the_keywords(func, parts):
     with pytest.raises(ValueError) as caught:
         check(func)
     for part in [*parts, "`train_dataset`" if not isinstance(func, type) else ""]:
         assert part in str(caught.value)
 
 
-def test_a_model_reward_says_which_of_its_methods_is_wrong():
+def test_refuses_a_model_reward_and_names_the_wrong_method():
     class Narrow(Scale):
         def score(self, images, prompts): ...
 
@@ -124,27 +124,27 @@ def test_a_model_reward_says_which_of_its_methods_is_wrong():
 
     with pytest.raises(ValueError, match=r"`Narrow.score` has the parameters \(\) and does not accept `tag`"):
         check(Narrow())
-    with pytest.raises(ValueError, match="`Picky.applies` .*nothing gives it `include`"):
+    with pytest.raises(ValueError, match="`Picky.applies` .*no value for `include`"):
         check(Picky())
     check(Narrow(), columns=["prompt"])
 
 
-def test_videos_take_the_place_of_images():
+def test_the_keyword_for_videos_is_videos():
     check(lambda videos, **kwargs: [], output="video")
     check(FrameReward(takes_the_rest), output="video")
-    with pytest.raises(ValueError, match="nothing gives it `images`"):
+    with pytest.raises(ValueError, match="no value for `images`"):
         check(takes_the_rest, output="video")
 
 
-def test_without_columns_the_message_says_so():
-    with pytest.raises(ValueError, match=r"columns of `prompts` \(there are none but `prompt`\)"):
+def test_the_message_names_a_dataset_without_columns():
+    with pytest.raises(ValueError, match=r"columns of `prompts` \(it has only `prompt`\)"):
         check(needs_a_column, columns=["prompt"], dataset="prompts")
 
 
-def test_only_what_a_reward_and_its_decorators_take_is_passed_to_be_logged_with():
-    assert accepts_certainly(logs, "log_metric") and accepts_certainly(takes_the_rest, "log_extra")
-    assert accepts_certainly(Later(), "log_extra") and accepts_certainly(variadic, "log_extra")
-    assert not accepts_certainly(lists_all, "log_metric") and not accepts_certainly(min, "log_metric")
+def test_log_functions_are_passed_if_a_reward_and_its_decorators_accept_them():
+    assert accepts_log_function(logs, "log_metric") and accepts_log_function(takes_the_rest, "log_extra")
+    assert accepts_log_function(Later(), "log_extra") and accepts_log_function(variadic, "log_extra")
+    assert not accepts_log_function(lists_all, "log_metric") and not accepts_log_function(min, "log_metric")
     # `no_grad` takes anything, and hands it on.
-    assert not accepts_certainly(torch.no_grad()(lists_all), "log_metric")
-    assert accepts_certainly(torch.no_grad()(logs), "log_metric")
+    assert not accepts_log_function(torch.no_grad()(lists_all), "log_metric")
+    assert accepts_log_function(torch.no_grad()(logs), "log_metric")

@@ -116,7 +116,7 @@ def test_logging_changes_nothing_of_a_run(tmp_path):
         trainers.append(small_trainer(tmp_path / str(len(trainers)), (func, blue)))
         trainers[-1].train()
     one, other = trainers
-    assert all(value.equal(other.trainable[name]) for name, value in one.trainable.items())
+    assert all(value.equal(other.weights.trained[name]) for name, value in one.weights.trained.items())
 
 
 def test_a_wrong_log_stops_training_with_the_line_of_the_reward(tmp_path):

@@ -124,7 +124,7 @@ def test_a_header_of_impossible_length_is_refused(adapter, tmp_path, length):
 def test_factors_of_impossible_shape_are_refused(tmp_path, shape):
     parts = {"transformer.x.lora_A.weight": torch.ones(shape), "transformer.x.lora_B.weight": torch.ones(4, shape[0])}
     save_file(parts, tmp_path / "a.safetensors")
-    with pytest.raises(ValueError, match="no pair of LoRA factors"):
+    with pytest.raises(ValueError, match="not a pair of LoRA factors"):
         read_layers(tmp_path / "a.safetensors")
 
 
@@ -155,14 +155,14 @@ def test_a_card_has_nothing_but_pictures_published(output):
     (output / ".env").write_text("PASSWORD=x")
     with (output / "README.md").open("a") as card:
         card.write("\n![](.env)\n")
-    with pytest.raises(ValueError, match="'.env', which is no picture"):
+    with pytest.raises(ValueError, match="'.env', which is not the name of a picture"):
         published_files(output)
 
 
 def test_a_picture_with_an_impossible_name_is_refused(output):
     with (output / "README.md").open("a") as card:
         card.write("\n![](a%00.png)\n")
-    with pytest.raises(ValueError, match="lies outside"):
+    with pytest.raises(ValueError, match="is outside"):
         published_files(output)
 
 
@@ -209,7 +209,7 @@ def test_no_text_of_others_is_markup_in_a_card(text):
 
 
 def test_a_pipelines_class_that_is_code_is_refused():
-    with pytest.raises(ValueError, match="is no name of a class"):
+    with pytest.raises(ValueError, match="is not the name of a class"):
         build_model_card(CardInputs("a", [RewardRow("b")], pipeline_class="X\nimport os"))
 
 
@@ -388,7 +388,7 @@ def test_a_compressed_answer_is_neither_asked_for_nor_unpacked():
         (failed,) = judge(url, timeout=20.0)
         with pytest.raises(RewardError, match="is no reward server"):
             RemoteReward(url, "x", timeout=20.0, max_retries=0)(images=IMAGES, prompts=["p"])
-    assert "is no chat completion" in str(failed)
+    assert "is not a chat completion" in str(failed)
     assert all("accept-encoding: identity" in head for head in heads) and len(heads) == 2
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from trl import TrlParser
+from trl import ModelConfig, TrlParser
 
 from trl_marble import MarbleConfig
 
@@ -23,8 +23,9 @@ def load_script(name: str) -> ModuleType:
 
 
 def parse(script: ModuleType, *arguments: str) -> tuple[Any, ...]:
-    """What the script makes of a command line: its own arguments and the `MarbleConfig`."""
-    return TrlParser((script.ScriptArguments, MarbleConfig)).parse_args_and_config(list(arguments))
+    """What the script makes of a command line: its own arguments, the `MarbleConfig`, and TRL's options of models."""
+    kinds = [script.ScriptArguments, MarbleConfig, *([ModelConfig] if hasattr(script, "ModelConfig") else [])]
+    return TrlParser(kinds).parse_args_and_config(list(arguments))
 
 
 def as_options(values: dict[str, Any]) -> list[str]:

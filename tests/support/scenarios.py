@@ -154,7 +154,9 @@ class Record(TrainerCallback):
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         step, batch = state.global_step, self.trainer._batch
-        self.tensors[f"gradient/{step}"] = torch.cat([p.grad.flatten() for p in self.trainer.weights.parameters])
+        parameters = self.trainer.weights.parameters
+        if parameters[0].grad is not None:  # a step that is skipped has none
+            self.tensors[f"gradient/{step}"] = torch.cat([p.grad.flatten() for p in parameters])
         order = batch.sample_ids.argsort()
         self.tensors[f"sample_ids/{step}"] = batch.sample_ids[order]
         self.tensors[f"advantages/{step}"] = batch.advantages[:, order]

@@ -1,5 +1,5 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
-"""Bad input to real runs: an error that names the value and the mend, and nothing lost of what was trained."""
+"""Bad input to real runs: an error that names the value and how to fix it, and nothing lost of what was trained."""
 
 import json
 import math
@@ -58,8 +58,8 @@ def test_a_lora_without_layers_gets_those_of_the_family(tmp_path) -> None:
     given = LoraConfig(r=3, lora_alpha=6)
     own = small_trainer(tmp_path, peft_config=given)
     usual = small_trainer(tmp_path)
-    assert own.trainable.keys() == usual.trainable.keys()
-    assert {min(weight.shape) for weight in own.trainable.values()} == {3}
+    assert own.weights.trained.keys() == usual.weights.trained.keys()
+    assert {min(weight.shape) for weight in own.weights.trained.values()} == {3}
     assert given.target_modules is None  # it is the user's
 
 
@@ -173,8 +173,12 @@ def test_other_arguments_are_refused(tmp_path) -> None:
         build(reward_funcs=[])
     with pytest.raises(TypeError, match="must be a peft.LoraConfig, got dict"):
         build(peft_config={"r": 4})
-    with pytest.raises(ValueError, match="nash"):
+    with pytest.raises(TypeError, match="`weighting` is 'nash'; the trainer takes a callable, and `MarbleConfig"):
         build(weighting="nash")
+    with pytest.raises(ValueError, match="`weighting` is 'nash'; it must be one of 'mgda', 'equal'"):
+        small_config(tmp_path, weighting="nash")
+    with pytest.raises(ValueError, match="has a `weighting` of its own and `MarbleConfig` has 'equal'"):
+        build(weighting=lambda gram: gram, args=small_config(tmp_path, weighting="equal"))
     with pytest.raises(ValueError, match="`weighting` has no effect with `multi_objective_aggregation='equal'`"):
         build(weighting=lambda gram: gram, args=small_config(tmp_path, multi_objective_aggregation="equal"))
 
@@ -286,11 +290,11 @@ def test_a_run_in_which_no_reward_applies_changes_nothing_and_does_not_stop(tmp_
         return [math.nan] * len(images)
 
     trainer = small_trainer(tmp_path, [silent], beta=0.0, weight_decay=0.0)
-    before = {name: value.detach().clone() for name, value in trainer.trainable.items()}
+    before = {name: value.detach().clone() for name, value in trainer.weights.trained.items()}
     with pytest.warns(UserWarning, match="`silent` applied to none"):
         trainer.train()
     assert trainer.state.global_step == 2
-    assert all(torch.equal(value, before[name]) for name, value in trainer.trainable.items())
+    assert all(torch.equal(value, before[name]) for name, value in trainer.weights.trained.items())
 
 
 # ---- Rewards that fail, and what is kept ----
@@ -403,7 +407,7 @@ def test_a_failure_in_an_evaluation_keeps_the_step(tmp_path) -> None:
     with pytest.raises(RewardError, match="`flaky` raised ZeroDivisionError: no face found .*'tree'"):
         trainer.train()
     assert (tmp_path / "checkpoint-1" / "trainer_state.json").is_file()
-    trained = {name: value.detach().clone() for name, value in trainer.trainable.items()}
+    trained = {name: value.detach().clone() for name, value in trainer.weights.trained.items()}
     saved = load_file(tmp_path / "checkpoint-1" / "marble_state.safetensors")
     # The weights that are trained, though the average was being evaluated.
     assert all(torch.equal(saved[f"current/{name}"], value) for name, value in trained.items())
@@ -421,12 +425,12 @@ def test_a_failure_in_the_first_step_leaves_no_checkpoint(tmp_path) -> None:
 def resume(folder: Path, checkpoint: Path, rewards: Any = (blue, bright), **kwargs: Any) -> MarbleNFTTrainer:
     """Try to resume; the trainer must be left as it was."""
     trainer = small_trainer(folder, list(rewards), **(TWO_STEPS_A_BATCH | kwargs))
-    before = {name: value.detach().clone() for name, value in trainer.trainable.items()}
+    before = {name: value.detach().clone() for name, value in trainer.weights.trained.items()}
     files = {path: path.read_bytes() for path in checkpoint.glob("*")}
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint))
     finally:
-        assert all(torch.equal(value, before[name]) for name, value in trainer.trainable.items())
+        assert all(torch.equal(value, before[name]) for name, value in trainer.weights.trained.items())
         assert {path: path.read_bytes() for path in checkpoint.glob("*")} == files
         assert not list(folder.glob("checkpoint-*"))
     return trainer
@@ -445,7 +449,10 @@ def renamed(images, **kwargs):
         ({"rewards": (blue,)}, r"rewards = \['blue', 'bright'\], this run has \['blue'\]"),
         ({"peft_config": LoraConfig(r=2, lora_alpha=64)}, r"lora = .*'r': 32.*, this run has .*'r': 2"),
         ({"peft_config": LoraConfig(r=32, lora_alpha=1)}, r"lora = .*'lora_alpha': 64.*, this run has .*: 1"),
-        ({"peft_config": LoraConfig(r=32, lora_alpha=64, target_modules=["to_q"])}, "only in one of them"),
+        (
+            {"peft_config": LoraConfig(r=32, lora_alpha=64, target_modules=["to_q"])},
+            "The saved weights belong to another adapter",
+        ),
         ({"steps_per_generation": 4}, "generation_batch = .*, this run has"),
     ],
     ids=["base", "other reward", "other order", "fewer rewards", "rank", "alpha", "other layers", "batch"],

@@ -13,7 +13,7 @@ from trainer_helpers import blue, bright, small_trainer
 from trl_marble.balance import SeparateBackward, WeightedBackward
 from trl_marble.evaluation.evaluator import image_seed
 from trl_marble.media import to_rgb
-from trl_marble.trainer import step_gradient
+from trl_marble.update import step_gradient
 
 
 KONTEXT = {"height": 16, "width": 16, "guidance_scale": 3.5, "max_sequence_length": 24}
@@ -27,7 +27,7 @@ def editing_trainer(folder, **overrides):
 
 
 def weights(trainer) -> torch.Tensor:
-    return torch.cat([parameter.detach().flatten() for parameter in trainer.parameters])
+    return torch.cat([parameter.detach().flatten() for parameter in trainer.weights.parameters])
 
 
 def test_rewards_see_the_edited_image_and_the_one_to_be_edited(tmp_path):
@@ -69,7 +69,7 @@ def test_images_of_any_mode_have_the_colours_for_rewards_that_they_have_for_the_
     trainer.evaluate()
     assert [tag for *_, tag in seen] == list("abcdef")
     args, flow = trainer.args, trainer.flow
-    with trainer.average.swapped_in():
+    with trainer.weights.averaged.swapped_in():
         for i, (edited, source, _) in enumerate(seen):
             assert source == to_rgb(dataset[i]["image"])
             conditioning = flow.encode([dataset[i]["prompt"]], [source])

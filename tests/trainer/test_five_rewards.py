@@ -36,9 +36,9 @@ def test_a_run_with_five_rewards_and_three_sources(tmp_path, make_trainer, promp
         balance_on="advantage",
     )
     assert trainer.scorer.names == NAMES
-    before = {name: parameter.detach().clone() for name, parameter in trainer.trainable.items()}
+    before = {name: parameter.detach().clone() for name, parameter in trainer.weights.trained.items()}
     trainer.train()
-    assert any(not parameter.equal(before[name]) for name, parameter in trainer.trainable.items())
+    assert any(not parameter.equal(before[name]) for name, parameter in trainer.weights.trained.items())
     for entry in (entry for entry in trainer.state.log_history if "loss" in entry):
         # Six prompts a step, two of each source.
         valid = {name: entry[f"rewards/{name}/valid"] for name in NAMES}

@@ -5,8 +5,6 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from trl_marble import MarbleNFTTrainer
-
 
 class KeepGradient(TrainerCallback):
     """Copies the flat gradient of every optimizer step before the optimizer sees it."""
@@ -16,7 +14,7 @@ class KeepGradient(TrainerCallback):
         self.trainer = None
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
-        parts = [parameter.grad.flatten() for parameter in self.trainer.parameters]
+        parts = [parameter.grad.flatten() for parameter in self.trainer.weights.parameters]
         self.gradients.append(torch.cat(parts).clone())
 
 
@@ -24,10 +22,12 @@ class KeepGradient(TrainerCallback):
 def gradients_of(make_trainer):
     """Gradients of every step of a run without clipping."""
 
-    def run(**overrides):
+    def run(prepare=None, **overrides):
         keep = KeepGradient()
         trainer = make_trainer(callbacks=[keep], max_grad_norm=0.0, **overrides)
         keep.trainer = trainer
+        if prepare is not None:
+            prepare(trainer)
         trainer.train()
         return keep.gradients
 
@@ -74,19 +74,30 @@ def nft_loss(velocity, old_velocity, x_t, x0, t, advantages, b, clip):
     return clip / b * total
 
 
-class Recorder(MarbleNFTTrainer):
-    """Keeps what each forward and backward pass was given."""
+def record_calls(trainer):
+    """Keep what each forward and backward pass of the update was given."""
+    calls, loss = [], trainer.policy_loss
 
-    calls: list
+    class Recorder(type(loss)):
+        def terms(self, velocity, drawn, frozen):
+            calls.append(drawn)
+            return super().terms(velocity, drawn, frozen)
 
-    def _accumulate(self, slot, cycle, iteration):
-        size = self.args.per_device_train_batch_size
-        self.advantages = self._batch.advantages[:, slot * size : (slot + 1) * size]
-        return super()._accumulate(slot, cycle, iteration)
+        def coefficients(self, terms, advantages, counts):
+            calls[-1] = (calls[-1], advantages)
+            return super().coefficients(terms, advantages, counts)
 
-    def _backward(self, x_t, x0, t, conditioning, shares, place):
-        self.calls.append((x_t, x0, t, conditioning, self.advantages))
-        return super()._backward(x_t, x0, t, conditioning, shares, place)
+    trainer.update.loss = Recorder(**vars(loss))
+    select, chosen = trainer.flow.velocity, []
+    trainer.flow.velocity = lambda x_t, t, conditioning: chosen.append(conditioning) or select(x_t, t, conditioning)
+    return calls, chosen
+
+
+def fix_weights(trainer, weights):
+    """The same weights over the gradients as they are, in every step."""
+    solve = trainer.update.gradient._solve
+    trainer.update.gradient._solve = lambda gram: solve(gram)._replace(weights=weights.to(gram))
+    trainer.schedule.weights = lambda active: weights.double()
 
 
 @pytest.mark.parametrize("balance_on", ["loss", "advantage"])
@@ -102,13 +113,11 @@ def test_direction_is_that_of_autograd_on_the_formulas(monkeypatch, make_trainer
         per_device_train_batch_size=4,
         max_grad_norm=0.0,
         balance_on=balance_on,
-        normalize_gradients=False,
-        weighting=lambda gram: weights.to(gram),
         beta=0.5,
         old_policy_preset=2,
     )
-    trainer.__class__ = Recorder
-    trainer.calls = []
+    fix_weights(trainer, weights)
+    calls, conditionings = record_calls(trainer)
     keep.trainer = trainer
 
     expected = []
@@ -120,11 +129,13 @@ def test_direction_is_that_of_autograd_on_the_formulas(monkeypatch, make_trainer
             b, clip, beta = args.nft_beta, args.advantage_clip, args.beta
             total = torch.zeros(3)
             divergence, anchor, scored = 0.0, 0.0, 0
-            counts = torch.stack([(~a.isnan()).sum(dim=1) for *_, a in trainer.calls]).sum(dim=0)
-            samples = sum(len(x0) for _, x0, *_ in trainer.calls)
+            counts = torch.stack([(~a.isnan()).sum(dim=1) for _, a in calls]).sum(dim=0)
+            samples = sum(len(drawn.x0) for drawn, _ in calls)
+            per_call = len(conditionings) // len(calls)  # old, base and trained velocities of the same inputs
+            given = conditionings[::per_call]
             losses = [0.0, 0.0, 0.0]
-            for x_t, x0, t, conditioning, advantages in trainer.calls:
-                with torch.no_grad(), trainer.old_policy.swapped_in():
+            for ((x_t, t, x0, _), advantages), conditioning in zip(list(calls), given, strict=True):
+                with torch.no_grad(), trainer.weights.old.swapped_in():
                     old = trainer.model(x_t, t, conditioning)
                 with torch.no_grad():
                     trainer.flow.transformer.disable_adapters()
@@ -145,9 +156,10 @@ def test_direction_is_that_of_autograd_on_the_formulas(monkeypatch, make_trainer
             total = sum(w * loss for w, loss in zip(weights, losses, strict=True)) + beta * divergence
             if balance_on == "advantage":
                 total = total + anchor / scored
-            gradients = torch.autograd.grad(total, trainer.parameters)
+            gradients = torch.autograd.grad(total, trainer.weights.parameters)
             expected.append(torch.cat([gradient.flatten() for gradient in gradients]))
-            trainer.calls.clear()
+            calls.clear()
+            conditionings.clear()
 
     trainer.add_callback(Expect())
     trainer.train()
@@ -158,10 +170,10 @@ def test_direction_is_that_of_autograd_on_the_formulas(monkeypatch, make_trainer
 
 def test_mixing_with_known_weights_is_the_full_step(gradients_of):
     """Amortization is exact: with the same weights, one backward pass gives the direction of K of them."""
-    settings = {"normalize_gradients": False, "weighting": lambda gram: torch.tensor([0.2, 0.5, 0.3]).to(gram)}
-    settings["learning_rate"] = 1e-6  # as above: the second step must find the same rewards
-    solved = gradients_of(balance_every=1, **settings)
-    mixed = gradients_of(balance_every=100, **settings)
+    settings = {"learning_rate": 1e-6}  # as above: the second step must find the same rewards
+    weights = torch.tensor([0.2, 0.5, 0.3])
+    solved = gradients_of(lambda trainer: fix_weights(trainer, weights), balance_every=1, **settings)
+    mixed = gradients_of(lambda trainer: fix_weights(trainer, weights), balance_every=100, **settings)
     assert relative_error(mixed[1], solved[1]) < 1e-5
 
 

@@ -48,13 +48,13 @@ def test_held_out_rewards_are_scored_in_evaluations_only(tmp_path):
     assert metrics_of(trainer, "eval_rewards/held_out/mean") == pytest.approx([np.mean([9, 7, 7])] * 2)
     assert len(metrics_of(trainer, "eval_rewards/dark/standard_error")) == 2
     assert not [key for row in trainer.state.log_history for key in row if key.startswith("rewards/dark")]
-    assert trainer._identity()["rewards"] == ["bright", "blue"]
+    assert trainer.run_state.identity["rewards"] == ["bright", "blue"]
 
     without = small_trainer(tmp_path / "without", eval_dataset=prompt_set(), **EVALUATED)
     without.train()
     assert without.held_out_names == []
-    for name, parameter in trainer.trainable.items():
-        assert torch.equal(parameter, without.trainable[name]), name
+    for name, parameter in trainer.weights.trained.items():
+        assert torch.equal(parameter, without.weights.trained[name]), name
 
 
 def test_names_are_unique_over_both_lists(tmp_path):

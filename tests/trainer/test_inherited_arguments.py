@@ -186,8 +186,7 @@ def test_both_names_of_checkpointing_set_the_same(checkpointing, recwarn) -> Non
     [
         ({"multi_objective_aggregation": "sum_then_normalize", "balance_every": 10}, "balance_every"),
         ({"multi_objective_aggregation": "normalize_then_sum", "balance_on": "loss"}, "balance_on"),
-        ({"multi_objective_aggregation": "sum_then_normalize", "normalize_gradients": False}, "normalize_gradients"),
-        ({"amortization": "reference"}, "amortization"),
+        ({"multi_objective_aggregation": "equal", "weighting": "equal"}, "weighting"),
         ({"log_images": False, "log_images_steps": 3}, "log_images_steps"),
     ],
     ids=str,
@@ -195,12 +194,6 @@ def test_both_names_of_checkpointing_set_the_same(checkpointing, recwarn) -> Non
 def test_own_settings_that_have_no_effect_together_are_refused(settings, name) -> None:
     with pytest.raises(ValueError, match=f"`{name}=.*` has no effect with .*; leave one of the two out"):
         config(**settings)
-
-
-@pytest.mark.parametrize("aggregation", ["equal", "sum_then_normalize", "normalize_then_sum"])
-def test_a_weighting_that_nothing_uses_is_refused(tmp_path, aggregation) -> None:
-    with pytest.raises(ValueError, match=f"`weighting` has no effect with .*'{aggregation}'"):
-        small_trainer(tmp_path, weighting="equal", multi_objective_aggregation=aggregation)
 
 
 # ---- Methods ----

@@ -1,5 +1,5 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
-"""The settings: the papers' defaults, and a refusal with a mend for what cannot work."""
+"""The settings: the papers' defaults, and refusals of what cannot work that say how to fix it."""
 
 import copy
 import dataclasses
@@ -16,7 +16,7 @@ import torch
 from transformers import HfArgumentParser, TrainingArguments
 
 from trl_marble import MarbleConfig
-from trl_marble.setting_names import ELSEWHERE, OF_THE_TRAINER
+from trl_marble.setting_names import OTHER_TRAINERS, TRAINER_ARGUMENTS
 from trl_marble.world_size import check_world_size
 
 
@@ -41,7 +41,8 @@ def test_defaults_are_the_papers() -> None:
         "balance_on": "advantage",  # the paper: "loss"
         "balance_every": 1,  # the paper: 10
         "balance_ema": 0.7,
-        "normalize_gradients": True,
+        "policy_loss": "nft",
+        "weighting": "mgda",
         "old_policy_preset": 1,
         "num_iterations": 1,
         "prompts_per_generation": 48,
@@ -110,9 +111,9 @@ def test_names_of_other_trainers_are_understood(name, how) -> None:
 
 
 def test_names_of_other_trainers_mean_settings_that_exist() -> None:
-    known = {f.name for f in dataclasses.fields(MarbleConfig)} | OF_THE_TRAINER.keys()
-    assert not ELSEWHERE.keys() & {f.name for f in dataclasses.fields(MarbleConfig)}
-    for meant in ELSEWHERE.values():
+    known = {f.name for f in dataclasses.fields(MarbleConfig)} | TRAINER_ARGUMENTS.keys()
+    assert not OTHER_TRAINERS.keys() & {f.name for f in dataclasses.fields(MarbleConfig)}
+    for meant in OTHER_TRAINERS.values():
         assert " " in meant or meant in known, meant
         for named in re.findall(r"`([a-z_]+)`", meant):
             assert named in known or named in ("peft_config", "lora_dropout"), named
@@ -136,7 +137,7 @@ def test_notebooks_and_inspect_see_the_settings() -> None:
         ({"multi_objective_aggregation": "marbles"}, ["'marbles'", "'marble', 'equal', 'sum_then_normalize'"]),
         ({"balance_on": "both"}, ["'both'", "'loss', 'advantage'"]),
         ({"scale_rewards": True}, ["True", "'batch', 'group', 'none'"]),
-        ({"old_policy_preset": 3}, ["3", "0, 1, 2"]),
+        ({"old_policy_preset": 4}, ["4", "0, 1, 2, 3"]),
         ({"num_generations": 1}, ["is 1", "at least 2", "compare the images of one prompt"]),
         ({"num_inference_steps": 0}, ["is 0", "at least 1"]),
         ({"num_iterations": 0}, ["is 0", "at least 1"]),
@@ -176,7 +177,7 @@ def test_notebooks_and_inspect_see_the_settings() -> None:
     ],
     ids=lambda value: "-".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else "",
 )
-def test_settings_that_cannot_work_are_refused_with_value_and_mend(settings, parts) -> None:
+def test_settings_that_cannot_work_are_refused_with_the_value_and_how_to_fix_it(settings, parts) -> None:
     with pytest.raises(ValueError) as caught:
         config(**settings)
     message = str(caught.value)
@@ -202,7 +203,7 @@ def test_the_command_line_sets_every_kind_of_setting() -> None:
     command = (
         "--output_dir out --use_cpu --num_generations 4 --height 48 --width 64 --nft_beta 0.5 --scale_rewards group"
     )
-    command += " --reward_weights 1 2.5 --normalize_gradients false --log_images false --steps_per_generation 288"
+    command += " --reward_weights 1 2.5 --weighting equal --log_images false --steps_per_generation 288"
     (parsed,) = HfArgumentParser(MarbleConfig).parse_args_into_dataclasses(command.split())
     expected = config(
         num_generations=4,
@@ -211,7 +212,7 @@ def test_the_command_line_sets_every_kind_of_setting() -> None:
         nft_beta=0.5,
         scale_rewards="group",
         reward_weights=[1.0, 2.5],
-        normalize_gradients=False,
+        weighting="equal",
         log_images=False,
         steps_per_generation=288,
     ).to_dict()
@@ -292,7 +293,7 @@ def test_one_process_with_several_gpus_is_refused(monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(ValueError, match="One process sees 2 GPUs .*--multi_gpu.*or .*`CUDA_VISIBLE_DEVICES=0`"):
         config(use_cpu=False)
-    assert config().n_gpu == 0  # told to leave them alone
+    assert config().n_gpu == 0  # GPUs are not to be used
 
 
 @pytest.mark.parametrize(

@@ -36,10 +36,10 @@ def test_the_adapter_changes_and_nothing_else(make_trainer, aggregation):
             if not torch.equal(parameter, before[name][parameter_name]):
                 changed.add((name, parameter_name))
     assert changed and {part for part, _ in changed} == {"transformer"}
-    assert {name for _, name in changed} <= set(trainer.trainable)
-    assert all(".lora_" in name for name in trainer.trainable)
+    assert {name for _, name in changed} <= set(trainer.weights.trained)
+    assert all(".lora_" in name for name in trainer.weights.trained)
     # All but what the last block provably does not use.
-    assert len(changed) > 0.75 * len(trainer.trainable)
+    assert len(changed) > 0.75 * len(trainer.weights.trained)
 
 
 def test_metrics_of_a_run(make_trainer):
@@ -109,14 +109,14 @@ def test_old_policy_follows_after_each_generation_batch(make_trainer):
             self.old = []
 
         def on_step_end(self, args, state, control, **kwargs):
-            self.old.append(copies(trainer.old_policy.state_dict().items()))
+            self.old.append(copies(trainer.weights.old.state_dict().items()))
 
     for preset, eta in ((0, 0.0), (1, 0.002)):
         watch = Watch()
         trainer = make_trainer(old_policy_preset=preset, steps_per_generation=2, max_steps=2, callbacks=[watch])
-        start = copies(trainer.trainable.items())
+        start = copies(trainer.weights.trained.items())
         trainer.train()
-        for name, parameter in trainer.trainable.items():
+        for name, parameter in trainer.weights.trained.items():
             assert torch.equal(watch.old[0][name], start[name])  # within a generation batch nothing moves
             expected = eta * start[name] + (1 - eta) * parameter.detach()
             torch.testing.assert_close(watch.old[1][name], expected)
@@ -125,12 +125,12 @@ def test_old_policy_follows_after_each_generation_batch(make_trainer):
 def test_averaged_weights_are_what_is_evaluated_and_saved(make_trainer, tiny_sd3, prompts, tmp_path):
     trainer = make_trainer(max_steps=3, weight_ema_decay=0.9, eval_dataset=prompts, num_images_to_log=6)
     trainer.train()
-    current = copies(trainer.trainable.items())
+    current = copies(trainer.weights.trained.items())
     trainer.evaluate()
     trainer.save_model()
-    for name, parameter in trainer.trainable.items():
+    for name, parameter in trainer.weights.trained.items():
         assert torch.equal(parameter, current[name])
-    assert any(not torch.equal(v, current[k]) for k, v in trainer.average.state_dict().items())
+    assert any(not torch.equal(v, current[k]) for k, v in trainer.weights.averaged.state_dict().items())
 
     fresh = tiny_sd3()
     fresh.load_lora_weights(trainer.args.output_dir)
@@ -179,17 +179,17 @@ def test_evaluation_is_repeatable_and_complete(make_trainer, prompts):
 
 def test_bf16_base_keeps_fp32_adapters(make_trainer, tiny_sd3):
     trainer = make_trainer(pipeline=tiny_sd3().to(torch.bfloat16), max_steps=2)
-    assert {parameter.dtype for parameter in trainer.trainable.values()} == {torch.float32}
-    frozen = {p.dtype for n, p in trainer.flow.transformer.named_parameters() if n not in trainer.trainable}
+    assert {parameter.dtype for parameter in trainer.weights.trained.values()} == {torch.float32}
+    frozen = {p.dtype for n, p in trainer.flow.transformer.named_parameters() if n not in trainer.weights.trained}
     assert frozen == {torch.bfloat16}
-    before = copies(trainer.trainable.items())
+    before = copies(trainer.weights.trained.items())
     trainer.train()
-    assert any(not torch.equal(before[name], parameter) for name, parameter in trainer.trainable.items())
-    assert all(torch.isfinite(parameter).all() for parameter in trainer.trainable.values())
+    assert any(not torch.equal(before[name], parameter) for name, parameter in trainer.weights.trained.items())
+    assert all(torch.isfinite(parameter).all() for parameter in trainer.weights.trained.values())
 
 
 def test_flux(make_trainer, tiny_flux):
-    trainer = make_trainer(pipeline=tiny_flux(), guidance_scale=3.5, max_steps=2, balance_on="advantage")
+    trainer = make_trainer(pipeline=tiny_flux(), height=16, width=16, guidance_scale=3.5, balance_on="advantage")
     trainer.train()
     assert all(cosine >= -1e-6 for cosine in logged(trainer, "balance/cos_min"))
 
@@ -201,9 +201,11 @@ def test_a_pipeline_from_a_folder_and_the_seed(make_trainer, tiny_sd3, tmp_path)
     third = make_trainer("three", seed=4)
     for trainer in (first, second, third):
         trainer.train()
-    for name, parameter in first.trainable.items():
-        assert torch.equal(parameter, second.trainable[name])
-    assert any(not torch.equal(parameter, third.trainable[name]) for name, parameter in first.trainable.items())
+    for name, parameter in first.weights.trained.items():
+        assert torch.equal(parameter, second.weights.trained[name])
+    assert any(
+        not torch.equal(parameter, third.weights.trained[name]) for name, parameter in first.weights.trained.items()
+    )
 
 
 def test_dataset_columns_and_state_reach_the_rewards(make_trainer):
@@ -231,8 +233,8 @@ def test_a_reward_that_never_applies_takes_no_part(make_trainer, rewards):
     assert len([w for w in caught if "`never`" in str(w.message)]) == 1
     without = make_trainer("without", reward_funcs=rewards[::2], max_steps=2)
     without.train()
-    for name, parameter in trainer.trainable.items():
-        torch.testing.assert_close(parameter, without.trainable[name])
+    for name, parameter in trainer.weights.trained.items():
+        torch.testing.assert_close(parameter, without.weights.trained[name])
     assert logged(trainer, "balance/alpha/never") == [0.0, 0.0]
 
 

@@ -7,7 +7,7 @@ from tiny_families import TINY
 from trainer_helpers import small_trainer
 
 from trl_marble.balance import Objective, SeparateBackward
-from trl_marble.trainer import step_gradient
+from trl_marble.update import step_gradient
 
 
 def test_times_of_their_own_give_the_per_reward_gradients_of_single_samples(tmp_path, monkeypatch):
@@ -31,7 +31,7 @@ def test_times_of_their_own_give_the_per_reward_gradients_of_single_samples(tmp_
     trainer.train()
     assert made, "no recorder of whole micro-batches is used"
 
-    flow, parameters = trainer.flow, trainer.parameters
+    flow, parameters = trainer.flow, trainer.weights.parameters
     conditioning = flow.encode(["a cat", "two dogs", "a bird"])
     x_t = torch.randn(3, *trainer._batch.latents.shape[1:], generator=torch.Generator().manual_seed(0))
     times, coefficients = torch.tensor([0.9, 0.4, 0.9]), torch.tensor([[1.0, 0.0, 2.0], [0.5, 1.0, -1.0]])

@@ -57,14 +57,14 @@ def test_rollouts_evaluations_and_updates_compute_in_one_dtype(make_trainer, tin
     trainer.evaluate()
     dtype = torch.bfloat16 if bf16 else torch.float32
     assert seen == {name: {dtype} for name in ("rollout", "update", "evaluation")}
-    assert {parameter.dtype for parameter in trainer.trainable.values()} == {torch.float32}
+    assert {parameter.dtype for parameter in trainer.weights.trained.values()} == {torch.float32}
 
 
 def test_the_policy_that_samples_is_the_old_policy_of_the_loss(make_trainer):
     """With one solver step the rollout is one velocity; the update must find the same one in the same precision."""
     trainer = make_trainer(bf16=True)
     flow = trainer.flow
-    fill(trainer.trainable, seed=0)
+    fill(trainer.weights.trained, seed=0)
     conditioning = flow.encode(["a cat"])
     times = flow.training_times(1)
     latents = flow.rollout(conditioning, [5], 1).latents

@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
-from trl_marble.rewards import RewardError
 from trl_marble.checkpoint.folder import DamagedCheckpointError, find_damage
+from trl_marble.rewards import RewardError
 
 
 # Two optimizer steps a generation batch, two passes over it, three generation batches an epoch: checkpoints fall
@@ -33,9 +33,9 @@ SETTINGS = {
 
 def state_of(trainer):
     """Everything that decides how training goes on, as one dictionary of tensors."""
-    state = {f"current {name}": parameter.detach() for name, parameter in trainer.trainable.items()}
-    state |= {f"old {name}": value for name, value in trainer.old_policy.state_dict().items()}
-    state |= {f"average {name}": value for name, value in trainer.average.state_dict().items()}
+    state = {f"current {name}": parameter.detach() for name, parameter in trainer.weights.trained.items()}
+    state |= {f"old {name}": value for name, value in trainer.weights.old.state_dict().items()}
+    state |= {f"average {name}": value for name, value in trainer.weights.averaged.state_dict().items()}
     state |= {f"balance {name}": value for name, value in trainer.schedule.state_dict().items()}
     for i, moments in enumerate(trainer.optimizer.state_dict()["state"].values()):
         state |= {f"optimizer {i} {name}": torch.as_tensor(value) for name, value in moments.items()}
@@ -49,14 +49,28 @@ def assert_same_state(trainer, other):
         assert torch.equal(value, expected[name]), name
 
 
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory):
+    """Where the runs are that several tests look at, and must not change."""
+    return tmp_path_factory.mktemp("kept")
+
+
+@pytest.fixture(scope="module")
+def finished():
+    """Trainers whose runs are over, by name."""
+    return {}
+
+
 @pytest.fixture
-def uninterrupted(make_trainer):
-    trainer = make_trainer(**SETTINGS)
-    trainer.train()
-    return trainer
+def uninterrupted(make_trainer, kept, finished):
+    if "uninterrupted" not in finished:
+        trainer = make_trainer(kept / "uninterrupted", **SETTINGS)
+        trainer.train()
+        finished["uninterrupted"] = trainer
+    return finished["uninterrupted"]
 
 
-@pytest.mark.parametrize("step", [1, 3, 4, 6, 11, 12, 13])
+@pytest.mark.parametrize("step", [*(pytest.param(step, marks=pytest.mark.slow) for step in (1, 4, 6)), 3, 11, 12, 13])
 def test_resumed_run_equals_the_uninterrupted_run(make_trainer, uninterrupted, step):
     checkpoint = Path(uninterrupted.args.output_dir) / f"checkpoint-{step}"
     resumed = make_trainer("resumed", log_images=True, **SETTINGS)
@@ -68,7 +82,7 @@ def test_resumed_run_equals_the_uninterrupted_run(make_trainer, uninterrupted, s
     assert first == second
 
 
-def test_sampling_goes_on_where_it_stopped(make_trainer, uninterrupted):
+def test_sampling_goes_on_where_it_stopped(make_trainer):
     """The prompts of a resumed run are those that the uninterrupted run had after the checkpoint."""
 
     def with_log(folder, **kwargs):
@@ -78,7 +92,7 @@ def test_sampling_goes_on_where_it_stopped(make_trainer, uninterrupted):
             seen.append(tuple(prompts))
             return [float(len(prompt)) for prompt in prompts]
 
-        trainer = make_trainer(folder, reward_funcs=[note], **SETTINGS)
+        trainer = make_trainer(folder, reward_funcs=[note], **SETTINGS | {"max_steps": 12})
         trainer.train(**kwargs)
         return trainer, seen
 
@@ -105,9 +119,9 @@ def test_a_failing_reward_loses_nothing(make_trainer, uninterrupted, rewards):
         broken.train()
     folder = Path(broken.args.output_dir)
     assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-8"]
-    mended = make_trainer("broken", **settings)
-    mended.train(resume_from_checkpoint=True)
-    assert_same_state(mended, uninterrupted)
+    repaired = make_trainer("broken", **settings)
+    repaired.train(resume_from_checkpoint=True)
+    assert_same_state(repaired, uninterrupted)
 
 
 def test_a_failure_saves_although_an_older_run_left_a_checkpoint_of_that_step(make_trainer, rewards):
@@ -126,7 +140,7 @@ def test_a_failure_saves_although_an_older_run_left_a_checkpoint_of_that_step(ma
     with pytest.raises(RewardError):
         broken.train()
     saved = load_file(Path(broken.args.output_dir) / "checkpoint-4" / "marble_state.safetensors")
-    for name, parameter in broken.trainable.items():
+    for name, parameter in broken.weights.trained.items():
         assert torch.equal(saved[f"current/{name}"], parameter), name
 
 
@@ -143,17 +157,17 @@ def test_a_checkpoint_without_the_optimizer_is_refused(make_trainer):
 SHORT = SETTINGS | {"max_steps": 6}
 
 
-@pytest.fixture(scope="module")
-def short_run(tmp_path_factory):
-    """The folder of a whole run of six steps, not to be changed."""
-    return tmp_path_factory.mktemp("short") / "run"
+@pytest.fixture
+def short_run(make_trainer, kept):
+    """The folder of a run of six steps."""
+    if not (kept / "short").exists():
+        make_trainer(kept / "short", **SHORT).train()
+    return kept / "short"
 
 
 @pytest.fixture
-def saved(make_trainer, short_run, tmp_path):
-    """A copy of that folder."""
-    if not short_run.exists():
-        make_trainer(short_run, **SHORT).train()
+def saved(short_run, tmp_path):
+    """A copy of that folder, which a test may change."""
     return Path(shutil.copytree(short_run, tmp_path / "saved"))
 
 

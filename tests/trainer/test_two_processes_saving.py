@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from trl_marble.checkpoint.folder import find_damage
 
 
+pytestmark = pytest.mark.slow
 WORKER = Path(__file__).parents[1] / "support" / "two_processes_saving.py"
 
 

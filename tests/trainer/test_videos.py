@@ -42,7 +42,7 @@ def trained(tmp_path_factory):
             num_images_to_log=2,
             report_to="tensorboard",
         )
-    trainer.before = {name: parameter.detach().clone() for name, parameter in trainer.trainable.items()}
+    trainer.before = {name: parameter.detach().clone() for name, parameter in trainer.weights.trained.items()}
     trainer.evaluate()
     trainer.train()
     trainer.evaluate()
@@ -52,7 +52,7 @@ def trained(tmp_path_factory):
 
 
 def test_two_rewards_train_the_adapter(trained):
-    assert any(not parameter.equal(trained.before[name]) for name, parameter in trained.trainable.items())
+    assert any(not parameter.equal(trained.before[name]) for name, parameter in trained.weights.trained.items())
     rows = [row for row in trained.state.log_history if "loss" in row]
     assert len(rows) == 2
     for row in rows:
@@ -129,8 +129,8 @@ def test_a_resumed_run_ends_as_the_whole_one(tmp_path):
     whole.train()
     resumed = video_trainer(tmp_path / "resumed", **settings)
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-1"))
-    for name, parameter in whole.trainable.items():
-        assert torch.equal(parameter, resumed.trainable[name]), name
+    for name, parameter in whole.weights.trained.items():
+        assert torch.equal(parameter, resumed.weights.trained[name]), name
 
 
 @pytest.mark.parametrize("argument", ["reward_funcs", "eval_reward_funcs"])

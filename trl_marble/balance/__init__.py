@@ -1,8 +1,8 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
 """
-Balancing several rewards: pure tensor maths, importable and testable alone.
+Balance several rewards: functions of tensors, which use nothing else of this package.
 
-Throughout, `K` is the number of rewards, `B` of samples and `P` of trainable parameters, flattened. A NaN reward or
+`K` is the number of rewards, `B` that of samples and `P` that of trainable parameters, flattened. A NaN reward or
 advantage means that the reward does not apply to the sample.
 """
 

@@ -1,5 +1,5 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
-"""From raw rewards to advantages. A NaN means that the reward does not apply to the sample, before and after."""
+"""Compute advantages from raw rewards. NaN, in both, means that the reward does not apply to the sample."""
 
 import math
 from typing import Literal, get_args
@@ -11,7 +11,7 @@ from torch import Tensor
 ScaleRewards = Literal["batch", "group", "none"]
 AggregationMode = Literal["marble", "equal", "sum_then_normalize", "normalize_then_sum"]
 
-# Added to every standard deviation before dividing by it, as TRL and DiffusionNFT's reference do.
+# Added to every standard deviation before the division by it, as in TRL and in DiffusionNFT's code.
 STD_EPS = 1e-4
 
 
@@ -26,8 +26,7 @@ def reward_stds(rewards: Tensor) -> Tensor:
     Returns:
         `torch.Tensor` of shape `(K,)`, float32: NaN for a reward that applies to no sample.
     """
-    _check_rewards(rewards)
-    return _std(rewards.detach().cpu().double()).squeeze(1).to(rewards.device, torch.float32)
+    return _std(_checked_rewards(rewards)).squeeze(1).to(rewards.device, torch.float32)
 
 
 def group_advantages(
@@ -41,32 +40,34 @@ def group_advantages(
 
     `A[k, i] = clip((R[k, i] - mean of R[k] over the valid samples of i's group) / (s_k + 1e-4), -C, C)`
 
-    The standard deviations are *population* ones (divided by n), as in the reference code of
+    The standard deviations are those of the *population* (divided by n), as in the code of
     [DiffusionNFT](https://huggingface.co/papers/2509.16117) and Flow-GRPO; TRL's `GRPOTrainer` divides by n - 1, which
-    for the usual batch sizes changes the scale by less than a percent. Per-reward estimators are those of
+    for usual batch sizes changes the scale by less than a percent. One estimator per reward is the method of
     [MARBLE](https://huggingface.co/papers/2605.06507).
 
     Args:
         rewards (`torch.Tensor` of shape `(K, B)`):
-            Raw rewards of the whole generation batch, all processes together. NaN where a reward does not apply.
+            Raw rewards of the generation batch of all processes. NaN where a reward does not apply.
         groups (`torch.LongTensor` of shape `(B,)`):
-            Group id of every sample: samples of the same prompt share one. Any integers, in any order.
+            Group id of every sample, the same for all samples of a prompt. Any integers, in any order.
         scale_rewards (`str`, *optional*, defaults to `"batch"`):
-            What `s_k` is: `"batch"`, the standard deviation over all valid samples; `"group"`, over the valid samples
-            of the sample's own group; `"none"`, centred rewards are left unscaled.
+            The scale `s_k`: `"batch"`, the standard deviation over all valid samples; `"group"`, that over the valid
+            samples of the sample's own group; `"none"`, no scale.
         advantage_clip (`float`, *optional*, defaults to `5.0`):
             `C`, the largest absolute advantage, above 0.
 
     Returns:
-        `torch.Tensor` of shape `(K, B)`, float32, in `[-C, C]`, NaN where `rewards` is. A reward that is constant over
-        a group, or valid for one of its samples only, has advantage exactly 0 there.
+        `torch.Tensor` of shape `(K, B)`, float32, in `[-C, C]`, NaN where `rewards` is. If a reward is constant over a
+        group, or valid for only one of its samples, the advantage is exactly 0 there.
 
     Raises:
-        `ValueError`: if a reward is infinite (the message names its row), or an argument is of the wrong shape or
-        outside its range.
+        `ValueError`: if a reward is infinite (the message names its row), or an argument has a wrong shape or an
+        impossible value.
     """
-    advantages = _scaled_advantages(rewards, groups, scale_rewards)
-    return _clipped(advantages, advantage_clip).to(rewards.device, torch.float32)
+    values = _checked_rewards(rewards)
+    _check_settings(rewards, groups, scale_rewards, advantage_clip)
+    advantages = _scaled_advantages(values, groups, scale_rewards)
+    return advantages.clamp(-advantage_clip, advantage_clip).to(rewards.device, torch.float32)
 
 
 def aggregate_advantages(
@@ -78,15 +79,15 @@ def aggregate_advantages(
     advantage_clip: float = 5.0,
 ) -> Tensor:
     """
-    Advantages for each way of treating several objectives (`multi_objective_aggregation`).
+    Advantages for each value of `multi_objective_aggregation`.
 
-    - `"marble"`, `"equal"`: one row per reward, see [`group_advantages`]. Rewards are mixed later, as gradients, so
-      `reward_weights` play no part.
-    - `"sum_then_normalize"`: the weighted sum of the raw rewards that apply, then one advantage, as
-      [DiffusionNFT](https://huggingface.co/papers/2509.16117) and TRL do.
-    - `"normalize_then_sum"`: per-reward advantages, their weighted sum over the rewards that apply, standardized once
-      more over the batch ([GDPO](https://huggingface.co/papers/2601.05242)). Only the result is clipped. TRL always
-      scales the inner advantages by group; here `scale_rewards` decides, so `"group"` is TRL's behaviour.
+    - `"marble"`, `"equal"`: one row per reward, see [`group_advantages`]. Rewards are mixed later, by their gradients,
+      and `reward_weights` are not used.
+    - `"sum_then_normalize"`: the weighted sum of the raw rewards that apply, then one advantage, as in
+      [DiffusionNFT](https://huggingface.co/papers/2509.16117) and TRL.
+    - `"normalize_then_sum"`: per-reward advantages, their weighted sum over the rewards that apply, standardized again
+      over the batch ([GDPO](https://huggingface.co/papers/2601.05242)). Only the result is clipped. TRL always scales
+      the per-reward advantages by group, as here with `scale_rewards="group"`.
 
     Args:
         rewards (`torch.Tensor` of shape `(K, B)`):
@@ -103,13 +104,14 @@ def aggregate_advantages(
             See [`group_advantages`].
 
     Returns:
-        `torch.Tensor` of shape `(K, B)` for `"marble"` and `"equal"`, else `(1, B)` with NaN only where no reward
+        `torch.Tensor` of shape `(K, B)` for `"marble"` and `"equal"`, otherwise `(1, B)` with NaN where no reward
         applies; float32, in `[-advantage_clip, advantage_clip]`.
 
     Raises:
         `ValueError`: for an unknown mode, and as [`group_advantages`].
     """
-    _check_rewards(rewards)
+    values = _checked_rewards(rewards)
+    _check_settings(rewards, groups, scale_rewards, advantage_clip)
     if mode not in get_args(AggregationMode):
         raise ValueError(
             f"Unknown multi_objective_aggregation {mode!r}: use one of {', '.join(get_args(AggregationMode))}."
@@ -123,47 +125,52 @@ def aggregate_advantages(
         raise ValueError(f"reward_weights must be finite, got {weights.tolist()}.")
 
     if mode in ("marble", "equal"):
-        return group_advantages(rewards, groups, scale_rewards, advantage_clip)
-    if mode == "sum_then_normalize":
-        total = _weighted_sum_of_valid(rewards.detach().cpu().double(), weights)
-        advantages = _scaled_advantages(total, groups, scale_rewards)
+        advantages = _scaled_advantages(values, groups, scale_rewards)
+    elif mode == "sum_then_normalize":
+        advantages = _scaled_advantages(_weighted_sum_of_valid(values, weights), groups, scale_rewards)
     else:
-        total = _weighted_sum_of_valid(_scaled_advantages(rewards, groups, scale_rewards), weights)
-        # Its mean is 0 already: every reward is centred in each group over exactly the samples that it is summed on.
+        total = _weighted_sum_of_valid(_scaled_advantages(values, groups, scale_rewards), weights)
+        # Its mean is 0 already: every reward is centred in each group over the samples on which it is in the sum.
         advantages = total / (_std(total) + STD_EPS)
-    return _clipped(advantages, advantage_clip).to(rewards.device, torch.float32)
+    return advantages.clamp(-advantage_clip, advantage_clip).to(rewards.device, torch.float32)
 
 
-def _check_rewards(rewards: Tensor) -> None:
+def _checked_rewards(rewards: Tensor) -> Tensor:
+    """Rewards `(K, B)` on the CPU in float64: the data is small, and some devices have no float64."""
     if rewards.ndim != 2:
         raise ValueError(f"rewards must be of shape (rewards, samples), got {tuple(rewards.shape)}.")
-    infinite = rewards.isinf()
+    values = rewards.detach().cpu().double()
+    infinite = values.isinf()
     if infinite.any():
         row, column = infinite.nonzero()[0].tolist()
         raise ValueError(
-            f"Reward {row} is {rewards[row, column].item()} for sample {column}: rewards must be finite. Return None "
+            f"Reward {row} is {values[row, column].item()} for sample {column}: rewards must be finite. Return None "
             "or NaN where a reward does not apply."
         )
+    return values
 
 
-def _scaled_advantages(rewards: Tensor, groups: Tensor, scale_rewards: ScaleRewards) -> Tensor:
-    """Unclipped advantages `(K, B)`, on the CPU in float64: the data is tiny and some devices have no float64."""
-    _check_rewards(rewards)
+def _check_settings(rewards: Tensor, groups: Tensor, scale_rewards: ScaleRewards, advantage_clip: float) -> None:
     if groups.shape != rewards.shape[1:]:
         raise ValueError(
             f"groups has shape {tuple(groups.shape)} for {rewards.shape[1]} samples: give one group id per sample."
         )
     if groups.is_floating_point():
-        # A float32 cannot tell neighbouring ids above 2 ** 24 apart and would merge the groups of two prompts.
+        # float32 has not all integers above 2 ** 24, so that the groups of two prompts could get the same id.
         raise ValueError(f"groups must be integers, got {groups.dtype}: use torch.int64 ids.")
     if scale_rewards not in get_args(ScaleRewards):
         raise ValueError(f"Unknown scale_rewards {scale_rewards!r}: use one of {', '.join(get_args(ScaleRewards))}.")
+    if not 0 < advantage_clip < math.inf:
+        raise ValueError(f"advantage_clip must be positive and finite, got {advantage_clip}.")
 
-    values = rewards.detach().cpu().double()
+
+def _scaled_advantages(values: Tensor, groups: Tensor, scale_rewards: ScaleRewards) -> Tensor:
+    """Advantages `(K, B)` before they are clipped."""
     centred = torch.empty_like(values)
     scale = torch.ones_like(values)
-    for group in groups.detach().cpu().unique():
-        members = groups.cpu() == group
+    groups = groups.detach().cpu()
+    for group in groups.unique():
+        members = groups == group
         centred[:, members] = _centre(values[:, members])
         if scale_rewards == "group":
             scale[:, members] = _std(values[:, members]) + STD_EPS
@@ -173,9 +180,9 @@ def _scaled_advantages(rewards: Tensor, groups: Tensor, scale_rewards: ScaleRewa
 
 
 def _centre(values: Tensor) -> Tensor:
-    """Rows minus their means over the entries that are not NaN."""
-    # Without first subtracting one of the values, a constant reward would keep the mean's rounding error; divided by
-    # STD_EPS and normalized to a unit gradient, that error would become a full-sized update in a random direction.
+    """Subtract from each row its mean over the entries that are not NaN."""
+    # One of the values is subtracted first. Otherwise a constant reward would keep the rounding error of the mean, and
+    # divided by STD_EPS and normalized to a unit gradient, this error would be an update in a random direction.
     shifted = values - values.nan_to_num(nan=math.inf).amin(dim=1, keepdim=True)
     return shifted - shifted.nanmean(dim=1, keepdim=True)
 
@@ -189,9 +196,3 @@ def _weighted_sum_of_valid(values: Tensor, weights: Tensor) -> Tensor:
     """Weighted sum `(1, B)` over the rewards that apply; NaN where none does."""
     total = (weights[:, None] * values).nansum(dim=0, keepdim=True)
     return total.masked_fill(values.isnan().all(dim=0, keepdim=True), torch.nan)
-
-
-def _clipped(advantages: Tensor, advantage_clip: float) -> Tensor:
-    if not (0 < advantage_clip < math.inf):
-        raise ValueError(f"advantage_clip must be positive and finite, got {advantage_clip}.")
-    return advantages.clamp(-advantage_clip, advantage_clip)

@@ -1,5 +1,5 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
-"""What a direction means for every reward, from the Gram matrix alone."""
+"""Cosines between a direction and the gradients of all rewards, from the Gram matrix alone."""
 
 import torch
 from torch import Tensor
@@ -7,7 +7,7 @@ from torch import Tensor
 from .advantages import STD_EPS
 
 
-# A direction shorter than 1e-4 of its parts' lengths put together is what rounding left of gradients that cancel.
+# If a direction is shorter than 1e-4 of the sum of the lengths of its parts, they cancel and it is a rounding error.
 _CANCELLED = 1e-8
 _CONFLICT_TOLERANCE = 1e-6
 
@@ -18,20 +18,20 @@ def direction_cosines(gram: Tensor, weights: Tensor) -> Tensor:
 
     Args:
         gram (`torch.Tensor` of shape `(K, K)`):
-            Inner products of the gradients as they are (not normalized).
+            Inner products of the gradients, not normalized.
         weights (`torch.Tensor` of shape `(K,)`):
             `w`.
 
     Returns:
         `torch.Tensor` of shape `(K,)`, float64 on the CPU, in `[-1, 1]`. NaN for a zero gradient; 0 if the gradients
-        cancel, so that there is no direction.
+        cancel and there is no direction.
 
     Raises:
         `ValueError`: if there is not one weight per gradient.
     """
     if gram.ndim != 2 or gram.shape[0] != gram.shape[1] or weights.shape != gram.shape[:1]:
         raise ValueError(
-            "Give a square Gram matrix and one weight per gradient, got shapes "
+            "Pass a square Gram matrix and one weight per gradient, got shapes "
             f"{tuple(gram.shape)} and {tuple(weights.shape)}."
         )
     gram, weights = gram.detach().cpu().double(), weights.detach().cpu().double()
@@ -49,15 +49,16 @@ def balance_diagnostics(gram: Tensor, weights: Tensor, active: Tensor) -> dict[s
 
     Args:
         gram (`torch.Tensor` of shape `(K, K)`):
-            Inner products of the gradients as they are.
+            Inner products of the gradients, not normalized.
         weights (`torch.Tensor` of shape `(K,)`):
-            `w` of the direction `d = sum_k w_k g_k`, taken or only considered (see [`weighted_sum_weights`]).
+            `w` of the direction `d = sum_k w_k g_k`, which need not be the one of the update (see
+            [`weighted_sum_weights`]).
         active (`torch.BoolTensor` of shape `(K,)`):
-            The rewards to look at.
+            The rewards to include.
 
     Returns:
         `dict` with `cos_min`, `cos_mean`, `cos_var` (population variance) over the active rewards that have a
-        gradient, NaN if there is none, and `conflict`: 1.0 if any cosine is below -1e-6, else 0.0.
+        gradient, NaN if there is none, and `conflict`: 1.0 if any cosine is below -1e-6, otherwise 0.0.
     """
     cosines = direction_cosines(gram, weights)[active.detach().cpu()]
     cosines = cosines[~cosines.isnan()]
@@ -73,8 +74,8 @@ def balance_diagnostics(gram: Tensor, weights: Tensor, active: Tensor) -> dict[s
 
 def weighted_sum_weights(reward_weights: Tensor, reward_stds: Tensor, counts: Tensor) -> Tensor:
     """
-    The weights over per-reward gradients to which `"sum_then_normalize"` amounts, up to a common scale. With them
-    [`balance_diagnostics`] shows what the weighted sum *would* have done.
+    The weights of per-reward gradients whose direction is that of `"sum_then_normalize"`, up to a common scale. With
+    them [`balance_diagnostics`] shows what the weighted sum would have done.
 
     A raw reward minus its group's mean is `(s_k + 1e-4) A[k, i]`, so the one advantage of the weighted sum is
     proportional to `sum_k w_k (s_k + 1e-4) m[k, i] A[k, i]`, averaged over all samples; `g_k` averages `A[k]` over its
@@ -86,9 +87,9 @@ def weighted_sum_weights(reward_weights: Tensor, reward_stds: Tensor, counts: Te
         reward_weights (`torch.Tensor` of shape `(K,)`):
             `w`, the weights of the raw rewards.
         reward_stds (`torch.Tensor` of shape `(K,)`):
-            `s`, see [`reward_stds`]. What it holds for a reward with count 0 does not matter.
+            `s`, see [`reward_stds`]. The value of a reward with count 0 is not used.
         counts (`torch.Tensor` of shape `(K,)`):
-            `n`, to how many samples every reward applies.
+            `n`, the number of samples that each reward applies to.
 
     Returns:
         `torch.Tensor` of shape `(K,)`, float64 on the CPU; absolute values sum to 1, or all are 0.
@@ -98,7 +99,7 @@ def weighted_sum_weights(reward_weights: Tensor, reward_stds: Tensor, counts: Te
     """
     if not reward_weights.shape == reward_stds.shape == counts.shape or reward_weights.ndim != 1:
         raise ValueError(
-            "reward_weights, reward_stds and counts hold one value per reward, got shapes "
+            "reward_weights, reward_stds and counts must have one value per reward, got shapes "
             f"{tuple(reward_weights.shape)}, {tuple(reward_stds.shape)} and {tuple(counts.shape)}."
         )
     counts = counts.detach().cpu().double()

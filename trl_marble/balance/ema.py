@@ -1,5 +1,5 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
-"""Decay schedules of the two moving averages: the old policy, and the weights that are evaluated and saved."""
+"""The decay of the two moving averages: the old policy, and the weights that are evaluated and saved."""
 
 # (flat, rate, max) of `old_policy_decay`. DiffusionNFT's own preset 1 ends at 0.5; 0.95 is MARBLE's; 3 is AWM's.
 OLD_POLICY_PRESETS: dict[int, tuple[int, float, float]] = {
@@ -20,11 +20,11 @@ def old_policy_decay(step: int, flat: int, rate: float, max: float) -> float:
         step (`int`):
             Optimizer steps taken so far.
         flat (`int`):
-            Steps before the decay rises.
+            Number of steps before the decay rises.
         rate (`float`):
             Rise per step.
         max (`float`):
-            Where the rise ends, in `[0, 1)`.
+            The largest decay, in `[0, 1)`.
 
     Returns:
         `float` in `[0, max]`.
@@ -34,7 +34,8 @@ def old_policy_decay(step: int, flat: int, rate: float, max: float) -> float:
 
 def weight_ema_decay(step: int) -> float:
     """
-    Decay of the weights' moving average, `min((1 + step) / (10 + step), 0.9)`: short while there is little to average.
+    Decay of the weights' moving average, `min((1 + step) / (10 + step), 0.9)`: lower in the first steps, so that the
+    initial weights are soon forgotten.
 
     Args:
         step (`int`):

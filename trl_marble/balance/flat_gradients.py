@@ -1,5 +1,5 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
-"""Gradients as vectors: from parameters to one flat vector and back, and inner products of several."""
+"""Gradients as flat vectors: from parameters to vectors and back, and the inner products of vectors."""
 
 from collections.abc import Sequence
 
@@ -7,19 +7,19 @@ import torch
 from torch import Tensor
 
 
-# Columns of a gradient matrix that are held in float64 at a time: 8 MB per reward.
+# Number of columns of a gradient matrix that are converted to float64 at a time: 8 MB per reward.
 _GRAM_CHUNK = 1 << 20
 
 
 def flatten_gradients(grads: Sequence[Tensor | None], parameters: Sequence[Tensor]) -> Tensor:
     """
-    Concatenates gradients into one vector.
+    Concatenate gradients into one vector.
 
     Args:
         grads (sequence of `torch.Tensor` or `None`):
             One gradient per parameter; `None`, for an unused parameter, counts as 0.
         parameters (sequence of `torch.Tensor`):
-            The parameters that the gradients belong to, `P` numbers in all.
+            The parameters of the gradients, with `P` numbers in total.
 
     Returns:
         `torch.Tensor` of shape `(P,)`, float32 (float64 if the parameters are).
@@ -28,12 +28,12 @@ def flatten_gradients(grads: Sequence[Tensor | None], parameters: Sequence[Tenso
         `ValueError`: if there is not one gradient, of the right shape, per parameter.
     """
     if len(grads) != len(parameters) or len(parameters) == 0:
-        raise ValueError(f"Got {len(grads)} gradients for {len(parameters)} parameters: give one each, at least one.")
+        raise ValueError(f"Got {len(grads)} gradients for {len(parameters)} parameters: pass one each, at least one.")
     pieces = []
     for index, (grad, parameter) in enumerate(zip(grads, parameters, strict=True)):
         if grad is not None and grad.shape != parameter.shape:
             raise ValueError(
-                f"Gradient {index} has shape {tuple(grad.shape)}, its parameter {tuple(parameter.shape)}."
+                f"Gradient {index} has shape {tuple(grad.shape)}, its parameter {tuple(parameter.shape)}; they differ."
             )
         piece = torch.zeros_like(parameter) if grad is None else grad
         pieces.append(piece.detach().flatten().to(torch.promote_types(parameter.dtype, torch.float32)))
@@ -42,15 +42,15 @@ def flatten_gradients(grads: Sequence[Tensor | None], parameters: Sequence[Tenso
 
 def assign_gradients(direction: Tensor, parameters: Sequence[Tensor]) -> None:
     """
-    Sets the parameters' `.grad` to the pieces of a flat vector. What `.grad` held before is replaced: a direction is
-    made once per optimizer step, from gradients that are accumulated already.
+    Set the `.grad` of parameters to the parts of a flat vector, and replace earlier values: a direction is computed
+    once per optimizer step, from gradients that are accumulated already.
 
     Args:
         direction (`torch.Tensor` of shape `(P,)`):
             The flat gradient, in the order of `parameters`.
         parameters (sequence of `torch.Tensor`):
-            Parameters, `P` numbers in all. Each `.grad` gets its parameter's dtype and device and its own memory, so
-            that clipping in place leaves `direction` as it is.
+            Parameters, with `P` numbers in total. Each `.grad` has its parameter's dtype and device and its own
+            memory, so that clipping in place does not change `direction`.
 
     Raises:
         `ValueError`: if the sizes do not agree.
@@ -69,8 +69,8 @@ def gram_matrix(gradients: Tensor) -> Tensor:
     """
     Inner products of the gradients, `G[k, l] = <g_k, g_l>`.
 
-    They are summed in float64, chunk by chunk: when gradients oppose each other the shortest direction is a small
-    difference of large numbers, and float32 (above all TF32) matrix products would decide its sign by rounding.
+    They are summed in float64, chunk by chunk: if gradients oppose each other the shortest direction is a small
+    difference of large numbers, and in float32 (above all TF32) rounding errors would determine its sign.
 
     Args:
         gradients (`torch.Tensor` of shape `(K, P)`):

@@ -1,10 +1,10 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
 """
-Gradients of many losses that share one forward pass.
+Gradients of several losses with one forward pass.
 
-Every per-reward loss is a combination of the same few per-sample losses, and so is what is not balanced at all, such
-as a penalty. Each combination is a *row* of coefficients, and each row has a gradient. [`SeparateBackward`] takes one
-backward pass a row. [`WeightedBackward`] takes one backward pass a per-sample loss, however many rows there are.
+Every per-reward loss is a combination of the same few per-sample losses, and so are losses that are not balanced, such
+as a penalty. Each combination is a *row* of coefficients, and each row has a gradient. [`SeparateBackward`] needs one
+backward pass per row. [`WeightedBackward`] needs one backward pass per per-sample loss, for any number of rows.
 """
 
 from abc import ABC, abstractmethod
@@ -22,11 +22,11 @@ from .flat_gradients import flatten_gradients
 
 class Objective(NamedTuple):
     """
-    A loss of every sample, and how much of it goes into each row: row `r` is `sum_i coefficients[r, i] * losses[i]`.
+    One loss per sample and its coefficients in each row: row `r` is `sum_i coefficients[r, i] * losses[i]`.
 
     Args:
         losses (`torch.Tensor` of shape `(B,)`):
-            A loss of every sample, attached to the graph. It must depend on its own sample only.
+            One loss per sample, attached to the graph. Each must depend on its own sample only.
         coefficients (`torch.Tensor` of shape `(R, B)`):
             Its coefficients.
     """
@@ -51,11 +51,11 @@ class GradientRows(ABC):
         num_rows (`int`):
             `R`, at least 1.
         parameters (sequence of `torch.Tensor`):
-            Trainable parameters, `P` numbers in all.
+            Trainable parameters, with `P` numbers in total.
 
     Attributes:
         gradients (`torch.Tensor` of shape `(R, P)`):
-            The sum so far, float32 (float64 if the parameters are), in the order of `parameters`.
+            The accumulated gradients, float32 (float64 if the parameters are), in the order of `parameters`.
 
     Raises:
         `ValueError`: if `num_rows` is below 1 or there is no parameter.
@@ -70,27 +70,27 @@ class GradientRows(ABC):
     @contextmanager
     def recording(self, batch_size: int) -> Iterator[None]:
         """
-        The forward pass, and all calls of [`~GradientRows.backward`] for it, belong inside this context.
+        A context for the forward pass and all calls of [`~GradientRows.backward`] for it.
 
         Args:
             batch_size (`int`):
-                `B`, the samples of the micro-batch.
+                `B`, the number of samples in the micro-batch.
 
         Raises:
-            `RuntimeError`: if it was entered before and not left ([`WeightedBackward`] only).
+            `RuntimeError`: inside another such context ([`WeightedBackward`] only).
         """
         yield
 
     @abstractmethod
     def backward(self, objectives: Sequence[Objective], retain_graph: bool = False) -> None:
         """
-        Adds the gradients of every row's `sum` over the objectives. `.grad` is neither read nor written.
+        Add the gradient of every row, summed over the objectives. `.grad` is neither read nor changed.
 
         Args:
             objectives (sequence of [`Objective`]):
                 At least one.
             retain_graph (`bool`, *optional*, defaults to `False`):
-                Keep the graph for a further backward pass over the same forward.
+                Keep the graph for another backward pass over the same forward pass.
 
         Raises:
             `ValueError`: if the shapes of coefficients and losses do not agree.
@@ -109,11 +109,11 @@ class GradientRows(ABC):
 
 class SeparateBackward(GradientRows):
     """
-    One backward pass a row ([MARBLE](https://huggingface.co/papers/2605.06507) does this), for any parameters. A row
-    whose coefficients are all 0 in a micro-batch costs none.
+    One backward pass per row, as in [MARBLE](https://huggingface.co/papers/2605.06507), for any parameters. A row
+    whose coefficients in a micro-batch are all 0 needs none.
 
-    Reentrant gradient checkpointing does not work with `torch.autograd.grad`, which this uses; the non-reentrant one
-    does. See [`GradientRows`] for the arguments.
+    It uses `torch.autograd.grad`, which does not work with reentrant gradient checkpointing, but with the
+    non-reentrant one. See [`GradientRows`] for the arguments.
     """
 
     def backward(self, objectives: Sequence[Objective], retain_graph: bool = False) -> None:
@@ -129,30 +129,30 @@ class SeparateBackward(GradientRows):
 
 class WeightedBackward(GradientRows):
     """
-    One backward pass an objective, whatever the number of rows, for weights of linear layers.
+    One backward pass per objective, for any number of rows, for weights of linear layers.
 
-    The gradient of row `r` is `sum_i coefficients[r, i] * (gradient of losses[i])`, and what a linear layer needs for
-    the gradients of *all* samples passes by during a single backward pass: its input `x` and its output's gradient
-    `d`. So inside [`~GradientRows.recording`] the layers multiply through a function of their own, whose backward
-    forms `d_i^T x_i` sample by sample and mixes the samples in one product with the coefficients. (That a few losses
-    serve all rewards is a property of [DiffusionNFT](https://huggingface.co/papers/2509.16117)'s loss, which is affine
-    in its coefficients.)
+    The gradient of row `r` is `sum_i coefficients[r, i] * (gradient of losses[i])`. A single backward pass has
+    everything that a linear layer needs for the gradients of *all* samples: its input `x` and the gradient `d` of its
+    output. So inside [`~GradientRows.recording`] the layers multiply with an autograd function whose backward pass
+    computes `d_i^T x_i` for each sample and mixes the samples by one product with the coefficients. (A few losses are
+    enough for all rewards because [DiffusionNFT](https://huggingface.co/papers/2509.16117)'s loss is affine in its
+    coefficients.)
 
-    The mixed gradients leave through autograd like any other: every weight gets a *phantom*, a tensor of shape
-    `(R, *weight.shape)` without memory that the product formally depends on. Hence gradient checkpointing,
-    accumulation over timesteps and micro-batches, dropout and `torch.compile` need no care.
+    Autograd returns the mixed gradients as any others: every weight has a *phantom*, a tensor of shape
+    `(R, *weight.shape)` without memory that the product formally depends on. So gradient checkpointing, accumulation
+    over timesteps and micro-batches, dropout and `torch.compile` work unchanged.
 
     Args:
         num_rows (`int`):
             `R`, at least 1.
         linears (sequence of `nn.Linear`):
-            Layers of type `nn.Linear` exactly, without trainable bias. In the forward pass the first dimension of
+            Layers of exactly the type `nn.Linear`, without trainable bias. In the forward pass the first dimension of
             their inputs must be that of the samples, in order.
 
     Raises:
         `TypeError`: if a layer is not an `nn.Linear`.
-        `ValueError`: if a layer has a trainable bias or comes twice. In the forward pass: if the first dimension of a
-            layer's input is not the batch size.
+        `ValueError`: if a layer has a trainable bias or is listed twice. In the forward pass: if the first dimension
+            of a layer's input is not the batch size.
     """
 
     def __init__(self, num_rows: int, linears: Sequence[nn.Linear]):
@@ -160,9 +160,11 @@ class WeightedBackward(GradientRows):
             if type(module) is not nn.Linear:
                 raise TypeError(f"{type(module).__name__} is not an nn.Linear: use SeparateBackward.")
             if module.bias is not None and module.bias.requires_grad:
-                raise ValueError("A linear layer has a trainable bias, which has no per-row gradient here.")
+                raise ValueError(
+                    "A linear layer has a trainable bias, which has no row gradient: use SeparateBackward."
+                )
         if len(set(linears)) != len(linears):
-            raise ValueError("A linear layer is listed twice.")
+            raise ValueError("A linear layer is listed twice: pass each layer once.")
         super().__init__(num_rows, [module.weight for module in linears])
         self._linears = list(linears)
         self._coefficients: Tensor | None = None
@@ -176,7 +178,7 @@ class WeightedBackward(GradientRows):
     @contextmanager
     def recording(self, batch_size: int) -> Iterator[None]:
         if self._coefficients is not None:
-            raise RuntimeError("recording() was entered twice; leave it first.")
+            raise RuntimeError("recording() was entered twice; leave the first context before the second.")
         self._coefficients = self.gradients.new_zeros(len(self.gradients), batch_size)
         try:
             for module, phantom in zip(self._linears, self._phantoms, strict=True):
@@ -200,21 +202,21 @@ class WeightedBackward(GradientRows):
                 f"{self._coefficients.shape[1]} samples."
             )
         for i, (losses, coefficients) in enumerate(objectives):
-            # Each pass over the graph reads other coefficients from the tensor that the layers have saved. Autograd
-            # would refuse a saved tensor that has changed, if it were told.
+            # Each pass reads its coefficients from the tensor that the layers have saved. `.data` hides the change
+            # from autograd, which would refuse a changed tensor.
             self._coefficients.data.copy_(coefficients)
             losses.sum().backward(retain_graph=retain_graph or i + 1 < len(objectives))
 
 
 def _move_gradient(destination: Tensor, phantom: Tensor) -> None:
-    """Add a phantom's gradient where it belongs as soon as it is there, so that it takes no memory for long."""
+    """Add a phantom's gradient to its place as soon as it is computed, and free its memory."""
     assert phantom.grad is not None
     destination += phantom.grad
     phantom.grad = None
 
 
 class _RowLinear(nn.Linear):
-    """What an `nn.Linear` is while its row gradients are recorded."""
+    """The class of an `nn.Linear` while the gradients of its rows are recorded."""
 
     phantom: Tensor
     coefficients: Tensor
@@ -236,7 +238,7 @@ class _RowLinear(nn.Linear):
 
 
 class _RowProduct(torch.autograd.Function):
-    """`input @ weight.T`, with the gradient of the phantom in place of the weight's."""
+    """`input @ weight.T`, with a gradient for the phantom instead of the weight."""
 
     @staticmethod
     def forward(ctx: Any, input: Tensor, weight: Tensor, phantom: Tensor, coefficients: Tensor) -> Tensor:

@@ -1,5 +1,5 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
-"""Weightings: from the Gram matrix of the gradients to one weight per gradient."""
+"""Weightings: functions from the Gram matrix of the gradients to one weight per gradient."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,8 +12,8 @@ from torch import Tensor
 
 Weighting = Callable[[Tensor], Tensor]
 
-# Relative to the largest entry of the Gram matrix. Makes the quadratic program strictly convex, so that a singular
-# Gram matrix has one solution (the one with the most even weights) and quadprog can factorize it.
+# Relative to the largest entry of the Gram matrix. It makes the quadratic program strictly convex, so that a singular
+# Gram matrix has one solution (the one with the most equal weights) and quadprog can factorize it.
 _RIDGE = 1e-8
 _SYMMETRY_TOLERANCE = 1e-5
 _NEGLIGIBLE = 1e-10
@@ -28,18 +28,17 @@ def mgda_weights(gram: Any, floor: float = 0.0) -> Tensor:
     `alpha = argmin 1/2 a^T (G + eps I) a  subject to  sum(a) = 1, a >= floor`
 
     With `floor = 0` the direction `d = sum_k alpha_k g_k` conflicts with no gradient, `<d, g_k> >= |d|^2`, up to
-    `eps`, which is 1e-8 of the largest entry of `G`: rescaling `G` as a whole does not change the weights. A positive
-    floor gives this guarantee up.
+    `eps`, which is 1e-8 of the largest entry of `G`, so that the weights do not depend on the scale of `G`. With a
+    positive floor there is no such guarantee.
 
     Args:
         gram (`torch.Tensor` of shape `(K, K)`, or anything `torch.as_tensor` takes):
             Inner products of the gradients, `G[k, l] = <g_k, g_l>`. May be singular, or all 0 (equal weights then).
         floor (`float`, *optional*, defaults to `0.0`):
-            The least weight, in `[0, 1 / K]`.
+            The smallest weight, in `[0, 1 / K]`.
 
     Returns:
-        `torch.Tensor` of shape `(K,)`, at least `floor`, summing to 1, on the device and in the floating dtype of
-        `gram`.
+        `torch.Tensor` of shape `(K,)`, at least `floor`, with sum 1, on the device and in the dtype of `gram`.
 
     Raises:
         `ValueError`: if `gram` is not square, not finite, not symmetric, or has a negative eigenvalue (beyond
@@ -58,7 +57,7 @@ def mgda_weights(gram: Any, floor: float = 0.0) -> Tensor:
     constraints = np.concatenate([np.ones((size, 1)), np.eye(size)], axis=1)
     bounds = np.concatenate([[1.0], np.full(size, floor)])
     solution = quadprog.solve_qp(matrix, np.zeros(size), constraints, bounds, 1)[0]
-    # The active-set solver meets its constraints up to rounding only: put what it left at the floor exactly there.
+    # The solver fulfils its constraints up to rounding only: set weights at the floor exactly to it.
     spread = 1 - size * floor
     excess = np.where(solution - floor < _NEGLIGIBLE * spread, 0.0, solution - floor)
     solution = floor + excess * spread / excess.sum()
@@ -89,11 +88,11 @@ WEIGHTINGS: dict[str, Weighting] = {"mgda": mgda_weights, "equal": equal_weights
 
 def get_weighting(weighting: str | Weighting | None = None) -> Weighting:
     """
-    Resolves a weighting.
+    Find a weighting by its name.
 
     Args:
         weighting (`str`, callable or `None`, *optional*):
-            `"mgda"` (also the meaning of `None`), `"equal"`, or any callable from a Gram matrix `(K, K)` to weights
+            `"mgda"` (which `None` means too), `"equal"`, or any callable from a Gram matrix `(K, K)` to weights
             `(K,)`, such as every Gramian weighting of `torchjd`.
 
     Returns:
@@ -101,7 +100,7 @@ def get_weighting(weighting: str | Weighting | None = None) -> Weighting:
 
     Raises:
         `ValueError`: for an unknown name.
-        `TypeError`: for anything else.
+        `TypeError`: for any other object.
     """
     if weighting is None:
         return mgda_weights
@@ -125,14 +124,14 @@ def _as_float_tensor(gram: Any) -> Tensor:
 
 
 def _checked_gram(gram: Tensor) -> np.ndarray:
-    """The Gram matrix, exactly symmetric, in float64."""
+    """Check a Gram matrix, and return it exactly symmetric in float64."""
     if gram.ndim != 2 or gram.shape[0] != gram.shape[1] or gram.shape[0] == 0:
         raise ValueError(f"A Gram matrix is square and not empty, got shape {tuple(gram.shape)}.")
     matrix = gram.cpu().double().numpy()
     if not np.isfinite(matrix).all():
         row, column = np.argwhere(~np.isfinite(matrix))[0].tolist()
         raise ValueError(
-            f"The Gram matrix is not finite: entry ({row}, {column}) is {matrix[row, column]}. Look at the gradients "
+            f"The Gram matrix is not finite: entry ({row}, {column}) is {matrix[row, column]}. Check the gradients "
             f"of rewards {row} and {column}."
         )
     asymmetry = np.abs(matrix - matrix.T)
@@ -146,14 +145,14 @@ def _checked_gram(gram: Tensor) -> np.ndarray:
 
 
 def _nearest_positive_semidefinite(matrix: np.ndarray) -> np.ndarray:
-    """`matrix`, with entries of at most 1, without the slightly negative eigenvalues that rounding brings."""
+    """Remove the slightly negative eigenvalues that rounding gives a matrix with entries of at most 1."""
     eigenvalues, vectors = np.linalg.eigh(matrix)
     if eigenvalues[0] >= 0:
         return matrix
     if eigenvalues[0] < -_EIGENVALUE_TOLERANCE:
         raise ValueError(
-            f"The Gram matrix has an eigenvalue of {eigenvalues[0]:.3g} times its largest entry, so it is no matrix "
-            "of inner products. Compute it as M @ M.T from the gradients M, in float32 or better."
+            f"The Gram matrix has an eigenvalue of {eigenvalues[0]:.3g} times its largest entry, so it is not a "
+            "matrix of inner products. Compute it as M @ M.T from the gradients M, in float32 or better."
         )
     clipped = (vectors * eigenvalues.clip(min=0)) @ vectors.T
     return (clipped + clipped.T) / 2

@@ -7,7 +7,7 @@ from typing import Any
 import shtab
 
 from ..rewards import KNOWN_REWARDS
-from .launching import launch_parser
+from .launch_options import launch_parser
 from .sources import SHAPEWORLD
 
 

@@ -6,6 +6,9 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
+from ..extras import require_extra
+from .errors import usage_errors
+
 
 HELP = "train ShapeWorld, a tiny Stable Diffusion 3, on five rewards: minutes on two CPU cores"
 
@@ -38,6 +41,8 @@ def register(subparsers: Any, whole: bool = False) -> None:
 
 
 def run(args: Namespace) -> int:
+    with usage_errors():
+        require_extra("plots", "The demo, which leaves pictures,")
     run_demo(args.output_dir, args.seed, args.max_steps)
     return 0
 

@@ -9,16 +9,15 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from ..extras import EXTRAS
+
 
 HELP = "print versions and hardware for a bug report"
 REQUIRED = (
     *("diffusers", "transformers", "peft", "accelerate", "datasets", "huggingface_hub", "safetensors", "trl"),
     *("evaluate", "quadprog", "numpy"),
 )
-OPTIONAL = (
-    *("torchvision", "ftfy", "rapidocr", "onnxruntime", "torchjd", "qpsolvers", "bitsandbytes", "deepspeed"),
-    *("tensorboard", "wandb", "trackio"),
-)
+OPTIONAL = ("torchvision", "torchjd", "qpsolvers", "deepspeed", *(name for names in EXTRAS.values() for name in names))
 
 
 def register(subparsers: Any, whole: bool = False) -> None:

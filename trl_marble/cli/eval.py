@@ -73,7 +73,7 @@ def make_parser(**kwargs: Any) -> "ConfigParser":
 
 
 def run(args: Namespace) -> int:
-    return run_command("eval", args.words, make_parser, evaluate)
+    return run_command("eval", args.words, args.parsers, evaluate)
 
 
 def evaluate(script_args: ScriptArguments, args: "EvaluationConfig") -> None:
@@ -86,7 +86,7 @@ def evaluate(script_args: ScriptArguments, args: "EvaluationConfig") -> None:
     from ..world_size import check_world_size
     from .sources import load_model, load_rewards, load_sources
 
-    # Told as in `evaluate_pipeline`: without an accelerator the processes of `torchrun` would each work alone.
+    # As in `evaluate_pipeline`: without an accelerator the processes of `torchrun` would each work alone.
     state = PartialState(cpu=not torch.accelerator.is_available())
     with run_errors(), usage_errors():
         check_world_size(state.num_processes)

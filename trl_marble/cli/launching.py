@@ -6,25 +6,26 @@ import logging
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
-from ..setting_names import ELSEWHERE
+from ..setting_names import OTHER_TRAINERS
 from .errors import UsageError, unknown_option
+from .launch_options import launch_parser
 
 
 if TYPE_CHECKING:
     from .parsing import ConfigParser
+
+MakeParser = Callable[[], "ConfigParser"]
 
 MODULE = "trl_marble.cli.main"
 # Set for the processes that are started here, so that they do not start others.
 LAUNCHED = "TRL_MARBLE_LAUNCHED"
 
 
-def run_command(
-    name: str, words: list[str], make_parser: Callable[[], "ConfigParser"], function: Callable[..., None]
-) -> int:
+def run_command(name: str, words: list[str], parsers: Mapping[str, MakeParser], function: Callable[..., None]) -> int:
     """
     Run a command whose options are dataclasses.
 
@@ -34,8 +35,9 @@ def run_command(
         words (`list[str]`):
             What stands after its name: its own options, and those of `accelerate launch`, which start it in new
             processes.
-        make_parser (`Callable[[], ConfigParser]`):
-            Makes its parser. Called after the environment variables of the configuration file are set.
+        parsers (`Mapping[str, Callable[[], ConfigParser]]`):
+            Makes its parser, and those of the other commands of this kind, whose options are explained where they are
+            given to this one. Called after the environment variables of the configuration file are set.
         function (`Callable[..., None]`):
             The command itself, called with the dataclasses.
 
@@ -48,10 +50,10 @@ def run_command(
     from .parsing import read_config
 
     config, own_words = read_config(words)
-    parser = make_parser()
+    parser = parsers[name]()
     others = parser.take(own_words, config)
     if others:
-        arguments = _launch_arguments(others, parser, [name, *words])
+        arguments = _launch_arguments(others, parser, parsers, [name, *words])
         arguments.cpu = arguments.cpu or parser.is_set("use_cpu", own_words)
         # `LOCAL_RANK`: the user's own `accelerate launch` or torchrun is at work.
         if LAUNCHED not in os.environ and "LOCAL_RANK" not in os.environ:
@@ -60,27 +62,15 @@ def run_command(
     return 0
 
 
-def launch_parser() -> argparse.ArgumentParser:
-    """The parser of `accelerate launch`, with `--accelerate_config` as another name of its `--config_file`."""
-    from accelerate.commands.launch import launch_command_parser
-
-    parser = launch_command_parser()
-    parser.error = _refuse  # type: ignore[method-assign]  # its own prints a page of options
-    parser.add_argument("--accelerate_config", dest="config_file")
-    return parser
-
-
-def _refuse(message: str) -> NoReturn:
-    raise UsageError(message)
-
-
-def _launch_arguments(others: list[str], parser: "ConfigParser", command: list[str]) -> argparse.Namespace:
+def _launch_arguments(
+    others: list[str], parser: "ConfigParser", parsers: Mapping[str, MakeParser], command: list[str]
+) -> argparse.Namespace:
     """What `accelerate launch` makes of the words that are not the command's own."""
     launcher = launch_parser()
     known = [*parser.option_strings, *launcher._option_string_actions]
     unknown = [word for word in others if word.startswith("-") and word.partition("=")[0] not in known]
     if unknown:
-        _explain_options_of_other_command(unknown, command[0])
+        _explain_options_of_other_command(unknown, command[0], parsers)
         raise unknown_option(unknown[0], known)
     arguments = launcher.parse_args([*others, "--module", MODULE, *command])
     if arguments.training_script != MODULE:
@@ -90,21 +80,20 @@ def _launch_arguments(others: list[str], parser: "ConfigParser", command: list[s
     return arguments
 
 
-def _explain_options_of_other_command(words: list[str], name: str) -> None:
+def _explain_options_of_other_command(words: list[str], name: str, parsers: Mapping[str, MakeParser]) -> None:
     """Raise an error that says so if unknown options are those of `train` where `eval` is run, or the other way."""
-    from . import eval, train
-
-    other, make_parser = ("eval", eval.make_parser) if name == "train" else ("train", train.make_parser)
-    others = make_parser().option_strings
     names = [word.partition("=")[0] for word in words]
-    found = [option for option in names if option in others and option.lstrip("-") not in ELSEWHERE]
-    if found:
-        shown = ", ".join(f"`{word.lstrip('-')}`" for word in found[:3])
-        more = f" and {len(found) - 3} more" if len(found) > 3 else ""
-        raise UsageError(
-            f"{shown}{more}: options of `trl-marble {other}`, which `trl-marble {name}` does not have. Each of the "
-            "two commands needs a file of its own (`--config`); they share the model, the prompts and the rewards"
-        )
+    for other in parsers.keys() - {name}:
+        others = parsers[other]().option_strings
+        found = [option for option in names if option in others and option.lstrip("-") not in OTHER_TRAINERS]
+        if found:
+            shown = ", ".join(f"`{word.lstrip('-')}`" for word in found[:3])
+            more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+            raise UsageError(
+                f"{shown}{more}: options of `trl-marble {other}`, which `trl-marble {name}` does not have. Each of "
+                "the two commands needs a file of its own (`--config`); they share the model, the prompts and the "
+                "rewards"
+            )
 
 
 def _launch(arguments: argparse.Namespace) -> int:

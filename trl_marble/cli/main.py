@@ -6,6 +6,7 @@ import sys
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from typing import Any
 
+from ..extras import MissingExtraError, require_extra
 from . import card, compare, demo, env, eval, push, train
 from .environment import prepare_environment
 from .errors import RUN_ERROR, USAGE_ERROR, RunError, UsageError, unknown_option
@@ -71,6 +72,10 @@ def main(argv: list[str] | None = None) -> int:
     parser = make_parser()
     args, others = parser.parse_known_args(argv)
     if args.print_completion is not None:
+        try:
+            require_extra("completion", "`--print-completion`")
+        except MissingExtraError as error:
+            parser.error(str(error))
         from .completion import completion_script
 
         whole = make_parser(whole=True)
@@ -82,6 +87,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if "takes_words" in args:
             args.words = argv[argv.index(args.command) + 1 :]
+            args.parsers = {"train": train.make_parser, "eval": eval.make_parser}
         elif others:
             raise _leftover(others[0], _commands(parser)[args.command])
         return args.run(args)

@@ -12,6 +12,7 @@ import yaml
 from trl import TrlParser
 
 from .errors import UsageError
+from .launch_options import launch_parser
 from .yaml_settings import Plain, TextLoader, guess_types, read_boolean
 
 
@@ -212,8 +213,6 @@ def _kinds(hint: Any) -> tuple[Any, ...]:
 
 def _as_words(key: str, value: Any) -> list[str]:
     """A setting of `accelerate launch` as words of its command line."""
-    from .launching import launch_parser  # takes seconds, and is needed only for a file that has such settings
-
     action = launch_parser()._option_string_actions.get(f"--{key}")
     if action is None or action.nargs != 0:
         return [f"--{key}", *([str(value)] if value is not None else [])]

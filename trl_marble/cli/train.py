@@ -119,7 +119,7 @@ def make_parser(**kwargs: Any) -> "ConfigParser":
 
 
 def run(args: Namespace) -> int:
-    return run_command("train", args.words, make_parser, train)
+    return run_command("train", args.words, args.parsers, train)
 
 
 def train(script_args: ScriptArguments, training_args: "MarbleConfig") -> None:

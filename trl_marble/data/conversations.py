@@ -1,5 +1,5 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
-"""Prompts that are written as conversations, as TRL's language model trainers have them."""
+"""Prompts in the form of conversations, as in TRL's trainers of language models."""
 
 import warnings
 from collections.abc import Sequence
@@ -10,17 +10,17 @@ def plain_prompts(prompts: Sequence[Any], name: str) -> list[Any]:
     """
     Take the last user message of each conversation as the prompt.
 
-    Warns of the number of conversations that have other messages, which no pipeline reads.
+    Warns if conversations have other messages, which no pipeline reads.
 
     Args:
         prompts (`Sequence`):
             The prompts. A conversation is a list of `{"role": ..., "content": ...}`, whose content is text or a list
-            of parts (`{"type": "text", "text": ...}`). What is no conversation is left as it is.
+            of parts (`{"type": "text", "text": ...}`). Prompts that are not conversations stay as they are.
         name (`str`):
-            What to call the dataset in messages.
+            The name of the dataset in messages.
 
     Raises:
-        `ValueError`: If a conversation has no message of the user, or its last one has something other than text.
+        `ValueError`: If a conversation has no message of the user, or the last one has parts other than text.
     """
     plain = []
     longer = 0
@@ -52,8 +52,8 @@ def _last_user_message(messages: list[dict[str, Any]], where: str) -> str:
     if not contents:
         roles = ", ".join(str(message["role"]) for message in messages)
         raise ValueError(
-            f"{where} is a conversation without a message of the user (its roles are {roles}); the last such message "
-            "would be the prompt. Leave the row out, or make its prompt a string."
+            f"{where} is a conversation without a message of the user (its roles are {roles}), which would be the "
+            "prompt. Remove the row, or make its prompt a string."
         )
     content = contents[-1]
     if not isinstance(content, list):
@@ -62,7 +62,7 @@ def _last_user_message(messages: list[dict[str, Any]], where: str) -> str:
 
 
 def _text(part: Any, where: str) -> str:
-    """The text of a part of a message; none for the place of an image that is in a column."""
+    """The text of a part of a message; empty for the place of an image, which comes from a column."""
     if isinstance(part, dict):
         given = {key for key, value in part.items() if value is not None}
         if part.get("type") == "text" and given == {"type", "text"}:

@@ -1,5 +1,5 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
-"""Reads tables from csv and tsv text, written by programs or by hand, without losing a quote."""
+"""Read csv and tsv tables, written by programs or by hand, without losing quotation marks."""
 
 import re
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -9,10 +9,10 @@ from datasets import Dataset
 
 
 SEPARATORS = {",": "a comma", ";": "a semicolon", "\t": "a tab"}
-SEPARATOR_LINE = re.compile(r"sep=([,;\t])(?=\n)", re.IGNORECASE)  # what Excel reads and some programs write
+SEPARATOR_LINE = re.compile(r"sep=([,;\t])(?=\n)", re.IGNORECASE)  # a convention of Excel
 ESCAPED_QUOTE = '\\"'
 
-# How a program writes numbers. A text of digits such as "007" is none.
+# Numbers as programs write them. A text of digits such as "007" is not a number.
 INTEGER = re.compile(r"0|-?[1-9][0-9]{0,17}")
 NUMBER = re.compile(r"-?(0|[1-9][0-9]{0,17})(\.[0-9]+)?([eE][+-]?[0-9]{1,2})?")
 BOOLS = {"true": True, "false": False}
@@ -20,11 +20,11 @@ BOOLS = {"true": True, "false": False}
 
 class TableError(ValueError):
     """
-    A line that cannot be read for certain.
+    A line that cannot be read with certainty.
 
     Args:
         line (`int`):
-            Its number from 1; of a record of several lines that of the first.
+            Its number from 1; for a record of several lines that of the first line.
         reason (`str`):
             What is wrong with it and what to do.
     """
@@ -40,9 +40,9 @@ def read_table(
     """
     Read a table with a header.
 
-    A field may be in double quotes, with quotes inside doubled (RFC 4180) or, where the file cannot be read so, behind
-    a backslash. A field that begins with a quoted word ('"OPEN" sign on a door') and one with quotes inside are taken
-    as they stand. A line that can be read in several ways is refused.
+    A field may be in double quotes. Quotes inside it are doubled (RFC 4180) or, if the file cannot be read so, after a
+    backslash. Fields that begin with a quoted word ('"OPEN" sign on a door') or have quotes inside are read unchanged.
+    A line that can be read in several ways is refused.
 
     Args:
         text (`str`):
@@ -50,20 +50,19 @@ def read_table(
         column (`str`):
             A column whose fields stay text, by which the separator is found.
         text_columns (`Collection[str]`, *optional*):
-            Other columns whose fields stay text. The others become numbers or booleans where all their fields are
-            written as such.
+            Other columns whose fields stay text. All others become numbers or booleans if all their fields are such.
         separators (`Sequence[str]`, *optional*, defaults to `(",", ";", "\t")`):
-            What may separate fields. The first one with which the header has `column` does; if there is none, the
-            first of all. A line such as `sep=;` at the beginning of the file says it.
+            The possible separators of fields. The separator is the first one with which the header has `column`, or
+            else the first of all. A line such as `sep=;` at the beginning of the file sets it.
 
     Returns:
         `Dataset`: an empty field is `None`; a column without a name is called `"Unnamed: <place>"`.
 
     Raises:
-        `TableError`: If a line cannot be read for certain.
+        `TableError`: If a line cannot be read with certainty.
     """
-    if told := SEPARATOR_LINE.match(text):
-        text, separators = text[told.end() :], (told[1],)  # a blank line stays, so that lines keep their numbers
+    if declared := SEPARATOR_LINE.match(text):
+        text, separators = text[declared.end() :], (declared[1],)  # leaves a blank line, for correct line numbers
     header, rows = _records(text, _separator(text, column, separators))
     columns: dict[str, list[Any]] = {}
     for place, name in enumerate(header):
@@ -74,7 +73,7 @@ def read_table(
 
 
 def _records(text: str, separator: str) -> tuple[list[str], list[list[str]]]:
-    """The header, and rows as long as it."""
+    """The header, and rows of the same length."""
     try:
         records = list(_parse(text, separator, escapes=False))
     except TableError as error:
@@ -95,7 +94,7 @@ def _records(text: str, separator: str) -> tuple[list[str], list[list[str]]]:
         if len(fields) > len(header):
             raise TableError(
                 line,
-                f"it has {len(fields)} fields, more fields than its header. Put fields that hold "
+                f"it has {len(fields)} fields, more fields than its header. Put fields that contain "
                 f"{SEPARATORS[separator]} in double quotes, and double the quotes inside.",
             )
         rows.append(fields + [""] * (len(header) - len(fields)))
@@ -116,7 +115,7 @@ def _separator(text: str, column: str, separators: Sequence[str]) -> str:
 
 
 def _parse(text: str, separator: str, escapes: bool) -> Iterator[tuple[int, list[str]]]:
-    """Records with the number of their first line; blank lines are none."""
+    """Records with the number of their first line; blank lines are skipped."""
     place, line = 0, 1
     while place < len(text):
         end_of_line = _find(text, "\n", place, len(text))
@@ -136,7 +135,7 @@ def _parse(text: str, separator: str, escapes: bool) -> Iterator[tuple[int, list
 
 
 def _field(text: str, place: int, separator: str, escapes: bool, line: int) -> tuple[str, int]:
-    """A field that begins at a place, and where it ends: at a separator, a line's end, or the text's end."""
+    """The field that begins at a place, and its end: at a separator, or the end of the line or text."""
     opening = place
     while text.startswith(" ", opening):
         opening += 1
@@ -162,13 +161,13 @@ def _field(text: str, place: int, separator: str, escapes: bool, line: int) -> t
 
 
 def _quoted(text: str, opening: int, separator: str, escapes: bool) -> tuple[str, int] | None:
-    """A field in double quotes and where it ends; `None` if none ends behind a closing quote."""
+    """A field in double quotes and its end; `None` if it does not end with a closing quote."""
     parts, place = [], opening + 1
     while (quote := text.find('"', place)) >= 0:
         before = text[place:quote]
         slashes = len(before) - len(before.rstrip("\\"))
         if escapes and slashes:
-            # Of backslashes before a quote, two stand for one; a last one stands for the quote's being text.
+            # Two backslashes before a quote mean one; a single one means that the quote is text.
             parts.append(before[: len(before) - slashes] + "\\" * (slashes // 2))
             if slashes % 2:
                 parts.append('"')
@@ -191,19 +190,19 @@ def _quoted(text: str, opening: int, separator: str, escapes: bool) -> tuple[str
 def _escape_error(field: str, line: int) -> TableError:
     return TableError(
         line,
-        f"the field that begins with {field[:40]!r} has a quote behind a backslash. Write the field in double quotes, "
+        f"the field that begins with {field[:40]!r} has a quote after a backslash. Write the field in double quotes, "
         "and double the quotes inside.",
     )
 
 
 def _find(text: str, what: str, start: int, end: int) -> int:
-    """Where something stands between two places; the second one if it does not."""
+    """The first place of a text between two places; the second place if it is not there."""
     found = text.find(what, start, end)
     return end if found < 0 else found
 
 
 def _typed(values: list[str | None]) -> list[Any]:
-    """The fields of a column as numbers or booleans, if all of them are."""
+    """Convert the fields of a column to numbers or booleans, if all of them are such."""
     given = [value for value in values if value is not None]
     read: Callable[[str], Any] = str
     if given and all(INTEGER.fullmatch(value) for value in given):

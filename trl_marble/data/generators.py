@@ -1,5 +1,5 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
-"""Prompt sets made by rule, for rewards that need to know what a picture must show."""
+"""Generate prompt sets, for rewards that need to know what an image must show."""
 
 import json
 import math
@@ -9,9 +9,11 @@ from typing import Any, NamedTuple
 
 from datasets import Dataset
 
+from ..rewards.geneval_scoring import CLASSES, COLORS
+
 
 class Kind(NamedTuple):
-    """Prompts of one kind: one for each way to pick a value from every axis."""
+    """Prompts of one kind: one for each combination of values, one value from every axis."""
 
     axes: Sequence[Sequence[Any]]
     make: Callable[..., dict[str, str]]
@@ -145,10 +147,10 @@ LABELS = ("Gate", "Room", "Platform", "Table", "Chapter", "Route", "Level", "Exi
 
 def ocr_prompts(n: int, seed: int = 0) -> Dataset:
     """
-    Prompts that ask for written text.
+    Generate prompts that ask for written text.
 
-    A fifth of them each ask for a word, two words, three words, a number, and a word with a number, in varied places
-    and styles. The text is the only thing in double quotes, where rewards that read text look for it.
+    One fifth each asks for one word, two words, three words, a number, and a word with a number, in different places
+    and styles. Nothing but the text is in double quotes, where rewards that read text look for it.
 
     Two sets made with different seeds may share prompts. For training and evaluation split one set:
     `ocr_prompts(1100).train_test_split(test_size=100)`.
@@ -157,10 +159,10 @@ def ocr_prompts(n: int, seed: int = 0) -> Dataset:
         n (`int`):
             Number of prompts, at least 1. They are all different.
         seed (`int`, *optional*, defaults to `0`):
-            Seed of the choice. The same seed gives the same prompts.
+            Seed of the random choice. The same seed gives the same prompts.
 
     Returns:
-        `datasets.Dataset`: with the columns `prompt` (`str`) and `text` (`str`), what the picture must say.
+        `datasets.Dataset`: with the columns `prompt` (`str`) and `text` (`str`), the text that the image must show.
 
     Raises:
         `ValueError`: If `n` is not positive, or more than there are.
@@ -183,23 +185,10 @@ def _ocr_prompt(style: str, surface: str, claim: str, place: str, *words: str) -
 
 # ---- Composition ----
 
-# The classes of COCO by the names that GenEval gives them, and its ten colours.
-CLASSES = (
-    *("person", "bicycle", "car", "motorcycle", "airplane", "bus", "train", "truck", "boat", "traffic light"),
-    *("fire hydrant", "stop sign", "parking meter", "bench", "bird", "cat", "dog", "horse", "sheep", "cow"),
-    *("elephant", "bear", "zebra", "giraffe", "backpack", "umbrella", "handbag", "tie", "suitcase", "frisbee"),
-    *("skis", "snowboard", "sports ball", "kite", "baseball bat", "baseball glove", "skateboard", "surfboard"),
-    *("tennis racket", "bottle", "wine glass", "cup", "fork", "knife", "spoon", "bowl", "banana", "apple"),
-    *("sandwich", "orange", "broccoli", "carrot", "hot dog", "pizza", "donut", "cake", "chair", "couch"),
-    *("potted plant", "bed", "dining table", "toilet", "tv", "laptop", "computer mouse", "tv remote"),
-    *("computer keyboard", "cell phone", "microwave", "oven", "toaster", "sink", "refrigerator", "book", "clock"),
-    *("vase", "scissors", "teddy bear", "hair drier", "toothbrush"),
-)
-COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
 COUNTS = {"two": 2, "three": 3, "four": 4}
 RELATIONS = {"to the left of": "left of", "to the right of": "right of", "above": "above", "below": "below"}
 
-# Not GenEval's own "a photo of", so that no prompt of the benchmark is among those that are trained on.
+# Not GenEval's own "a photo of", so that no prompt of the benchmark is used for training.
 FRAMES = ("a picture of", "a photograph of", "a snapshot of", "a realistic image of")
 PAIRS = tuple((first, second) for first in CLASSES for second in CLASSES if first != second)
 # A person has no colour, and "an orange orange" is no prompt.
@@ -207,7 +196,7 @@ COLORABLE = tuple(name for name in CLASSES if name not in ("person", "orange"))
 COLORABLE_PAIRS = tuple((first, second) for first, second in PAIRS if {first, second} <= set(COLORABLE))
 COLOR_PAIRS = tuple((first, second) for first in COLORS for second in COLORS if first != second)
 
-# How a class is written where its name is not the word for one of it; `{}` is where a colour goes.
+# One object of a class, where this is not the name of the class; `{}` is the place of a colour.
 SINGULARS = {
     "broccoli": "head of {}broccoli",
     "scissors": "pair of {}scissors",
@@ -230,11 +219,11 @@ PLURALS = {
 
 def compositional_prompts(n: int, seed: int = 0) -> Dataset:
     """
-    Prompts that ask for objects, their number, colours and positions, as GenEval
-    (https://huggingface.co/papers/2310.11513) does, over the same 80 classes and ten colours.
+    Generate prompts that ask for objects, their number, colours and positions, as GenEval
+    (https://huggingface.co/papers/2310.11513) does, with the same 80 classes and ten colours.
 
     GenEval's six kinds have equal shares, as long as there are enough of each (320 `single_object`, 960 `counting`).
-    The wording is another than the benchmark's, so that none of its prompts is among these; its objects are.
+    The wording differs from the benchmark's, so that none of its prompts is among these; the objects are the same.
 
     Two sets made with different seeds may share prompts. For training and evaluation split one set:
     `compositional_prompts(1100).train_test_split(test_size=100)`.
@@ -243,15 +232,15 @@ def compositional_prompts(n: int, seed: int = 0) -> Dataset:
         n (`int`):
             Number of prompts, at least 1. They are all different.
         seed (`int`, *optional*, defaults to `0`):
-            Seed of the choice. The same seed gives the same prompts.
+            Seed of the random choice. The same seed gives the same prompts.
 
     Returns:
         `datasets.Dataset`: with the columns
 
         - `prompt` (`str`),
         - `tag` (`str`): `"single_object"`, `"two_object"`, `"counting"`, `"colors"`, `"position"` or `"color_attr"`,
-        - `include` (`str`): JSON list of what must be seen, objects `{"class", "count"}` with a `"color"` where the
-          prompt names one and `"position": [relation, 0]` where the object stands so seen from the first in the list.
+        - `include` (`str`): JSON list of what the image must show, objects `{"class", "count"}` with a `"color"` if
+          the prompt names one, and `"position": [relation, 0]` for a relation to the first object in the list.
 
     Raises:
         `ValueError`: If `n` is not positive, or more than there are.
@@ -325,15 +314,15 @@ def _color_attr(frame: str, names: tuple[str, str], colors: tuple[str, str]) -> 
 
 
 def _generate(kinds: Sequence[Kind], n: int, seed: int) -> Dataset:
-    """`n` different prompts in random order, from each kind as nearly the same number as there are enough of it."""
+    """`n` different prompts in random order, with equal numbers of each kind as far as there are enough."""
     available = sum(kind.size for kind in kinds)
     if not 1 <= n <= available:
-        raise ValueError(f"`n` is {n}; there are {available} different prompts, ask for 1 to {available}.")
+        raise ValueError(f"`n` is {n}; there are {available} different prompts, so pass 1 to {available}.")
     generator = random.Random(seed)
     rows: list[dict[str, str]] = []
     by_size = sorted(kinds, key=lambda kind: kind.size)
     for position, kind in enumerate(by_size):
-        # What a small kind cannot give is left to the larger ones.
+        # If a small kind does not have enough prompts, the larger ones have more.
         count = min(kind.size, (n - len(rows)) // (len(by_size) - position))
         rows += [kind.pick(place) for place in generator.sample(range(kind.size), count)]
     generator.shuffle(rows)

@@ -1,5 +1,5 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
-"""Reads prompt sets from the Hub, folders and files."""
+"""Read prompt sets from the Hub, folders and files."""
 
 import codecs
 import json
@@ -20,10 +20,10 @@ from .prompts import prepare_prompts, replace_column
 
 SUFFIXES = (".parquet", ".csv", ".tsv", ".jsonl", ".json", ".txt")
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
-# In csv a number and a text of digits look alike; what rewards read as text must stay "007".
+# In csv, numbers and texts of digits look the same; columns that rewards read as text must keep "007".
 TEXT_COLUMNS = ("tag", "include", "exclude", "text")
 IN_QUOTES = re.compile('"[^"]+"')
-DOUBLED_IN_QUOTES = re.compile('"(?=.*"")([^"]|"")*"')  # a field of a csv file
+DOUBLED_IN_QUOTES = re.compile('"(?=.*"")([^"]|"")*"')  # as in a field of a csv file
 
 
 def load_prompts(
@@ -32,21 +32,21 @@ def load_prompts(
     """
     Read a prompt set.
 
-    `source` is, in this order:
+    `source` is the first of these that fits:
 
     - a folder that `save_to_disk` wrote;
     - a folder with the file `<split>` or `<split>_metadata` in one of the formats below, as flow_grpo and DiffusionNFT
       (https://huggingface.co/papers/2509.16117) publish their prompts: `ocr/train.txt`,
       `geneval/train_metadata.jsonl`;
     - any other folder that `datasets.load_dataset` reads;
-    - a file: parquet, csv, tsv, json (a list of objects), jsonl (an object a line) or txt (a prompt a line);
-    - the id of a dataset on the Hub. No code from there is run.
+    - a file: parquet, csv, tsv, json (a list of objects), jsonl (one object per line) or txt (one prompt per line);
+    - the id of a dataset on the Hub. No code from its repository is run.
 
-    Nested values, such as GenEval's `include`, become JSON text, so that every set has the same type of column
-    whatever the fields; fields that are `None` are left out. Labels that are stored as numbers become their names. In
-    a txt or jsonl file blank lines are skipped, with a warning that says how many. Fields of a csv file are separated
-    by commas, semicolons or tabs; quotes inside of quoted fields are doubled or behind a backslash. A line whose
-    quotes can be read in several ways is refused. Of prompts that are conversations the last user message is taken.
+    Nested values, such as GenEval's `include`, become JSON text, so that the column has the same type in every set,
+    whatever the fields; fields that are `None` are left out. Labels that are stored as numbers become their names.
+    Blank lines of txt and jsonl files are skipped, with a warning. Fields of a csv file are separated by commas,
+    semicolons or tabs; quotes inside quoted fields are doubled or after a backslash. A line whose quotes can be read
+    in several ways is refused. The prompt of a conversation is its last user message.
 
     Example:
 
@@ -61,9 +61,9 @@ def load_prompts(
         source (`str` or `os.PathLike`):
             The folder, the file or the Hub id.
         split (`str`, *optional*, defaults to `"train"`):
-            The split to read. A file, and a folder that holds one saved set, has no splits: all of it is read.
+            The split to read. Files and folders with one saved set have no splits and are read completely.
         column (`str`, *optional*, defaults to `"prompt"`):
-            The column that holds the prompts; it is named `prompt` in what is returned.
+            The column of the prompts; it is renamed to `prompt`.
         name (`str`, *optional*):
             The configuration, for datasets that have several.
 
@@ -72,8 +72,8 @@ def load_prompts(
 
     Raises:
         `FileNotFoundError`: If there is no such file, folder or dataset.
-        `ValueError`: If the format is not known or the content does not follow it, the split or the column does not
-            exist, or the prompts cannot be rolled out, see [`prepare_prompts`] (rows are counted from 0).
+        `ValueError`: If the format is unknown or the content does not follow it, the split or the column does not
+            exist, or the prompts cannot be used for rollouts, see [`prepare_prompts`] (rows are counted from 0).
     """
     path = Path(source).expanduser()
     if path.is_dir():
@@ -106,23 +106,23 @@ def _load_folder(folder: Path, split: str, column: str, name: str | None) -> Dat
         )
     if found:
         return _load_file(folder / found[0], column)
-    return _warn_of_csv(load_dataset(str(folder), name, split=split), str(folder))
+    return _warn_about_csv(load_dataset(str(folder), name, split=split), str(folder))
 
 
 def _load_from_hub(source: str, split: str, name: str | None) -> Dataset:
     try:
-        return _warn_of_csv(load_dataset(source, name, split=split), source)
+        return _warn_about_csv(load_dataset(source, name, split=split), source)
     except (DatasetNotFoundError, ConnectionError) as error:
         raise FileNotFoundError(
-            f"{source!r} is neither a local file or folder nor a dataset that the Hub gives: {error}"
+            f"{source!r} is neither a local file or folder nor a dataset that can be loaded from the Hub: {error}"
         ) from error
 
 
-def _warn_of_csv(dataset: Dataset, where: str) -> Dataset:
+def _warn_about_csv(dataset: Dataset, where: str) -> Dataset:
     if dataset.info.builder_name == "csv":
         warnings.warn(
-            f"`{where}` is stored as csv, which `datasets` reads: it may lose quotes at the beginning of a prompt, "
-            'and takes texts such as "007" for numbers. Pass the file itself, or store the set as parquet.',
+            f"`{where}` is stored as csv and read by `datasets`, which may lose quotes at the beginning of a prompt, "
+            'and converts texts such as "007" to numbers. Pass the file itself, or store the set as parquet.',
             stacklevel=2,
         )
     return dataset
@@ -142,7 +142,7 @@ def _load_file(file: Path, column: str) -> Dataset:
 
 
 def _read(file: Path) -> str:
-    """The text of a file in UTF-8, or in UTF-16 if it says so at its beginning, with `\\n` at the ends of lines."""
+    """The text of a file in UTF-8, or in UTF-16 with a byte order mark, with `\\n` at the ends of lines."""
     content = file.read_bytes()
     is_utf_16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     try:
@@ -171,15 +171,15 @@ def _load_text(file: Path) -> Dataset:
         prompt = line.strip()
         if ESCAPED_QUOTE in prompt or DOUBLED_IN_QUOTES.fullmatch(prompt):
             raise ValueError(
-                f"`{file}`, line {number}, is {prompt[:80]!r}, with quotes as csv files have them. A txt file holds "
-                "prompts as they are: write each quote once, without a backslash, or give the file a header and the "
+                f"`{file}`, line {number}, is {prompt[:80]!r}, with quotes as in a csv file. Prompts of a txt file "
+                "are read unchanged: write each quote once, without a backslash, or give the file a header and the "
                 "suffix .csv."
             )
         prompts.append(prompt)
     if len(prompts) > 1 and all(IN_QUOTES.fullmatch(prompt) for prompt in prompts):
         warnings.warn(
-            f"All prompts of `{file}` are in double quotes, which are a part of them: rewards take them for text that "
-            "the images must show. If that is not meant, remove the quotes.",
+            f"All prompts of `{file}` are in double quotes, which are part of the prompts: to rewards they mean that "
+            "the images must show the text. If this is not intended, remove the quotes.",
             stacklevel=2,
         )
     return Dataset.from_dict({"prompt": prompts})
@@ -187,8 +187,10 @@ def _load_text(file: Path) -> Dataset:
 
 def _load_json(file: Path, column: str) -> Dataset:
     """
-    Not through `load_dataset`: it takes texts for dates where all look like one ("2024-01-01"), and for numbers where
-    a column has both. What a picture must show has to stay as it is written.
+    Read json and jsonl.
+
+    Not with `load_dataset`, which converts texts to dates if all look like one ("2024-01-01"), and to numbers if a
+    column has both. The text that an image must show has to stay unchanged.
     """
     text = _read(file)
     if text.lstrip().startswith("["):
@@ -201,8 +203,8 @@ def _load_json(file: Path, column: str) -> Dataset:
     for where, record in records:
         if not isinstance(record, dict):
             raise ValueError(
-                f"`{file}`, {where}, is {json.dumps(record)[:80]}; a prompt set is one JSON object a line, or a list "
-                "of objects."
+                f"`{file}`, {where}, is {json.dumps(record)[:80]}; a prompt set is one JSON object per line, or a "
+                "list of objects."
             )
         columns |= {key: [] for key in record if key not in columns}
     for key, values in columns.items():
@@ -220,14 +222,14 @@ def _load_json(file: Path, column: str) -> Dataset:
     try:
         return Dataset.from_dict(columns)
     except (OverflowError, ValueError, TypeError) as error:
-        raise ValueError(f"`{file}` has a value that no table can hold ({error}); write it as a string.") from error
+        raise ValueError(f"`{file}` has a value that cannot be in a table ({error}); write it as a string.") from error
 
 
 def _parse(text: str, where: str) -> Any:
     try:
         value = json.loads(text)
         json.dumps(value, ensure_ascii=False).encode("utf-8")  # raises for half of a surrogate pair
-        _without_none(value)  # raises where it is nested too deeply for what is done with it below
+        _without_none(value)  # raises if it is nested too deeply to be processed
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{where} is not JSON: {error}.") from error
     return value
@@ -250,13 +252,13 @@ def _load_parquet(file: Path) -> Dataset:
 
 
 def _as_prompts(dataset: Dataset, column: str, where: str) -> Dataset:
-    """Rename the column of the prompts, flatten what is nested and refuse what cannot be rolled out."""
+    """Rename the column of the prompts, convert nested values to text, and check the prompts."""
     if len(dataset) == 0:
         raise ValueError(f"`{where}` is empty; it needs at least one prompt.")
     if column not in dataset.column_names:
         raise ValueError(
-            f"`{where}` has no column `{column}`; its columns are {', '.join(dataset.column_names)}. Name the one "
-            "that holds the prompts with `column`."
+            f"`{where}` has no column `{column}`; its columns are {', '.join(dataset.column_names)}. Name the "
+            "column of the prompts with `column`."
         )
     if column != "prompt":
         if "prompt" in dataset.column_names:
@@ -267,7 +269,7 @@ def _as_prompts(dataset: Dataset, column: str, where: str) -> Dataset:
         dataset = dataset.rename_column(column, "prompt")
     for name, feature in dataset.features.items():
         if name == "prompt":
-            continue  # one that is no text is refused below
+            continue  # checked below
         if isinstance(feature, dict | List | LargeList | Json):
             dataset = replace_column(dataset, name, _to_text(dataset[name][:], name, where))
         elif isinstance(feature, ClassLabel):
@@ -291,7 +293,7 @@ def _dump(value: Any) -> str:
 
 
 def _without_none(value: Any) -> Any:
-    """A nested value without fields that are `None`, which stand for fields that a row of a table cannot leave out."""
+    """A nested value without fields that are `None`: in a table every row has all fields."""
     if isinstance(value, dict):
         return {key: _without_none(entry) for key, entry in value.items() if entry is not None}
     if isinstance(value, list):

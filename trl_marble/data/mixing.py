@@ -1,5 +1,5 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
-"""Several prompt sets as one, and the share that each of them has in training."""
+"""Mix several prompt sets, with the share of each in training."""
 
 import math
 import warnings
@@ -24,19 +24,19 @@ FLOATS = {f"float{bits}" for bits in (16, 32, 64)}
 
 def mix_prompts(datasets: Mapping[str, Dataset], weights: Mapping[str, float] | None = None) -> Dataset:
     """
-    Put several prompt sets into one that remembers where each prompt comes from.
+    Join several prompt sets into one that records the source of each prompt.
 
-    Each generation batch takes its share of every source, see [`RepeatPromptSampler`]. Without `weights` the shares
-    are equal, as in the code published with MARBLE (https://huggingface.co/papers/2605.06507): a reward that applies
-    to the prompts of one source only must not starve because that source is small. For shares in proportion to the
-    sizes of the sources pass `weights={name: len(dataset) for name, dataset in datasets.items()}`.
+    Each generation batch has a share of every source, see [`RepeatPromptSampler`]. Without `weights` the shares are
+    equal, as in the code published with MARBLE (https://huggingface.co/papers/2605.06507): a reward that applies to
+    the prompts of one source only must not get too few images because that source is small. For shares in proportion
+    to the sizes of the sources pass `weights={name: len(dataset) for name, dataset in datasets.items()}`.
 
-    The weights are kept as a column, because rows are what `save_to_disk`, `push_to_hub`, `filter`, `select` and
-    `shuffle` all keep. The shares are worked out when training begins, from the sources that are then left.
+    The weights are a column, because `save_to_disk`, `push_to_hub`, `filter`, `select` and `shuffle` keep columns. The
+    shares are computed when training begins, from the sources that are left then.
 
-    Where one of the sets asks for written text, [`~trl_marble.rewards.OCRAccuracy`] takes quotes in the prompts of the
-    others for such text too. A warning counts these prompts; an empty string in their column `text` says that the
-    image need not show any.
+    If one of the sets asks for written text, [`~trl_marble.rewards.OCRAccuracy`] also reads quotes in the prompts of
+    the others as such text. A warning has the number of these prompts; an empty string in their column `text` means
+    that the image need not show any text.
 
     Example:
 
@@ -54,14 +54,14 @@ def mix_prompts(datasets: Mapping[str, Dataset], weights: Mapping[str, float] | 
             Weight of each source, finite and greater than 0; only their ratios matter. Defaults to `1.0` each.
 
     Returns:
-        `datasets.Dataset`: The rows of all sets, set by set, with every column of any of them (`None` where a set
-        lacks it) and the columns `source` (`str`) and `source_weight` (`float`).
+        `datasets.Dataset`: The rows of all sets, set by set, with all their columns (`None` where a set does not have
+        the column) and the columns `source` (`str`) and `source_weight` (`float`).
 
     Raises:
         `TypeError`: If a prompt set is not a `datasets.Dataset`.
-        `ValueError`: If there is no set, a set cannot be rolled out (see [`prepare_prompts`]) or has a column
+        `ValueError`: If there is no set, a set cannot be used for rollouts (see [`prepare_prompts`]) or has a column
             `source` or `source_weight` already, the weights do not fit the names, or two sets have a column of the
-            same name whose types have nothing in common.
+            same name with incompatible types.
     """
     if not datasets:
         raise ValueError("`datasets` is empty; pass at least one prompt set by name.")
@@ -77,18 +77,18 @@ def mix_prompts(datasets: Mapping[str, Dataset], weights: Mapping[str, float] | 
             )
     weights = check_source_weights(prepared, weights)
     features = _common_features(prepared)
-    _warn_of_quotes(prepared)
+    _warn_about_quotes(prepared)
     parts = []
     for name, dataset in prepared.items():
-        wanted = Features({column: features[column] for column in dataset.column_names})
-        part = dataset if dataset.features == wanted else dataset.cast(wanted)
+        own = Features({column: features[column] for column in dataset.column_names})
+        part = dataset if dataset.features == own else dataset.cast(own)
         part = part.add_column(SOURCE_COLUMN, [name] * len(part), feature=Value("string"))
         parts.append(part.add_column(WEIGHT_COLUMN, [weights[name]] * len(part), feature=Value("float64")))
     return concatenate_datasets(parts)
 
 
-def _warn_of_quotes(datasets: Mapping[str, Dataset]) -> None:
-    """Count the prompts that an OCR reward would take for ones of written text, beside a set that is for it."""
+def _warn_about_quotes(datasets: Mapping[str, Dataset]) -> None:
+    """Warn about quotes in other prompts if one of the sets is for an OCR reward, which would read them as text."""
     quoted: dict[str, list[str]] = {}
     for_text = []
     for name, dataset in datasets.items():
@@ -108,15 +108,15 @@ def _warn_of_quotes(datasets: Mapping[str, Dataset]) -> None:
         example = next(found[0] for name, found in quoted.items() if found and name not in for_text)
         warnings.warn(
             f"{' and '.join(counts)} have words in quotes, such as {example!r}. {' and '.join(map(repr, for_text))} "
-            "asks for written text, and `OCRAccuracy` takes both for text that the image must show. Where that is not "
-            f'meant, give the set an empty text: `dataset.map(lambda row: {{"{TEXT_COLUMN}": ""}})`.',
+            "asks for written text, and `OCRAccuracy` reads both as text that the image must show. If this is not "
+            f'intended, give the set an empty text: `dataset.map(lambda row: {{"{TEXT_COLUMN}": ""}})`.',
             stacklevel=3,
         )
 
 
 def source_weights(dataset: Dataset) -> dict[str, float] | None:
     """
-    The weights that [`mix_prompts`] recorded.
+    Read the weights that [`mix_prompts`] recorded.
 
     Args:
         dataset (`datasets.Dataset`):
@@ -132,8 +132,8 @@ def source_weights(dataset: Dataset) -> dict[str, float] | None:
         return None
     if SOURCE_COLUMN not in dataset.column_names:
         raise ValueError(
-            f"The prompt set has a column `{WEIGHT_COLUMN}` but no `{SOURCE_COLUMN}`; remove the one or restore the "
-            "other."
+            f"The prompt set has a column `{WEIGHT_COLUMN}` but no `{SOURCE_COLUMN}`; remove the first or restore the "
+            "second."
         )
     weights: dict[str, float] = {}
     columns = dataset[SOURCE_COLUMN][:], dataset[WEIGHT_COLUMN][:]  # as lists, which are much faster than columns
@@ -145,15 +145,15 @@ def source_weights(dataset: Dataset) -> dict[str, float] | None:
             )
         if weights.setdefault(name, weight) != weight:
             raise ValueError(
-                f"Row {row} of the prompt set gives the source {name!r} the weight {weight}, an earlier one "
-                f"{weights[name]}; a source has one weight."
+                f"Row {row} of the prompt set has the weight {weight} for the source {name!r}, and an earlier row "
+                f"{weights[name]}; give each source one weight."
             )
     return check_source_weights(weights, weights)
 
 
 def check_source_weights(names: Collection[str], weights: Mapping[str, float] | None) -> dict[str, float]:
     """
-    One weight for each name.
+    Check the weights of sources; without weights all are 1.
 
     Args:
         names (`Collection[str]`):
@@ -171,21 +171,21 @@ def check_source_weights(names: Collection[str], weights: Mapping[str, float] | 
         return dict.fromkeys(names, 1.0)
     if set(weights) != set(names):
         raise ValueError(
-            f"`weights` has the sources {sorted(weights)}, the prompt sets are {sorted(names)}; give each its weight."
+            f"`weights` has the sources {sorted(weights)}, the prompt sets are {sorted(names)}; pass one weight each."
         )
     for name, weight in weights.items():
         if not isinstance(weight, Real) or not 0 < weight < math.inf:
             raise ValueError(
                 f"The source {name!r} has the weight {weight!r}; a weight is a finite number greater than 0. Leave "
-                "out a source that shall have no share."
+                "out a source that should have no share."
             )
     return {name: float(weights[name]) for name in names}
 
 
 def _common_features(datasets: Mapping[str, Dataset]) -> Features:
-    """A type for each column of any of the sets that holds what all of them hold."""
+    """For each column of any of the sets, a type for the values of all sets."""
     features: dict[str, Any] = {}
-    first: dict[str, str] = {}  # the source that a column's type comes from
+    first: dict[str, str] = {}  # for each column, the source that its type is from
     for name, dataset in datasets.items():
         for column, feature in dataset.features.items():
             known = features.setdefault(column, feature)
@@ -194,7 +194,7 @@ def _common_features(datasets: Mapping[str, Dataset]) -> Features:
             if common is None:
                 raise ValueError(
                     f"The column `{column}` is {known} in the source {first[column]!r} and {feature} in {name!r}. "
-                    "Rename one of the two, or bring them to one type with `dataset.cast_column`."
+                    "Rename one of the two, or convert them to one type with `dataset.cast_column`."
                 )
             if common != known:
                 features[column], first[column] = common, name
@@ -202,11 +202,11 @@ def _common_features(datasets: Mapping[str, Dataset]) -> Features:
 
 
 def _common_type(a: Any, b: Any) -> Any:
-    """A type that holds the values of both, `None` if there is none."""
+    """A type for the values of both; `None` if there is none."""
     if a == b:
         return a
     if not isinstance(a, Value) or not isinstance(b, Value):
-        # A column of nothing but `None` has the type `null` and goes with any other.
+        # A column with `None` only has the type `null`, which is compatible with every type.
         if a == Value("null"):
             return b
         return a if b == Value("null") else None

@@ -1,5 +1,5 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
-"""What a prompt set must look like."""
+"""Check prompt sets, and bring them to the form in which they are used."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,7 +11,7 @@ from .conversations import is_conversation, plain_prompts
 
 def prepare_prompts(dataset: Dataset, name: str = "train_dataset") -> Dataset:
     """
-    Bring a prompt set to the form in which it is rolled out, or refuse it.
+    Bring a prompt set to the form in which it is used for rollouts, or refuse it.
 
     Conversations become the text of their last user message, see [`~trl_marble.data.conversations.plain_prompts`].
 
@@ -19,15 +19,15 @@ def prepare_prompts(dataset: Dataset, name: str = "train_dataset") -> Dataset:
         dataset (`datasets.Dataset`):
             The prompt set.
         name (`str`, *optional*, defaults to `"train_dataset"`):
-            What to call the dataset in messages.
+            The name of the dataset in messages.
 
     Returns:
-        `datasets.Dataset`: the set itself where it has no conversations.
+        `datasets.Dataset`: the set itself if it has no conversations.
 
     Raises:
         `TypeError`: See [`validate_prompts`].
-        `ValueError`: See [`validate_prompts`]; or if a conversation has no message of the user, or its last one has
-            something other than text.
+        `ValueError`: See [`validate_prompts`]; or if a conversation has no message of the user, or the last one has
+            parts other than text.
     """
     _check_type(dataset, name)
     if "prompt" in dataset.column_names and dataset.features["prompt"] != Value("string"):
@@ -40,14 +40,14 @@ def prepare_prompts(dataset: Dataset, name: str = "train_dataset") -> Dataset:
 
 def validate_prompts(dataset: Dataset, name: str = "train_dataset") -> None:
     """
-    Refuse a dataset that cannot be rolled out.
+    Refuse a dataset that cannot be used for rollouts.
 
     Args:
         dataset (`datasets.Dataset`):
-            The prompt set; its column `prompt` holds one non-empty string a row, every other column goes to the
-            rewards.
+            The prompt set; its column `prompt` has one non-empty string per row, and all other columns are passed to
+            the rewards.
         name (`str`, *optional*, defaults to `"train_dataset"`):
-            What to call the dataset in messages.
+            The name of the dataset in messages.
 
     Raises:
         `TypeError`: If it is not a `datasets.Dataset`.
@@ -57,7 +57,7 @@ def validate_prompts(dataset: Dataset, name: str = "train_dataset") -> None:
     _check_type(dataset, name)
     if "prompt" not in dataset.column_names:
         raise ValueError(
-            f"`{name}` has the columns {dataset.column_names} but no `prompt`. Name the text column so, for example "
+            f"`{name}` has the columns {dataset.column_names} but no `prompt`. Rename the text column, for example "
             'with `dataset.rename_column("text", "prompt")`.'
         )
     keywords = {"images", "videos", "prompts", "trainer_state", "log_metric", "log_extra"}
@@ -77,7 +77,7 @@ def validate_prompts(dataset: Dataset, name: str = "train_dataset") -> None:
 
 def replace_column(dataset: Dataset, name: str, values: Sequence[str | None]) -> Dataset:
     """
-    The same dataset with text in a column.
+    Replace a column by text.
 
     Args:
         dataset (`datasets.Dataset`):
@@ -85,7 +85,7 @@ def replace_column(dataset: Dataset, name: str, values: Sequence[str | None]) ->
         name (`str`):
             One of its columns, which keeps its place.
         values (`Sequence[str | None]`):
-            Its new content, one value per row.
+            The new values, one per row.
     """
     order, old = dataset.column_names, f"old {name}"
     replaced = dataset.rename_column(name, old).add_column(name, list(values), feature=Value("string"))
@@ -97,16 +97,16 @@ def _check_type(dataset: Any, name: str) -> None:
     if isinstance(dataset, DatasetDict | IterableDatasetDict):
         splits = list(dataset)
         is_for_training = name not in ("eval_dataset", "prompts")
-        wanted = next((split for split in splits if (split == "train") == is_for_training), (splits or ["train"])[0])
-        message = f'`{name}` is a {kind} with the splits {", ".join(splits) or "none"}; use ["{wanted}"] of it.'
+        usual = next((split for split in splits if (split == "train") == is_for_training), (splits or ["train"])[0])
+        message = f'`{name}` is a {kind} with the splits {", ".join(splits) or "none"}; use ["{usual}"] of it.'
         if name == "eval_dataset" and isinstance(dataset, DatasetDict):
             message += " To evaluate on all of them pass `dict(eval_dataset)`."
         raise TypeError(message)
     if isinstance(dataset, IterableDataset):
         raise TypeError(
-            f"`{name}` is an {kind} (streaming). Prompts are drawn from all over the set, and a resumed run finds the "
-            "same ones again, which takes its length and any row at any time. Make a `datasets.Dataset` of it: load "
-            "it without `streaming=True`, or keep a part with `Dataset.from_list(list(dataset.take(10_000)))`."
+            f"`{name}` is an {kind} (streaming). Prompts are drawn in random order, and a resumed run repeats the "
+            "order, so every row must be available at any time. Make a `datasets.Dataset` of it: load it "
+            "without `streaming=True`, or take a part with `Dataset.from_list(list(dataset.take(10_000)))`."
         )
     if not isinstance(dataset, Dataset):
         raise TypeError(

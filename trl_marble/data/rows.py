@@ -1,5 +1,5 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
-"""Reading rows of a prompt set."""
+"""Read rows of a prompt set."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,7 +9,7 @@ from datasets import Dataset
 
 def read_rows(dataset: Dataset, rows: Sequence[int]) -> dict[str, list[Any]]:
     """
-    The columns of some rows. A row that is wanted several times is read, and its image decoded, once.
+    Read some rows. A row that is given several times is read, and its image decoded, once.
 
     Args:
         dataset (`datasets.Dataset`):
@@ -18,7 +18,7 @@ def read_rows(dataset: Dataset, rows: Sequence[int]) -> dict[str, list[Any]]:
             Numbers of the rows, at least one.
 
     Returns:
-        `dict[str, list]`: For each column one value per wanted row, in their order. Rows with the same number share
+        `dict[str, list]`: For each column one value per given row, in their order. Rows with the same number share
         their values.
     """
     places = {row: place for place, row in enumerate(dict.fromkeys(rows))}

@@ -1,7 +1,7 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
 """Evaluate pipelines and adapters, and show the results and runs as tables, plots and contact sheets."""
 
-from ..rollout import group_diversity, thumbnails
+from ..rollout.diversity import group_diversity, thumbnails
 from .compare import compare_evaluations
 from .comparison import EvaluationComparison
 from .evaluation import Evaluation

@@ -5,16 +5,17 @@ import os
 import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from PIL import Image
 
 from ..media import PAPER, Sample, film_strip, save_sample, to_rgb
-from .figures import DPI, FAINT, INK, RULE, TAKEN, save_figure
+from .figures import DPI, FAINT, INK, RULE, TAKEN, new_figure, save_figure
 
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 # Mean width of a character of the default font, in font sizes.
 CHARACTER_WIDTH = 0.56
@@ -239,8 +240,7 @@ class _GridLayout:
 
     def save_playing(self, samples: Sequence[Sample], path: Path) -> None:
         """Write the page with playing videos; the samples are those of its cells, in order."""
-        figure = self._draw()
-        canvas = FigureCanvasAgg(figure)
+        canvas: Any = self._draw().canvas
         canvas.draw()
         page = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
         videos = [(at, each) for at, each in zip(self.frames, samples, strict=True) if isinstance(each, list)]
@@ -253,9 +253,8 @@ class _GridLayout:
                 pages[-1].paste(small, (x, y))
         save_sample(pages, path, lossless=False)
 
-    def _draw(self) -> Figure:
-        figure = Figure(figsize=(self.width / DPI, self.height / DPI), dpi=DPI, facecolor=PAPER)
-        FigureCanvasAgg(figure)
+    def _draw(self) -> "Figure":
+        figure = new_figure(self.width / DPI, self.height / DPI, constrained=False)
         axes = figure.add_axes((0, 0, 1, 1))
         axes.set_axis_off()
         axes.imshow(np.asarray(self.page), extent=(0, self.width, self.height, 0), interpolation="nearest")

@@ -109,7 +109,7 @@ def evaluate_pipeline(
         raise ValueError(
             f"A reward is named {sorted(taken)[0]!r}, a column of the table of scores. Rename the function."
         )
-    # Without an accelerator it has to be told, or the processes would not find each other.
+    # Without an accelerator `cpu` is needed, or the processes would not find each other.
     state = PartialState(cpu=not torch.accelerator.is_available())
     check_world_size(state.num_processes)
     is_object = isinstance(pipeline, DiffusionPipeline)

@@ -5,16 +5,16 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.patches import Patch
-from matplotlib.ticker import MaxNLocator
 
 from ..media import PAPER
 from .figures import CONFLICT, FAINT, INK, NOT_TAKEN, RULE, TAKEN, new_figure, save_figure
 
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 # Okabe and Ito's palette, for readers with the common kinds of colour blindness too; without its yellow and black.
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#7A7A7A")
@@ -151,7 +151,7 @@ def plot_rewards(history: Sequence[Mapping[str, Any]], path: str | os.PathLike) 
     return save_figure(figure, path)
 
 
-def _plot_evaluations(axes: Axes, history: Sequence[Mapping[str, Any]], name: str, color: str) -> None:
+def _plot_evaluations(axes: "Axes", history: Sequence[Mapping[str, Any]], name: str, color: str) -> None:
     """Draw a reward's evaluations as points with a dark edge."""
     key = f"eval_rewards/{name}"
     rows = [row for row in history if f"{key}/mean" in row]
@@ -213,6 +213,9 @@ def plot_histograms(
     columns = min(3, len(values))
     lines = math.ceil(len(values) / columns)
     figure = new_figure(3.3 * columns, 0.5 + 2.0 * lines)
+    from matplotlib.patches import Patch
+    from matplotlib.ticker import MaxNLocator
+
     panels = figure.subplots(lines, columns, squeeze=False).flatten()
     for index, (axes, (name, row)) in enumerate(zip(panels, values.items(), strict=False)):
         finite = np.isfinite(row)
@@ -270,7 +273,7 @@ def _color(index: int) -> str:
     return PALETTE[index % len(PALETTE)]
 
 
-def _style(axes: Axes, title: str, unit: str | None) -> None:
+def _style(axes: "Axes", title: str, unit: str | None) -> None:
     axes.set_title(title, loc="left", fontsize=10.5, color=INK, fontweight="bold", parse_math=False)
     axes.set_facecolor(PAPER)
     axes.grid(True, axis="y", color=RULE, linewidth=0.6)
@@ -278,20 +281,22 @@ def _style(axes: Axes, title: str, unit: str | None) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(RULE)
     axes.tick_params(colors=FAINT, labelsize=8.5, length=0, pad=5)
+    from matplotlib.ticker import MaxNLocator
+
     # Steps are integers.
     axes.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True, min_n_ticks=1))
     if unit is not None:
         axes.set_ylabel(unit, color=FAINT, fontsize=9)
 
 
-def _line(axes: Axes, steps: np.ndarray, values: np.ndarray, color: str) -> list[Any]:
+def _line(axes: "Axes", steps: np.ndarray, values: np.ndarray, color: str) -> list[Any]:
     """Draw a line, with markers if there are few points."""
     marker = "o" if len(steps) <= 40 else None
     return axes.plot(steps, values, color=color, linewidth=1.8, marker=marker, markersize=3.2, zorder=3, clip_on=False)
 
 
 def _side_legend(
-    axes: Axes, handles: Sequence[Any], labels: Sequence[str], title: str, note: str | None = None
+    axes: "Axes", handles: Sequence[Any], labels: Sequence[str], title: str, note: str | None = None
 ) -> None:
     """Draw a legend to the right of the panel."""
     legend = axes.legend(

@@ -16,7 +16,8 @@ from ..media import Sample
 from ..pipelines import PolicyWeights
 from ..rewards import RewardError, RewardScorer, Scores
 from ..rewards.call_log import LogKey, column_names
-from ..rollout import RolloutSampler, Samples, average_logged, count_failures, group_diversity, thumbnails
+from ..rollout import RolloutSampler, Samples, average_logged, count_failures
+from ..rollout.diversity import group_diversity, thumbnails
 from .evaluation import Evaluation
 from .evaluator import EvaluationPlan, evaluate_batches
 from .statistics import clustered_mean, number_prompts

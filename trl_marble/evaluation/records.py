@@ -36,7 +36,7 @@ class ImageRecord:
         sha256 (`str`):
             Of the file.
         rewards (`list[float | None]`):
-            One value a reward; `None` where it does not apply or failed.
+            One value per reward; `None` where it does not apply or failed.
         failed (`list[bool]`):
             Which rewards failed.
         thumbnail (`str`):

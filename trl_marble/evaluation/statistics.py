@@ -76,7 +76,7 @@ def clustered_mean(values: np.ndarray, groups: np.ndarray) -> tuple[float, float
 
     Args:
         values (`np.ndarray` of shape `[N]`):
-            One value an image; NaN where there is none.
+            One value per image; NaN where there is none.
         groups (`np.ndarray` of shape `[N]`, integers):
             The prompt of each image.
 
@@ -95,7 +95,7 @@ def count_wins(before: np.ndarray, after: np.ndarray, groups: np.ndarray) -> Win
     """
     Count which image of each pair is the better one, and test whether the prompts went one way.
 
-    The images of one prompt are not independent, so the sign test has one vote a prompt: the sign of its mean
+    The images of one prompt are not independent, so the sign test has one vote per prompt: the sign of its mean
     difference. Prompts with a mean difference of exactly 0 have none.
 
     Args:

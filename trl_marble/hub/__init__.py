@@ -1,5 +1,5 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
-"""Adapters as files and on the Hub: saving, loading, fusing, comparing, mixing, pushing, and their model card."""
+"""Adapters as files and on the Hub: save, load, fuse, compare, interpolate and push them, and write their cards."""
 
 from ..pipelines import load_adapter
 from .adapter import adapter_state, save_adapter

@@ -1,5 +1,5 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
-"""Reading a pipeline's LoRA adapter, and writing it so that every loader reads the same adapter."""
+"""Read the LoRA adapter of a pipeline, and save it so that every loader reads the same adapter."""
 
 import math
 import os
@@ -23,9 +23,9 @@ from .files import sort_header
 logger = logging.get_logger(__name__)
 
 
-# Fields of a peft configuration that loaders look up without asking whether they are there (diffusers 0.35 does).
+# Fields of a peft configuration that loaders read even if they are missing (diffusers 0.35 does).
 _ALWAYS_PUBLISHED = ("r", "lora_alpha", "rank_pattern", "alpha_pattern")
-# Fields that say how the adapter was made or on whose disk, not what it computes.
+# Fields about the making of an adapter or paths of the machine, not about what it computes.
 _NOT_PUBLISHED = frozenset({"auto_mapping", "base_model_name_or_path", "inference_mode", "init_lora_weights"})
 
 _KEY = re.compile(
@@ -39,17 +39,17 @@ def adapter_state(pipeline: DiffusionPipeline, adapter_name: str = "default") ->
 
     Args:
         pipeline (`DiffusionPipeline`):
-            A pipeline whose `transformer` carries the adapter.
+            A pipeline whose `transformer` has the adapter.
         adapter_name (`str`, *optional*, defaults to `"default"`):
-            Which of the transformer's adapters.
+            The adapter's name in the transformer.
 
     Returns:
         `dict[str, Tensor]`: peft's state dict, keys without the adapter's name (`"...attn.to_q.lora_A.weight"` of
-        shape (r, in_features), `"...lora_B.weight"` of shape (out_features, r)). The tensors are the live ones,
-        detached, not copies.
+        shape (r, in_features), `"...lora_B.weight"` of shape (out_features, r)). The tensors share memory
+        with the adapter's parameters, detached.
 
     Raises:
-        `ValueError`: where the transformer has no adapter of that name.
+        `ValueError`: the transformer has no adapter of that name.
     """
     _lora_config(pipeline, adapter_name)
     state = get_peft_model_state_dict(pipeline.transformer, adapter_name=adapter_name)
@@ -66,30 +66,31 @@ def save_adapter(
     """
     Write a LoRA adapter so that `load_lora_weights(folder)` on a fresh base pipeline makes the same images.
 
-    The scale, alpha / r (or alpha / sqrt(r) for rank-stabilized LoRA), is part of the weights in the file, and alpha
-    is r in the configuration that it holds: loaders that see the tensors alone assume this, among them ComfyUI and
-    `load_lora_weights(state_dict)`, and use the adapter at its full strength. The pipeline's own weights stay as they
-    are. Adapters with other weights than those of LoRA and DoRA on linear layers and convolutions keep their scale in
-    the configuration, with a warning.
+    The weights in the file are multiplied by the scale, alpha / r (or alpha / sqrt(r) for rank-stabilized LoRA), and
+    alpha is r in the file's configuration. Loaders that read the tensors alone assume this, among them ComfyUI and
+    `load_lora_weights(state_dict)`, and so use the adapter at its full strength. The pipeline's own weights stay as
+    they are. If an adapter has other weights than those of LoRA and DoRA on linear layers and convolutions, its scale
+    stays in the configuration, with a warning.
 
     Args:
         pipeline (`DiffusionPipeline`):
-            The trained pipeline. Its class decides how the file's keys are named.
+            The trained pipeline. Its class determines the names of the file's keys.
         folder (`str` or `os.PathLike`):
-            Where `pytorch_lora_weights.safetensors` goes; made if missing. An earlier file of that name is replaced.
+            The folder for `pytorch_lora_weights.safetensors`; made if missing. An earlier file of that name is
+            replaced.
         state (`dict[str, Tensor]`, *optional*):
-            Other weights for the same adapter, keyed and shaped like [`adapter_state`], such as their moving average.
-            Defaults to the adapter's own.
+            Other weights for the same adapter, such as their moving average, with the keys and shapes of
+            [`adapter_state`]. Defaults to the adapter's own weights.
         adapter_name (`str`, *optional*, defaults to `"default"`):
-            Which of the transformer's adapters.
+            The adapter's name in the transformer.
 
     Returns:
         `Path`: the file that was written.
 
     Raises:
-        `ValueError`: where the transformer has no adapter of that name, `state` has other keys or shapes than it, or
-            a weight is not finite; an earlier file is left as it is.
-        `NotADirectoryError`: where `folder` is a file.
+        `ValueError`: the transformer has no adapter of that name, `state` has other keys or shapes, or a weight is not
+            finite. An earlier file stays as it is.
+        `NotADirectoryError`: `folder` is a file.
     """
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
@@ -107,7 +108,7 @@ def save_adapter(
         )
         published = _published_config(config)
     else:
-        state = {key: _with_scale(key, value, scales) for key, value in state.items()}
+        state = {key: _multiply_scale(key, value, scales) for key, value in state.items()}
         published = _published_config(config) | {"lora_alpha": config.r, "alpha_pattern": config.rank_pattern}
         published.pop("use_rslora", None)
 
@@ -115,15 +116,15 @@ def save_adapter(
         if not value.isfinite().all():
             raise ValueError(
                 f"`{key}` of the adapter {adapter_name!r} is not finite, so it is not saved. Go back to an earlier "
-                "checkpoint, and look for what overflowed: the learning rate, or float16."
+                "checkpoint, and lower the learning rate or avoid float16."
             )
 
-    # Under its name only when it is whole, also where the process ends meanwhile.
+    # The file gets its name when it is complete, also if the process is killed before.
     file, unfinished = folder / LORA_WEIGHT_NAME_SAFE, folder / f"tmp-{LORA_WEIGHT_NAME_SAFE}"
     pipeline.save_lora_weights(
         folder,
         weight_name=unfinished.name,
-        # safetensors writes no strided views.
+        # safetensors cannot write strided views.
         transformer_lora_layers={key: value.detach().cpu().contiguous() for key, value in state.items()},
         transformer_lora_adapter_metadata=published,
         safe_serialization=True,
@@ -134,7 +135,7 @@ def save_adapter(
 
 
 def _lora_config(pipeline: DiffusionPipeline, adapter_name: str) -> LoraConfig:
-    """The configuration of one adapter of the transformer, or a `ValueError` that lists those that there are."""
+    """The configuration of one adapter of the transformer, or a `ValueError` that lists its adapters."""
     configs: dict[str, LoraConfig] = getattr(pipeline.transformer, "peft_config", {})
     if adapter_name not in configs:
         present = ", ".join(map(repr, configs)) or "none"
@@ -146,7 +147,7 @@ def _lora_config(pipeline: DiffusionPipeline, adapter_name: str) -> LoraConfig:
 
 
 def _scales(pipeline: DiffusionPipeline, adapter_name: str) -> dict[str, float]:
-    """What each layer multiplies the product of its two factors by, as trained (`set_adapters` can change it)."""
+    """The trained scale of each layer, alpha / r or alpha / sqrt(r) (`set_adapters` can change the one in use)."""
     rank_stabilized = pipeline.transformer.peft_config[adapter_name].use_rslora
     return {
         name: layer.lora_alpha[adapter_name] / (math.sqrt(rank) if rank_stabilized else rank)
@@ -155,7 +156,7 @@ def _scales(pipeline: DiffusionPipeline, adapter_name: str) -> dict[str, float]:
     }
 
 
-def _with_scale(key: str, weight: Tensor, scales: Mapping[str, float]) -> Tensor:
+def _multiply_scale(key: str, weight: Tensor, scales: Mapping[str, float]) -> Tensor:
     match = _KEY.fullmatch(key)
     return scale_weight(weight, scales[match["layer"]]) if match is not None and match["scaled"] else weight
 
@@ -164,8 +165,8 @@ def _published_config(config: LoraConfig) -> dict[str, Any]:
     """
     The part of a peft configuration that a loader needs, ready for JSON.
 
-    Values that peft would fill in anyway are left out: a full dump names fields that an older or newer peft does not
-    know, and such a file does not load there. Sets, whose order is random, become sorted lists.
+    Values that are peft's defaults are left out: with all fields the file would not load in an older or newer version
+    of peft that does not know some of them. Sets, whose order is random, become sorted lists.
     """
     values, defaults = config.to_dict(), LoraConfig().to_dict()
     published = {
@@ -177,7 +178,7 @@ def _published_config(config: LoraConfig) -> dict[str, Any]:
 
 
 def _check_same_layout(state: dict[str, Tensor], own: dict[str, Tensor], adapter_name: str) -> None:
-    """Raise a `ValueError` where two states differ in keys or shapes."""
+    """Raise a `ValueError` if two states differ in keys or shapes."""
     missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
     reshaped = [
         f"{key}: {tuple(state[key].shape)} instead of {tuple(own[key].shape)}"

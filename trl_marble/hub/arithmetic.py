@@ -1,8 +1,8 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
-"""Adapters as changes of weights: how alike two of them are, and what lies between them.
+"""Compare and interpolate adapters, by what they add to the weights.
 
-An adapter changes a layer's weight by scale * B @ A. All results are about this product, since the factors themselves
-mean nothing: B @ A = (B M) @ (M^-1 A) for any invertible M.
+An adapter adds scale * B @ A to a layer's weight. All results are about this product, since the factors themselves are
+arbitrary: B @ A = (B M) @ (M^-1 A) for any invertible M.
 """
 
 import math
@@ -21,7 +21,7 @@ from .files import LoraLayer, read_layers, write_layers
 @dataclass(frozen=True)
 class WeightComparison:
     """
-    Two changes of the same weights.
+    A comparison of two changes of the same weights.
 
     Args:
         norm_a (`float`): Frobenius norm of the first change.
@@ -35,14 +35,14 @@ class WeightComparison:
 
     @property
     def cosine(self) -> float:
-        """Cosine of the angle between the changes, in [-1, 1]; NaN where one of them is zero."""
+        """Cosine of the angle between the changes, in [-1, 1]; NaN if one of them is zero."""
         if self.norm_a == 0 or self.norm_b == 0:
             return math.nan
         return max(-1.0, min(1.0, self.dot / (self.norm_a * self.norm_b)))
 
     @property
     def relative_norm(self) -> float:
-        """Norm of the second change divided by that of the first; infinite where the first is zero."""
+        """Norm of the second change divided by that of the first; infinite if the first is zero, NaN if both are."""
         if self.norm_a == 0:
             return math.nan if self.norm_b == 0 else math.inf
         return self.norm_b / self.norm_a
@@ -55,8 +55,8 @@ class AdapterComparison:
 
     Args:
         overall (`WeightComparison`): All layers together, as one long vector.
-        layers (`dict[str, WeightComparison]`): Each layer that one of them changes, by its name in the pipeline. One
-            that an adapter leaves alone has norm 0.
+        layers (`dict[str, WeightComparison]`): Each layer that one of them changes, by its name in the pipeline. The
+            norm is 0 for an adapter that does not change the layer.
     """
 
     overall: WeightComparison
@@ -65,7 +65,7 @@ class AdapterComparison:
 
 def compare_adapters(a: str | os.PathLike, b: str | os.PathLike) -> AdapterComparison:
     """
-    Compare what two adapters of the same base model do to its weights, from their files alone.
+    Compare the changes of two adapters to the weights of the same base model, from their files alone.
 
     Args:
         a (`str` or `os.PathLike`):
@@ -75,12 +75,12 @@ def compare_adapters(a: str | os.PathLike, b: str | os.PathLike) -> AdapterCompa
             The second adapter. Ranks, alphas and layers may differ.
 
     Returns:
-        `AdapterComparison`: Cosine and relative norm overall and of each layer, computed in fp64.
+        `AdapterComparison`: cosine and relative norm overall and of each layer, computed in fp64.
 
     Raises:
-        `OSError`: there is no adapter at a place.
-        `ValueError`: a file is no plain LoRA, or the two have no layer in common or layers of different shapes, as
-            adapters of different base models do.
+        `OSError`: one of the adapters does not exist.
+        `ValueError`: a file is not a plain LoRA, or the two adapters have no layer in common or layers of different
+            shapes, as adapters of different base models have.
     """
     layers_a, layers_b = read_layers(a), read_layers(b)
     _check_same_base(layers_a, layers_b)
@@ -98,10 +98,10 @@ def interpolate_adapters(
     a: str | os.PathLike, b: str | os.PathLike, share: float, output_dir: str | os.PathLike
 ) -> Path:
     """
-    Write the adapter between two others: (1 - share) x the first one's weight change + share x the second one's.
+    Write the adapter whose change is (1 - share) x the change of the first adapter + share x that of the second.
 
-    The sum is exact, up to the rounding of fp32: the factors of both are stacked, so that a layer's rank is the sum of
-    the two ranks. Averaging A and B separately would give something else.
+    The sum is exact up to the rounding of fp32: the factors of both are concatenated, so that a layer's rank is the
+    sum of the two ranks. Averages of A and of B would have another product.
 
     Args:
         a (`str` or `os.PathLike`):
@@ -109,7 +109,7 @@ def interpolate_adapters(
         b (`str` or `os.PathLike`):
             The second adapter. Ranks, alphas and layers may differ.
         share (`float`):
-            Share of the second one, in [0, 1].
+            Share of the second adapter, in [0, 1].
         output_dir (`str` or `os.PathLike`):
             Folder for `pytorch_lora_weights.safetensors`; made if missing. An earlier file of that name is replaced.
 
@@ -117,19 +117,19 @@ def interpolate_adapters(
         `Path`: the file, an ordinary LoRA for `load_lora_weights`.
 
     Raises:
-        `OSError`: there is no adapter at a place.
-        `ValueError`: `share` is outside [0, 1], the file would replace one of the two, or they do not go together (see
-            [`compare_adapters`]).
+        `OSError`: one of the adapters does not exist.
+        `ValueError`: `share` is outside [0, 1], the file would replace one of the adapters, or they are of different
+            base models (see [`compare_adapters`]).
     """
     if not 0 <= share <= 1:
         raise ValueError(f"share={share} is not in [0, 1]: 0 is the first adapter, 1 the second.")
     file = Path(output_dir) / LORA_WEIGHT_NAME_SAFE
     for adapter in (a, b):
         if file.exists() and file.samefile(find_adapter(os.fspath(adapter))):
-            raise ValueError(f"{str(output_dir)!r} holds one of the two adapters. Pass another `output_dir`.")
+            raise ValueError(f"{str(output_dir)!r} is the folder of one of the adapters. Pass another `output_dir`.")
     layers_a, layers_b = read_layers(a), read_layers(b)
     _check_same_base(layers_a, layers_b)
-    # An adapter with share 0 is left out, so that share=0 is the first one as it was, and share=1 the second.
+    # An adapter with share 0 is left out, so that share=0 is the first adapter itself, and share=1 the second.
     parts: dict[str, list[tuple[float, LoraLayer]]] = {}
     for weight, layers in ((1 - share, layers_a), (share, layers_b)):
         if weight > 0:
@@ -140,7 +140,7 @@ def interpolate_adapters(
 
 
 def _stack(parts: list[tuple[float, LoraLayer]]) -> LoraLayer:
-    """One LoRA layer whose change is the weighted sum of the parts'."""
+    """One LoRA layer whose change is the weighted sum of the changes of the parts."""
     return LoraLayer(
         lora_A=torch.cat([layer.lora_A.float() for _, layer in parts]),
         lora_B=torch.cat([weight * layer.scale * layer.lora_B.float() for weight, layer in parts], dim=1),
@@ -157,14 +157,14 @@ def _compare(a: LoraLayer | None, b: LoraLayer | None) -> WeightComparison:
 
 
 def _dot(a: LoraLayer, b: LoraLayer) -> float:
-    """<B_a A_a, B_b A_b> = <B_a^T B_b, A_a A_b^T>, in matrices of the size of the ranks."""
+    """The inner product <B_a A_a, B_b A_b> = <B_a^T B_b, A_a A_b^T>, in matrices of the size of the ranks."""
     left = a.lora_B.double().flatten(1).T @ b.lora_B.double().flatten(1)
     right = a.lora_A.double().flatten(1) @ b.lora_A.double().flatten(1).T
     return a.scale * b.scale * (left * right).sum().item()
 
 
 def _check_same_base(a: Mapping[str, LoraLayer], b: Mapping[str, LoraLayer]) -> None:
-    """Raise a `ValueError` where two adapters cannot belong to the same base model."""
+    """Raise a `ValueError` if two adapters cannot be of the same base model."""
     common = sorted(a.keys() & b.keys())
     if not common:
         raise ValueError(

@@ -1,13 +1,12 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
-"""What a model card says, kept in a file beside the card so that it can be rendered again, with new results or a new
-name.
+"""The contents of a model card, which are saved next to the card, so that it can be rendered again with new results or
+a new name.
 
-Nothing that a card or that file holds may name the machine's folders or hold an access token.
+Neither the card nor that file may contain folders of the machine or an access token.
 """
 
 import dataclasses
 import json
-import math
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -16,6 +15,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
+from ..evaluation.results import to_json
 from ..evaluation.summary import BalanceSummary
 
 
@@ -33,7 +33,7 @@ _NAME_OF_A_TOKEN = re.compile(r"(^|_)token$")
 @dataclass(frozen=True)
 class RewardRow:
     """
-    One reward before and after training. `None` and NaN mean that it was not measured.
+    One reward before and after training. `None` and NaN mean not measured.
 
     Args:
         name (`str`): the reward's name.
@@ -41,7 +41,7 @@ class RewardRow:
         after (`float`, *optional*): the same with the adapter.
         before_se (`float`, *optional*): standard error of `before`.
         after_se (`float`, *optional*): standard error of `after`.
-        change (`float`, *optional*): mean difference of images of the same prompts and seeds. Defaults to
+        change (`float`, *optional*): mean difference between images of the same prompts and seeds. Defaults to
             `after - before`.
         change_se (`float`, *optional*): standard error of `change`.
         held_out (`bool`, *optional*, defaults to `False`): whether the adapter was never trained on it.
@@ -64,7 +64,7 @@ class GalleryItem:
 
     Args:
         path (`str`): the image's path, relative to the card.
-        prompt (`str`): what it was sampled from.
+        prompt (`str`): its prompt.
     """
 
     path: str
@@ -80,7 +80,7 @@ class CardInputs:
         repo_name (`str`):
             The adapter's name, the card's title.
         rewards (`Sequence[RewardRow]`):
-            What the adapter was trained for, and what was held out, with the evaluation's results where there are any.
+            The rewards that the adapter was trained with and those that were held out, with results of evaluations.
         pipeline_class (`str`, *optional*, defaults to `"DiffusionPipeline"`):
             Name of the diffusers pipeline class that the adapter is for, such as `"StableDiffusion3Pipeline"`.
         base_model (`str`, *optional*):
@@ -91,8 +91,8 @@ class CardInputs:
             The run's balancing diagnostics, see [`~trl_marble.evaluation.summarize_balance`].
         settings (`Mapping[str, Any]`, *optional*):
             Training settings by name. `num_inference_steps`, `guidance_scale`, `height`, `width`, `num_frames` and
-            `max_sequence_length`, where present, also go into the usage example. `multi_objective_aggregation` says
-            how the rewards were combined. Settings whose name ends in `token` are left out.
+            `max_sequence_length`, if present, are also in the usage example. `multi_objective_aggregation` says how
+            the rewards were combined. Settings whose name ends in `token` are left out.
         gallery (`Sequence[GalleryItem]`, *optional*):
             Sample images, or videos.
         balance_plot (`str`, *optional*):
@@ -100,7 +100,7 @@ class CardInputs:
         before_after (`str`, *optional*):
             Path, relative to the card, of the picture made by [`~trl_marble.evaluation.before_after_grid`].
         model_id (`str`, *optional*):
-            The adapter's repository on the Hub, `"user/name"`, where it has one.
+            The adapter's repository on the Hub, `"user/name"`, if it has one.
         framework_versions (`Mapping[str, str]`, *optional*):
             Package name -> version.
         diversity (`RewardRow`, *optional*):
@@ -109,11 +109,11 @@ class CardInputs:
         sources (`Mapping[str, Sequence[RewardRow]]`, *optional*):
             Source of the evaluation prompts -> the rewards on these prompts alone.
         evaluated_on (`str`, *optional*):
-            What the rewards were measured on, as the end of a sentence: `"512 images of 128 prompts"`.
+            The images that the rewards were measured on, as the end of a sentence: `"512 images of 128 prompts"`.
         trained_here (`bool`, *optional*, defaults to `True`):
-            Whether this package trained the adapter. If not, the card says nothing of its training.
+            Whether this package trained the adapter. If not, the card says nothing about its training.
         edits_images (`bool`, *optional*, defaults to `False`):
-            Whether it was trained to edit images, so that the usage example gives one to the pipeline.
+            Whether it was trained to edit images, so that the usage example passes an image to the pipeline.
     """
 
     repo_name: str
@@ -136,8 +136,8 @@ class CardInputs:
 
     def public(self) -> "CardInputs":
         """
-        The same without what is only of this machine: local folders become their names, settings that hold a token are
-        left out, and settings that JSON has no type for become text.
+        A copy without private values: local folders are replaced by their names, settings with a token are left out,
+        and settings that have no type in JSON become text.
         """
         return dataclasses.replace(
             self,
@@ -157,13 +157,12 @@ class CardInputs:
 
         Args:
             folder (`str` or `os.PathLike`):
-                Where `model_card.json` goes, the card's folder.
+                The card's folder, to which `model_card.json` is written.
 
         Returns:
             `Path`: the file.
         """
-        content = _without_nan(dataclasses.asdict(self.public()))
-        text = json.dumps(content, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
+        text = to_json(dataclasses.asdict(self.public())).decode("utf-8")
         file = Path(folder) / INPUTS_FILE
         file.write_text(ACCESS_TOKEN.sub(TOKEN_REMOVED, text), encoding="utf-8")
         return file
@@ -171,7 +170,7 @@ class CardInputs:
     @classmethod
     def load(cls, folder: str | os.PathLike) -> "CardInputs":
         """
-        Read what [`CardInputs.save`] wrote.
+        Read the file of [`CardInputs.save`].
 
         Args:
             folder (`str` or `os.PathLike`):
@@ -179,7 +178,7 @@ class CardInputs:
 
         Raises:
             `FileNotFoundError`: there is no `model_card.json`.
-            `ValueError`: it is damaged, or of another version of this package: every field must have its type.
+            `ValueError`: it is damaged or from another version of this package, with fields of other types.
         """
         file = Path(folder) / INPUTS_FILE
         try:
@@ -201,28 +200,28 @@ class CardInputs:
             return inputs
         except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
             raise ValueError(
-                f"{file} cannot be read ({type(error).__name__}: {error}). It is damaged or of another version; "
+                f"{file} cannot be read ({type(error).__name__}: {error}). It is damaged or from another version; "
                 "delete it, or write the card again with `trainer.create_model_card()`."
             ) from error
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether a name can be that of a repository with its owner (`"user/name"`)."""
+    """Whether a name has the form of a repository id with its owner (`"user/name"`)."""
     return _HUB_ID.fullmatch(name) is not None
 
 
 def public_name(source: str) -> str:
     """
-    How the card calls a Hub repository or a folder: the repository's id, or the folder's name without the way to it.
+    The name of a Hub repository or a folder on the card: the repository's id, or the folder's name without its path.
 
-    A folder in the Hub's own cache (`.../models--user--name/snapshots/<commit>`) is called by the id it came from.
+    For a folder in the cache of the Hub (`.../models--user--name/snapshots/<commit>`) it is the id of the repository.
     """
     if cached := _CACHED_SNAPSHOT.search(source):
         return f"{cached[1]}/{cached[2]}"
     if is_hub_id(source) and not Path(source).exists():
         return source
     name = re.split(r"[/\\]", str(source).rstrip("/\\"))[-1]
-    # "." and "~" have no name of their own until they are looked up.
+    # "." and "~" have to be resolved to have a name.
     return name if name not in ("", ".", "..", "~") else Path(os.path.expanduser(source)).resolve().name
 
 
@@ -232,7 +231,7 @@ def is_absolute(path: str) -> bool:
 
 
 def _public_setting(value: Any) -> Any:
-    """A number as it is, anything else as text, with the paths in it cut down to their last part."""
+    """Numbers unchanged, anything else as text, in which paths are shortened to their last part."""
     if value is None or isinstance(value, bool | int | float):
         return value
     text = str(value)
@@ -242,7 +241,7 @@ def _public_setting(value: Any) -> Any:
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    """Whether a value from JSON is of a type, as far as the dataclasses of this file use types."""
+    """Whether a value from JSON has a type, for the types in the dataclasses of this file."""
     arguments = get_args(hint)
     match get_origin(hint):
         case kind if kind is UnionType:
@@ -256,16 +255,8 @@ def _fits(value: Any, hint: Any) -> bool:
     if hint is Any:
         return True
     if hint is float:
+        # `float` raises OverflowError for an integer that is too large.
         return isinstance(value, int | float) and not isinstance(value, bool) and float(value) is not None
     if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         return isinstance(value, hint) and all(_fits(getattr(value, n), h) for n, h in get_type_hints(hint).items())
     return isinstance(value, hint)
-
-
-def _without_nan(value: Any) -> Any:
-    """JSON has no NaN; `None` says the same here."""
-    if isinstance(value, Mapping):
-        return {key: _without_nan(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_without_nan(entry) for entry in value]
-    return None if isinstance(value, float) and math.isnan(value) else value

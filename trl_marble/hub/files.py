@@ -1,5 +1,5 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
-"""Reading from an adapter's file what its layers add to the weights, and writing such a file."""
+"""Read the LoRA layers of an adapter's file, and write such a file."""
 
 import json
 import os
@@ -27,11 +27,11 @@ _LORA_KEY = re.compile(
 @dataclass(frozen=True)
 class LoraLayer:
     """
-    What an adapter adds to one layer's weight: `scale * lora_B @ lora_A`.
+    The change that an adapter adds to one layer's weight: `scale * lora_B @ lora_A`.
 
     Args:
-        lora_A (`Tensor` of shape `[r, in_features]`): the second factor; of a convolution `[r, in, height, width]`.
-        lora_B (`Tensor` of shape `[out_features, r]`): the first factor; of a convolution `[out, r, 1, 1]`.
+        lora_A (`Tensor` of shape `[r, in_features]`): the second factor; for a convolution `[r, in, height, width]`.
+        lora_B (`Tensor` of shape `[out_features, r]`): the first factor; for a convolution `[out, r, 1, 1]`.
         scale (`float`): alpha / r, or alpha / sqrt(r) for rank-stabilized LoRA.
     """
 
@@ -59,13 +59,13 @@ def read_layers(adapter: str | os.PathLike) -> dict[str, LoraLayer]:
             Hub id (`"user/name"`), a folder with `pytorch_lora_weights.safetensors`, or a `.safetensors` file.
 
     Returns:
-        `dict[str, LoraLayer]`: The layers by their names in the pipeline (`"transformer.transformer_blocks.0..."`),
+        `dict[str, LoraLayer]`: the layers by their names in the pipeline (`"transformer.transformer_blocks.0..."`),
         sorted. Tensors have the dtype of the file.
 
     Raises:
-        `OSError`: there is no adapter at that place.
-        `ValueError`: the file is damaged or no safetensors file, or holds anything but plain LoRA in the key format of
-            diffusers and peft.
+        `OSError`: there is no such adapter.
+        `ValueError`: the file is damaged or no safetensors file, or has weights other than plain LoRA in the key
+            format of diffusers and peft.
     """
     file = find_adapter(os.fspath(adapter))
     try:
@@ -78,13 +78,13 @@ def read_layers(adapter: str | os.PathLike) -> dict[str, LoraLayer]:
         match = _LORA_KEY.fullmatch(key)
         if match is None:
             raise ValueError(
-                f"{file} holds {key!r}, which is not plain LoRA in the key format of diffusers "
+                f"{file} has the weight {key!r}, which is not plain LoRA in the key format of diffusers "
                 "('transformer.<layer>.lora_A.weight'). Load it with `pipeline.load_lora_weights` and save it with "
-                "`trl_marble.hub.save_adapter` first. DoRA and biases cannot be computed with."
+                "`trl_marble.hub.save_adapter` first. DoRA and biases are not supported here."
             )
         parts.setdefault(match["layer"], {})[match["part"]] = tensor
     if not parts:
-        raise ValueError(f"{file} holds no tensors. Pass the file of a trained adapter.")
+        raise ValueError(f"{file} has no tensors. Pass the file of a trained adapter.")
     config = adapter_metadata(file)
     return {layer: _lora_layer(file, layer, parts[layer], config) for layer in sorted(parts)}
 
@@ -93,11 +93,11 @@ def write_layers(layers: Mapping[str, LoraLayer], file: Path) -> None:
     """
     Write LoRA layers as one file that `load_lora_weights` reads.
 
-    The scale becomes part of `lora_B`, so that alpha is r everywhere, which loaders that read no metadata assume.
+    `lora_B` is multiplied by the scale, so that alpha is r everywhere, which loaders without metadata assume.
 
     Args:
         layers (`Mapping[str, LoraLayer]`):
-            As [`read_layers`] returns them.
+            The layers, in the form of [`read_layers`].
         file (`Path`):
             The file to write. Its folder is made.
     """
@@ -111,7 +111,7 @@ def write_layers(layers: Mapping[str, LoraLayer], file: Path) -> None:
         components.setdefault(component, {})[name] = lora.rank
     for component, ranks in components.items():
         usual = Counter(ranks.values()).most_common(1)[0][0]
-        # Patterns are regular expressions for the end of a name; `^` makes them the whole name.
+        # Patterns are regular expressions for the end of a name; with `^` they match complete names only.
         unusual = {f"^{re.escape(name)}": rank for name, rank in ranks.items() if rank != usual}
         values = {"r": usual, "lora_alpha": usual, "rank_pattern": unusual, "alpha_pattern": unusual}
         values["target_modules"] = sorted(ranks)
@@ -124,7 +124,7 @@ def write_layers(layers: Mapping[str, LoraLayer], file: Path) -> None:
 
 def sort_header(file: Path) -> None:
     """
-    Put the header of a safetensors file in order, so that equal adapters are equal files.
+    Sort the header of a safetensors file, so that equal adapters are equal files.
 
     safetensors writes the entries of its metadata in a random order. A file is 8 bytes of header length
     (little-endian), the header in JSON, padded with spaces to a multiple of 8 bytes, and the tensors.
@@ -137,13 +137,13 @@ def sort_header(file: Path) -> None:
 
 
 def _lora_layer(file: Path, layer: str, parts: Mapping[str, Tensor], config: Mapping[str, Any]) -> LoraLayer:
-    """One layer with its scale, which is 1 where the file does not say."""
+    """One layer with its scale, which is 1 if the file has none."""
     is_pair = parts.keys() == {"lora_A", "lora_B"} and all(part.ndim in (2, 4) for part in parts.values())
     if not is_pair or parts["lora_A"].shape[0] != parts["lora_B"].shape[1] or 0 in parts["lora_A"].shape:
         shapes = ", ".join(f"{part} {tuple(tensor.shape)}" for part, tensor in sorted(parts.items()))
-        raise ValueError(f"The layer {layer!r} in {file} has {shapes}, which is no pair of LoRA factors.")
+        raise ValueError(f"The layer {layer!r} in {file} has {shapes}, which is not a pair of LoRA factors.")
     if not all(tensor.isfinite().all() for tensor in parts.values()):
-        raise ValueError(f"The layer {layer!r} in {file} holds values that are not finite; the adapter is broken.")
+        raise ValueError(f"The layer {layer!r} in {file} has values that are not finite. Train the adapter again.")
     rank = parts["lora_A"].shape[0]
     component, name = layer.split(".", 1)
     own = {key.removeprefix(f"{component}."): value for key, value in config.items()}
@@ -151,6 +151,6 @@ def _lora_layer(file: Path, layer: str, parts: Mapping[str, Tensor], config: Map
         scale = layer_scale(own, name, rank)
     except ValueError as error:
         raise ValueError(
-            f"The metadata in {file} gives the layer {layer!r} no usable scale: {error}. Save the adapter again."
+            f"The metadata in {file} has no usable scale for the layer {layer!r}: {error}. Save the adapter again."
         ) from error
     return LoraLayer(parts["lora_A"], parts["lora_B"], scale)

@@ -1,5 +1,5 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
-"""Making an adapter part of a pipeline's own weights."""
+"""Add an adapter to a pipeline's own weights."""
 
 import os
 from pathlib import Path
@@ -17,28 +17,28 @@ def fuse_adapter(
     weight: float = 1.0,
 ) -> DiffusionPipeline:
     """
-    Make an adapter part of a pipeline's own weights: a pipeline without adapters that makes the adapter's images.
+    Add an adapter to a pipeline's own weights: the pipeline then makes the adapter's images without an adapter.
 
     A run can train a new adapter on it, and it needs neither peft nor this package. The sum is rounded to the dtype of
-    the pipeline's weights; bf16 loses the smallest changes, fp32 practically nothing.
+    the pipeline's weights: bf16 loses the smallest changes, fp32 almost nothing.
 
     Args:
         pipeline (`str`, `os.PathLike` or [`~diffusers.DiffusionPipeline`]):
-            The base pipeline: a Hub id, a local folder (both loaded in fp32), or the object, whose weights are changed
-            in place, for good.
+            The base pipeline: a Hub id, a local folder (both are loaded in fp32), or the object, whose weights are
+            changed in place and cannot be restored.
         adapter (`str` or `os.PathLike`):
             See [`load_adapter`].
         output_dir (`str` or `os.PathLike`, *optional*):
-            A new or empty folder where the whole pipeline is saved, in safetensors.
+            A new or empty folder where the pipeline is saved, as safetensors files.
         weight (`float`, *optional*, defaults to `1.0`):
-            How much of the adapter's change is added.
+            The factor of the adapter's change.
 
     Returns:
         [`~diffusers.DiffusionPipeline`]: the pipeline.
 
     Raises:
-        `FileExistsError`: `output_dir` is a file or a folder with something in it.
-        `OSError`: there is no adapter at that place.
+        `FileExistsError`: `output_dir` is a file or a folder that is not empty.
+        `OSError`: there is no such adapter.
         `ValueError`: as [`load_adapter`]; or the pipeline has adapters, which would be lost.
     """
     if output_dir is not None and Path(output_dir).exists():

@@ -1,8 +1,8 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
 """The model card of an adapter.
 
-A card is always rendered from the template and from what is known of the adapter, never from a card that is already on
-the Hub: a repository that is pushed twice would otherwise keep the first push's text.
+A card is always rendered from the template and its inputs, never from a card that is already on the Hub: a repository
+that is pushed twice would otherwise keep the text of the first push.
 """
 
 import html
@@ -32,8 +32,8 @@ TASKS = {
 TRAINING_TAGS = ["trl_marble", "marble", "diffusion-nft", "reinforcement-learning"]
 GALLERY_COLUMNS = 4
 
-# Settings that are also arguments of the pipeline's call, in the order in which the example names them. The example
-# repeats what was trained with, since the pipeline's defaults (guidance above all) make other images.
+# Settings that are also arguments of the pipeline's call, in the order of the usage example. The example has those of
+# the training, since the pipeline's defaults (above all its guidance) make other images.
 CALL_SETTINGS = (
     "num_inference_steps",
     "guidance_scale",
@@ -47,25 +47,25 @@ CALL_SETTINGS = (
 
 def build_model_card(inputs: CardInputs) -> ModelCard:
     """
-    Render the card of an adapter, metadata included.
+    Render the card of an adapter with its metadata.
 
-    No path of the machine and no access token gets into it, see [`CardInputs.public`].
+    It contains no path of the machine and no access token, see [`CardInputs.public`].
 
     Args:
         inputs ([`CardInputs`]):
-            What is known of the adapter.
+            The contents of the card.
 
     Returns:
-        `huggingface_hub.ModelCard`: write it with `card.save(...)`; `card.validate()` asks the Hub.
+        `huggingface_hub.ModelCard`: write it with `card.save(...)`; `card.validate()` lets the Hub check it.
 
     Raises:
-        `ValueError`: where there is no reward, an image's path is not relative, the pipeline's class is no name of a
-            class, or a setting that is an argument of its call is no number.
+        `ValueError`: there is no reward, an image's path is not relative, the pipeline's class is not the name of a
+            class, or a setting that is an argument of its call is not a number.
     """
     if not inputs.rewards:
         raise ValueError("`rewards` is empty. Pass one `RewardRow` for each reward that the adapter was trained on.")
     if not inputs.pipeline_class.isidentifier():
-        raise ValueError(f"pipeline_class={inputs.pipeline_class!r} is no name of a class, which the example imports.")
+        raise ValueError(f"pipeline_class={inputs.pipeline_class!r} is not the name of a class, which it must be.")
     inputs = inputs.public()
     base = inputs.base_model
     on_hub = base is not None and is_hub_id(base)
@@ -109,7 +109,7 @@ def build_model_card(inputs: CardInputs) -> ModelCard:
 
 
 def _metadata(inputs: CardInputs) -> ModelCardData:
-    """The card's YAML head. Names that are no Hub ids stay out of the fields that the Hub turns into links."""
+    """The card's metadata. Fields that the Hub turns into links have only names that are Hub ids."""
     dataset = inputs.dataset_name if inputs.dataset_name and is_hub_id(inputs.dataset_name) else None
     results = [
         EvalResult(
@@ -128,7 +128,7 @@ def _metadata(inputs: CardInputs) -> ModelCardData:
     if inputs.base_model and is_hub_id(inputs.base_model):
         fields |= {"base_model": inputs.base_model, "base_model_relation": "adapter"}
     if inputs.gallery:
-        # In one line: a line of three dashes would end the metadata.
+        # One line per prompt: a line of three dashes would end the metadata.
         fields["widget"] = [
             {"text": " ".join(item.prompt.split()), "output": {"url": _relative_url(item.path)}}
             for item in inputs.gallery
@@ -169,7 +169,7 @@ def _with_error(value: float | None, se: float | None, sign: bool = False) -> st
 
 
 def _sources_table(sources: Mapping[str, Sequence[RewardRow]]) -> str:
-    """A Markdown table, one row a reward and one column a source; empty where there are no sources."""
+    """A Markdown table, with one row per reward and one column per source; empty without sources."""
     if not sources:
         return ""
     lines = ["| " + " | ".join(["Reward", *map(_text, sources)]) + " |", "|:--|" + "--:|" * len(sources)]
@@ -198,7 +198,7 @@ def _balance_cells(balance: BalanceSummary) -> dict[str, Any]:
 
 
 def _gallery_table(gallery: Sequence[GalleryItem]) -> str:
-    """A Markdown table of images, each with its prompt below; empty where there are none."""
+    """A Markdown table of images, each with its prompt below; empty without images."""
     columns = min(GALLERY_COLUMNS, len(gallery))
     lines = []
     for start in range(0, len(gallery), GALLERY_COLUMNS):
@@ -219,7 +219,8 @@ def _call(inputs: CardInputs) -> str:
     for name, value in arguments.items():
         if not isinstance(value, int | float):
             raise ValueError(f"The setting {name!r} is {str(value)[:80]!r}; the example needs a number.")
-    given = [f"{name}={value!r}" for name, value in _as_the_pipeline_has_it(arguments, inputs.pipeline_class).items()]
+    own = _convert_arguments(arguments, inputs.pipeline_class)
+    given = [f"{name}={value!r}" for name, value in own.items()]
     text = json.dumps(prompt, ensure_ascii=False)
     if _edits(inputs):
         return ", ".join(['image=load_image("your_image.png")', f"prompt={text}", *given])
@@ -228,7 +229,7 @@ def _call(inputs: CardInputs) -> str:
 
 
 def _task(inputs: CardInputs) -> str:
-    """What the Hub calls it."""
+    """The adapter's task, by its name on the Hub."""
     if _makes_videos(inputs):
         return "text-to-video"
     return "image-to-image" if _edits(inputs) else "text-to-image"
@@ -240,13 +241,13 @@ def _edits(inputs: CardInputs) -> bool:
 
 
 def _takes_image(inputs: CardInputs) -> str:
-    """Whether the pipeline takes images to edit, as `Family.takes_image` has it."""
+    """The `Family.takes_image` of the pipeline: whether it takes images to edit."""
     family = _family(inputs.pipeline_class)
     return "no" if family is None else family.takes_image
 
 
-def _as_the_pipeline_has_it(arguments: Mapping[str, Any], pipeline_class: str) -> dict[str, Any]:
-    """The arguments under the names of a family's own, the guidance scale also on its scale."""
+def _convert_arguments(arguments: Mapping[str, Any], pipeline_class: str) -> dict[str, Any]:
+    """Convert arguments to the names of the pipeline's own, and the guidance scale to its convention."""
     family = _family(pipeline_class)
     if family is None:
         return dict(arguments)
@@ -260,12 +261,12 @@ def _as_the_pipeline_has_it(arguments: Mapping[str, Any], pipeline_class: str) -
 
 
 def _family(pipeline_class: str) -> Family | None:
-    """The family of a pipeline class by its name; `None` where it is not in the table."""
+    """The family of a pipeline class by its name; `None` if it is not in the table."""
     return {family.pipeline_class.__name__: family for family in FAMILIES}.get(pipeline_class)
 
 
 def _makes_videos(inputs: CardInputs) -> bool:
-    """As the table says; for a pipeline that is not in it, as the samples are."""
+    """Whether the pipeline makes videos, from the table; for a pipeline that is not in it, from the samples."""
     family = _family(inputs.pipeline_class)
     if family is None:
         return any(item.path.endswith(".webp") for item in inputs.gallery)
@@ -279,18 +280,18 @@ def _base_link(base: str | None) -> str:
 
 
 def _code(value: Any) -> str:
-    """A name or value in the font of code, for a text or a table cell."""
+    """A name or value in code style, for a text or a table cell."""
     text = _one_line(str(value))
     return "`" + text.replace("`", "'").replace("|", "\\|") + "`" if text else "(empty)"
 
 
 def _literal(text: str) -> str:
-    """A text as Python has it, in double quotes."""
+    """A text as a Python literal in double quotes."""
     return json.dumps(text, ensure_ascii=False)
 
 
 def _sentence(text: str) -> str:
-    """A part of a sentence, in which names may stand in the font of code: no links, no HTML, no line breaks."""
+    """A part of a sentence, which may have code style but no links, no HTML and no line breaks."""
     return _one_line(re.sub(r"([\\\[\]])", r"\\\1", html.escape(text, quote=False)))
 
 
@@ -299,7 +300,7 @@ def _one_line(text: str) -> str:
 
 
 def _text(value: str) -> str:
-    """Text as it shall be read, in a Markdown table cell: no markup, no line breaks, no cell borders of its own."""
+    """Text for a Markdown table cell: escaped, so that it has no markup, line breaks or cell borders."""
     escaped = re.sub(r"([\\`*_\[\]|])", r"\\\1", html.escape(value, quote=False))
     return " ".join(escaped.split())
 
@@ -307,7 +308,7 @@ def _text(value: str) -> str:
 def _relative_url(path: str) -> str:
     if is_absolute(path):
         raise ValueError(
-            f"The image path {path!r} is absolute, and means nothing to a reader of the card. Pass it relative to the "
+            f"The image path {path!r} is absolute, so a reader of the card has no such file. Pass it relative to the "
             "card's folder."
         )
     return quote(path.replace("\\", "/"))

@@ -16,10 +16,10 @@ from huggingface_hub import CommitInfo, HfApi
 from transformers.trainer_utils import HubStrategy
 from transformers.utils import logging
 
-import trl_marble
-
 from ..evaluation import plot_balance, summarize_balance
+from ..extras import has_extra
 from ..media import Sample, sample_suffix, save_sample
+from ..version import __version__
 from .card_inputs import CardInputs, GalleryItem, RewardRow
 from .model_card import build_model_card
 from .push import is_rendered_card, published_files
@@ -122,8 +122,11 @@ def write_card(run: RunSummary, folder: Path, model_name: str | None = None) -> 
     balance = summarize_balance(run.history)
     balance_plot = None
     if balance is not None and balance.cos_min is not None:  # some step had a reward to balance
-        balance_plot = "balance.png"
-        plot_balance(run.history, folder / balance_plot)
+        if has_extra("plots"):
+            balance_plot = "balance.png"
+            plot_balance(run.history, folder / balance_plot)
+        else:
+            logger.warning("The card has no plot of the balance between rewards: the extra `plots` is not installed.")
     inputs = CardInputs(
         repo_name=model_name or folder.absolute().name,
         rewards=reward_rows(run.reward_names, run.history)
@@ -195,7 +198,7 @@ def card_settings(
 def framework_versions() -> dict[str, str]:
     """Versions of this package and of those that it stands on."""
     # Not from the installed metadata: the package may be run from a source tree.
-    return {"trl_marble": trl_marble.__version__} | {name: importlib.metadata.version(name) for name in PACKAGES}
+    return {"trl_marble": __version__} | {name: importlib.metadata.version(name) for name in PACKAGES}
 
 
 def reward_rows(names: Sequence[str], history: Sequence[dict[str, Any]]) -> list[RewardRow]:

@@ -1,5 +1,5 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
-"""What of a folder belongs on the Hub, and pushing it there."""
+"""Push an adapter with its card to the Hub, and nothing else of its folder."""
 
 import dataclasses
 import os
@@ -17,7 +17,7 @@ from .model_card import build_model_card
 
 CARD_FILE = "README.md"
 WEIGHTS = "pytorch_lora_weights*.safetensors"
-# What a card can show. A card that came with an adapter from elsewhere must not have other files published.
+# Pictures that a card can show. The card of an adapter that somebody else made must not publish any other file.
 PICTURES = frozenset({".apng", ".avif", ".gif", ".jpeg", ".jpg", ".mp4", ".png", ".svg", ".webm", ".webp"})
 
 # A Markdown image, with or without a title; and an HTML one.
@@ -26,20 +26,20 @@ _IMAGE = re.compile(r"!\[(?:\\.|[^\]\\])*\]\(\s*<?([^)\s>]+)>?[^)]*\)|<img\b[^>]
 
 def published_files(folder: str | os.PathLike) -> list[str]:
     """
-    The files of a folder that belong on the Hub: the adapter, its card, the pictures that the card shows, and what the
-    card was rendered from. Logs, checkpoints and everything else do not.
+    The files of a folder that are pushed to the Hub: the adapter, its card, the pictures that the card shows, and
+    `model_card.json`, from which the card is rendered. Logs, checkpoints and all other files stay local.
 
     Args:
         folder (`str` or `os.PathLike`):
-            A trainer's output folder, or another one with an adapter and its card.
+            A trainer's output folder, or another folder with an adapter and its card.
 
     Returns:
         `list[str]`: paths relative to the folder, sorted, with `/` between their parts.
 
     Raises:
-        `FileNotFoundError`: the folder has no adapter or no card, or the card shows a picture that is not there.
-        `ValueError`: the card's metadata cannot be read, what it shows is no picture, a file lies outside the folder
-            (a link may lead there), or a text holds an access token.
+        `FileNotFoundError`: the folder has no adapter or no card, or the card shows a picture that does not exist.
+        `ValueError`: the card's metadata cannot be read, it shows a file that is not a picture, a file is outside the
+            folder (possibly through a link), or a text contains an access token.
     """
     folder = Path(folder)
     weights = sorted(file.name for file in folder.glob(WEIGHTS))
@@ -59,7 +59,7 @@ def published_files(folder: str | os.PathLike) -> list[str]:
             raise ValueError(f"{folder / name} is a link to a file outside the folder. Put the file itself there.")
     for name in texts:
         if ACCESS_TOKEN.search((folder / name).read_text(encoding="utf-8")):
-            raise ValueError(f"{folder / name} holds an access token (hf_...). Remove it, and revoke the token.")
+            raise ValueError(f"{folder / name} contains an access token (hf_...). Remove it, and revoke the token.")
     return sorted({*weights, *texts, *_pictures(folder)})
 
 
@@ -74,19 +74,19 @@ def push_adapter(
     """
     Push an adapter with its card to the Hub.
 
-    A card that was not changed by hand since it was written is rendered anew, so that it names the repository. Nothing
-    is created on the Hub before the Hub has found the card's metadata valid.
+    A card that nobody has edited by hand is rendered again with the name of the repository. Nothing is created on the
+    Hub before the Hub has found the card's metadata valid.
 
     Args:
         folder (`str` or `os.PathLike`):
-            The folder with the adapter and the card. What is uploaded are the [`published_files`] of it; the card on
-            the disk is the one that was pushed.
+            The folder with the adapter and the card. Its [`published_files`] are uploaded. The card in the folder is
+            the one that is pushed.
         repo_id (`str`):
-            Where to: `"user/name"`. The repository is created if there is none.
+            The repository, `"user/name"`. It is created if it does not exist.
         private (`bool`, *optional*, defaults to `False`):
-            Whether a repository that is created here is private.
+            Whether a new repository is private.
         token (`str`, *optional*):
-            An access token with the right to write. Defaults to the one that `hf auth login` saved.
+            An access token with write permission. Defaults to the one that `hf auth login` saved.
         commit_message (`str`, *optional*, defaults to `"Upload the adapter and its card"`):
             Title of the commit.
 
@@ -95,11 +95,12 @@ def push_adapter(
 
     Raises:
         `FileNotFoundError`: see [`published_files`].
-        `ValueError`: `repo_id` is no repository id, the Hub refuses the card's metadata, or see [`published_files`].
+        `ValueError`: `repo_id` is not a repository id, the Hub refuses the card's metadata, or as
+            [`published_files`].
     """
     folder = Path(folder)
     if not is_hub_id(repo_id):
-        raise ValueError(f"{repo_id!r} is no repository id. Pass the owner and a name: 'user/name'.")
+        raise ValueError(f"{repo_id!r} is not a repository id. Pass the owner and a name: 'user/name'.")
     published_files(folder)  # refuses before the card is changed
     _name_repository(folder, repo_id)
     try:
@@ -116,14 +117,14 @@ def push_adapter(
 
 def is_rendered_card(folder: str | os.PathLike) -> bool:
     """
-    Whether a folder's `README.md` is a card as it was rendered: nothing in it is a person's own.
+    Whether a folder's `README.md` is a rendered card that nobody has edited.
 
     Args:
         folder (`str` or `os.PathLike`):
             A folder with a `README.md`.
 
     Returns:
-        `bool`: whether the text is what the `model_card.json` beside it gives.
+        `bool`: whether the text is equal to the card that is rendered from the folder's `model_card.json`.
 
     Raises:
         `ValueError`: `model_card.json` is damaged.
@@ -135,7 +136,7 @@ def is_rendered_card(folder: str | os.PathLike) -> bool:
 
 
 def _name_repository(folder: Path, repo_id: str) -> None:
-    """Write the card again under the repository's name, if it is still the one that its inputs give."""
+    """Render the card again with the repository's name, unless somebody has edited it."""
     if not is_rendered_card(folder):
         return
     inputs = CardInputs.load(folder)
@@ -149,9 +150,9 @@ def _pictures(folder: Path) -> list[str]:
     paths = [unquote(url) for url in _shown_urls(folder / CARD_FILE) if not urlparse(url).scheme]
     for path in paths:
         if not is_within(folder.resolve(), path):
-            raise ValueError(f"The card shows {path!r}, which lies outside {str(folder)!r}. Copy it into the folder.")
+            raise ValueError(f"The card shows {path!r}, which is outside {str(folder)!r}. Copy it into the folder.")
         if Path(path).suffix.lower() not in PICTURES:
-            raise ValueError(f"The card shows {path!r}, which is no picture by its name. Take it out of the card.")
+            raise ValueError(f"The card shows {path!r}, which is not the name of a picture. Remove it from the card.")
         if not (folder / path).is_file():
             raise FileNotFoundError(f"The card shows {path!r}, which is not in {str(folder)!r}. Write the card again.")
     return [Path(path).as_posix() for path in paths]
@@ -171,5 +172,5 @@ def _shown_urls(file: Path) -> list[str]:
 
 
 def _read(file: Path) -> str:
-    with file.open(encoding="utf-8", newline="") as opened:  # line ends as they are
+    with file.open(encoding="utf-8", newline="") as opened:  # without conversion of line ends
         return opened.read()

@@ -1,5 +1,5 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
-"""The card of an adapter with the results of evaluations in it."""
+"""Write the card of an adapter with the results of evaluations."""
 
 import dataclasses
 import math
@@ -13,6 +13,7 @@ from huggingface_hub import ModelCard
 
 from ..evaluation import EvaluationComparison, EvaluationResults, before_after_grid, compare_evaluations
 from ..evaluation.records import file_digest
+from ..extras import require_extra
 from ..media import Sample, open_sample, save_sample
 from .card_inputs import INPUTS_FILE, CardInputs, GalleryItem, RewardRow
 from .model_card import CALL_SETTINGS, build_model_card
@@ -21,7 +22,7 @@ from .push import CARD_FILE
 
 GALLERY_PROMPTS = 8
 GRID_IMAGES, GRID_VIDEOS = 4, 2  # of each prompt, before and after
-GRID_VIDEO_SIDE = 320  # pixels; many videos are held at once
+GRID_VIDEO_SIDE = 320  # pixels; many videos are in memory at once
 GRID_FILE = "before_after.png"
 
 
@@ -31,28 +32,32 @@ def card_from_evaluations(
     """
     Write the card of an adapter with the results of evaluations: rewards, diversity, sources of prompts, and pictures.
 
-    What the trainer knew of the adapter is taken from `model_card.json`. Rewards that were evaluated and not trained
-    on are marked as held out. An adapter from elsewhere has no such file; its card says nothing of its training.
+    The training is described by `model_card.json`, which the trainer wrote. Rewards that were evaluated and not
+    trained on are marked as held out. An adapter that was not trained with this package has no such file; its card
+    says nothing about its training.
 
     Args:
         folder (`str` or `os.PathLike`):
             The folder with the adapter. `README.md`, `model_card.json`, `before_after.png` and `images/sample_*`
-            are written there, in the place of earlier ones.
+            are written there, and replace earlier ones.
         evaluations (`Mapping[str, EvaluationResults]`):
             The evaluation before training and the one after it, in this order, of the same prompts and seeds with the
             same rewards. With one alone there is no "before".
         base_model (`str`, *optional*):
-            Hub id or local folder of the base pipeline. Defaults to what the trainer left, or the pipeline that was
-            evaluated.
+            Hub id or local folder of the base pipeline. Defaults to the one in `model_card.json`, or to the pipeline
+            that was evaluated.
 
     Returns:
         `huggingface_hub.ModelCard`: the card.
 
     Raises:
+        [`~trl_marble.extras.MissingExtraError`]: Matplotlib, which draws the images before and after, is missing.
         `FileNotFoundError`: the folder has no adapter.
-        `ValueError`: there are no evaluations or more than two, they cannot be compared, the last one is of another
-            adapter, or `model_card.json` is damaged.
+        `ValueError`: there are no evaluations or more than two, they cannot be compared, the last evaluation is of
+            another adapter, or `model_card.json` is damaged.
     """
+    if len(evaluations) == 2:
+        require_extra("plots", "The picture of images before and after training")
     folder = Path(folder)
     if not (folder / LORA_WEIGHT_NAME_SAFE).is_file():
         raise FileNotFoundError(f"The folder {str(folder)!r} has no adapter (no {LORA_WEIGHT_NAME_SAFE}).")
@@ -65,8 +70,8 @@ def card_from_evaluations(
     after = evaluations[last]
     if after.settings["adapter_digest"] not in (None, file_digest(folder / LORA_WEIGHT_NAME_SAFE)):
         raise ValueError(
-            f"The evaluation {last!r} is of {after.settings['adapter']!r}, which is not the adapter that is now in "
-            f"{str(folder)!r}. Evaluate that one."
+            f"The evaluation {last!r} is of {after.settings['adapter']!r}, which is not the adapter in "
+            f"{str(folder)!r}. Evaluate that adapter."
         )
     comparison = compare_evaluations(dict(evaluations)) if len(evaluations) == 2 else None
 
@@ -95,7 +100,7 @@ def card_from_evaluations(
 
 
 def _known_inputs(folder: Path, results: EvaluationResults) -> CardInputs:
-    """What the trainer left, or as much as an evaluation tells of an adapter from elsewhere."""
+    """The inputs that the trainer wrote; without them, those that follow from an evaluation."""
     if (folder / INPUTS_FILE).is_file():
         return CardInputs.load(folder)
     settings = {name: value for name, value in results.settings.items() if name in CALL_SETTINGS}
@@ -114,7 +119,7 @@ def _before(comparison: EvaluationComparison | None) -> EvaluationResults | None
 
 
 def _rows(after: EvaluationResults, comparison: EvaluationComparison | None) -> dict[str, RewardRow]:
-    """Each reward that was evaluated."""
+    """One row for each reward that was evaluated."""
     before = _before(comparison)
     summary_before = {} if before is None else before.summary()
     (changes,) = [{}] if comparison is None else comparison.changes.values()
@@ -137,7 +142,7 @@ def _row(
 
 
 def _diversity(after: EvaluationResults, comparison: EvaluationComparison | None) -> RewardRow | None:
-    """Diversity before and after; `None` with one image a prompt, which has none."""
+    """Diversity before and after; `None` with one image per prompt."""
     if math.isnan(after.diversity()[0]):
         return None
     before = _before(comparison)
@@ -170,7 +175,7 @@ def _evaluated_on(results: EvaluationResults) -> str:
         f"{settings['guidance_scale']:g})"
     )
     failed = [f"`{name}` for {number}" for name, number in results.failed.items() if number]
-    return text + (f" less those that a reward failed for ({', '.join(failed)})" if failed else "")
+    return text + (f" without those for which a reward failed ({', '.join(failed)})" if failed else "")
 
 
 def _save_pictures(folder: Path, after: EvaluationResults, comparison: EvaluationComparison | None) -> dict[str, Any]:
@@ -204,7 +209,7 @@ def _files(results: EvaluationResults, prompt_indices: list[int]) -> tuple[list[
 
 
 def _open(file: Path) -> Sample:
-    """An image, or a video with small frames."""
+    """Read an image, or a video with its frames made small."""
     sample = open_sample(file)
     if isinstance(sample, list):
         for frame in sample:

@@ -48,8 +48,7 @@ def place_base(
             Its mode.
 
     Raises:
-        `ValueError`: If the pipeline is of a class that is not in the table and its velocities are wrong, or if it
-            cannot be sharded.
+        `ValueError`: If the pipeline is of a class that is not in the table and its velocities are wrong.
     """
     if shards:
         shard_base(flow.transformer, trainable, device)
@@ -58,12 +57,6 @@ def place_base(
     else:
         flow.pipeline.to(device)
     verify_velocities(flow)
-    if shards and flow.splits_batches:
-        raise ValueError(
-            "`shard_base=True` needs processes that call the transformer equally often, and "
-            f"{type(flow.pipeline).__name__} is called once for every different time of a micro-batch. Set "
-            "`shard_base=False`."
-        )
     if compile_backend is not None:
         compile_blocks(flow.transformer, compile_backend, compile_mode)
 

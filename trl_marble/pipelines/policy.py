@@ -90,14 +90,6 @@ class Policy(nn.Module):
         """Store activations again."""
         self.transformer.disable_gradient_checkpointing()
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
-        """What `Trainer` calls `activation_checkpointing_enable` before transformers 5.23."""
-        self.activation_checkpointing_enable(gradient_checkpointing_kwargs)
-
-    def gradient_checkpointing_disable(self) -> None:
-        """The older name of `activation_checkpointing_disable`."""
-        self.activation_checkpointing_disable()
-
 
 @contextmanager
 def adapters_disabled(transformer: nn.Module) -> Iterator[None]:

@@ -1,7 +1,7 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
 """Base weights in 8 or 4 bits, with an adapter in full precision."""
 
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from diffusers import PipelineQuantizationConfig
@@ -9,6 +9,8 @@ from peft.import_utils import is_bnb_4bit_available, is_bnb_available
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from ..extras import require_extra
 
 
 Quantization = Literal["nf4", "int8"]
@@ -32,29 +34,18 @@ def quantization_config(quantization: Quantization, compute_dtype: torch.dtype) 
 
     Raises:
         `ValueError`: there is no such quantization.
-        `ImportError`: `bitsandbytes` is not installed.
+        [`~trl_marble.extras.MissingExtraError`]: `bitsandbytes` is not installed.
     """
     if quantization not in get_args(Quantization):
         known = ", ".join(map(repr, get_args(Quantization)))
         raise ValueError(f"There is no quantization {quantization!r}; pass one of {known}.")
-    if not is_bnb_available():
-        raise ImportError(f"The quantization {quantization!r} needs bitsandbytes: `pip install bitsandbytes`.")
-    if quantization == "int8":
-        return PipelineQuantizationConfig(
-            quant_backend="bitsandbytes_8bit",
-            quant_kwargs={"load_in_8bit": True},
-            components_to_quantize=["transformer"],
-        )
-    return PipelineQuantizationConfig(
-        quant_backend="bitsandbytes_4bit",
-        quant_kwargs={
-            "load_in_4bit": True,
-            "bnb_4bit_quant_type": "nf4",
-            "bnb_4bit_use_double_quant": True,
-            "bnb_4bit_compute_dtype": compute_dtype,
-        },
-        components_to_quantize=["transformer"],
-    )
+    require_extra("quantization", f"The quantization {quantization!r}")
+    from trl import ModelConfig, get_quantization_config  # takes seconds
+
+    options: dict[str, Any] = {"int8": {"load_in_8bit": True}, "nf4": {"load_in_4bit": True}}[quantization]
+    dtype = str(compute_dtype).removeprefix("torch.")
+    model_config = ModelConfig(dtype=dtype, use_bnb_nested_quant=True, **options)
+    return PipelineQuantizationConfig(quant_mapping={"transformer": get_quantization_config(model_config)})
 
 
 def lora_linear_classes() -> tuple[type[nn.Module], ...]:

@@ -1,5 +1,5 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
-"""Rewards: what they are, how they are called, and those that come with the package."""
+"""Rewards: their protocol, how they are called, and the rewards of this package."""
 
 from .aesthetic import AestheticScore
 from .clip_score import CLIPScore

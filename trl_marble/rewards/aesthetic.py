@@ -1,5 +1,5 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
-"""Aesthetic score: how people would rate the looks of an image."""
+"""Aesthetic score: how people would rate the appearance of an image."""
 
 from typing import Any
 
@@ -17,22 +17,22 @@ class AestheticScore(ModelReward):
     LAION's improved aesthetic predictor (https://github.com/christophschuhmann/improved-aesthetic-predictor, weights
     `sac+logos+ava1-l14-linearMSE`), the reward of DDPO (https://huggingface.co/papers/2305.13301).
 
-    A stack of linear layers, without activations in between, on the normalized image embedding of CLIP ViT-L/14. It
-    was fitted to ratings from 1 to 10, but nothing bounds it.
+    Linear layers, without activations in between, on the normalized image embedding of CLIP ViT-L/14. They were fitted
+    to ratings from 1 to 10, but the score has no bounds.
 
     Args:
         model (`str`, *optional*, defaults to `"openai/clip-vit-large-patch14"`):
             Hub id or local folder of a [`~transformers.CLIPModel`] with 768-dimensional embeddings and its image
-            processor. Only the half that sees is kept.
+            processor. Only the image encoder is kept.
         predictor (`str`, *optional*, defaults to `"trl-lib/ddpo-aesthetic-predictor"`):
             Hub id or local folder of the linear layers, a file `aesthetic-model.pth`.
         batch_size (`int`, *optional*, defaults to `16`):
             Number of images in one forward pass.
         dtype (`torch.dtype`, *optional*):
-            Dtype of CLIP's weights. Defaults to what the trainer trains in, and to float32 without a trainer. The
-            original number is that of float32.
+            Dtype of CLIP's weights. Defaults to the trainer's dtype, and to float32, that of the original scores,
+            without a trainer.
         offload (`bool`, *optional*, defaults to `False`):
-            Whether CLIP's weights leave the device between generation batches.
+            Whether CLIP's weights move to the CPU between generation batches.
 
     Raises:
         `ValueError`: At the first image, if the embeddings of `model` have another size.
@@ -54,15 +54,15 @@ class AestheticScore(ModelReward):
         self.predictor_id = predictor
 
     def load(self) -> CLIPModel:
-        # With Pillow, like the original, whether or not torchvision is there: the two resize differently.
+        # With Pillow, like the original: torchvision, where it is installed, resizes differently.
         self.image_processor = CLIPImageProcessorPil.from_pretrained(self.model_id)
         path = weights_file(self.predictor_id, "aesthetic-model.pth")
-        # Not part of `self.model`, which is cast: between 4 and 8, bfloat16 knows only multiples of 1/32.
+        # Not part of `self.model`, which is cast: between 4 and 8, bfloat16 has only multiples of 1/32.
         self.head = _head(torch.load(path, map_location="cpu", weights_only=True))
         model: Any = CLIPModel.from_pretrained(self.model_id)
         if model.config.projection_dim != 768:
             raise ValueError(
-                f"The aesthetic predictor reads 768 numbers an image and {self.model_id} gives "
+                f"The aesthetic predictor reads 768 numbers per image, and {self.model_id} has "
                 f"{model.config.projection_dim}; use a CLIP ViT-L/14."
             )
         self.image_size = model.config.vision_config.image_size
@@ -71,12 +71,12 @@ class AestheticScore(ModelReward):
 
     def score(self, images: list[Image.Image], prompts: list[str], **columns: list) -> list[float | None]:
         squares = [crop_square(image, self.image_size) for image in images]
-        seen = image_features(self.model, self.image_processor(squares, return_tensors="pt").pixel_values)
-        return self.head.to(self.device)(seen).squeeze(-1).tolist()
+        features = image_features(self.model, self.image_processor(squares, return_tensors="pt").pixel_values)
+        return self.head.to(self.device)(features).squeeze(-1).tolist()
 
 
 def _head(state: dict[str, torch.Tensor]) -> nn.Sequential:
-    """The linear layers, from weights named by their place in the original, where dropout was in between."""
+    """The linear layers, from weights named by their place in the original, which had dropout in between."""
     head = nn.Sequential(
         nn.Linear(768, 1024),
         nn.Identity(),

@@ -1,5 +1,5 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
-"""What a reward logs beside its scores."""
+"""Metrics and columns that a reward logs in addition to its scores."""
 
 import threading
 from collections.abc import Mapping, Sequence
@@ -12,7 +12,7 @@ from .reward_value import to_number
 
 
 LOG_KEYWORDS = ("log_metric", "log_extra")
-# What the trainer logs itself. A metric of such a name would take its place.
+# Names of the trainer's own metrics, which a metric of a reward would replace.
 OWN_METRICS = frozenset({"loss", "grad_norm", "learning_rate", "epoch", "step", "kl", "num_input_tokens_seen"})
 OWN_PREFIXES = ("rewards/", "balance/", "drift/", "nonfinite/", "train_", "eval_", "test_")
 
@@ -22,9 +22,9 @@ LogKey = tuple[str, str]
 
 class CallLog:
     """
-    Keeps what a reward logs during one call. Its functions may be called from any thread.
+    Stores what a reward logs during one call. Its functions may be called from any thread.
 
-    Each call has a log of its own, so nothing that a call left behind logs later gets among what others do.
+    Each call has its own log, so that a call which nobody waits for any more cannot log into another one.
 
     Args:
         num_images (`int`):
@@ -39,11 +39,11 @@ class CallLog:
 
     def log_metric(self, name: str, value: float) -> None:
         """
-        Log a number, which is averaged over calls and processes with all that is logged under its name.
+        Log a number. The metric is the average of all numbers of its name, over calls and processes.
 
         Args:
             name (`str`):
-                The metric. Evaluations put their prefix before it.
+                The metric. Evaluations add their prefix to it.
             value (`float`):
                 Any real number, or a tensor with one element. NaN is left out of the average.
 
@@ -54,7 +54,7 @@ class CallLog:
         _check_name("log_metric", name)
         if name in OWN_METRICS or name.startswith(OWN_PREFIXES):
             raise ValueError(
-                f"`log_metric` was called with the name {name!r}, which belongs to what the trainer logs itself. "
+                f"`log_metric` was called with the name {name!r}, which the trainer uses for its own metrics. "
                 f"Use a name that is none of {', '.join(sorted(OWN_METRICS))} and does not begin with "
                 f"{', '.join(OWN_PREFIXES)}."
             )
@@ -73,9 +73,9 @@ class CallLog:
 
         Args:
             column (`str`):
-                What the values are.
+                The name of the column.
             values (`Sequence`, `np.ndarray` or `Tensor`):
-                One for each image, in their order: a number, a text, or `None`. Anything else is shown as its `str`.
+                One per image, in their order: a number, a text, or `None`. Other values are shown as their `str`.
 
         Raises:
             `TypeError`: If the column's name is not a string, or the values are not a sequence.
@@ -91,7 +91,7 @@ class CallLog:
         if len(given) != self._num_images:
             raise ValueError(
                 f"`log_extra({column!r}, ...)` was called with {len(given)} values for {self._num_images} images; "
-                "pass one for each image, `None` where there is nothing to show."
+                "pass one for each image, `None` for an image without a value."
             )
         plain = [_plain(value) for value in given]
         with self._lock:
@@ -117,7 +117,7 @@ class CallLog:
 
 def join_extras(parts: Sequence[tuple[Mapping[LogKey, list[Any]], int]]) -> dict[LogKey, list[Any]]:
     """
-    Join columns of consecutive batches of images.
+    Concatenate the columns of consecutive batches of images.
 
     Args:
         parts (`Sequence[tuple[Mapping, int]]`):
@@ -131,7 +131,7 @@ def join_extras(parts: Sequence[tuple[Mapping[LogKey, list[Any]], int]]) -> dict
 
 
 def column_names(keys: Sequence[LogKey]) -> list[str]:
-    """What to call columns: by their own name, and where several rewards log one of that name with the reward's."""
+    """Unique names of columns: their own, and with the reward's where several rewards log a column of that name."""
     names = [column for _, column in keys]
     return [column if names.count(column) == 1 else f"{column} ({reward})" for reward, column in keys]
 
@@ -142,7 +142,7 @@ def _check_name(function: str, name: Any) -> None:
 
 
 def _plain(value: Any) -> float | str | bool | None:
-    """A value that can be sent to other processes and written."""
+    """Convert a value to a type that can be sent to other processes and written to files."""
     if isinstance(value, Tensor | np.ndarray | np.generic):
         value = value.tolist()
     return value if value is None or isinstance(value, str | bool | int | float) else str(value)

@@ -1,5 +1,5 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
-"""What rewards built on CLIP share: features of unit length, text and image preparation, files of weights."""
+"""Shared by rewards built on CLIP: features of unit length, preparation of texts and images, files of weights."""
 
 import html
 from collections.abc import Callable
@@ -12,6 +12,8 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import normalize
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+
+from ..extras import require_extra
 
 
 def image_features(clip: Any, pixels: Tensor) -> Tensor:
@@ -33,7 +35,7 @@ def image_features(clip: Any, pixels: Tensor) -> Tensor:
 
 def text_features(clip: Any, tokenizer: Any, texts: list[str]) -> Tensor:
     """
-    Projected features of texts. A text longer than the model can read keeps its beginning, and its end token.
+    Projected features of texts. A text that is too long for the model is cut at its end.
 
     Args:
         clip ([`~transformers.CLIPModel`]):
@@ -46,15 +48,15 @@ def text_features(clip: Any, tokenizer: Any, texts: list[str]) -> Tensor:
     Returns:
         `Tensor` of shape `[B, D]`, float32: vectors of length 1 on the model's device.
     """
-    different = list(dict.fromkeys(texts))  # a group of images shares its prompt: read it once
+    different = list(dict.fromkeys(texts))  # the images of a group have the same prompt: encode it once
     tokens = tokenizer(
         different,
-        padding="max_length",  # and not the longest of the batch, so that a value does not depend on its neighbours
+        padding="max_length",  # not to the longest text, so that a value does not depend on the rest of its batch
         truncation=True,
         max_length=clip.config.text_config.max_position_embeddings,
         return_tensors="pt",
     )
-    # Without a mask: each token sees only those before it, and the features are those of the first end token.
+    # Without a mask: each token attends to those before it only, and the features are those of the first end token.
     pooled = clip.text_model(input_ids=tokens.input_ids.to(clip.device)).pooler_output
     features = normalize(clip.text_projection(pooled).float(), dim=-1)
     return features[[different.index(text) for text in texts]]
@@ -62,23 +64,19 @@ def text_features(clip: Any, tokenizer: Any, texts: list[str]) -> Tensor:
 
 def text_cleaner() -> Callable[[str], str]:
     """
-    The cleaning of texts in the tokenizer of OpenAI's CLIP and of open_clip, which that of transformers leaves out.
+    The function that cleans texts in the tokenizers of OpenAI's CLIP and open_clip, but not in that of transformers.
 
-    It repairs wrongly decoded text, straightens quotes (`’` becomes `'`), resolves HTML entities and lowers the case.
+    It repairs wrongly decoded text, replaces typographic quotes (`’` becomes `'`), resolves HTML entities and converts
+    to lower case.
 
     Raises:
-        `ImportError`: If `ftfy` is not installed.
+        [`~trl_marble.extras.MissingExtraError`]: If `ftfy` is not installed.
     """
-    try:
-        import ftfy  # here, because only some rewards need it
-    except ImportError as error:
-        raise ImportError(
-            "This reward cleans prompts with `ftfy`, as its original does, and it is not installed. Install it with "
-            "`pip install ftfy`."
-        ) from error
+    require_extra("clip", "A reward that cleans prompts as its original does (CLIPScore, HPSv2)")
+    import ftfy
 
     def clean(text: str) -> str:
-        # Twice, as the originals do: "&amp;quot;" is found in captions from the web.
+        # Twice, as in the originals: captions from the web contain "&amp;quot;".
         return html.unescape(html.unescape(ftfy.fix_text(text))).strip().lower()
 
     return clean
@@ -86,10 +84,10 @@ def text_cleaner() -> Callable[[str], str]:
 
 def crop_square(image: Image.Image, size: int) -> Image.Image:
     """
-    The middle of an image as OpenAI's CLIP sees it.
+    Resize and crop the middle of an image as OpenAI's CLIP does.
 
-    The image processor of transformers resizes alike, but rounds the margins down, which is a pixel off for some
-    shapes (832 x 1216 is one). What is cropped here goes through it unchanged.
+    The image processor of transformers resizes in the same way, but rounds the margins down, which is one pixel off
+    for some shapes (such as 832 x 1216). It leaves images that were cropped here unchanged.
 
     Args:
         image (`PIL.Image.Image`):
@@ -105,7 +103,7 @@ def crop_square(image: Image.Image, size: int) -> Image.Image:
 
 def normalize_pixels(pixels: Tensor) -> Tensor:
     """
-    An image with the mean and the spread that OpenAI's CLIP was trained on, and models that followed it.
+    Normalize an image by the mean and standard deviation of OpenAI's CLIP, which other models use too.
 
     Args:
         pixels (`Tensor` of shape `[3, H, W]`):
@@ -116,7 +114,7 @@ def normalize_pixels(pixels: Tensor) -> Tensor:
 
 def weights_file(model: str, filename: str) -> str:
     """
-    Path of a file of weights.
+    The path of a file of a model, downloaded if it is on the Hub.
 
     Args:
         model (`str`):

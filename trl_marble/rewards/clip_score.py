@@ -15,26 +15,26 @@ class CLIPScore(ModelReward):
     """
     CLIPScore (https://huggingface.co/papers/2104.08718, equation in section 3): `2.5 * max(cos(image, caption), 0)`.
 
-    The caption is the prompt behind a prefix, `"A photo depicts"` in the original and here. Text-to-image papers often
-    leave it away, and the factor and the maximum too; for theirs use `prefix=""`. The published numbers are those of
-    `model="openai/clip-vit-base-patch32"`; ViT-L/14, our default, sees more. Prompts are cleaned as by OpenAI's
-    tokenizer, and captions cut at 77 tokens, prefix included.
+    The caption is the prompt after a prefix, `"A photo depicts"` in the original and here. Text-to-image papers often
+    use no prefix, and neither the factor nor the maximum; to compare with them use `prefix=""`. The published numbers
+    are those of `model="openai/clip-vit-base-patch32"`; the default here, ViT-L/14, is more accurate. Prompts are
+    cleaned as by OpenAI's tokenizer, and captions are cut at 77 tokens, prefix included.
 
     Args:
         model (`str`, *optional*, defaults to `"openai/clip-vit-large-patch14"`):
             Hub id or local folder of a [`~transformers.CLIPModel`] with its tokenizer and image processor.
         prefix (`str`, *optional*, defaults to `"A photo depicts"`):
-            What is written in front of every prompt, with a space in between. Empty for the prompt alone.
+            The text before every prompt, with a space in between. Empty for the prompt alone.
         batch_size (`int`, *optional*, defaults to `16`):
             Number of images in one forward pass.
         dtype (`torch.dtype`, *optional*):
-            Dtype of the weights. Defaults to what the trainer trains in, and to float32 without a trainer. The
-            original number is that of float32.
+            Dtype of the weights. Defaults to the trainer's dtype, and to float32, that of the original scores,
+            without a trainer.
         offload (`bool`, *optional*, defaults to `False`):
-            Whether the weights leave the device between generation batches.
+            Whether the weights move to the CPU between generation batches.
 
     Raises:
-        `ImportError`: At the first image, if `ftfy` is not installed.
+        [`~trl_marble.extras.MissingExtraError`]: If `ftfy` is not installed.
     """
 
     value_range = "0 to 2.5, in practice about 0.4 to 0.9"
@@ -49,13 +49,13 @@ class CLIPScore(ModelReward):
         offload: bool = False,
     ) -> None:
         super().__init__(batch_size, dtype, offload)
+        self.clean = text_cleaner()
         self.model_id = model
         self.prefix = prefix
 
     def load(self) -> CLIPModel:
-        self.clean = text_cleaner()
         self.tokenizer = CLIPTokenizer.from_pretrained(self.model_id)
-        # With Pillow, like the original, whether or not torchvision is there: the two resize differently.
+        # With Pillow, like the original: torchvision, where it is installed, resizes differently.
         self.image_processor = CLIPImageProcessorPil.from_pretrained(self.model_id)
         model: Any = CLIPModel.from_pretrained(self.model_id)
         self.image_size = model.config.vision_config.image_size
@@ -63,7 +63,7 @@ class CLIPScore(ModelReward):
 
     def score(self, images: list[Image.Image], prompts: list[str], **columns: list) -> list[float | None]:
         squares = [crop_square(image, self.image_size) for image in images]
-        seen = image_features(self.model, self.image_processor(squares, return_tensors="pt").pixel_values)
+        image = image_features(self.model, self.image_processor(squares, return_tensors="pt").pixel_values)
         captions = [self.clean(f"{self.prefix} {prompt}") for prompt in prompts]
-        asked = text_features(self.model, self.tokenizer, captions)
-        return (self.weight * (seen * asked).sum(dim=-1).clamp(min=0)).tolist()
+        text = text_features(self.model, self.tokenizer, captions)
+        return (self.weight * (image * text).sum(dim=-1).clamp(min=0)).tolist()

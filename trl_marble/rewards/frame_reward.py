@@ -1,5 +1,5 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
-"""Rewards of images on videos: frame by frame."""
+"""Score the frames of videos with a reward of images."""
 
 import inspect
 from collections.abc import Callable, Sequence
@@ -13,17 +13,17 @@ from ..media import Video, evenly_spaced_frames, to_tensor
 from .call_log import CallLog
 from .loading import load_reward
 from .model_reward import ModelReward
-from .parameters import accepts_certainly
-from .protocol import RewardFunc, media_asked_for, reward_names, reward_tensor
+from .parameters import accepts_log_function
+from .protocol import RewardFunc, required_media, reward_names, reward_tensor
 
 
 class FrameReward:
     """
-    A reward of videos: what a reward of images says of evenly spaced frames, averaged.
+    A reward of videos: the mean of a reward of images over evenly spaced frames.
 
-    A video gets the mean over the frames that the reward applies to, `None` where it applies to none of them, and the
-    exception where it failed for one of them. All frames of a batch of videos are scored in one call, each with the
-    prompt and the columns of its video. In logs it has the name of the reward that it asks.
+    The mean is over the frames that the reward applies to. A video has `None` if it applies to no frame, and the
+    exception if it failed for a frame. All frames of a batch of videos are scored in one call, each with the prompt
+    and the columns of its video. Its name is that of the reward of images.
 
     ```python
     from trl_marble.rewards import FrameReward, PickScore
@@ -33,15 +33,15 @@ class FrameReward:
 
     Args:
         reward (`str` or `RewardFunc`):
-            The reward of images: sync or async, of this package or your own; a string is that of
+            The reward of images: sync or async, of this package or your own; a string is a name for
             [`~trl_marble.rewards.load_reward`].
         num_frames (`int`, *optional*, defaults to `8`):
-            How many frames of each video are scored, from the first one to the last one; 1 scores the one in the
-            middle. Of a video that has fewer, all are.
+            Number of frames of each video that are scored, from the first one to the last one; 1 is the frame in the
+            middle. If a video has fewer frames, all are scored.
 
     Raises:
         `TypeError`: If the reward cannot be called.
-        `ValueError`: If `num_frames` is not positive, there is no reward of that name, or the reward is one of videos.
+        `ValueError`: If `num_frames` is not positive, there is no reward of that name, or the reward scores videos.
     """
 
     def __init__(self, reward: str | RewardFunc, num_frames: int = 8) -> None:
@@ -51,9 +51,9 @@ class FrameReward:
         if not callable(self.reward):
             raise TypeError(f"`reward` is {reward!r}; it must be a callable that scores images, or a name.")
         (self.__name__,) = reward_names([self.reward])  # what `reward_names` reads
-        if media_asked_for(self.reward) == "videos":
+        if required_media(self.reward) == "videos":
             raise ValueError(
-                f"`reward` is `{self.__name__}`, which scores whole videos by itself; pass it without `FrameReward`."
+                f"`reward` is `{self.__name__}`, which scores videos itself; pass it without `FrameReward`."
             )
         self.num_frames = num_frames
 
@@ -75,19 +75,19 @@ class FrameReward:
             prompts (`list[str]`):
                 Their prompts.
             trainer_state ([`~transformers.TrainerState`], *optional*):
-                Passed on.
+                Passed to the reward.
             log_metric (`Callable[[str, float], None]`, *optional*):
-                Passed on.
+                Passed to the reward.
             log_extra (`Callable[[str, list], None]`, *optional*):
-                Passed on; what the reward logs of frames becomes a list for each video.
+                Passed to the reward; the values that it logs for frames become one list per video.
             columns (`list`):
-                The other columns of the dataset by name, one value a video.
+                The other columns of the dataset by name, one value per video.
 
         Returns:
-            `list[float | Exception | None]`: one value a video; a coroutine of it where the reward is async.
+            `list[float | Exception | None]`: one value per video; a coroutine of it if the reward is async.
 
         Raises:
-            [`RewardError`]: If the reward answered anything else than one value a frame.
+            [`RewardError`]: If the reward did not return one value per frame.
         """
         chosen = [evenly_spaced_frames(video, self.num_frames) for video in videos]
         counts = [len(frames) for frames in chosen]
@@ -100,7 +100,7 @@ class FrameReward:
             logs["log_extra"] = _log_frames(log_extra, counts)
         answer = self.reward(
             **{name: _repeat(values, counts) for name, values in columns.items()},
-            **{keyword: log for keyword, log in logs.items() if accepts_certainly(self.reward, keyword)},
+            **{keyword: log for keyword, log in logs.items() if accepts_log_function(self.reward, keyword)},
             images=to_tensor(frames) if getattr(self.reward, "image_type", "pil") == "pt" else frames,
             prompts=texts,
             trainer_state=trainer_state,
@@ -110,13 +110,13 @@ class FrameReward:
         return self._average(answer, texts, counts)
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Self:
-        """Let the reward, if it is a [`ModelReward`], score on a device, in a dtype unless it chose its own."""
+        """Set the device of the reward if it is a [`ModelReward`], and its dtype unless it has its own."""
         if isinstance(self.reward, ModelReward):
             self.reward.to(device, dtype)
         return self
 
     def release(self) -> None:
-        """Let the reward, if it is a [`ModelReward`], leave the device, if it was asked to."""
+        """Move the reward to the CPU if it is a [`ModelReward`] with `offload`."""
         if isinstance(self.reward, ModelReward):
             self.reward.release()
 
@@ -124,8 +124,8 @@ class FrameReward:
         return self._average(await answer, texts, counts)
 
     def _average(self, answer: Any, texts: list[str], counts: list[int]) -> list[float | Exception | None]:
-        """One value a video from one a frame."""
-        numbers = reward_tensor(answer, self.__name__, texts)  # NaN where a frame has none
+        """Average the values of frames to one value per video."""
+        numbers = reward_tensor(answer, self.__name__, texts)  # NaN for a frame without a value
         failures = [value if isinstance(value, Exception) else None for value in answer]
         values: list[float | Exception | None] = []
         for part, end in zip(counts, np.cumsum(counts).tolist(), strict=True):
@@ -136,17 +136,17 @@ class FrameReward:
 
 
 def _repeat(values: Sequence, counts: list[int]) -> list:
-    """Each value as often as its video has frames."""
+    """Repeat the value of each video for every frame of it."""
     return [value for value, count in zip(values, counts, strict=True) for _ in range(count)]
 
 
 def _log_frames(log_extra: Callable[[str, Any], None], counts: list[int]) -> Callable[[str, Any], None]:
-    """Logs what a reward logs of frames as a list for each video."""
+    """A `log_extra` that turns one value per frame into one list per video."""
     ends = np.cumsum(counts).tolist()
 
     def log(column: str, values: Any) -> None:
         frames = CallLog(sum(counts))
-        frames.log_extra(column, values)  # refuses what is not one value for each frame
+        frames.log_extra(column, values)  # raises unless there is one value per frame
         plain = frames.extras[column]
         log_extra(column, [plain[end - count : end] for end, count in zip(ends, counts, strict=True)])
 
@@ -154,6 +154,6 @@ def _log_frames(log_extra: Callable[[str, Any], None], counts: list[int]) -> Cal
 
 
 def _mean(values: Tensor) -> float | None:
-    """Mean of what is not NaN."""
+    """Mean of the values that are not NaN."""
     valid = values[~values.isnan()]
     return valid.double().mean().item() if len(valid) else None

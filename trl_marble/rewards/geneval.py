@@ -26,16 +26,16 @@ from .geneval_scoring import (
     THRESHOLD,
     Detection,
     Request,
-    objects_that_count,
     parse_request,
     partial_score,
+    select_objects,
     strict_score,
 )
 from .model_reward import ModelReward
 
 
-MAX_DETECTIONS = 100  # of all classes together
-BACKGROUND = "#999"  # behind an object whose color is asked
+MAX_DETECTIONS = 100  # per image, over all classes
+BACKGROUND = "#999"  # behind an object whose color is named
 COLOR_PROMPTS = ("a photo of a {color} {name}", "a photo of a {color}-colored {name}", "a photo of a {color} object")
 
 
@@ -49,14 +49,14 @@ class GenEval(ModelReward):
     - `include`: a list of `{"class": str, "count": int, "color": str, "position": [relation, index]}`, the last two
       optional, or the same as JSON. Classes are the 80 of COCO, colors GenEval's ten, relations `"left of"`,
       `"right of"`, `"above"` and `"below"`, each to the objects of the list's item `index`.
-    - `tag`: `"single_object"`, `"two_object"`, `"counting"`, `"colors"`, `"position"` or `"color_attr"`. Where objects
-      are counted, the detector must be more confident (0.9) than elsewhere (0.3).
-    - `exclude`, optional: like `include`, without colors and positions; forbids `count` objects of a class or more.
-      Only the strict score reads it, because the other one asks for exact counts anyway.
+    - `tag`: `"single_object"`, `"two_object"`, `"counting"`, `"colors"`, `"position"` or `"color_attr"`. With
+      `"counting"` the detector must be more confident (0.9) than with the others (0.3).
+    - `exclude`, optional: like `include`, without colors and positions; forbids `count` or more objects of a class.
+      Only the strict score reads it, because the other one requires exact counts anyway.
 
-    The rules are the originals', see [`~trl_marble.rewards.geneval_scoring.partial_score`] and
-    [`~trl_marble.rewards.geneval_scoring.strict_score`]. The detector is not: GenEval has one of the same architecture
-    and data that MMDetection trained, so scores are not to be set beside published ones to the last percent.
+    The rules are those of the original, see [`~trl_marble.rewards.geneval_scoring.partial_score`] and
+    [`~trl_marble.rewards.geneval_scoring.strict_score`]. The detector is another one: that of GenEval has the same
+    architecture and data, but was trained by MMDetection. So scores can differ from published ones by some percent.
 
     Args:
         detector (`str`, *optional*, defaults to `"facebook/mask2former-swin-small-coco-instance"`):
@@ -64,23 +64,23 @@ class GenEval(ModelReward):
         clip (`str`, *optional*, defaults to `"openai/clip-vit-large-patch14"`):
             Hub id or local folder of the CLIP model that names colors.
         strict (`bool`, *optional*, defaults to `False`):
-            Whether the score is GenEval's verdict, 1 where all is right and else 0, or the partial credit of
-            Flow-GRPO's GenEval reward: at most 1, and negative where there is more than twice of what is asked for.
+            Whether the score is that of GenEval, 1 if everything is right and otherwise 0, or the partial credit of
+            Flow-GRPO's GenEval reward: at most 1, and negative for more than twice the objects asked for.
         max_overlap (`float`, *optional*, defaults to `1.0`):
             Intersection over union, in (0, 1], from which the less confident one of two objects of a class is left
-            out; 1, the original's, keeps all.
+            out; 1, as in the original, keeps all.
         batch_size (`int`, *optional*, defaults to `16`):
             Number of images in one forward pass.
         dtype (`torch.dtype`, *optional*):
-            Dtype of the weights. Defaults to what the trainer trains in, and to float32, the original's, without a
-            trainer.
+            Dtype of the weights. Defaults to the trainer's dtype, and to float32, that of the original scores,
+            without a trainer.
         offload (`bool`, *optional*, defaults to `False`):
-            Whether the weights stay on the CPU but for the time of scoring.
+            Whether the weights move to the CPU between generation batches.
 
     Raises:
         `ValueError`: If `max_overlap` is not in (0, 1]. When images are scored: a column is missing, `include`,
-            `exclude` or `tag` of a prompt cannot be used, or the detector does not know 80 classes.
-        `OSError`: When the first image is scored: `detector` or `clip` lacks a file.
+            `exclude` or `tag` of a prompt cannot be used, or the detector does not have 80 classes.
+        `OSError`: When the first image is scored: a file of `detector` or `clip` is missing.
     """
 
     applies_to = "images whose `include` is neither `None` nor empty"
@@ -103,16 +103,16 @@ class GenEval(ModelReward):
         self.strict = strict
         self.max_overlap = max_overlap
         self.value_range = "0 or 1" if strict else "at most 1, negative for more than twice the objects asked for"
-        self._known_color_texts: dict[tuple[str, torch.dtype], Tensor] = {}
+        self._known_color_features: dict[tuple[str, torch.dtype], Tensor] = {}
 
     def load(self) -> nn.Module:
-        # With Pillow: a score must not depend on whether torchvision, which resizes differently, is there.
+        # With Pillow: torchvision, where it is installed, resizes differently.
         self.detector_processor = Mask2FormerImageProcessorPil.from_pretrained(self.detector_id)
         self.detector: Any = Mask2FormerForUniversalSegmentation.from_pretrained(self.detector_id)
         if self.detector.config.num_labels != len(CLASSES):
             raise ValueError(
-                f"The detector {self.detector_id!r} knows {self.detector.config.num_labels} classes; use one for COCO "
-                f"instances, which knows {len(CLASSES)}."
+                f"The detector {self.detector_id!r} has {self.detector.config.num_labels} classes; use one for COCO "
+                f"instances, which has {len(CLASSES)}."
             )
         self.clip: Any = CLIPModel.from_pretrained(self.clip_id)
         self.clip_processor = CLIPImageProcessorPil.from_pretrained(self.clip_id)
@@ -125,8 +125,8 @@ class GenEval(ModelReward):
     def score(self, images: list[Image.Image], prompts: list[str], **columns: list) -> list[float | None]:
         scores: list[float | None] = []
         for image, request, objects in zip(images, _requests(prompts, columns), self.detect(images), strict=True):
-            assert request is not None  # `applies` has left out the others
-            found = {name: objects_that_count(each, request.tag, self.max_overlap) for name, each in objects.items()}
+            assert request is not None  # see `applies`
+            found = {name: select_objects(each, request.tag, self.max_overlap) for name, each in objects.items()}
             colors_of = partial(self.name_colors, image)
             if self.strict:
                 scores.append(strict_score(request.include, request.exclude, found, colors_of))
@@ -143,11 +143,11 @@ class GenEval(ModelReward):
                 RGB images of any size.
 
         Returns:
-            `list[dict[str, list[Detection]]]`: for each image, the objects of each class that has any, in no order.
-                Those with a confidence below 0.3 may be left out.
+            `list[dict[str, list[Detection]]]`: for each image, the objects by class, in any order. Classes without
+                objects, and objects with a confidence below 0.3, may be missing.
         """
         found: list[dict[str, list[Detection]]] = [{} for _ in images]
-        # Images of different sizes are not padded to one: what an image shows must not depend on its neighbours.
+        # Images of different sizes are not padded to one size: a result must not depend on the rest of the batch.
         places = defaultdict(list)
         for i, image in enumerate(images):
             places[image.size].append(i)
@@ -162,7 +162,7 @@ class GenEval(ModelReward):
 
     def name_colors(self, image: Image.Image, name: str, objects: Sequence[Detection]) -> list[str]:
         """
-        The colors of objects, each seen alone on grey.
+        Name the colors of objects, each alone on a grey background.
 
         Args:
             image (`PIL.Image.Image`):
@@ -178,46 +178,46 @@ class GenEval(ModelReward):
         grey = Image.new("RGB", image.size, BACKGROUND)
         alone = [Image.composite(image, grey, Image.fromarray(each.mask)).crop(each.box) for each in objects]
         squares = [crop_square(each, self.clip.config.vision_config.image_size) for each in alone]
-        seen = image_features(self.clip, self.clip_processor(squares, return_tensors="pt").pixel_values)
-        return [COLORS[i] for i in (seen @ self._color_texts(name).T).argmax(dim=1)]
+        features = image_features(self.clip, self.clip_processor(squares, return_tensors="pt").pixel_values)
+        return [COLORS[i] for i in (features @ self._color_features(name).T).argmax(dim=1)]
 
-    def _color_texts(self, name: str) -> Tensor:
-        """A feature of length 1 for each color of a class of objects: the mean of its prompts. `[colors, D]`"""
+    def _color_features(self, name: str) -> Tensor:
+        """One feature of length 1 per color of a class of objects, the mean over its prompts. `[colors, D]`"""
         key = (name, self.dtype)
-        if key not in self._known_color_texts:
+        if key not in self._known_color_features:
             texts = [prompt.format(color=color, name=name) for color in COLORS for prompt in COLOR_PROMPTS]
             features = text_features(self.clip, self.tokenizer, texts).unflatten(0, (len(COLORS), len(COLOR_PROMPTS)))
-            self._known_color_texts[key] = F.normalize(features.mean(dim=1), dim=-1)
-        return self._known_color_texts[key].to(self.device)
+            self._known_color_features[key] = F.normalize(features.mean(dim=1), dim=-1)
+        return self._known_color_features[key].to(self.device)
 
 
 def read_detections(
     class_logits: Tensor, mask_logits: Tensor, input_size: Sequence[int], image_size: Sequence[int]
 ) -> dict[str, list[Detection]]:
     """
-    Objects in the output of a Mask2Former for one image, by the rules of MMDetection, which GenEval uses.
+    Read the objects from the output of a Mask2Former for one image, by the rules of MMDetection, as GenEval does.
 
     An object's confidence is its class probability times the mean probability of the pixels of its mask. A query may
     give several objects.
 
     Args:
         class_logits (`Tensor` of shape `[Q, 81]`):
-            The last class is "no object".
+            Logits of the classes; the last one is "no object".
         mask_logits (`Tensor` of shape `[Q, h, w]`):
-            At the detector's own resolution.
+            Logits of the masks, in the detector's own resolution.
         input_size (`Sequence[int]`):
             Height and width of the detector's input.
         image_size (`Sequence[int]`):
             Height and width of the image.
 
     Returns:
-        `dict[str, list[Detection]]`: by class.
+        `dict[str, list[Detection]]`: the objects by class.
     """
     probabilities = class_logits.softmax(dim=-1)[:, :-1].flatten()
     best = probabilities.topk(min(MAX_DETECTIONS, len(probabilities)))
-    likely = best.values > THRESHOLD  # a mask only lowers the confidence, so the others need none
+    likely = best.values > THRESHOLD  # the mask can only lower the confidence, so the others do not count
     found: dict[str, list[Detection]] = defaultdict(list)
-    # One mask after the other: a hundred of them at full size fill gigabytes.
+    # One mask after the other: a hundred masks in full size need gigabytes.
     for probability, place in zip(best.values[likely], best.indices[likely].tolist(), strict=True):
         query, label = divmod(place, len(CLASSES))
         mask = mask_logits[query][None, None]

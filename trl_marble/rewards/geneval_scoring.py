@@ -1,5 +1,5 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
-"""GenEval's rules: what a prompt asks for, what counts as detected, and the score of what was detected."""
+"""GenEval's rules: read what a prompt asks for, select the detected objects that count, and score them."""
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -23,10 +23,10 @@ COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown",
 RELATIONS = ("left of", "right of", "above", "below")
 TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 
-THRESHOLD = 0.3  # the least confidence of an object that counts
-COUNTING_THRESHOLD = 0.9  # the same where objects are to be counted
-MAX_OBJECTS = 16  # of one class
-POSITION_THRESHOLD = 0.1  # the share of both objects' size that an offset must exceed
+THRESHOLD = 0.3  # minimal confidence of an object that counts
+COUNTING_THRESHOLD = 0.9  # the same for prompts of the tag "counting"
+MAX_OBJECTS = 16  # per class
+POSITION_THRESHOLD = 0.1  # an offset counts as far as it exceeds this share of the sizes of both objects
 
 
 @dataclass(frozen=True)
@@ -36,10 +36,10 @@ class Clause:
 
     Attributes:
         name (`str`): Their class, one of `CLASSES`.
-        count (`int`): How many, at least 1.
+        count (`int`): Their number, at least 1.
         color (`str`, *optional*): Their color, one of `COLORS`.
-        position (`tuple[str, int]`, *optional*): Where they are, one of `RELATIONS`, seen from the objects of another
-            clause, given by its index in the list.
+        position (`tuple[str, int]`, *optional*): Their relation, one of `RELATIONS`, to the objects of another clause,
+            and the index of that clause in the list.
     """
 
     name: str
@@ -65,7 +65,7 @@ class Detection:
 
 
 class Request(NamedTuple):
-    """What a prompt asks for, see [`parse_request`]."""
+    """The objects that a prompt asks for and its tag, see [`parse_request`]."""
 
     include: list[Clause]
     exclude: list[Clause]
@@ -73,10 +73,10 @@ class Request(NamedTuple):
 
 
 Found = Mapping[str, Sequence[Detection]]
-"""The objects that count, best first, by class; classes without any may be left out."""
+"""The objects that count, by class, the most confident first; classes without objects may be missing."""
 
 ColorsOf = Callable[[str, Sequence[Detection]], Sequence[str]]
-"""Names the color of each of some objects of a class."""
+"""A function that names the color of each of some objects of a class."""
 
 
 def parse_request(prompt: str, include: Any, tag: Any, exclude: Any = None) -> Request | None:
@@ -97,21 +97,21 @@ def parse_request(prompt: str, include: Any, tag: Any, exclude: Any = None) -> R
         [`Request`] or `None`: `None` if `include` is `None` or empty.
 
     Raises:
-        `ValueError`: If GenEval cannot use one of them; names the prompt, the offending value and what is possible.
+        `ValueError`: If GenEval cannot use a value; names the prompt, the value and what is possible.
     """
-    wanted = parse_clauses(include, prompt)
-    if not wanted:
+    included = parse_clauses(include, prompt)
+    if not included:
         return None
     if tag not in TAGS:
         raise ValueError(
             f"GenEval cannot use `tag` of the prompt {prompt!r}: unknown tag {tag!r}; use one of {', '.join(TAGS)}."
         )
-    return Request(wanted, parse_clauses(exclude, prompt, "exclude"), tag)
+    return Request(included, parse_clauses(exclude, prompt, "exclude"), tag)
 
 
 def parse_clauses(value: Any, prompt: str, column: str = "include") -> list[Clause]:
     """
-    Read a cell of the column `include` or `exclude`; the latter knows no colors and no positions.
+    Read a value of the column `include` or `exclude`; the second has no colors and no positions.
 
     Args:
         value (`str`, `list[dict]` or `None`):
@@ -123,10 +123,10 @@ def parse_clauses(value: Any, prompt: str, column: str = "include") -> list[Clau
             Name of the column, for messages.
 
     Returns:
-        `list[Clause]`: empty where nothing is given.
+        `list[Clause]`: empty for `None` and an empty list or text.
 
     Raises:
-        `ValueError`: If it cannot be read or GenEval does not know what it asks for; names the prompt, the offending
+        `ValueError`: If it cannot be read, or contains something that GenEval does not have; names the prompt, the
             value and what is possible.
     """
 
@@ -149,7 +149,7 @@ def parse_clauses(value: Any, prompt: str, column: str = "include") -> list[Clau
     known = {"class", "count", "color", "position"} if column == "include" else {"class", "count"}
     clauses = []
     for index, item in enumerate(value):
-        # A table gives every row the same fields, with `None` where a row has nothing to say.
+        # In a table every row has the same fields, with `None` for those that it does not use.
         fields = {key: field for key, field in item.items() if field is not None}
         if unknown := sorted(fields.keys() - known):
             raise refuse(f"unknown field {unknown[0]!r}; known are {', '.join(sorted(known))}.")
@@ -183,9 +183,9 @@ def parse_clauses(value: Any, prompt: str, column: str = "include") -> list[Clau
 
 def evaluation_order(clauses: Sequence[Clause]) -> list[int]:
     """
-    The indices of clauses, each after the one that its position is relative to.
+    Sort the indices of clauses, so that each comes after the one that its position is relative to.
 
-    GenEval's own prompts name the target first; others may name it last.
+    GenEval's own prompts have that order already; others may not.
 
     Raises:
         `ValueError`: If there is no such order.
@@ -194,20 +194,20 @@ def evaluation_order(clauses: Sequence[Clause]) -> list[int]:
     while len(order) < len(clauses):
         ready = [i for i, c in enumerate(clauses) if i not in order and (c.position is None or c.position[1] in order)]
         if not ready:
-            raise ValueError("the positions are relative to each other in a circle; leave one of them out.")
+            raise ValueError("the positions are relative to each other in a circle; remove one of them.")
         order += ready
     return order
 
 
-def objects_that_count(objects: Sequence[Detection], tag: str, max_overlap: float = 1.0) -> list[Detection]:
+def select_objects(objects: Sequence[Detection], tag: str, max_overlap: float = 1.0) -> list[Detection]:
     """
-    What of the detected objects of one class counts.
+    Select those of the detected objects of one class that count.
 
     Args:
         objects (`Sequence[Detection]`):
-            All of them, in any order.
+            All detected objects, in any order.
         tag (`str`):
-            The prompt's tag: where objects are counted, the detector must be more confident.
+            The prompt's tag: with `"counting"` the detector must be more confident.
         max_overlap (`float`, *optional*, defaults to `1.0`):
             Intersection over union from which the less confident one of two objects is left out; 1 keeps all.
 
@@ -233,13 +233,13 @@ def overlap(a: Sequence[float], b: Sequence[float]) -> float:
 
 def relations(a: Sequence[float], b: Sequence[float]) -> set[str]:
     """
-    Where the box `a` is, seen from `b`.
+    The relations of the box `a` to the box `b`.
 
-    The offset of their centers counts as far as it exceeds a tenth of their sizes, and a direction counts if it holds
-    more than half of the full offset. So two directions can hold, or none.
+    The offset of their centers counts as far as it exceeds a tenth of their sizes, and a direction counts if it has
+    more than half of the full offset. So there can be two directions, or none.
 
     Returns:
-        `set[str]`: of `RELATIONS`.
+        `set[str]`: some of `RELATIONS`.
     """
     corners = np.array([a, b], dtype=np.float32).reshape(2, 2, 2)  # box, corner, axis
     centers, sizes = corners.mean(axis=1), np.abs(corners[:, 1] - corners[:, 0])
@@ -254,21 +254,21 @@ def relations(a: Sequence[float], b: Sequence[float]) -> set[str]:
 
 def strict_score(include: Sequence[Clause], exclude: Sequence[Clause], found: Found, colors_of: ColorsOf) -> float:
     """
-    GenEval's own verdict: 1 if the image shows everything that is asked for, else 0.
+    GenEval's own score: 1 if the image shows everything that is asked for, otherwise 0.
 
-    A clause holds if there are at least `count` objects and the `count` most confident of them have its color and are
-    all in its position to all objects of its target, which must hold itself. More objects do no harm, unless
-    `exclude` forbids its `count` of a class or more.
+    A clause is fulfilled if there are at least `count` objects and the `count` most confident of them have its color
+    and are all in its position to all objects of its target, which must be fulfilled itself. More objects do not
+    count against it, unless `exclude` forbids `count` or more objects of a class.
 
     Args:
         include (`Sequence[Clause]`):
-            What must be there.
+            The objects asked for.
         exclude (`Sequence[Clause]`):
-            What must not.
+            The objects forbidden.
         found (`Mapping[str, Sequence[Detection]]`):
-            The objects that count, by class, see [`objects_that_count`].
+            The objects that count, by class, see [`select_objects`].
         colors_of (`Callable`):
-            Names the colors of objects of a class. Called only if it matters.
+            Names the colors of objects of a class. Called only if needed.
 
     Returns:
         `float`: 0 or 1.
@@ -295,20 +295,20 @@ def partial_score(include: Sequence[Clause], found: Found, colors_of: ColorsOf) 
     - Each clause gives `1 - |count - n| / count` for n objects. Unlike `strict_score`, surplus objects cost as much as
       missing ones, so that `exclude` adds nothing, and the term is negative from `2 * count + 1` objects on.
     - If the number is right, a color gives the same term, with n objects of that color.
-    - If number and color are right, a position gives 1; where it is wrong it gives both a 0 and a 1 (this is how the
-      original computes it), and where its target did not hold a 0.
+    - If number and color are right, a position gives 1; if it is wrong it gives both a 0 and a 1 (this is how the
+      original computes it), and a 0 if its target is not fulfilled.
     - If the number is wrong, color and position together give one 0. If the color is wrong, the position gives none.
 
     Args:
         include (`Sequence[Clause]`):
-            What must be there; at least one.
+            The objects asked for, at least one clause.
         found (`Mapping[str, Sequence[Detection]]`):
-            The objects that count, by class, see [`objects_that_count`].
+            The objects that count, by class, see [`select_objects`].
         colors_of (`Callable`):
-            Names the colors of objects of a class. Called only if it matters.
+            Names the colors of objects of a class. Called only if needed.
 
     Returns:
-        `float`: at most 1, and 1 only if all is right; with 16 objects for one, -14.
+        `float`: at most 1, and 1 only if everything is right; -14 with 16 objects instead of one.
     """
     matched: dict[int, Sequence[Detection] | None] = {}
     terms: dict[int, list[float]] = {}
@@ -333,7 +333,7 @@ def partial_score(include: Sequence[Clause], found: Found, colors_of: ColorsOf) 
                 holds = _in_position(objects, relation, targets)
                 terms[i] += [1.0] if holds else [0.0, 1.0]
         matched[i] = objects if holds else None
-    # Summed in the order of the clauses, so that not even the rounding differs from the original's.
+    # Summed in the order of the clauses, so that the rounding is that of the original.
     flat = [term for i in range(len(include)) for term in terms[i]]
     return sum(flat) / len(flat)
 

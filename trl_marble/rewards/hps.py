@@ -15,7 +15,7 @@ from .clip_features import image_features, normalize_pixels, text_cleaner, text_
 from .model_reward import ModelReward
 
 
-# Widths of an attention head in open_clip's ViT-H-14. They cannot be read off the shapes of the weights.
+# Widths of an attention head in open_clip's ViT-H-14, which do not follow from the shapes of the weights.
 TEXT_HEAD_WIDTH = 64
 IMAGE_HEAD_WIDTH = 80
 
@@ -46,10 +46,10 @@ class HPSv2(ModelReward):
     Human Preference Score v2.1 (https://huggingface.co/papers/2306.09341): a CLIP ViT-H/14 fine-tuned on people's
     choices between generated images.
 
-    The value is `cos(image, prompt)`; papers often print 100 times that. It is the number of `hpsv2.score` of the
+    The value is `cos(image, prompt)`; papers often print 100 times that. It is equal to that of `hpsv2.score` in the
     package hpsv2 1.2.0 in float32 (the package computes in float16 on a GPU) with torchvision 0.17 or newer (older
-    versions resize without anti-aliasing). Neither package is needed: the open_clip checkpoint is read into a
-    [`~transformers.CLIPModel`]. As in the original, images are seen whole, with black bars where they are not square,
+    versions resize without anti-aliasing). Neither package is needed: the open_clip checkpoint is converted to a
+    [`~transformers.CLIPModel`]. As in the original, images are not cropped but get black bars if they are not square,
     and prompts are cleaned and cut at 77 tokens.
 
     Args:
@@ -62,12 +62,12 @@ class HPSv2(ModelReward):
         batch_size (`int`, *optional*, defaults to `16`):
             Number of images in one forward pass.
         dtype (`torch.dtype`, *optional*):
-            Dtype of the weights. Defaults to what the trainer trains in, and to float32 without a trainer.
+            Dtype of the weights. Defaults to the trainer's dtype, and to float32 without a trainer.
         offload (`bool`, *optional*, defaults to `False`):
-            Whether the weights leave the device between generation batches.
+            Whether the weights move to the CPU between generation batches.
 
     Raises:
-        `ImportError`: At the first image, if `ftfy` is not installed.
+        [`~trl_marble.extras.MissingExtraError`]: If `ftfy` is not installed.
         `ValueError`: At the first image, if the checkpoint is not that of an open_clip CLIP.
     """
 
@@ -83,12 +83,12 @@ class HPSv2(ModelReward):
         offload: bool = False,
     ) -> None:
         super().__init__(batch_size, dtype, offload)
+        self.clean = text_cleaner()
         self.model_id = model
         self.filename = filename
         self.tokenizer_id = tokenizer
 
     def load(self) -> CLIPModel:
-        self.clean = text_cleaner()
         self.tokenizer = CLIPTokenizer.from_pretrained(self.tokenizer_id)
         path = weights_file(self.model_id, self.filename)
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
@@ -96,25 +96,25 @@ class HPSv2(ModelReward):
             model: Any = clip_from_open_clip(checkpoint["state_dict"], self.tokenizer.eos_token_id)
         except KeyError as error:
             raise ValueError(
-                f"`{self.filename}` of {self.model_id} is no checkpoint of HPSv2: it lacks {error}."
+                f"`{self.filename}` of {self.model_id} is not a checkpoint of HPSv2: it has no {error}."
             ) from error
         self.image_size = model.config.vision_config.image_size
         return model
 
     def score(self, images: list[Image.Image], prompts: list[str], **columns: list) -> list[float | None]:
         pixels = torch.stack([letterbox(image, self.image_size) for image in images])
-        seen = image_features(self.model, pixels)
-        asked = text_features(self.model, self.tokenizer, [self.clean(prompt) for prompt in prompts])
-        return (seen * asked).sum(dim=-1).tolist()
+        image = image_features(self.model, pixels)
+        text = text_features(self.model, self.tokenizer, [self.clean(prompt) for prompt in prompts])
+        return (image * text).sum(dim=-1).tolist()
 
 
 def letterbox(image: Image.Image, size: int) -> Tensor:
     """
-    An image as HPSv2 sees it: as large as fits into a square, in its middle, black around, then normalized.
+    Prepare an image as HPSv2 does: resize it to fit into a square, add black bars, and normalize.
 
     Unlike CLIP's own preprocessing, the original resizes values in [0, 1] and not bytes, so that bicubic overshoot is
-    neither rounded nor clipped. It fails on images whose longer side is `size` and the other is not, and on very thin
-    ones; these are treated like the rest.
+    neither rounded nor clipped. The original fails on images whose longer side alone is `size`, and on very thin ones;
+    here they are treated like all others.
 
     Args:
         image (`PIL.Image.Image`):
@@ -137,18 +137,18 @@ def letterbox(image: Image.Image, size: int) -> Tensor:
 
 def clip_from_open_clip(state: dict[str, Tensor], eos_token_id: int) -> CLIPModel:
     """
-    A `transformers` model with the weights of an open_clip ViT.
+    Convert the weights of an open_clip ViT to a model of `transformers`.
 
     Args:
         state (`dict[str, Tensor]`):
             State dict of an `open_clip.CLIP` with a vision transformer, GELU (not quick GELU) and the head widths of
             ViT-H-14.
         eos_token_id (`int`):
-            The token at whose place the text's features are read. open_clip reads them at the highest token.
+            The token whose features are those of the text. open_clip uses the token with the highest number.
 
     Raises:
-        `KeyError`: If a weight that the sizes are read from is missing.
-        `ValueError`: If any other weight is missing, or there are unknown ones.
+        `KeyError`: If a weight is missing whose shape gives a size of the model.
+        `ValueError`: If another weight is missing, or there are unknown ones.
     """
     grid = math.isqrt(state["visual.positional_embedding"].shape[0] - 1)
     image_width, _, patch_size, _ = state["visual.conv1.weight"].shape
@@ -183,8 +183,8 @@ def clip_from_open_clip(state: dict[str, Tensor], eos_token_id: int) -> CLIPMode
     model, info = loaded
     if info["missing_keys"] or info["unexpected_keys"]:
         raise ValueError(
-            f"These weights are not those of an open_clip CLIP: missing {sorted(info['missing_keys'])}, "
-            f"unknown {sorted(info['unexpected_keys'])}."
+            f"These are not the weights of an open_clip CLIP: missing {sorted(info['missing_keys'])}, "
+            f"unknown {sorted(info['unexpected_keys'])}. Pass `model` and `filename` of one."
         )
     return model
 
@@ -195,13 +195,13 @@ def _blocks(state: dict[str, Tensor], prefix: str) -> int:
 
 
 def _renamed(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The weights as a CLIPModel names and cuts them."""
+    """Rename and split the weights as a CLIPModel has them."""
     weights = {}
     for name, tensor in state.items():
-        transposed = name in ("text_projection", "visual.proj")  # matrices there, weights of linear layers here
+        transposed = name in ("text_projection", "visual.proj")  # matrices in open_clip, linear layers in CLIPModel
         for old, new in RENAMED.items():
             name = name.replace(old, new)
-        if ".in_proj_" in name:  # queries, keys and values are one matrix there
+        if ".in_proj_" in name:  # queries, keys and values are one matrix in open_clip
             for part, piece in zip("qkv", tensor.chunk(3), strict=True):
                 weights[name.replace("in_proj_", f"{part}_proj.")] = piece
         else:

@@ -17,11 +17,11 @@ from .clip_features import crop_square, normalize_pixels, weights_file
 from .model_reward import ModelReward
 
 
-MEAN, STD = 0.16717362830052426, 1.0333394966054072  # of the raw score, on the original's own data
+MEAN, STD = 0.16717362830052426, 1.0333394966054072  # of the raw score, on the data of the original
 MAX_TOKENS = 35
-VISION_HEAD_SIZE = 64  # of ViT-B and ViT-L alike; no weight shows it
+VISION_HEAD_SIZE = 64  # of ViT-B and ViT-L, which does not follow from the shapes of the weights
 
-# From the checkpoint's names to those of `ImageRewardNetwork`: the vision tower follows timm there, transformers here.
+# From the checkpoint's names to those of `ImageRewardNetwork`: its image encoder is timm's, here it is transformers'.
 RENAMES = (
     (r"^mlp\.layers\.", "head."),
     (r"^blip\.text_encoder\.", "text."),
@@ -34,7 +34,7 @@ RENAMES = (
     (r"\.attn\.qkv\.", ".self_attn.qkv."),
     (r"\.attn\.proj\.", ".self_attn.projection."),
 )
-VISION_SIZES = (  # the weights that show the sizes of the image encoder
+VISION_SIZES = (  # the weights whose shapes give the sizes of the image encoder
     "vision.embeddings.patch_embedding.weight",
     "vision.embeddings.position_embedding",
     "vision.encoder.layers.0.mlp.fc1.weight",
@@ -43,12 +43,12 @@ VISION_SIZES = (  # the weights that show the sizes of the image encoder
 
 class ImageReward(ModelReward):
     """
-    [ImageReward](https://huggingface.co/papers/2304.05977): a model of what people prefer, trained on 137 000
-    comparisons of images for the same prompt. A BLIP text encoder reads the prompt and looks at the image through
-    cross attention; the state of its first token becomes the score.
+    [ImageReward](https://huggingface.co/papers/2304.05977): a model of human preferences, trained on 137 000
+    comparisons of images for the same prompt. A BLIP text encoder reads the prompt and attends to the image by cross
+    attention; the score is computed from the state of its first token.
 
-    The score has no bounds. It is standardized on the original's data, so that most values lie between -2.5 and 2.
-    Only the first 35 tokens of a prompt count.
+    The score has no bounds. It is standardized on the data of the original, so that most values are between -2.5 and
+    2. Only the first 35 tokens of a prompt count.
 
     Args:
         model (`str`, *optional*, defaults to `"zai-org/ImageReward"`):
@@ -58,14 +58,14 @@ class ImageReward(ModelReward):
         batch_size (`int`, *optional*, defaults to `16`):
             Number of images in one forward pass.
         dtype (`torch.dtype`, *optional*):
-            Dtype of the weights. Defaults to what the trainer trains in, and to float32, the original's, without a
-            trainer.
+            Dtype of the weights. Defaults to the trainer's dtype, and to float32, that of the original scores,
+            without a trainer.
         offload (`bool`, *optional*, defaults to `False`):
-            Whether the weights stay on the CPU but for the time of scoring.
+            Whether the weights move to the CPU between generation batches.
 
     Raises:
-        `OSError`: When the first image is scored: `model` or `tokenizer` lacks a file.
-        `ValueError`: When the first image is scored: the checkpoint lacks weights.
+        `OSError`: When the first image is scored: a file of `model` or `tokenizer` is missing.
+        `ValueError`: When the first image is scored: weights are missing in the checkpoint.
     """
 
     value_range = "no bounds; standardized, mostly between -2.5 and 2"
@@ -84,7 +84,7 @@ class ImageReward(ModelReward):
 
     def load(self) -> nn.Module:
         self.tokenizer = BertTokenizer.from_pretrained(self.tokenizer_id)
-        # BLIP's own two tokens; they matter only to a prompt that spells them out.
+        # BLIP's own two tokens, which change only prompts that contain them.
         self.tokenizer.add_special_tokens({"bos_token": "[DEC]", "extra_special_tokens": ["[ENC]"]})
         with open(weights_file(self.model_id, "med_config.json"), encoding="utf-8") as file:
             text_sizes = json.load(file)
@@ -96,7 +96,7 @@ class ImageReward(ModelReward):
     def score(self, images: list[Image.Image], prompts: list[str], **columns: list) -> list[float | None]:
         size: Any = self.network.vision.config.image_size
         pixels = torch.stack([_pixels(image, size) for image in images]).to(self.device, self.dtype)
-        # Always padded to the full length: a prompt's score must not depend on the longest one of its batch.
+        # Always padded to the full length: a score must not depend on the longest prompt of its batch.
         tokens = self.tokenizer(
             prompts, padding="max_length", truncation=True, max_length=MAX_TOKENS, return_tensors="pt"
         ).to(self.device)
@@ -139,27 +139,27 @@ class ImageRewardNetwork(nn.Module):
 
 def network_from_checkpoint(checkpoint: dict[str, Tensor], text_sizes: dict) -> ImageRewardNetwork:
     """
-    The network with the weights of an original checkpoint.
+    Make the network with the weights of an original checkpoint.
 
     Args:
         checkpoint (`dict[str, Tensor]`):
-            The original's state dict. What takes no part in the score is left out, as the original does.
+            The original's state dict. Weights that are not used for the score are left out, as in the original.
         text_sizes (`dict`):
-            The original's `med_config.json`. The sizes of the image encoder are those of its weights.
+            The original's `med_config.json`. The sizes of the image encoder follow from its weights.
 
     Raises:
         `ValueError`: If weights are missing; names them.
     """
     weights = {_renamed(name): weight for name, weight in checkpoint.items()}
     _require(VISION_SIZES, weights)
-    with torch.device("meta"):  # draws no random numbers, which are the trainer's, for weights that are replaced
+    with torch.device("meta"):  # without random weights, which would advance torch's generator
         vision = _vision_config(weights)
         network = ImageRewardNetwork(vision, _text_config(text_sizes, vision.hidden_size))
     names = list(network.state_dict())
     _require(names, weights)
     network.load_state_dict({name: weights[name] for name in names}, assign=True)
     positions = torch.arange(network.text.config.max_position_embeddings).expand(1, -1)
-    network.text.embeddings.position_ids = positions  # a buffer, not a weight, so it was left on the meta device
+    network.text.embeddings.position_ids = positions  # a buffer, not in the state dict, and still on the meta device
     return network
 
 
@@ -176,7 +176,7 @@ def _renamed(name: str) -> str:
 def _require(names: Iterable[str], weights: dict[str, Tensor]) -> None:
     if missing := [name for name in names if name not in weights]:
         raise ValueError(
-            f"The checkpoint is not one of ImageReward: it lacks {', '.join(missing[:3])}"
+            f"The checkpoint is not one of ImageReward: it has no {', '.join(missing[:3])}"
             f"{f' and {len(missing) - 3} more' if len(missing) > 3 else ''}. Pass a folder or a Hub id with the "
             "original ImageReward.pt."
         )
@@ -209,5 +209,5 @@ def _text_config(sizes: dict, vision_width: int) -> BlipTextConfig:
         hidden_act=sizes["hidden_act"],
         layer_norm_eps=sizes["layer_norm_eps"],
         pad_token_id=sizes["pad_token_id"],
-        is_decoder=True,  # only this gives the layers their cross attention; the text is not masked causally
+        is_decoder=True,  # needed for cross attention; the text is not masked causally
     )

@@ -1,5 +1,5 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
-"""How small, or how large, an image is as a JPEG file: rewards that need no model."""
+"""The size of an image as a JPEG file: rewards without a model."""
 
 from io import BytesIO
 from typing import Any
@@ -13,14 +13,14 @@ def jpeg_incompressibility(images: list[Image.Image], **kwargs: Any) -> list[flo
     """
     The size of the image as a JPEG file, as in DDPO (https://huggingface.co/papers/2305.13301).
 
-    Applies to every image. It grows with the number of pixels: at one size of images only is it comparable.
+    Applies to every image. It grows with the number of pixels, so only images of one size can be compared.
 
     Args:
         images (`list[PIL.Image.Image]`):
             Images of any mode, bit depth and size, see [`~trl_marble.media.to_rgb`].
 
     Returns:
-        `list[float]`: kilobytes (1000 bytes) at quality 95, one value an image; positive, without an upper bound.
+        `list[float]`: kilobytes (1000 bytes) at quality 95, one value per image; positive, without an upper bound.
     """
     return [_kilobytes(image) for image in images]
 
@@ -29,16 +29,16 @@ def jpeg_compressibility(images: list[Image.Image], **kwargs: Any) -> list[float
     """
     Minus the size of the image as a JPEG file, as in DDPO (https://huggingface.co/papers/2305.13301).
 
-    Flow-GRPO and DiffusionNFT divide this number, and not its opposite, by 500; here both are DDPO's.
+    (Flow-GRPO and DiffusionNFT divide the size, without the minus, by 500.)
 
-    Applies to every image. It falls with the number of pixels: at one size of images only is it comparable.
+    Applies to every image. It falls with the number of pixels, so only images of one size can be compared.
 
     Args:
         images (`list[PIL.Image.Image]`):
             Images of any mode, bit depth and size, see [`~trl_marble.media.to_rgb`].
 
     Returns:
-        `list[float]`: minus the kilobytes (1000 bytes) at quality 95, one value an image; negative, without a lower
+        `list[float]`: minus the kilobytes (1000 bytes) at quality 95, one value per image; negative, without a lower
         bound.
     """
     return [-_kilobytes(image) for image in images]

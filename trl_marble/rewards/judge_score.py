@@ -1,5 +1,5 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
-"""Finds the score in what a judge wrote, and refuses every answer that leaves a doubt about it."""
+"""Find the score in the answer of a judge, and refuse every answer whose score is uncertain."""
 
 import html
 import re
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 
 LONGEST = 100_000  # characters, without thoughts
-# What models put around their thoughts: <think>, [THINK], ◁think▷, <|begin_of_thought|>, <|START_THINKING|>, ...
+# Tags of models around their thoughts: <think>, [THINK], ◁think▷, <|begin_of_thought|>, <|START_THINKING|>, ...
 THOUGHT_TAG = re.compile(
     r"[<\[◁]\|?\s?(?P<end>/\s?|end_(?:of_)?)?(?:begin_of_|start_|seed:|inner[\s_-]?|internal[\s_-]?)?"
     r"(?:think(?:ing)?|thoughts?|reason(?:ing)?|reflection|analysis|rationale|scratchpad|monologue|chain[\s_-]of[\s_-]"
@@ -16,7 +16,7 @@ THOUGHT_TAG = re.compile(
     re.IGNORECASE,
 )
 FINAL_CHANNEL = "<|channel|>final<|message|>"  # gpt-oss writes thoughts into other channels
-FINAL_WITHOUT_TOKENS = "assistantfinal"  # what is left of it where a server drops special tokens
+FINAL_WITHOUT_TOKENS = "assistantfinal"  # the same, if a server drops special tokens
 OTHER_TAG = re.compile(r"</?[A-Za-z][\w:-]{0,30}/?>|<\|[^<>|\n]{1,40}\|>")  # <b>, <answer>, <|begin_of_box|>, ...
 LATEX = re.compile(r"\\(?:boxed|text(?:bf|it|rm)?|math(?:bf|rm|it)|bf|left|right)\b|\\[\[\]()]")
 
@@ -29,38 +29,38 @@ BRACKETS = re.compile(r"[\[(]([^\[\]()\n]{1,60})[\])]")
 BRACKETS_BEHIND = re.compile(r"(?P<gap>\s{0,10})[\[(](?P<inside>[^\[\]()\n]{1,200})[\])]")
 SCALE_BEGINS = re.compile(r"\s*(?:out|of|/|max|scale|on|from|\d)", re.IGNORECASE)
 SCORE = re.compile(rf"(?P<filling>{FILLING}(?:is\b{FILLING})?)(?P<score>[-+]?{NUMBER})(?!(?![分点])\w|½|[.,:]\d)")
-# A scale behind the score: "/5", "out of 5", "of 5", "(out of 5)", "(1-5)", "points".
+# A scale after the score: "/5", "out of 5", "of 5", "(out of 5)", "(1-5)", "points".
 OUT_OF = re.compile(rf"\s{{0,10}}(?:\\?/|out[\s-]of|of)\s*(?P<of>{NUMBER}){CLOSING}", re.IGNORECASE)
 UNIT = re.compile(r"\s*(?:points?|pts?|stars?|[★⭐分点])(?!\w)", re.IGNORECASE)
-# The scale that an answer names. "3 out of 4 cats" names none.
+# A scale anywhere in an answer. "3 out of 4 cats" is not a scale.
 SCALE_RANGE = re.compile(
     rf"(?:(?<![^\W_])scale|(?:scor(?:es?|ing)|ratings?)(?:[\s_]range|\s(?:is|are|go(?:es)?)\s(?=from)))"
-    rf"""(?:["'\s:=(\[]|is\b|was\b|of\b|from\b){{0,12}}(?P<low>{NUMBER})(?:{SEPARATOR}|\s*,\s*)(?P<high>{NUMBER})"""
-    rf"|(?<![\d.])(?P<low_before>{NUMBER}){SEPARATOR}(?P<high_before>{NUMBER})[\s-]*(?:point\s*)?scale\b",
+    rf"""(?:["'\s:=(\[]|is\b|was\b|of\b|from\b){{0,12}}({NUMBER})(?:{SEPARATOR}|\s*,\s*)({NUMBER})"""
+    rf"|(?<![\d.])({NUMBER}){SEPARATOR}({NUMBER})[\s-]*(?:point\s*)?scale\b",
     re.IGNORECASE,
 )
 SCALE_TOP = re.compile(
-    rf"\bscale\sof\s(?P<of>{NUMBER})(?![\w.]|{SEPARATOR}\d)"
-    rf"|(?<!\d\s)\bout\sof\s(?P<out>{NUMBER})(?=\s*(?:points?\b|[^\w\s]|\n|\Z))"
-    rf"""|\bmax(?:imum)?[\s_]*(?:score|points?|rating)["'\s:=(]*(?:is\s|of\s)?(?P<most>{NUMBER})"""
-    rf"|(?<![\d.])(?P<point>{NUMBER})-?\s?point\sscale\b|\b(?P<point_word>five|ten|twenty|hundred)[\s-]point\sscale\b"
-    rf"""|["'](?:scale|out[\s_]of|max(?:imum)?)["']\s*:\s*["']?(?P<key>{NUMBER})(?![\w.]|{SEPARATOR}\d)"""
-    rf"|(?<![\d.])(?P<best>{NUMBER})\s(?:is|being|=|means)\s(?:the\s)?(?:best|perfect|highest|max(?:imum)?)\b"
-    r"|\b(?:out\sof|scale\s(?:of|from))\s(?:\w+\sto\s)?(?:a\s|one\s)?(?P<word>five|ten|twenty|hundred)\b",
+    rf"\bscale\sof\s({NUMBER})(?![\w.]|{SEPARATOR}\d)"
+    rf"|(?<!\d\s)\bout\sof\s({NUMBER})(?=\s*(?:points?\b|[^\w\s]|\n|\Z))"
+    rf"""|\bmax(?:imum)?[\s_]*(?:score|points?|rating)["'\s:=(]*(?:is\s|of\s)?({NUMBER})"""
+    rf"|(?<![\d.])({NUMBER})-?\s?point\sscale\b|\b(five|ten|twenty|hundred)[\s-]point\sscale\b"
+    rf"""|["'](?:scale|out[\s_]of|max(?:imum)?)["']\s*:\s*["']?({NUMBER})(?![\w.]|{SEPARATOR}\d)"""
+    rf"|(?<![\d.])({NUMBER})\s(?:is|being|=|means)\s(?:the\s)?(?:best|perfect|highest|max(?:imum)?)\b"
+    r"|\b(?:out\sof|scale\s(?:of|from))\s(?:\w+\sto\s)?(?:a\s|one\s)?(five|ten|twenty|hundred)\b",
     re.IGNORECASE,
 )
-# "4 on a scale of 1 to 5", "4 on a 1-5 scale": the scale itself is checked with all others that the answer names.
+# "4 on a scale of 1 to 5", "4 on a 1-5 scale": the scale itself is checked with all others in the answer.
 ON_SCALE = re.compile(
     rf"\s{{0,10}}on\s(?:a|the)\s(?:scale\s(?:of|from)\s(?:{NUMBER}{SEPARATOR})?{NUMBER}"
     rf"|(?:{NUMBER}{SEPARATOR})?{NUMBER}[\s-]*(?:point\s*)?scale\b)",
     re.IGNORECASE,
 )
 WORDS = {"five": 5, "ten": 10, "twenty": 20, "hundred": 100}
-# What may come behind a score on its line without changing it: the end of the clause, or a reason.
+# Text after a score that does not change it: the end of the clause, or a reason.
 CLAUSE_END = re.compile(r"[.,;!。，；！}\])|]")
 REASON = re.compile(r"\s*(?:[:–—-]\s+(?=[^\W\d_])|(?:because|since|as)\b)", re.IGNORECASE)
 SHORT_REASON = re.compile(r"\s*(?:for|due|given|with|based|but|and)\b", re.IGNORECASE)
-# Of a reason with numbers in it: what tells of a sum, of another score or of a scale, and not of three cats.
+# Signs in a reason that its numbers are a sum, another score or a scale, and do not count cats.
 CHANGED = re.compile(
     r"[?%=→+]|[-–—−]\s?\d|\d\s*[/*×÷]\s*\d|\b(?:minus|plus|times|less|deduct\w*|subtract\w*|or|no|not|wait|but|though|"
     r"maybe|perhaps|rather|instead|actually|scratch|sorry|would|could|should|between|average|mean|rounded|percent|scale|max\w*|best|"
@@ -78,26 +78,26 @@ CORRECTION = re.compile(
 
 def parse_score(answer: str, label: str, score_range: tuple[float, float]) -> float:
     """
-    Find the score in an answer: the number behind the label.
+    Find the score in an answer: the number after the label.
 
     `"Final Score: 4.5"`, `"**Final Score:** 4/5"`, `"Final Score (1-5): [4]"`, `'"final_score": 4'` and `"Final Score:
-    \\boxed{4}"` are understood. What the model thought (`<think>...</think>` and the like, finished or not) is left
-    out. Whatever leaves a doubt is refused: no score or several, a range, a sum, a share, a number that the sentence
-    takes back, another scale than the judge's in or around the label or behind the number.
+    \\boxed{4}"` are understood. Thoughts of the model (`<think>...</think>` and others, finished or not) are removed.
+    Uncertain answers are refused: no score or several, a range, a sum, a share, a number that the sentence corrects,
+    or another scale than the judge's.
 
     Args:
         answer (`str`):
-            What the model wrote, from beginning to end.
+            The complete answer of the model.
         label (`str`):
-            The words in front of the score, in any case.
+            The words before the score, in any case.
         score_range (`tuple[float, float]`):
             Lowest and highest score.
 
     Raises:
-        `ValueError`: If there is no score without doubt; says why.
+        `ValueError`: If there is no certain score; the message says why.
     """
     low, high = score_range
-    text = without_thoughts(answer)
+    text = remove_thoughts(answer)
     if len(text) > LONGEST:
         raise ValueError(f"The answer has {len(text)} characters, too many for a score and its reasons.")
     text = LATEX.sub("", OTHER_TAG.sub(" ", text))
@@ -113,12 +113,12 @@ def parse_score(answer: str, label: str, score_range: tuple[float, float]) -> fl
     return scores[0]
 
 
-def without_thoughts(answer: str) -> str:
+def remove_thoughts(answer: str) -> str:
     """
-    The answer without what the model thought.
+    Remove the thoughts of the model from its answer.
 
-    All before the end of thoughts that nothing began was thought, too: many templates begin it for the model. So is
-    all behind a beginning that nothing ends.
+    Text before an end tag without a start tag is a thought too, since many templates write the start tag for the
+    model. So is text after a start tag without an end tag.
     """
     answer = html.unescape(answer)
     if "<|channel|>" in answer:
@@ -140,14 +140,14 @@ def without_thoughts(answer: str) -> str:
 
 def _scores(text: str, label: str, low: float, high: float) -> Iterator[tuple[float, bool]]:
     """
-    The number behind each mention of the label that has one, and whether it is the answer or one that a sentence talks
-    about: "The final score of 4 reflects ...".
+    The number after each mention of the label, if there is one, and whether it is an answer or only mentioned in a
+    sentence: "The final score of 4 reflects ...".
     """
     words = r"[\s*_`-]{1,4}".join(re.escape(word) for word in label.split())
     for mention in re.finditer(rf"(?<![^\W_])(?<![^\W_][_-]){words}(?!_{{0,2}}[^\W_])", text, re.IGNORECASE):
         place = mention.end()
-        told = re.compile(FILLING).match(text, place)
-        before = BRACKETS.search(text, place, (told.end() if told else place) + 62)
+        filling = re.compile(FILLING).match(text, place)
+        before = BRACKETS.search(text, place, (filling.end() if filling else place) + 62)
         if before and not text[place : before.start()].strip("*_` \t") and re.search(r"[^\d.\s*_]", before[1]):
             _check_brackets(before[1], low, high)
             place = before.end()
@@ -159,17 +159,17 @@ def _scores(text: str, label: str, low: float, high: float) -> Iterator[tuple[fl
             place = out_of.end()
         found = SCORE.match(text, place)
         if found:
-            _check_behind(text, mention.start(), found, low, high)
+            _check_text_after(text, mention.start(), found, low, high)
             yield float(found["score"]), True
         elif re.compile(rf"{FILLING}(?:is\b{FILLING})?[-+]?\d").match(text, place):
-            raise ValueError(f"The score is in doubt: {_line(text, mention.start(), place)!r}.")
+            raise ValueError(f"The score is uncertain: {_excerpt(text, mention.start(), place)!r}.")
 
 
-def _check_behind(text: str, start: int, found: re.Match[str], low: float, high: float) -> None:
-    """Refuse a number that what follows it changes, or puts on another scale."""
+def _check_text_after(text: str, start: int, found: re.Match[str], low: float, high: float) -> None:
+    """Refuse a number if the text after it changes it, or puts it on another scale."""
     closing = re.compile(CLOSING).match(text, found.end())
     place = closing.end() if closing else found.end()
-    doubt = f"The score is in doubt: {_line(text, start, place)!r}."
+    doubt = f"The score is uncertain: {_excerpt(text, start, place)!r}."
     if ("<" in found["filling"]) != (closing is not None and ">" in closing[0]):
         raise ValueError(doubt)
     for _ in range(3):  # "4/5 points", "4 points (out of 5)"
@@ -190,12 +190,12 @@ def _check_behind(text: str, start: int, found: re.Match[str], low: float, high:
     clause = re.split(r"[.;!。；！]\s", rest, maxsplit=1)[0]
     if CORRECTION.match(rest) or ANOTHER.match(rest):
         raise ValueError(doubt)
-    # Of a number on a line of its own, the line is the score. "1. The cat is blue" begins a list.
+    # A number on the next line must be alone there. "1. The cat is blue" begins a list.
     if "\n" in found["filling"] and re.search(r"\w", rest):
         raise ValueError(doubt)
     if CLAUSE_END.match(rest.lstrip(" ")) or not re.search(r"[\w?+=/÷×*^~<>±→\\%‰-]", rest):
         return
-    # Of a row of a table, the next cell may have the reason.
+    # In a row of a table, the reason may be in the next cell.
     begins_reason = REASON.match(rest) or (closing is not None and "|" in closing[0])
     if begins_reason and _is_reason(clause):
         return
@@ -204,7 +204,7 @@ def _check_behind(text: str, start: int, found: re.Match[str], low: float, high:
 
 
 def _is_reason(text: str) -> bool:
-    """Whether numbers in what follows a score are about the image: there are words, and none of a sum or a scale."""
+    """Whether the text after a score is a reason: it has words, and no sign of a sum or a scale."""
     return len(re.findall(r"[^\W\d_]{2,}", text)) >= 2 and not CHANGED.search(text)
 
 
@@ -225,17 +225,13 @@ def _check_top(of: str, high: float) -> None:
 
 
 def _check_scales(text: str, low: float, high: float) -> None:
-    """Refuse an answer that tells of another scale."""
-    for told in SCALE_RANGE.finditer(text):
-        ends = (told["low"] or told["low_before"], told["high"] or told["high_before"])
-        if (float(ends[0]), float(ends[1])) != (low, high):
-            raise ValueError(f"The answer has another scale: {told[0]!r}, not from {low:g} to {high:g}.")
-    for told in SCALE_TOP.finditer(text):
-        top = next(top for top in told.groups() if top)
-        if float(WORDS.get(top.lower(), top)) != high:
-            raise ValueError(f"The answer has another scale: {told[0]!r}, not from {low:g} to {high:g}.")
+    """Refuse an answer that contains another scale."""
+    for found in (*SCALE_RANGE.finditer(text), *SCALE_TOP.finditer(text)):
+        ends = [float(WORDS.get(end.lower(), end)) for end in found.groups() if end]
+        if ends not in ([low, high], [high]):
+            raise ValueError(f"The answer has another scale: {found[0]!r}, not from {low:g} to {high:g}.")
 
 
-def _line(text: str, start: int, place: int) -> str:
-    """A score and what is around it, for messages."""
+def _excerpt(text: str, start: int, place: int) -> str:
+    """A score and the text around it, for messages."""
     return text[start : place + 40].strip()[:80]

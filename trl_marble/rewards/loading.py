@@ -1,5 +1,5 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
-"""Rewards by name, as scripts and configuration files write them."""
+"""Load rewards by name, for scripts and configuration files."""
 
 import difflib
 import importlib
@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Callable
 
 
-# Where the rewards of this package are; those that need no argument.
+# The paths of the rewards of this package that need no argument.
 KNOWN_REWARDS = {
     "aesthetic": "trl_marble.rewards.aesthetic.AestheticScore",
     "clipscore": "trl_marble.rewards.clip_score.CLIPScore",
@@ -23,19 +23,20 @@ KNOWN_REWARDS = {
 
 def load_reward(name: str) -> Callable:
     """
-    The reward of a name.
+    Load a reward by its name.
 
     Args:
         name (`str`):
             A key of `KNOWN_REWARDS`, or the dotted path of a callable, such as `"my_rewards.brightness"`. A class is
-            called without arguments and must give a reward. The module is imported, which runs its code: never take
-            the name from someone you would not run a program of.
+            called without arguments and must return a reward. The module is imported, which runs its code: never use a
+            name from somebody whose programs you would not run.
 
     Returns:
         `Callable`: The reward.
 
     Raises:
-        `ValueError`: If there is no such reward; names the nearest one, or what the path lacks.
+        `ValueError`: If there is no such reward; the message has the most similar name, or the missing part of the
+            path.
     """
     path = KNOWN_REWARDS.get(name.lower(), name)
     module_name, _, attribute = path.rpartition(".")
@@ -50,15 +51,15 @@ def load_reward(name: str) -> Callable:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
-            raise  # the module is there, but lacks something itself
+            raise  # the module exists, but one of its own imports does not
         raise ValueError(
-            f"The reward {name!r} was not found: there is no module `{error.name}`. Start from the folder that holds "
-            "it, or install the package."
+            f"The reward {name!r} was not found: there is no module `{error.name}`. Start from the folder that "
+            "contains it, or install the package."
         ) from error
     if attribute not in vars(module):
         raise ValueError(f"The reward {name!r} was not found: the module `{module_name}` has no `{attribute}`.")
     found = vars(module)[attribute]
     reward = found() if inspect.isclass(found) else found
     if not callable(reward):
-        raise ValueError(f"The reward {name!r} is {reward!r}, which cannot be called.")
+        raise ValueError(f"The reward {name!r} is {reward!r}, which is not callable. Name a function or a class.")
     return reward

@@ -1,5 +1,5 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
-"""What rewards that are computed by a model have in common."""
+"""The base class of rewards that are computed by a model."""
 
 import threading
 from abc import ABC, abstractmethod
@@ -12,9 +12,9 @@ from torch import nn
 from ..media import to_rgb
 
 
-# One model is loaded at a time, for rewards are scored on threads. While `transformers` loads, it replaces functions
-# and settings of the whole process, such as the tying of weights and the default dtype; two loads at once can leave
-# the replacement behind, and every model that is made later without its tied weights.
+# One model is loaded at a time, although rewards run on several threads. While `transformers` loads, it replaces
+# functions and settings of the process, such as the tying of weights and the default dtype. After two loads at once
+# the replacements can stay, and every later model would have no tied weights.
 LOADING = threading.Lock()
 
 
@@ -27,17 +27,17 @@ class ModelReward(ABC):
     [`~ModelReward.to`] with its own device and dtype, and [`~ModelReward.release`] when the images of a generation
     batch are scored.
 
-    A subclass says how to [`~ModelReward.load`] and how to [`~ModelReward.score`], and, if it does not apply to every
-    image, to which it [`~ModelReward.applies`].
+    A subclass has the methods [`~ModelReward.load`] and [`~ModelReward.score`], and [`~ModelReward.applies`] if the
+    reward does not apply to every image.
 
     Args:
         batch_size (`int`, *optional*, defaults to `16`):
             Number of images in one forward pass.
         dtype (`torch.dtype`, *optional*):
-            Dtype of the weights. Defaults to what the trainer trains in, and to float32 without a trainer.
+            Dtype of the weights. Defaults to the trainer's dtype, and to float32 without a trainer.
         offload (`bool`, *optional*, defaults to `False`):
-            Whether the weights stay on the CPU but for the time of scoring: slower, and it leaves the memory of the
-            device to the update.
+            Whether the weights stay on the CPU but for the time of scoring: slower, but the update can use
+            their memory on the device.
 
     Attributes:
         applies_to (`str`): In words, the images that the reward applies to and what in the data decides it.
@@ -63,10 +63,11 @@ class ModelReward(ABC):
     @abstractmethod
     def load(self) -> nn.Module:
         """
-        Load everything that scoring needs, processors too.
+        Load everything that scoring needs, also processors.
 
         Returns:
-            `nn.Module`: What holds all weights; it is then `self.model`, frozen, on `self.device` in `self.dtype`.
+            `nn.Module`: the module with all weights. It becomes `self.model`, frozen, on `self.device`, in
+            `self.dtype`.
         """
 
     @abstractmethod
@@ -80,10 +81,10 @@ class ModelReward(ABC):
             prompts (`list[str]`):
                 Their prompts.
             columns (`list`):
-                The other columns of the dataset by name, one value an image.
+                The other columns of the dataset by name, one value per image.
 
         Returns:
-            `list[float | None]`: one value an image.
+            `list[float | None]`: one value per image.
         """
 
     def applies(self, prompts: list[str], **columns: list) -> list[bool]:
@@ -94,13 +95,13 @@ class ModelReward(ABC):
             prompts (`list[str]`):
                 The prompts.
             columns (`list`):
-                The other columns of the dataset by name, one value an image.
+                The other columns of the dataset by name, one value per image.
         """
         return [True] * len(prompts)
 
     @property
     def model(self) -> nn.Module:
-        """The model, loaded if it was not."""
+        """The model, loaded on first use."""
         if self._model is None:
             with LOADING:
                 self._model = self.load().requires_grad_(False).eval()
@@ -108,7 +109,7 @@ class ModelReward(ABC):
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Self:
         """
-        Score on another device from now on.
+        Set the device and the dtype for scoring.
 
         Args:
             device (`torch.device` or `str`):
@@ -122,7 +123,7 @@ class ModelReward(ABC):
         return self
 
     def release(self) -> None:
-        """Leave the device's memory to others until the next images come, if `offload` says so."""
+        """Move the weights to the CPU until the next images are scored, if `offload` is set."""
         if self.offload and self._model is not None:
             self._model.to("cpu")
 
@@ -143,15 +144,13 @@ class ModelReward(ABC):
                 Images of any mode, bit depth and size, see [`~trl_marble.media.to_rgb`].
             prompts (`list[str]`):
                 Their prompts.
-            trainer_state ([`~transformers.TrainerState`], *optional*):
-                Not used.
-            log_metric, log_extra (`Callable`, *optional*):
+            trainer_state, log_metric, log_extra (*optional*):
                 Not used.
             columns (`list`):
-                The other columns of the dataset by name, one value an image.
+                The other columns of the dataset by name, one value per image.
 
         Returns:
-            `list[float | None]`: one value an image, `None` where the reward does not apply.
+            `list[float | None]`: one value per image, `None` where the reward does not apply.
         """
         places = [i for i, applies in enumerate(self.applies(prompts, **columns)) if applies]
         values: list[float | None] = [None] * len(images)

@@ -1,5 +1,5 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
-"""How well the text that a prompt asks for can be read on its image."""
+"""OCR reward: how well the text that a prompt asks for can be read on its image."""
 
 import unicodedata
 import warnings
@@ -8,15 +8,16 @@ from typing import Any
 
 from PIL import Image
 
+from ..extras import require_extra
 from .model_reward import to_rgb
 from .quotes import quoted_text, read_quotes
 
 
-# Scripts that the reader reads, by the first word of the Unicode names of their letters. It has plain Greek letters
-# too, but no accented ones, and gives Latin ones for those that look alike.
+# Scripts that the OCR model reads, by the first word of the Unicode names of their letters. It also reads plain Greek
+# letters, but no accented ones, and returns Latin letters for those that look similar.
 SCRIPTS_READ = frozenset({"LATIN", "CJK", "IDEOGRAPHIC", "HIRAGANA", "KATAKANA", "KATAKANA-HIRAGANA", "MODIFIER"})
 
-# The reader writes the plain form of these for most fonts, in which the two can hardly be told apart.
+# The OCR model mostly returns the plain form of these characters, which looks almost the same.
 PLAIN_FORMS = str.maketrans("‘’‚‛′“”„‟″‐‑‒–—―−", "'''''\"\"\"\"\"-------")
 
 
@@ -26,33 +27,32 @@ class OCRAccuracy:
 
     RapidOCR reads the image, line by line from top to bottom, and the reward is `1 - min(d, n) / n`: `n` is the number
     of characters asked for and `d` the edit distance (Levenshtein) between them and the characters that were read, or
-    0 if the text asked for stands anywhere in what was read. Case and spaces do not count. This is the OCR reward of
-    Flow-GRPO (https://huggingface.co/papers/2505.05470) and DiffusionNFT (https://huggingface.co/papers/2509.16117),
-    with another reader. It differs from theirs in what it does at the edges:
+    0 if the text asked for is contained in the text that was read. Case and spaces do not count. This is the OCR
+    reward of Flow-GRPO (https://huggingface.co/papers/2505.05470) and DiffusionNFT
+    (https://huggingface.co/papers/2509.16117), with another OCR model. It differs from theirs in special cases:
 
-    - A prompt without quotes or with nothing between them gets `None`, where theirs stops the run or scores 0.
+    - A prompt without quotes or with empty quotes gets `None`, where theirs stops the run or scores 0.
     - All quoted parts of a prompt count, joined in their order, not only the first.
     - Quotes are `"…"`, `“…”`, `„…“`, `”…”`, `«…»`, `»…«`, `‹…›`, `「…」`, `『…』`, mixtures like `“…"`, and doubled
       ones like `""…""` and `''…''`. Single quotes are apostrophes, and a `"` right after a digit that closes no quote
-      is an inch mark: neither opens a quote. Prompts whose quotes do not pair up, or are single ones, are counted in
-      a warning.
+      is an inch mark: neither opens a quote. A warning has the number of prompts with unpaired or only single quotes.
     - Forms of the same character are equal: full-width and narrow ones, composed and decomposed accents, typographic
       and straight quotes, dashes of any length.
-    - An error of the reader is raised, and not scored 0.
+    - An error of the OCR model is raised, and not scored 0.
 
     If nothing can be read on an image whose prompt asks for text, the reward is 0. That is a score, not a failure. The
-    model that comes with RapidOCR (PP-OCRv6 small) reads Latin letters (but few of Vietnamese), Chinese and
-    Japanese. It has no Cyrillic, Korean, Arabic or Hebrew letters: text in these scores about 0 whatever the image
-    shows. Of Greek it has the letters without accents, and loses or mistakes half of a text. Prompts that ask for text
-    in these scripts are counted in a warning; give them an empty string in the column.
+    model of RapidOCR (PP-OCRv6 small) reads Latin letters (but few of Vietnamese), Chinese and Japanese. It has no
+    Cyrillic, Korean, Arabic or Hebrew letters: text in these scores about 0 whatever the image shows. It has Greek
+    letters without accents only, and misreads half of a Greek text. A warning has the number of prompts that ask for
+    text in these scripts; give them an empty string in the column.
 
     Args:
         column (`str`, *optional*, defaults to `"text"`):
-            Column of the dataset that holds the text asked for. An empty string says that there is none. Where the
-            value is `None`, and if the dataset has no such column, the quotes in the prompt say it.
+            Column of the dataset with the text asked for; an empty string for none. Where the value is `None`, and if
+            the dataset has no such column, the text is read from the quotes in the prompt.
         num_threads (`int`, *optional*):
-            Number of threads that the reader's networks use, on the CPU. Defaults to one for each core, which is too
-            many when several processes share a machine.
+            Number of threads of the OCR model, on the CPU. Defaults to one per core, which is too many if several
+            processes share a machine.
 
     Attributes:
         applies_to (`str`): In words, the images that the reward applies to and what in the data decides it.
@@ -60,6 +60,7 @@ class OCRAccuracy:
 
     Raises:
         `ValueError`: If `num_threads` is not positive.
+        [`~trl_marble.extras.MissingExtraError`]: If RapidOCR is not installed.
     """
 
     value_range = "0 (nothing right can be read) to 1 (the text asked for can be read)"
@@ -67,11 +68,12 @@ class OCRAccuracy:
     def __init__(self, column: str = "text", num_threads: int | None = None) -> None:
         if num_threads is not None and num_threads < 1:
             raise ValueError(f"`num_threads` must be at least 1, got {num_threads}; leave it out for all cores.")
+        require_extra("ocr", "`OCRAccuracy`")
         self.column = column
         self.num_threads = num_threads
         self.applies_to = f"images whose prompt asks for text: in the column `{column}`, or else in quotes"
         self._reader: Any = None
-        # Prompts that a warning counts, by what is said of them, and how many the last warning counted.
+        # By text of a warning: its prompts, and their number in the last warning.
         self._counted: dict[str, set[str]] = {}
         self._warned: dict[str, int] = {}
 
@@ -89,27 +91,24 @@ class OCRAccuracy:
 
         Args:
             images (`list[PIL.Image.Image]`):
-                Images of any mode and size. What is transparent is seen on white.
+                Images of any mode and size, see [`~trl_marble.media.to_rgb`].
             prompts (`list[str]`):
                 Their prompts.
-            trainer_state ([`~transformers.TrainerState`], *optional*):
-                Not used.
-            log_metric, log_extra (`Callable`, *optional*):
+            trainer_state, log_metric, log_extra (*optional*):
                 Not used.
             columns (`list`):
-                The other columns of the dataset by name, one value an image.
+                The other columns of the dataset by name, one value per image.
 
         Returns:
-            `list[float | None]`: one value in [0, 1] an image, `None` where no text is asked for.
+            `list[float | None]`: one value in [0, 1] per image, `None` if the prompt asks for no text.
 
         Raises:
             `TypeError`: If a value of the column is neither a string nor `None`.
-            `ImportError`: If RapidOCR is not installed.
         """
         texts = columns.get(self.column, [None] * len(prompts))
         targets = [self._target(prompt, text) for prompt, text in zip(prompts, texts, strict=True)]
-        self._warn_of_quotes(prompts, texts)
-        self._warn_of_scripts(prompts, targets)
+        self._warn_about_quotes(prompts, texts)
+        self._warn_about_scripts(prompts, targets)
         return [
             text_accuracy(target, self.read(image)) if comparable(target) else None
             for image, target in zip(images, targets, strict=True)
@@ -117,7 +116,7 @@ class OCRAccuracy:
 
     def read(self, image: Image.Image) -> str:
         """
-        All text on an image.
+        Read all text on an image.
 
         Args:
             image (`PIL.Image.Image`):
@@ -135,12 +134,12 @@ class OCRAccuracy:
             return quoted_text(prompt)
         if not isinstance(text, str):
             raise TypeError(
-                f"The column `{self.column}` holds {text!r} ({type(text).__name__}) for the prompt {prompt!r}; it "
-                "must hold strings, or `None` where the quotes in the prompt say which text is asked for."
+                f"The column `{self.column}` has {text!r} ({type(text).__name__}) for the prompt {prompt!r}; it must "
+                "have strings, or `None` to read the text from the quotes in the prompt."
             )
         return text
 
-    def _warn_of_quotes(self, prompts: Sequence[str], texts: Sequence[str | None]) -> None:
+    def _warn_about_quotes(self, prompts: Sequence[str], texts: Sequence[str | None]) -> None:
         doubtful = [
             prompt
             for prompt, text in zip(prompts, texts, strict=True)
@@ -148,20 +147,20 @@ class OCRAccuracy:
         ]
         self._count(
             doubtful,
-            "quotes that do not pair up, or single quotes, which are taken for apostrophes. Which text they ask for "
-            f'is in doubt: put it between "...", or in a column `{self.column}` (an empty string if there is none).',
+            "unpaired quotes, or single quotes, which are read as apostrophes, so the text asked for is uncertain. "
+            f'Put it between "...", or in a column `{self.column}` (an empty string if there is none).',
         )
 
-    def _warn_of_scripts(self, prompts: Sequence[str], targets: Sequence[str]) -> None:
+    def _warn_about_scripts(self, prompts: Sequence[str], targets: Sequence[str]) -> None:
         unread = [prompt for prompt, target in zip(prompts, targets, strict=True) if not is_read(target)]
         self._count(
             unread,
-            "a text in a script that the reader does not read, so that a low reward says nothing. Give these prompts "
-            f"an empty string in the column `{self.column}`.",
+            "a text in a script that the OCR model does not read, so that a low reward means nothing. Give these "
+            f"prompts an empty string in the column `{self.column}`.",
         )
 
     def _count(self, prompts: Sequence[str], what: str) -> None:
-        """Warn of prompts each time that there are twice as many as in the last warning."""
+        """Count prompts, and warn whenever there are twice as many as in the last warning."""
         counted = self._counted.setdefault(what, set())
         counted.update(prompts)
         if len(counted) >= max(1, 2 * self._warned.get(what, 0)):
@@ -170,28 +169,23 @@ class OCRAccuracy:
             warnings.warn(f"`OCRAccuracy`: so far {number} {what} The last one: {prompts[-1]!r}.", stacklevel=4)
 
     def _load(self) -> Any:
-        # Optional dependencies, needed by this reward alone.
-        try:
-            import onnxruntime  # noqa: F401
-            from rapidocr import RapidOCR
-        except ImportError as error:
-            raise ImportError("`OCRAccuracy` needs RapidOCR: `pip install rapidocr onnxruntime`.") from error
+        from rapidocr import RapidOCR
 
         threads = -1 if self.num_threads is None else self.num_threads
         return RapidOCR(
             params={
-                # It warns of every image without text, and tells of every file that it opens.
+                # Otherwise it logs every image without text and every file that it opens.
                 "Global.log_level": "error",
-                # As in the originals: text is read upright, and lines below this confidence are dropped.
+                # As in the originals: only upright text, and no lines below this confidence.
                 "Global.use_cls": False,
                 "Global.text_score": 0.5,
-                # Text is looked for at 512 px: a small word on a large image is not found when it is searched in full
-                # size (words of 16 to 20 px on 1024 px: mean reward 1.0 at 512 px, 0.08 at 960 px), and letters that
-                # fill the image are cut apart. It is read in full size. Smaller images are not enlarged, as RapidOCR
-                # does by default: that takes 7 times as long on 256 px and reads no more.
+                # Text is detected at 512 px: in full size, small words on a large image are not found (words of 16 to
+                # 20 px on 1024 px: mean reward 1.0 at 512 px, 0.08 at 960 px), and letters that fill the image are
+                # split. It is read in full size. Smaller images are not enlarged, which is RapidOCR's default: that
+                # takes 7 times as long on 256 px and reads no more.
                 "Det.limit_type": "max",
                 "Det.limit_side_len": 512,
-                # It resizes before that too, in a way that fails on very long and narrow images. Not needed.
+                # Another resize before that, which is not needed and fails on very narrow images, is off.
                 "Global.min_side_len": 1,
                 "Global.max_side_len": 2**31,
                 "EngineConfig.onnxruntime.intra_op_num_threads": threads,
@@ -201,14 +195,14 @@ class OCRAccuracy:
 
 
 def is_read(text: str) -> bool:
-    """Whether at least half of the letters of a text are of scripts that the reader reads."""
+    """Whether at least half of the letters of a text are of scripts that the OCR model reads."""
     scripts = [unicodedata.name(letter, "").partition(" ")[0] for letter in comparable(text) if letter.isalpha()]
     return 2 * sum(script in SCRIPTS_READ for script in scripts) >= len(scripts)
 
 
 def text_accuracy(target: str, read: str) -> float:
     """
-    How much of a text was read, as [`OCRAccuracy`] counts it.
+    The share of a text that was read, as in [`OCRAccuracy`].
 
     Args:
         target (`str`):
@@ -217,7 +211,7 @@ def text_accuracy(target: str, read: str) -> float:
             The text that was read.
 
     Returns:
-        `float`: from 0 to 1; 1 if the target stands anywhere in what was read.
+        `float`: from 0 to 1; 1 if the target is contained in the text that was read.
     """
     target, read = comparable(target), comparable(read)
     if target in read:
@@ -226,13 +220,13 @@ def text_accuracy(target: str, read: str) -> float:
 
 
 def comparable(text: str) -> str:
-    """The text without what makes no difference: case, spaces, invisible characters, forms of the same character."""
+    """Normalize a text: without case, spaces and invisible characters, and with one form of each character."""
     folded = unicodedata.normalize("NFKC", text.translate(PLAIN_FORMS)).casefold()
     return "".join(character for character in folded if character.isprintable() and character != " ")
 
 
 def edit_distance(a: str, b: str) -> int:
-    """The least number of insertions, deletions and replacements of characters that turn one text into the other."""
+    """The Levenshtein distance: the least number of characters to insert, delete or replace."""
     distances = list(range(len(b) + 1))  # from the first i characters of `a` to each beginning of `b`
     for i, left in enumerate(a, start=1):
         diagonal, distances[0] = distances[0], i

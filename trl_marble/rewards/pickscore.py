@@ -1,5 +1,5 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
-"""PickScore: which image people would pick for a prompt."""
+"""PickScore: which image people would choose for a prompt."""
 
 import torch
 from PIL import Image
@@ -25,10 +25,10 @@ class PickScore(ModelReward):
         batch_size (`int`, *optional*, defaults to `16`):
             Number of images in one forward pass.
         dtype (`torch.dtype`, *optional*):
-            Dtype of the weights. Defaults to what the trainer trains in, and to float32 without a trainer. The
-            original number is that of float32.
+            Dtype of the weights. Defaults to the trainer's dtype, and to float32, that of the original scores,
+            without a trainer.
         offload (`bool`, *optional*, defaults to `False`):
-            Whether the weights leave the device between generation batches.
+            Whether the weights move to the CPU between generation batches.
     """
 
     value_range = "100 times a cosine, in practice about 20"
@@ -47,7 +47,7 @@ class PickScore(ModelReward):
 
     def load(self) -> CLIPModel:
         self.tokenizer = CLIPTokenizer.from_pretrained(self.processor_id)
-        # With Pillow, like the original, whether or not torchvision is there: the two resize differently.
+        # With Pillow, like the original: torchvision, where it is installed, resizes differently.
         self.image_processor = CLIPImageProcessorPil.from_pretrained(self.processor_id)
         model = CLIPModel.from_pretrained(self.model_id)
         # Before the weights are cast: in bfloat16 a scale of 100 would be 98.9.
@@ -56,6 +56,6 @@ class PickScore(ModelReward):
 
     def score(self, images: list[Image.Image], prompts: list[str], **columns: list) -> list[float | None]:
         pixels = self.image_processor(images, return_tensors="pt").pixel_values
-        seen = image_features(self.model, pixels)
-        asked = text_features(self.model, self.tokenizer, prompts)
-        return (self.logit_scale * (seen * asked).sum(dim=-1)).tolist()
+        image = image_features(self.model, pixels)
+        text = text_features(self.model, self.tokenizer, prompts)
+        return (self.logit_scale * (image * text).sum(dim=-1)).tolist()

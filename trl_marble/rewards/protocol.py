@@ -1,5 +1,5 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
-"""What a reward is, what it may return, and how its answers are checked."""
+"""The protocol of rewards, and the check of the values that they return."""
 
 import functools
 import inspect
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .loading import load_reward
+from .parameters import call_signature
 from .reward_value import to_number
 
 
@@ -23,19 +24,18 @@ RewardFunc = Callable[..., RewardValues | Awaitable[RewardValues]]
 """A sync or async callable that scores images, or videos.
 
 It is called with keywords only: `images` (list of PIL images), `prompts` (list of strings), every other column of the
-dataset (list of values) and `trainer_state` ([`~transformers.TrainerState`]). It returns one number for each image,
-higher is better, or `None` (or NaN) where the reward does not apply. Where it should apply but failed for one image
-only, it may return the exception in the place of the number; raising means that it failed for all. Accept `**kwargs`
-to ignore what is not needed: a reward that does not accept one of them is refused before anything is sampled. A
-function whose attribute `image_type` is `"pt"` receives `images` as one tensor `[B, 3, H, W]` in [0, 1] instead.
+dataset (list of values) and `trainer_state` ([`~transformers.TrainerState`]). It returns one number per image, higher
+is better, or `None` (or NaN) where the reward does not apply. If it fails for single images, it may return the
+exception instead of the number of such an image; if it raises, it has failed for all. Accept `**kwargs` to ignore
+keywords that are not needed: a reward that does not accept one of them is refused before anything is sampled. A
+function whose attribute `image_type` is `"pt"` gets `images` as one tensor `[B, 3, H, W]` in [0, 1] instead.
 
-It may log: where it accepts them, it also gets `log_metric` (called with a name and a number, see
+It may log: if it accepts them, it also gets `log_metric` (called with a name and a number, see
 [`~trl_marble.rewards.call_log.CallLog.log_metric`]) and `log_extra` (called with the name of a column and a list with
-one value for each image, see [`~trl_marble.rewards.call_log.CallLog.log_extra`]).
+one value per image, see [`~trl_marble.rewards.call_log.CallLog.log_extra`]).
 
-Where the pipeline makes videos, the keyword is `videos` in the place of `images`: a list of lists of PIL frames, or
-with `image_type` `"pt"` one tensor `[B, F, 3, H, W]` in [0, 1]. A reward of images scores videos through
-[`FrameReward`].
+If the pipeline makes videos, the keyword is `videos` instead of `images`: a list of lists of PIL frames, or with
+`image_type` `"pt"` one tensor `[B, F, 3, H, W]` in [0, 1]. [`FrameReward`] scores videos with a reward of images.
 """
 
 
@@ -44,7 +44,7 @@ class RewardError(RuntimeError):
 
 
 class BrokenRewardError(RewardError):
-    """A reward function that has not scored any image, or whose code cannot work: no matter of single images."""
+    """A reward function that has not scored any image so far, or whose code is wrong whatever the image."""
 
 
 class InfiniteRewardError(RewardError):
@@ -53,7 +53,7 @@ class InfiniteRewardError(RewardError):
 
 def reward_names(reward_funcs: Sequence[RewardFunc]) -> list[str]:
     """
-    Names that tell the rewards of a run apart.
+    Unique names of the rewards of a run.
 
     Args:
         reward_funcs (`Sequence[RewardFunc]`):
@@ -61,7 +61,7 @@ def reward_names(reward_funcs: Sequence[RewardFunc]) -> list[str]:
             (by their class).
 
     Returns:
-        `list[str]`: One name a reward; a name that several rewards share gets `_1`, `_2`, ... appended from the
+        `list[str]`: One name per reward; a name that several rewards share gets `_1`, `_2`, ... appended from the
         second on.
     """
     taken: set[str] = set()
@@ -82,13 +82,13 @@ def reward_names(reward_funcs: Sequence[RewardFunc]) -> list[str]:
 
 def validate_reward_funcs(reward_funcs: Any, argument: str = "reward_funcs") -> list[RewardFunc]:
     """
-    The rewards as a new list, strings loaded, refused if one of them cannot be called.
+    Make a list of the rewards, load those that are names, and check that all can be called.
 
     Args:
         reward_funcs (`str`, `RewardFunc` or a list of them):
             One reward or several.
         argument (`str`, *optional*, defaults to `"reward_funcs"`):
-            What the caller's user knows them as, for messages.
+            The name of the argument in messages.
 
     Raises:
         `TypeError`: If a reward is not callable.
@@ -104,12 +104,12 @@ def validate_reward_funcs(reward_funcs: Any, argument: str = "reward_funcs") -> 
     return funcs
 
 
-def media_asked_for(func: RewardFunc) -> Literal["images", "videos"] | None:
-    """What a reward cannot be called without, by the parameters that it has; `None` where they do not say."""
-    try:
-        parameters = inspect.signature(func).parameters
-    except (TypeError, ValueError):  # some callables of C have none
+def required_media(func: RewardFunc) -> Literal["images", "videos"] | None:
+    """Whether a reward requires images or videos, by its parameters; `None` if they do not show it."""
+    signature = call_signature(func, follow_wrapped=True)
+    if signature is None:
         return None
+    parameters = signature.parameters
     if "images" in parameters and "videos" in parameters:
         return None
     for name in ("images", "videos"):
@@ -122,7 +122,7 @@ def check_media(
     reward_funcs: Sequence[RewardFunc], names: Sequence[str], output: Literal["image", "video"], pipeline: str
 ) -> None:
     """
-    Refuse rewards that ask for what the pipeline does not make.
+    Refuse rewards of images for a pipeline of videos, and the other way round.
 
     Args:
         reward_funcs (`Sequence[RewardFunc]`):
@@ -132,40 +132,39 @@ def check_media(
         output (`"image"` or `"video"`):
             What the pipeline makes.
         pipeline (`str`):
-            What makes it, for messages.
+            The pipeline, for messages.
 
     Raises:
-        `ValueError`: For the first one that does; says how to mend it.
+        `ValueError`: For the first such reward, with what to do.
     """
     for func, name in zip(reward_funcs, names, strict=True):
-        asked = media_asked_for(func)
-        if asked == "images" and output == "video":
+        required = required_media(func)
+        if required == "images" and output == "video":
             raise ValueError(
-                f"Reward `{name}` scores images, and {pipeline} makes videos. `FrameReward({name})` scores evenly "
-                "spaced frames of each video with it and averages them; a reward of whole videos takes `videos` in "
-                "the place of `images`."
+                f"Reward `{name}` scores images, and {pipeline} makes videos. Pass `FrameReward({name})`, which "
+                "averages its scores of evenly spaced frames, or a reward that takes `videos` instead of `images`."
             )
-        if asked == "videos" and output == "image":
+        if required == "videos" and output == "image":
             raise ValueError(
-                f"Reward `{name}` scores videos, and {pipeline} makes images. Use a reward that takes `images`; one "
-                "in `FrameReward` works without it."
+                f"Reward `{name}` scores videos, and {pipeline} makes images. Use a reward that takes `images`, "
+                "without `FrameReward`."
             )
 
 
 def reward_tensor(values: Any, name: str, prompts: Sequence[str]) -> Tensor:
     """
-    Check what a reward returned and turn it into a tensor.
+    Check the values that a reward returned, and convert them to a tensor.
 
     Args:
         values (`Sequence[float | None]`, `np.ndarray` or `Tensor`):
-            The answer: one value an image.
+            What the reward returned: one value per image.
         name (`str`):
             Name of the reward, for messages.
         prompts (`Sequence[str]`):
             The prompts of the images, for messages and for the number of values.
 
     Returns:
-        `Tensor` of shape `[B]`, float32: NaN where the reward does not apply, and where it gave an exception.
+        `Tensor` of shape `[B]`, float32: NaN where the reward does not apply, and where it returned an exception.
 
     Raises:
         [`RewardError`]: If the number of values is wrong, a value is not a number, or a value is infinite
@@ -200,19 +199,19 @@ def reward_tensor(values: Any, name: str, prompts: Sequence[str]) -> Tensor:
 
 def errors_for_infinite(values: Any, name: str, prompts: Sequence[str]) -> Any:
     """
-    What a reward returned, with infinite numbers taken for failures of their images.
+    Replace infinite numbers by failures of their images.
 
     Args:
         values (`Sequence[float | None]`, `np.ndarray` or `Tensor`):
-            The answer.
+            What the reward returned.
         name (`str`):
             Name of the reward, for messages.
         prompts (`Sequence[str]`):
             The prompts of the images, for messages.
 
     Returns:
-        `list`: The answer with an [`InfiniteRewardError`] in the place of each number that is not finite in float32
-        (NaN apart). The answer as it is where it is not one value an image, which [`reward_tensor`] refuses.
+        `list`: the values, with an [`InfiniteRewardError`] instead of each number that is infinite in float32. Values
+        that are not one per image are returned unchanged, for [`reward_tensor`] to refuse.
     """
     if isinstance(values, Tensor | np.ndarray):
         values = values.tolist()
@@ -227,7 +226,7 @@ def errors_for_infinite(values: Any, name: str, prompts: Sequence[str]) -> Any:
 def _is_infinite(value: Any) -> bool:
     try:
         return abs(to_number(value)) > FLOAT32_MAX
-    except TypeError:  # an exception, or what is no reward
+    except TypeError:  # an exception, or not a reward
         return False
 
 

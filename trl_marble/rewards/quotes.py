@@ -1,35 +1,35 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
-"""Reads which text a prompt asks for: what stands between its quotation marks."""
+"""Find the text that a prompt asks for: the text between its quotation marks."""
 
 import html
 import re
 from typing import NamedTuple
 
 
-# Marks of one family may open and close each other: people and keyboards mix them.
+# Marks of one family can open and close each other, since people mix them.
 FAMILIES = ('"＂“”„‟〝〞〟″❝❞', "«»", "‹›", "「」｢｣﹁﹂", "『』﹃﹄")
 OPENING = frozenset("“„‟〝❝«‹「｢﹁『﹃`‘‚")
 CLOSING = frozenset("”〞〟❞»›」｣﹂』﹄’")
-CLOSED_BY_OPENING = {"„": "“", "»": "«", "›": "‹"}  # as German has them
-# Two single marks in a row are a double one, as typewriters and LaTeX write it.
+CLOSED_BY_OPENING = {"„": "“", "»": "«", "›": "‹"}  # as in German
+# Two consecutive single marks are a double one, as in LaTeX.
 MARKS = re.compile(f"[{''.join(FAMILIES)}]|`{{2,}}|'{{2,}}|‘{{2,}}|’{{2,}}|‚{{2,}}")
 INCHES = frozenset("\"”″'’")
 ENTITY = re.compile(r"&#?\w{2,8};")  # of HTML, such as &quot; and &#34;
-# A whole prompt as one field of a CSV file, with each quotation mark in it written twice.
+# A prompt that is a field of a CSV file, in which each quotation mark is doubled.
 CSV_FIELD = re.compile(r'\s*"((?:[^"]|"")*)"\s*')
-# Something in single quotes, or in what may be two apostrophes: 'Open'.
+# A text in single quotes, which could also be two apostrophes: 'Open'.
 SINGLE_QUOTES = re.compile(r"(?<!\w)['‘‚](?=\S)[^'‘’‚]{2,80}(?<=\S)['‘’](?!\w)")
 
 
 class Quoted(NamedTuple):
     """
-    What a prompt has between quotation marks.
+    The text between the quotation marks of a prompt.
 
     Args:
         text (`str`):
-            The parts between quotation marks, with spaces between them; empty if there is nothing.
+            The quoted parts, with spaces between them; empty if there are none.
         doubtful (`bool`):
-            Whether a quotation mark does not pair up, or the only ones are single quotes, which may be apostrophes.
+            Whether a quotation mark has no partner, or there are only single quotes, which could be apostrophes.
     """
 
     text: str
@@ -37,7 +37,7 @@ class Quoted(NamedTuple):
 
 
 class _Mark(NamedTuple):
-    """A quotation mark: where it is, its family, and the characters around the marks that it stands among."""
+    """A quotation mark: its place and family, and the characters before and after it and the marks next to it."""
 
     start: int
     end: int
@@ -48,7 +48,7 @@ class _Mark(NamedTuple):
 
 
 class _Span(NamedTuple):
-    """Two marks that belong together, as places in the prompt: of the marks and of what is between them."""
+    """Two marks that belong together: the places of both marks and of the text between them."""
 
     start: int
     inner_start: int
@@ -58,22 +58,22 @@ class _Span(NamedTuple):
 
 def read_quotes(prompt: str) -> Quoted:
     """
-    Read which text a prompt asks for.
+    Find the text that a prompt asks for.
 
-    Quotation marks pair up by what stands around them, so that marks of different kinds, the same mark on both sides
-    (as in Swedish and Finnish), doubled ones and quotes in quotes are understood. Single quotes are apostrophes. A
-    mark right after a digit that closes nothing means inches.
+    Quotation marks are paired by the characters around them, so that mixed marks, the same mark on both sides (as in
+    Swedish and Finnish), doubled marks and nested quotes are understood. Single quotes are apostrophes. A mark right
+    after a digit that closes nothing means inches.
 
     Args:
         prompt (`str`):
             The prompt.
 
     Returns:
-        [`Quoted`]: The text, and whether the marks leave a doubt about it.
+        [`Quoted`]: The text, and whether it is uncertain.
     """
-    prompt = _without_escapes(prompt)
+    prompt = _unescape(prompt)
     marks = _marks(prompt)
-    spans, paired = _pair_by_place(marks)
+    spans, paired = _pair_by_context(marks)
     if not paired:
         in_turn, in_turn_paired = _pair_in_turn(marks)
         if in_turn_paired:
@@ -85,12 +85,12 @@ def read_quotes(prompt: str) -> Quoted:
 
 
 def quoted_text(prompt: str) -> str:
-    """What stands between quotation marks in a prompt, with spaces between the parts; empty if there is nothing."""
+    """The quoted parts of a prompt, with spaces between them; empty if there are none."""
     return read_quotes(prompt).text
 
 
-def _without_escapes(prompt: str) -> str:
-    """The prompt without what CSV, JSON and HTML make of quotation marks."""
+def _unescape(prompt: str) -> str:
+    """The prompt without the escapes that CSV, JSON and HTML have for quotation marks."""
     field = CSV_FIELD.fullmatch(prompt)
     if field and '""' in field[1]:
         prompt = field[1].replace('""', '"')
@@ -99,7 +99,7 @@ def _without_escapes(prompt: str) -> str:
 
 def _marks(prompt: str) -> list[_Mark]:
     found = list(MARKS.finditer(prompt))
-    # What is before the first and after the last of marks in a row is around each of them.
+    # Consecutive marks share the characters before the first and after the last of them.
     before = [prompt[match.start() - 1 : match.start()] for match in found]
     after = [prompt[match.end() : match.end() + 1] for match in found]
     for i in range(1, len(found)):
@@ -118,14 +118,14 @@ def _family(sign: str) -> int:
     return next((number for number, signs in enumerate(FAMILIES) if sign in signs), 0)
 
 
-def _pair_by_place(marks: list[_Mark]) -> tuple[list[_Span], bool]:
-    """Pair marks by what stands around them, quotes in quotes included; whether none is left over."""
+def _pair_by_context(marks: list[_Mark]) -> tuple[list[_Span], bool]:
+    """Pair marks by the characters around them, with nested quotes; also whether every mark has a partner."""
     spans, paired = [], True
     opened: list[_Mark] = []
     places: list[list[int]] = [[] for _ in FAMILIES]  # in `opened`, of the marks of each family
     for mark in marks:
         fitting = places[mark.family]
-        if not fitting and _means_inches(mark):
+        if not fitting and _is_inch_mark(mark):
             continue
         if _opens(mark, opened[fitting[-1]] if fitting else None):
             fitting.append(len(opened))
@@ -143,13 +143,13 @@ def _pair_by_place(marks: list[_Mark]) -> tuple[list[_Span], bool]:
 
 
 def _pair_in_turn(marks: list[_Mark]) -> tuple[list[_Span], bool]:
-    """Pair each mark with the next one of its family; whether none is left over."""
+    """Pair each mark with the next one of its family; also whether every mark has a partner."""
     spans, opened = [], None
     for mark in marks:
         if opened is None:
-            if mark.before.isalnum() and not mark.after.strip() and not _means_inches(mark):
-                return [], False  # it can only close
-            opened = None if _means_inches(mark) else mark
+            if mark.before.isalnum() and not mark.after.strip() and not _is_inch_mark(mark):
+                return [], False  # a closing mark
+            opened = None if _is_inch_mark(mark) else mark
         elif mark.family == opened.family:
             spans.append(_span(opened, mark))
             opened = None
@@ -160,12 +160,12 @@ def _span(opening: _Mark, closing: _Mark) -> _Span:
     return _Span(opening.start, opening.end, closing.start, closing.end)
 
 
-def _means_inches(mark: _Mark) -> bool:
+def _is_inch_mark(mark: _Mark) -> bool:
     return mark.sign in INCHES and mark.before.isdigit()
 
 
 def _opens(mark: _Mark, opened: _Mark | None) -> bool:
-    """Whether a mark opens a quote, where `opened` is the last one of its family that is open."""
+    """Whether a mark opens a quote; `opened` is the last open mark of its family."""
     before, after = mark.before, mark.after
     gap_before, gap_after = not before.strip(), not after.strip()
     if (gap_before or before in "([{") and after.isalnum():
@@ -178,7 +178,7 @@ def _opens(mark: _Mark, opened: _Mark | None) -> bool:
         return opened is None
     if mark.sign in OPENING:
         return opened is None or CLOSED_BY_OPENING.get(opened.sign) != mark.sign
-    # Of a mark that has no side of its own, letters and spaces around it tell more than punctuation.
+    # For a mark that can open and close, letters and spaces around it count more than punctuation.
     left = not gap_after and (after.isalnum() or not before.isalnum())
     right = not gap_before and (before.isalnum() or not after.isalnum())
     return left if left != right else opened is None
@@ -193,7 +193,7 @@ def _outermost(spans: list[_Span]) -> list[_Span]:
 
 
 def _inside(prompt: str, span: _Span, enclosed: dict[tuple[int, int], _Span]) -> str:
-    """What a span holds; of quotes that hold nothing but quotes, what those hold."""
+    """The text in a span; for quotes around quotes, the text in the innermost ones."""
     while inner := enclosed.get((span.inner_start, span.inner_end)):
         span = inner
     return prompt[span.inner_start : span.inner_end]

@@ -55,7 +55,7 @@ class RemoteReward:
         max_retries (`int`, *optional*):
             How often a request is sent again, within `timeout`, after its connection failed (refused ones included) or
             the answer was a status that means "later": 408, 425, 429 and 5xx but 501 and 505. Not after the server
-            told that the reward itself failed. The time in between doubles each time up to 8 seconds, with jitter,
+            said that the reward itself failed. The time in between doubles each time up to 8 seconds, with jitter,
             and is at least what the server asks for. Defaults to as often as there is time for.
         batch_size (`int`, *optional*, defaults to `16`):
             Number of images in one request.
@@ -109,10 +109,10 @@ class RemoteReward:
             log_metric, log_extra (`Callable`, *optional*):
                 Not used.
             columns (`list`):
-                The other columns of the dataset by name, one value an image.
+                The other columns of the dataset by name, one value per image.
 
         Returns:
-            `list[float | Exception | None]`: One value an image, `None` where the reward does not apply, a
+            `list[float | Exception | None]`: One value per image, `None` where the reward does not apply, a
             [`RewardError`] where the reward failed for that image alone, or where the request with it was refused
             and another one was not.
 
@@ -232,10 +232,9 @@ class RemoteReward:
             kind = RefusedRequestError if 400 <= status < 500 and status not in ABOUT_ALL else RewardError
             raise kind(f"The reward server at {self.url} answered {status}: {self._reason(answer)}{fix}")
         content = _parse(answer)
-        told = redact(answer.decode("utf-8", "replace"), self._token)
         values = content.get("values") if isinstance(content, dict) else None
         if not isinstance(values, list):
-            raise RewardError(f"What answers at {self.url} is no reward server; it said {start_of(told)}.")
+            raise RewardError(f"What answers at {self.url} is no reward server; it said {self._quote(answer)}.")
         if len(values) != number:
             raise RewardError(f"The reward server at {self.url} answered {len(values)} values for {number} images.")
         return [self._value(value) for value in values]
@@ -243,11 +242,10 @@ class RemoteReward:
     def _reason(self, answer: bytes) -> str:
         """Why a request was not answered with values: what a reward server says, or the start of anything else."""
         reason = _error_of(answer)
-        return (
-            start_of(redact(answer.decode("utf-8", "replace"), self._token))
-            if reason is None
-            else redact(reason, self._token)
-        )
+        return self._quote(answer) if reason is None else redact(reason, self._token)
+
+    def _quote(self, answer: bytes) -> str:
+        return start_of(redact(answer.decode("utf-8", "replace"), self._token))
 
     def _value(self, value: Any) -> float | Exception | None:
         match value:
@@ -257,10 +255,10 @@ class RemoteReward:
                 return RewardError(redact(message, self._token))
             case int() | float() if not isinstance(value, bool) and abs(value) <= FLOAT32_MAX:
                 return float(value)
-        told = start_of(redact(json.dumps(value), self._token))
+        quoted = self._quote(json.dumps(value).encode("ascii"))
         raise RewardError(
-            f"The reward server at {self.url} answered {told} for an image; a value is a finite number, or null where "
-            "the reward does not apply."
+            f"The reward server at {self.url} answered {quoted} for an image; a value is a finite number, or null "
+            "where the reward does not apply."
         )
 
 

@@ -1,5 +1,5 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
-"""Reads one value that a reward returned, of whatever number type it is."""
+"""Convert one value that a reward returned, of any number type."""
 
 import math
 from decimal import Decimal
@@ -12,19 +12,19 @@ from torch import Tensor
 
 def to_number(value: Any) -> float:
     """
-    Convert what a reward returned for one image.
+    Convert the value that a reward returned for one image.
 
     Args:
         value (`Any`):
-            A number of Python (also `bool`, `Fraction`, `Decimal`), NumPy or torch, alone or in an array or tensor of
-            one element, or `None`.
+            A number of Python (also `bool`, `Fraction`, `Decimal`), NumPy or torch, also as an array or tensor of one
+            element, or `None`.
 
     Returns:
-        `float`: NaN for `None`, and for an element that a masked array leaves out; infinite for a number that is too
-        large for a float.
+        `float`: NaN for `None` and for a masked element of a masked array; infinite for a number that is too large for
+        a float.
 
     Raises:
-        `TypeError`: If it is not a number. Texts and complex numbers are none, whatever they hold.
+        `TypeError`: If it is not a number. Texts and complex numbers are refused whatever their value.
     """
     if isinstance(value, np.ndarray) and value.size == 1 and value.dtype.kind in "biufO":
         value = value.reshape(1).tolist()[0]
@@ -32,7 +32,7 @@ def to_number(value: Any) -> float:
         value = value.item()
     if value is None:
         return math.nan
-    # NumPy has its time spans among the integers, and its bool not; `Decimal` is not a `Real` either.
+    # NumPy's time spans are `Real`, its bool is not, and neither is `Decimal`.
     if not isinstance(value, Real | Decimal | np.bool_) or isinstance(value, np.timedelta64):
         raise TypeError(f"{type(value).__name__} is not a number")
     number: Any = value
@@ -40,5 +40,5 @@ def to_number(value: Any) -> float:
         return float(number)
     except OverflowError:
         return math.inf if number > 0 else -math.inf
-    except ValueError as error:  # a NaN of `Decimal` that signals
+    except ValueError as error:  # a signalling NaN of `Decimal`
         raise TypeError(f"{value!r} is not a number") from error

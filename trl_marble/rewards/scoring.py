@@ -1,5 +1,5 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
-"""Scores batches of images or videos with several rewards at once, while the next batch is being sampled."""
+"""Score batches of images or videos with several rewards at once, while the next batch is sampled."""
 
 import functools
 import inspect
@@ -16,7 +16,7 @@ from ..media import Sample, to_rgb, to_tensor
 from .call_log import LOG_KEYWORDS, CallLog, LogKey, join_extras
 from .frame_reward import FrameReward
 from .model_reward import ModelReward
-from .parameters import accepts_certainly
+from .parameters import accepts_log_function
 from .protocol import (
     BrokenRewardError,
     InfiniteRewardError,
@@ -31,12 +31,12 @@ from .protocol import (
 from .threads import EventLoopThread, Worker, wait_until
 
 
-# What is raised for code that cannot work, whatever the image. To leave out failed images would hide it.
+# Exceptions of code that is wrong whatever the image. Leaving out the failed images would hide it.
 MISTAKES = (TypeError, NameError, AttributeError, ImportError, NotImplementedError)
 
 
 class PendingScores(NamedTuple):
-    """Scores on their way: a future for each reward, the prompts they are for, and what each call logs."""
+    """Scores that are being computed: one future per reward, the prompts, and the log of each call."""
 
     futures: list[Future]
     prompts: list[str]
@@ -48,26 +48,26 @@ class PendingScores(NamedTuple):
         return all(future.done() for future in self.futures)
 
     def cancel(self) -> None:
-        """Drop the calls that have not begun, and interrupt async ones."""
+        """Drop the calls that have not begun, and cancel async ones."""
         for future in self.futures:
             future.cancel()
 
 
 class Scores(NamedTuple):
     """
-    What the rewards said.
+    The scores of a batch by all rewards.
 
     Args:
         rewards (`Tensor` of shape `[K, B]`, float32):
-            NaN where a reward does not apply or failed.
+            The scores; NaN where a reward does not apply or failed.
         failed (`Tensor` of shape `[K, B]`, bool):
             Where a reward failed.
         errors (`list` of [`RewardError`]):
-            Each failure, with what raised it as its cause.
+            Each failure, with the exception of the reward as its cause.
         metrics (`Mapping[tuple[str, str], list[float]]`, *optional*):
-            What rewards logged with `log_metric`: reward and metric -> its numbers.
+            Numbers that rewards logged with `log_metric`: reward and metric -> its numbers.
         extras (`Mapping[tuple[str, str], list]`, *optional*):
-            What rewards logged with `log_extra`: reward and column -> B values, `None` where there is none.
+            Columns that rewards logged with `log_extra`: reward and column -> B values, `None` where there is none.
     """
 
     rewards: Tensor
@@ -78,7 +78,7 @@ class Scores(NamedTuple):
 
     @staticmethod
     def concatenate(parts: "Sequence[Scores]") -> "Scores":
-        """The scores of several batches as those of one."""
+        """Join the scores of several batches."""
         keys = dict.fromkeys(key for part in parts for key in part.metrics)
         return Scores(
             torch.cat([part.rewards for part in parts], dim=1),
@@ -93,15 +93,15 @@ class RewardScorer:
     """
     Calls the rewards of a run.
 
-    Sync rewards run on one thread each, so a reward is never called twice at the same time and need not be
-    thread-safe; async rewards share one event loop. Threads are started on first use and end with [`close`]. No thread
-    keeps the interpreter from ending.
+    Each sync reward has its own thread, so a reward is never called twice at the same time and need not be
+    thread-safe; async rewards share one event loop. Threads are started when they are first used and end with
+    [`close`]. No thread prevents the interpreter from ending.
 
     Args:
         reward_funcs (`str`, `RewardFunc` or a list of them):
-            The rewards; strings are those of [`load_reward`]. The list is not changed.
+            The rewards; strings are names for [`load_reward`]. The list is not changed.
         timeout (`float`, *optional*):
-            Longest time in seconds that [`collect`] waits. Defaults to waiting for ever.
+            Longest time in seconds that [`collect`] waits. Defaults to no limit.
 
     Attributes:
         names (`list[str]`): The unique name of each reward.
@@ -133,9 +133,9 @@ class RewardScorer:
             prompts (`list[str]`):
                 Their prompts.
             columns (`dict[str, list]`):
-                The other columns of the dataset, one value a sample.
+                The other columns of the dataset, one value per sample.
             trainer_state ([`~transformers.TrainerState`]):
-                Passed on to the rewards.
+                Passed to the rewards.
         """
         keyword = "videos" if isinstance(samples[0], list) else "images"
         futures, logs = [], []
@@ -145,8 +145,8 @@ class RewardScorer:
             kwargs[keyword] = to_tensor(samples) if as_tensor else _own_lists(samples)
             kwargs |= {"prompts": list(prompts), "trainer_state": trainer_state}
             log = CallLog(len(prompts))
-            # Rewards that were written without them, and take no others, go on working.
-            kwargs |= {keyword: getattr(log, keyword) for keyword in LOG_KEYWORDS if accepts_certainly(func, keyword)}
+            # Only to rewards that accept them: others work without.
+            kwargs |= {key: getattr(log, key) for key in LOG_KEYWORDS if accepts_log_function(func, key)}
             futures.append(self._start(func, name, kwargs))
             logs.append(log)
         return PendingScores(futures, list(prompts), logs)
@@ -155,19 +155,20 @@ class RewardScorer:
         """
         Wait for scores.
 
-        A reward fails for all images of a call by raising or by taking too long, and for single images by answering
-        an exception, or an infinite number ([`InfiniteRewardError`]), in the place of a number. All are told in the
-        result, so that the caller can decide.
+        A reward fails for all images of a call if it raises or takes too long, and for single images if it returns an
+        exception or an infinite number ([`InfiniteRewardError`]) for them. The result has all failures, and the caller
+        decides what to do.
 
         Args:
             pending ([`PendingScores`]):
-                What [`submit`] gave.
+                The result of [`submit`].
             deadline (`float`, *optional*):
-                When to stop waiting, as `time.monotonic()` counts: one for several batches, so that their waits do not
-                add up. Defaults to `timeout` seconds from now.
+                When to stop waiting, in the time of `time.monotonic()`. With the same deadline for several batches
+                their waits do not add up. Defaults to `timeout` seconds from now.
 
         Raises:
-            [`RewardError`]: If a reward answered what is neither a reward nor a failure: that is a mistake in it.
+            [`RewardError`]: If a reward returned something that is neither a reward nor a failure, which is a mistake
+                in its code.
         """
         if deadline is None and self.timeout is not None:
             deadline = time.monotonic() + self.timeout
@@ -184,22 +185,22 @@ class RewardScorer:
 
     def failures(self, pending: PendingScores) -> list[RewardError]:
         """
-        The failures of the calls that have ended by now.
+        The failures of those calls that have ended.
 
         Args:
             pending ([`PendingScores`]):
-                What [`submit`] gave.
+                The result of [`submit`].
 
         Raises:
-            [`RewardError`]: As [`collect`] does.
+            [`RewardError`]: As in [`collect`].
         """
         ended = [(future, name) for future, name in self._named(pending) if future.done()]
         return [error for future, name in ended for error in self._read(future, name, pending.prompts).errors]
 
     def to(self, device: torch.device, dtype: torch.dtype) -> None:
         """
-        Let the rewards that are models score on a device, in a dtype unless they chose their own. All rewards find it
-        as the current device, which each thread has its own of.
+        Set the device of the rewards that are models, and their dtype unless they have their own. It also becomes the
+        current device of every thread of a reward.
         """
         self._device = device
         for func in self.funcs:
@@ -207,7 +208,7 @@ class RewardScorer:
                 func.to(device, dtype)
 
     def release(self) -> None:
-        """Let the rewards that are models leave the device, where they were asked to."""
+        """Move the rewards that are models with `offload` to the CPU."""
         for func in self.funcs:
             if isinstance(func, ModelReward | FrameReward):
                 func.release()
@@ -216,8 +217,8 @@ class RewardScorer:
         """
         Stop the threads. They start again when needed.
 
-        Calls that wait for their turn are dropped, async ones are interrupted, and a sync one that runs is left
-        behind: nothing can end it, and it may hang.
+        Calls that have not begun are dropped and async calls are cancelled. A sync call that is running goes on, since
+        nothing can end it, but nobody waits for it.
         """
         for worker in self._threads.values():
             worker.stop()
@@ -230,9 +231,9 @@ class RewardScorer:
         return list(zip(pending.futures, self.names, strict=True))
 
     def _read(self, future: Future, name: str, prompts: list[str]) -> Scores:
-        """What one reward answered. A call that has not ended by now is given up."""
+        """The scores of one reward. A call that has not ended has failed."""
         answer = self._answer(future)
-        if isinstance(answer, BaseException):  # not even an exit on a thread of a reward is one of the run
+        if isinstance(answer, BaseException):  # also SystemExit: on the thread of a reward it does not end the run
             nothing = torch.full((1, len(prompts)), torch.nan)
             return Scores(nothing, nothing.isnan(), [_failure(name, answer, prompts, name in self._answered)])
         answer = errors_for_infinite(answer, name, prompts)
@@ -248,9 +249,9 @@ class RewardScorer:
         return Scores(rewards[None], failed[None], errors)
 
     def _answer(self, future: Future) -> Any:
-        """What a call returned, or the exception that it raised or that came of waiting too long."""
+        """The value that a call returned, or the exception that it raised, or a `TimeoutError`."""
         if not future.done():
-            future.cancel()  # for a call that still waits for its turn, or an async one
+            future.cancel()  # has an effect if the call has not begun or is async
             return TimeoutError(f"no answer after {self.timeout:g} seconds (`reward_timeout`)")
         try:
             error = future.exception()
@@ -269,7 +270,7 @@ class RewardScorer:
 
 
 def _failure(name: str, error: BaseException, prompts: list[str], has_answered: bool) -> RewardError:
-    """What to tell of a failure for some images."""
+    """The error for a failure, with the prompts of its images."""
     number = "one image" if len(prompts) == 1 else f"batch of {len(prompts)} images"
     text = f"Reward `{name}` raised {type(error).__name__}: {error} ({number} for {most_common_prompts(prompts)})."
     failure: RewardError
@@ -284,7 +285,7 @@ def _failure(name: str, error: BaseException, prompts: list[str], has_answered: 
 
 
 def _is_async(func: Any) -> bool:
-    """Whether calling a reward gives a coroutine: an async function or an object with an async `__call__`."""
+    """Whether a reward is an async function, or an object with an async `__call__`."""
     while isinstance(func, functools.partial):
         func = func.func
     if isinstance(func, FrameReward):
@@ -293,5 +294,5 @@ def _is_async(func: Any) -> bool:
 
 
 def _own_lists(samples: Sequence[Sample]) -> list[Sample]:
-    """The same images, in RGB, in lists that a reward may change."""
+    """The images in RGB, in new lists that a reward may change."""
     return [[to_rgb(frame) for frame in sample] if isinstance(sample, list) else to_rgb(sample) for sample in samples]

@@ -7,7 +7,6 @@ Serves rewards over HTTP, for a trainer on another machine. Needs the extra `ser
 The client is [`~trl_marble.rewards.remote.RemoteReward`]; what it sends is in `server_messages.py`.
 """
 
-import argparse
 import asyncio
 import logging
 import os
@@ -16,12 +15,14 @@ import threading
 import time
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import dataclass, field
 from http import HTTPStatus
-from typing import Self
+from typing import Any, Self
 
 from PIL import Image
+from transformers import HfArgumentParser
 
-from ..extras import require_extra
+from ..extras import MissingExtraError, require_extra
 from .http_client import check_secret, is_loopback
 from .model_reward import ModelReward
 from .protocol import RewardFunc, check_media, reward_names, validate_reward_funcs
@@ -59,14 +60,9 @@ class RewardServer:
             Port to listen on; 0 takes a free one, see `url`.
         token (`str`, *optional*):
             What clients must know. Needed unless `host` is this machine's own (loopback).
-        max_bytes (`int`, *optional*, defaults to `2**28`):
-            Largest body of a request.
-        max_images (`int`, *optional*, defaults to `256`):
-            Largest number of images in a request.
-        max_pixels (`int`, *optional*, defaults to `2**27`):
-            Largest number of pixels of all images of a request.
-        timeout (`float`, *optional*, defaults to `60.0`):
-            Longest time in seconds that a request may take to arrive.
+        limits (`Any`):
+            `max_bytes`, `max_images`, `max_pixels` and `timeout` of
+            [`~trl_marble.rewards.server_http.RequestLimits`].
 
     Attributes:
         names (`list[str]`): The name of each reward.
@@ -84,12 +80,9 @@ class RewardServer:
         host: str = "127.0.0.1",
         port: int = 8100,
         token: str | None = None,
-        max_bytes: int = 2**28,
-        max_images: int = 256,
-        max_pixels: int = 2**27,
-        timeout: float = 60.0,
+        **limits: Any,
     ) -> None:
-        limits = RequestLimits(max_bytes, max_images, max_pixels, timeout)
+        checked = RequestLimits(**limits)
         token = check_secret(token, "token")
         if token is None and not is_loopback(host):
             raise ValueError(
@@ -101,7 +94,7 @@ class RewardServer:
         check_media(funcs, self.names, "image", "a client of the server")
         self._scorers = {name: RewardScorer([func]) for name, func in zip(self.names, funcs, strict=True)}
         self._turns = {name: asyncio.Lock() for name in self.names}
-        self._server = make_server(make_app(self._score, self.names, token, limits), timeout)
+        self._server = make_server(make_app(self._score, self.names, token, checked), checked.timeout)
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self._socket = socket.create_server((host, port), family=family)
         shown = f"[{host}]" if ":" in host else host
@@ -155,34 +148,37 @@ class RewardServer:
         return values
 
 
+@dataclass
+class ServerArguments:
+    """What to serve, and where."""
+
+    rewards: list[str] = field(metadata={"help": "Known names, or dotted paths such as my_rewards.brightness."})
+    host: str = field(default="127.0.0.1", metadata={"help": "Address to listen on."})
+    port: int = field(default=8100, metadata={"help": "Port to listen on; 0 takes a free one."})
+    device: str = field(default="cpu", metadata={"help": "Device of the rewards that are models."})
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(
+    kinds: Any = (ServerArguments, RequestLimits)
+    parser = HfArgumentParser(
+        kinds,
         prog="python -m trl_marble.rewards.server",
         description="Serve rewards over HTTP. The token that clients must know is the value of the environment "
-        f"variable {TOKEN_VARIABLE}: an argument could be seen by every user of the machine.",
+        f"variable {TOKEN_VARIABLE}: every user of the machine could see an argument.",
     )
-    parser.add_argument("--rewards", nargs="+", required=True, help="known names or dotted paths: my_rewards.func")
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
-    parser.add_argument("--port", type=int, default=8100, help="port; 0 takes a free one (default: %(default)s)")
-    parser.add_argument("--device", default="cpu", help="device of rewards that are models (default: %(default)s)")
-    parser.add_argument("--max-bytes", type=int, default=2**28, help="largest body (default: %(default)s)")
-    parser.add_argument("--max-images", type=int, default=256, help="images in a request (default: %(default)s)")
-    parser.add_argument("--max-pixels", type=int, default=2**27, help="pixels in a request (default: %(default)s)")
-    parser.add_argument("--timeout", type=float, default=60.0, help="seconds to send a request (default: %(default)s)")
-    chosen = vars(parser.parse_args(arguments))
-    device = chosen.pop("device")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     try:
-        rewards = validate_reward_funcs(chosen.pop("rewards"))
+        args, limits = parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
+        rewards = validate_reward_funcs(args.rewards)
         for reward in rewards:
             if isinstance(reward, ModelReward):
-                reward.to(device)
-        server = RewardServer(rewards, token=os.environ.get(TOKEN_VARIABLE), **chosen)
-    except (ValueError, OSError) as error:
+                reward.to(args.device)
+        server = RewardServer(rewards, args.host, args.port, os.environ.get(TOKEN_VARIABLE), **vars(limits))
+    except (ValueError, OSError, MissingExtraError) as error:
         parser.error(str(error))
-    print(f"Serving {', '.join(server.names)} at {server.url}", flush=True)
     with suppress(KeyboardInterrupt):  # which uvicorn raises again when it has stopped
+        print(f"Serving {', '.join(server.names)} at {server.url}", flush=True)
         server.run()
     server.close()
 

@@ -7,7 +7,7 @@ import json
 import logging
 import math
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from http import HTTPStatus
 from typing import Any
@@ -30,12 +30,27 @@ MAX_CONNECTIONS = 64  # more are answered "503 Service Unavailable"; the client 
 
 @dataclass(frozen=True)
 class RequestLimits:
-    """How much a client may ask for at once, see [`~trl_marble.rewards.server.RewardServer`]."""
+    """
+    Limits of one request.
 
-    max_bytes: int
-    max_images: int
-    max_pixels: int
-    timeout: float
+    Args:
+        max_bytes (`int`, *optional*, defaults to `2**28`):
+            Largest body.
+        max_images (`int`, *optional*, defaults to `256`):
+            Largest number of images.
+        max_pixels (`int`, *optional*, defaults to `2**27`):
+            Largest number of pixels of all images.
+        timeout (`float`, *optional*, defaults to `60.0`):
+            Longest time in seconds until the request has arrived.
+
+    Raises:
+        `ValueError`: If a limit is not positive and finite.
+    """
+
+    max_bytes: int = field(default=2**28, metadata={"help": "Largest body of a request."})
+    max_images: int = field(default=256, metadata={"help": "Largest number of images in a request."})
+    max_pixels: int = field(default=2**27, metadata={"help": "Largest number of pixels of all images of a request."})
+    timeout: float = field(default=60.0, metadata={"help": "Longest time in seconds until a request has arrived."})
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
@@ -188,7 +203,8 @@ class _Protocol(H11Protocol):
         return self.cycle is not None and not self.cycle.more_body
 
     def _hang_up(self) -> None:
-        if not self._has_arrived or self.cycle.response_started:  # the latter: nor does a client stay that was refused
+        # A client that was refused and keeps its connection open has to go, too.
+        if not self._has_arrived or self.cycle.response_started:
             reason = f"The request did not arrive within {self._seconds:g} seconds."
             self._refuse(HTTPStatus.REQUEST_TIMEOUT, reason)
 

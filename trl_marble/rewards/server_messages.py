@@ -7,7 +7,7 @@ One request, `POST /score/<reward>` with the JSON
     {"images": [<PNG file in base64>, ...], "prompts": [<text>, ...], "columns": {<name>: [<value>, ...], ...}}
 
 is answered with `{"values": [...]}`: a number, `null` where the reward does not apply, or `{"error": <text>}` where it
-failed for that image alone. Every other answer is `{"error": <text>}` with a status that says who has to mend what.
+failed for that image only. Every other answer is `{"error": <text>}` with an error status.
 """
 
 import base64
@@ -143,7 +143,7 @@ def encode_values(values: Any, name: str, prompts: list[str]) -> list[float | di
 
     Args:
         values (`list`, `np.ndarray` or `torch.Tensor`):
-            One value an image: a number, `None` or NaN where the reward does not apply, or an exception where it
+            One value per image: a number, `None` or NaN where the reward does not apply, or an exception where it
             failed for that image alone.
         name (`str`):
             Name of the reward, for messages.

@@ -1,5 +1,5 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
-"""Whether rewards can be called with what there is for them, before anything is sampled."""
+"""Check, before anything is sampled, that rewards accept the keywords that they are called with."""
 
 import difflib
 import functools
@@ -22,7 +22,7 @@ def check_signatures(
     dataset: str,
 ) -> None:
     """
-    Refuse rewards that every call would fail for, by their parameters. What cannot be inspected is let pass.
+    Refuse rewards whose parameters make every call fail. Callables that cannot be inspected are accepted.
 
     Args:
         reward_funcs (`Sequence[RewardFunc]`):
@@ -34,11 +34,11 @@ def check_signatures(
         columns (`Sequence[str]`):
             The columns of the dataset, `prompt` among them.
         dataset (`str`):
-            What the user knows the dataset as, for messages.
+            The name of the dataset in messages.
 
     Raises:
-        `ValueError`: For the first one that needs a parameter that nothing gives, does not accept one that it is
-            called with, or is a class. Says how to fix it.
+        `ValueError`: For the first reward that has a required parameter without a value, does not accept a keyword
+            that it is called with, or is a class; with how to fix it.
     """
     others = [column for column in columns if column != "prompt"]
     for func, name in zip(reward_funcs, names, strict=True):
@@ -50,11 +50,11 @@ def check_signatures(
         given = [media, "prompts", "trainer_state", *others]
         shown = (
             f"Rewards are called with the keywords {_quote([media, 'prompts', 'trainer_state', *LOG_KEYWORDS])} and "
-            f"the columns of `{dataset}` ({_quote(others) if others else 'there are none but `prompt`'})."
+            f"the columns of `{dataset}` ({_quote(others) if others else 'it has only `prompt`'})."
         )
         _check_parameters(func, f"Reward `{name}`", given, LOG_KEYWORDS, shown)
         if isinstance(func, ModelReward):
-            # The images and the prompts come by position.
+            # Images and prompts are passed by position.
             _check_parameters(functools.partial(func.applies, []), f"`{name}.applies`", others, (), shown)
             _check_parameters(functools.partial(func.score, [], []), f"`{name}.score`", others, (), shown)
         if isinstance(func, RemoteReward) and (missing := [c for c in func.columns or () if c not in others]):
@@ -67,7 +67,7 @@ def check_signatures(
 def _check_parameters(
     func: Callable[..., Any], title: str, given: Sequence[str], optional: Sequence[str], shown: str
 ) -> None:
-    """Refuse a callable that needs more than what it can be given, or does not take all that it is given."""
+    """Refuse a callable with required parameters that have no value, or without some of the given ones."""
     signature = call_signature(func)
     if signature is None:
         return
@@ -79,17 +79,17 @@ def _check_parameters(
         raise ValueError(f"{title}: {_quote(by_position)} cannot be passed by keyword. Remove the `/`. {shown}")
     if missing := [p.name for p in needed if p.name not in (*given, *optional)]:
         raise ValueError(
-            f"{title}: nothing gives it {_quote(missing)}. {_nearest(missing, [*given, *optional])}Rename the "
+            f"{title}: there is no value for {_quote(missing)}. {_nearest(missing, [*given, *optional])}Rename the "
             f"parameter, give it a default, or add a column of that name. {shown}"
         )
     if refused := [keyword for keyword in given if not accepts(signature, keyword)]:
         raise ValueError(
-            f"{title} and does not accept {_quote(refused)}. Add `**kwargs` for what it does not use. {shown}"
+            f"{title} and does not accept {_quote(refused)}. Add `**kwargs` for keywords that it ignores. {shown}"
         )
 
 
 def _nearest(missing: Sequence[str], known: Sequence[str]) -> str:
-    """Which of the known names are meant, as a sentence with a space at its end; nothing where none is alike."""
+    """A sentence with the known names that are most similar, with a space at its end; empty if there are none."""
     hints = [
         f"`{near[0]}` instead of `{name}`" for name in missing if (near := difflib.get_close_matches(name, known, 1))
     ]

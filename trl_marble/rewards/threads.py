@@ -1,5 +1,5 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
-"""Threads that rewards run on. None of them keeps the interpreter from ending, whatever it does."""
+"""Threads on which rewards run. They never prevent the interpreter from ending."""
 
 import asyncio
 import atexit
@@ -16,11 +16,11 @@ from typing import Any
 import torch
 
 
-# Seconds that async rewards get to end after they were interrupted, as closing connections takes.
+# Seconds for async rewards to end after they were cancelled, for example to close connections.
 INTERRUPT_SECONDS = 1.0
-# Seconds that calls which were left behind get to end when the interpreter does.
+# Seconds for calls that are still running to end when the interpreter ends.
 EXIT_SECONDS = 2.0
-# Longest time in seconds without looking whether the user interrupts, which does not end every wait.
+# Longest wait in seconds without a check for Ctrl-C, which does not interrupt every wait.
 WAKE_SECONDS = 0.5
 
 
@@ -29,13 +29,13 @@ _started: "weakref.WeakSet[Worker | EventLoopThread]" = weakref.WeakSet()  # tho
 
 class Worker:
     """
-    Runs one call after the other on a thread of its own.
+    Runs one call after the other on its own thread.
 
-    The thread is a daemon: an executor's would keep the interpreter from ending while a reward hangs.
+    The thread is a daemon: the thread of an executor would prevent the interpreter from ending while a reward hangs.
 
     Args:
         name (`str`):
-            Of the thread.
+            Name of the thread.
         device (`torch.device`):
             The current device of the thread.
     """
@@ -62,7 +62,7 @@ class Worker:
         return future
 
     def stop(self) -> None:
-        """Drop the calls that wait for their turn, and end the thread; if a call is running, do not wait for it."""
+        """Drop the calls that have not begun, and end the thread; if a call is running, do not wait for it."""
         is_running = not all([future.cancel() for future in list(self._unfinished)])
         self._calls.put(None)
         if not is_running:
@@ -78,16 +78,16 @@ class Worker:
                 future.set_result(call())
             except BaseException as error:
                 future.set_exception(error)
-            del entry, future, call  # not to hold images while waiting for the next call
+            del entry, future, call  # free their images while waiting for the next call
 
 
 class EventLoopThread:
     """
-    Runs async calls together on one event loop, on a thread of its own.
+    Runs async calls together on one event loop, on its own thread.
 
     Args:
         name (`str`):
-            Of the thread.
+            Name of the thread.
         device (`torch.device`):
             The current device of the thread.
     """
@@ -107,18 +107,18 @@ class EventLoopThread:
         return [self._thread, *self._executor.daemons]
 
     def submit(self, call: Callable[[], Awaitable[Any]]) -> Future:
-        """Start a call beside those that run."""
+        """Start a call, while others are running."""
         return asyncio.run_coroutine_threadsafe(_await(call), self._loop)
 
     def stop(self) -> None:
-        """Interrupt all calls and end the thread; leave it behind if they do not end within a second."""
+        """Cancel all calls and end the thread; if they do not end within a second, do not wait for them."""
         if self._thread.is_alive():
             asyncio.run_coroutine_threadsafe(_cancel_other_tasks_and_stop(), self._loop)
             self._thread.join(INTERRUPT_SECONDS)
         if self._thread.is_alive():
             self._executor.shutdown()
         else:
-            self._loop.close()  # and its executor
+            self._loop.close()  # also closes its executor
 
     def _run(self) -> None:
         set_current_device(self._device)
@@ -126,7 +126,7 @@ class EventLoopThread:
 
 
 class _DaemonExecutor(ThreadPoolExecutor):
-    """What `asyncio.to_thread` runs on: threads that the interpreter does not wait for at its end."""
+    """An executor for `asyncio.to_thread` whose threads are daemons."""
 
     def __init__(self, device: torch.device) -> None:
         super().__init__()
@@ -159,13 +159,13 @@ class _DaemonExecutor(ThreadPoolExecutor):
 
 def wait_until(futures: Sequence[Future], deadline: float | None, return_when: str = ALL_COMPLETED) -> None:
     """
-    Wait for calls in a way that can be interrupted.
+    Wait for calls in a way that Ctrl-C can interrupt.
 
     Args:
         futures (`Sequence[Future]`):
             The calls.
         deadline (`float`, *optional*):
-            When to stop waiting, as `time.monotonic()` counts. `None` waits for ever.
+            When to stop waiting, in the time of `time.monotonic()`. `None` for no limit.
         return_when (`str`, *optional*, defaults to `ALL_COMPLETED`):
             What to wait for: `ALL_COMPLETED` or `FIRST_COMPLETED` of `concurrent.futures`.
     """
@@ -177,7 +177,7 @@ def wait_until(futures: Sequence[Future], deadline: float | None, return_when: s
 
 
 def set_current_device(device: torch.device) -> None:
-    """Make a device the current one of this thread; each thread begins with the first of its kind."""
+    """Set the current device of this thread; by default it is the first of its type."""
     if device.index is not None and device.type not in ("cpu", "meta"):
         torch.accelerator.set_device_index(device.index)
 
@@ -187,7 +187,7 @@ async def _await(call: Callable[[], Awaitable[Any]]) -> Any:
 
 
 async def _cancel_other_tasks_and_stop() -> None:
-    """Cancel all tasks of the running loop but this one, and stop it when they have ended."""
+    """Cancel all other tasks of the running loop, and stop it when they have ended."""
     tasks = asyncio.all_tasks() - {asyncio.current_task()}
     for task in tasks:
         task.cancel()
@@ -198,9 +198,9 @@ async def _cancel_other_tasks_and_stop() -> None:
 @atexit.register
 def _end_threads() -> None:
     """
-    End what still runs when the interpreter does, as far as that can be done within some seconds.
+    When the interpreter ends, end running calls if that is possible within some seconds.
 
-    A thread that comes back from C++, such as a model's, while the interpreter is taken down aborts the process.
+    A thread that returns from C++ code, such as that of a model, after the interpreter has ended aborts the process.
     """
     started = list(_started)
     for each in started:

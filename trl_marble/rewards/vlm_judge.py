@@ -1,5 +1,5 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
-"""A vision-language model behind an HTTP endpoint as a judge of images."""
+"""A vision-language model at an HTTP endpoint as a judge of images."""
 
 import asyncio
 import base64
@@ -28,8 +28,8 @@ from .protocol import RewardError
 from .retry import Attempts, RetryPolicy, asked_delay, is_permanent, means_later
 
 
-# The names of the two criteria, the scale, 'Final Score:' and the last line are what UnifiedReward was trained to read
-# and to answer (pointwise scoring of image generation).
+# UnifiedReward was trained with the names of the two criteria, the scale, 'Final Score:' and the last line (pointwise
+# scoring of image generation).
 UNIFIED_REWARD_TEMPLATE = """\
 You see an image that was generated from a text caption. Evaluate this image on two key criteria:
 1. Alignment with the Caption: does the image show what the caption asks for? Look at the objects, their attributes \
@@ -40,38 +40,38 @@ Your task is provided as follows:
 Text Caption: [{prompt}]"""
 
 LARGEST_ANSWER = 2**22  # bytes; far more than a model writes about an image
-# What servers give as the reason why an answer ended, where the model itself ended it.
+# The `finish_reason` of servers for an answer that the model itself ended.
 ENDED_BY_MODEL = ("stop", "eos", "eos_token", "stop_sequence", "end_turn")
 
 
 class NoAnswerError(RewardError):
-    """A request that the judge did not answer, whatever was asked."""
+    """A request that the judge did not answer, for a reason other than its content."""
 
 
 class UnscoredError(RewardError):
-    """An answer of the judge that is no score for the image."""
+    """An answer of the judge without a certain score for the image."""
 
 
 class RefusedImageError(UnscoredError):
-    """A request that the endpoint refused, perhaps because of its image or prompt, perhaps as it would any."""
+    """A request that the endpoint refused, because of its image or prompt or for a general reason."""
 
 
 class VLMJudge:
     """
     A vision-language model that judges how well an image shows its prompt and how good it looks.
 
-    The model is behind an OpenAI-compatible endpoint: vLLM, SGLang or a service. Template, label and range are those
-    of UnifiedReward (https://huggingface.co/papers/2503.05236), scored pointwise; others fit every model that can
-    follow them. The wording of the template is our own. To compare with numbers published for a model, pass the
-    template of its authors.
+    The model is at an OpenAI-compatible endpoint: vLLM, SGLang or a service. Template, label and range are those of
+    UnifiedReward (https://huggingface.co/papers/2503.05236) with pointwise scores; with others, every model that
+    follows instructions can be a judge. The wording of the template is our own. To compare with numbers published for
+    a model, pass the template of its authors.
 
-    The value is `(score - low) / (high - low)`, so 1 to 5 becomes 0 to 1. Papers tell the score itself, `1 + 4 *
-    value`, or a fifth of it; neither changes the advantages, which are normalized.
+    The value is `(score - low) / (high - low)`, so 1 to 5 becomes 0 to 1. Papers report the score itself, `1 + 4 *
+    value`, or a fifth of it; this does not change the advantages, which are normalized.
 
-    An answer that leaves a doubt about the score is a failure of its image, never a number: one that was cut off, has
-    several scores, or a score on another scale, out of a sum, or inside of what the model thought (`<think>`).
+    An answer whose score is uncertain is a failure of its image, never a number: one that was cut off, or has several
+    scores, a score on another scale, a sum, or a score only in the thoughts of the model (`<think>`).
 
-    What has a transparent part is seen on white. Calls may overlap and may come from different event loops.
+    Transparent images are put on white. Calls may overlap and may come from different event loops.
 
     Args:
         model (`str`):
@@ -81,31 +81,30 @@ class VLMJudge:
         api_key (`str`, *optional*):
             Key of the endpoint. Defaults to the environment variable `OPENAI_API_KEY`; an empty string sends none.
         prompt_template (`str`, *optional*, defaults to `UNIFIED_REWARD_TEMPLATE`):
-            What is asked about each image. `{prompt}` stands for its prompt; other braces are left alone.
+            The question about each image. `{prompt}` is replaced by its prompt; other braces stay.
         score_label (`str`, *optional*, defaults to `"Final Score"`):
-            The words in front of the score in the model's answer, in any case. UnifiedReward 2.0 writes three:
-            `"Alignment Score"`, `"Coherence Score"` and `"Style Score"`, each of which makes a reward of its own.
+            The words before the score in the model's answer, in any case. UnifiedReward 2.0 writes three scores, each
+            of which can be a reward: `"Alignment Score"`, `"Coherence Score"` and `"Style Score"`.
         score_range (`tuple[float, float]`, *optional*, defaults to `(1.0, 5.0)`):
             Lowest and highest score. A score outside is a failure; it is not clipped.
         request_options (`dict`, *optional*):
-            More of the request, over `{"temperature": 0, "max_tokens": 512}`, such as `{"chat_template_kwargs":
-            {"enable_thinking": False}}`. `None` as a value leaves an option out.
+            Further fields of the request, such as `{"chat_template_kwargs": {"enable_thinking": False}}`. They are
+            added to `{"temperature": 0, "max_tokens": 512}`; `None` as a value removes a field.
         max_concurrency (`int`, *optional*, defaults to `16`):
-            Largest number of requests under way at the same time, over all calls of the process.
+            Largest number of simultaneous requests, over all calls of the process.
         timeout (`float`, *optional*, defaults to `300.0`):
             Longest time in seconds for the answer for one image, retries included.
         max_retries (`int`, *optional*):
-            How often a request is sent again, within `timeout`, after its connection failed (refused ones included) or
-            the answer was a status that means "later": 408, 425, 429 and 5xx but 501 and 505. The time in between
-            doubles each time up to 8 seconds, with jitter, and is at least what the endpoint asks for. Defaults to as
-            often as there is time for.
+            How often a request is sent again, within `timeout`, after its connection failed or was refused, or after a
+            status that means "later": 408, 425, 429 and 5xx except 501 and 505. The delay doubles each time up to 8
+            seconds, with jitter, and is at least what the endpoint asks for. Defaults to no limit but `timeout`.
 
     Attributes:
         applies_to (`str`): In words, the images that the reward applies to.
         value_range (`str`): In words, the scale of the reward.
 
     Raises:
-        `ValueError`: If an argument makes no sense. No message quotes the key.
+        `ValueError`: If an argument has an impossible value. No message contains the key.
     """
 
     applies_to = "every image"
@@ -167,16 +166,14 @@ class VLMJudge:
                 Images of any mode and size.
             prompts (`list[str]`):
                 Their prompts.
-            trainer_state ([`~transformers.TrainerState`], *optional*):
-                Not used.
-            log_metric, log_extra (`Callable`, *optional*):
+            trainer_state, log_metric, log_extra (*optional*):
                 Not used.
             columns (`list`):
                 Not used.
 
         Returns:
             `list[float | Exception | None]`: For each image a value in [0, 1], or a [`RewardError`] if the judge did
-            not answer for it or did not answer a score.
+            not answer or its answer has no certain score.
 
         Raises:
             [`RewardError`]: If the endpoint refuses the key or the model, refuses every image (status 403 and the
@@ -276,24 +273,26 @@ class VLMJudge:
 
     def _value(self, response: httpx2.Response) -> float:
         """The value that an answer gives."""
-        told = self._quote(response.text)
+        body = self._quote(response.text)
         status = response.status_code
         if status in (400, 413, 422):  # about this image or prompt: too large, too long, ...
-            raise UnscoredError(f"The judge refused a request with status {status}: {told}.")
+            raise UnscoredError(f"The judge refused a request with status {status}: {body}.")
         if 400 <= status < 500 and status not in ABOUT_ALL:
-            raise RefusedImageError(f"The judge at {self.base_url} refused a request with status {status}: {told}.")
+            raise RefusedImageError(f"The judge at {self.base_url} refused a request with status {status}: {body}.")
         if status != 200:
             fix = {
                 401: " Check `api_key`.",
                 404: f" Check `base_url` and the model {self.model!r}.",
             }.get(status, "")
-            raise RewardError(f"The judge at {self.base_url} answered status {status}: {told}.{fix}")
+            raise RewardError(f"The judge at {self.base_url} answered status {status}: {body}.{fix}")
         try:
             choice = response.json()["choices"][0]
             answers = _texts(choice["message"]["content"])
             reason = choice.get("finish_reason")
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-            raise UnscoredError(f"What the judge at {self.base_url} answered is no chat completion: {told}.") from None
+            raise UnscoredError(
+                f"What the judge at {self.base_url} answered is not a chat completion: {body}."
+            ) from None
         shown = self._quote(answers[0])
         if reason and str(reason).lower() not in ENDED_BY_MODEL:
             fix = " (raise `max_tokens` in `request_options`)" if reason == "length" else ""
@@ -305,7 +304,7 @@ class VLMJudge:
         except ValueError as error:
             raise UnscoredError(f"{error} The judge answered {shown}.") from None
         if len(scores) > 1:
-            raise UnscoredError(f"The parts of the answer make no one score. The judge answered {shown}.")
+            raise UnscoredError(f"The parts of the answer have different scores. The judge answered {shown}.")
         low, high = self.score_range
         return (scores.pop() - low) / (high - low)
 

@@ -2,7 +2,6 @@
 """Rollouts: sampling and scoring, the generation batches that training uses, and where in them a run is."""
 
 from .batch import RolloutBatch, StoredBatch, training_order
-from .diversity import group_diversity, thumbnails
 from .layout import BatchLayout, Position
 from .reward_failures import FailurePolicy, count_failures
 from .reward_logs import average_logged
@@ -24,7 +23,5 @@ __all__ = [
     "StoredBatch",
     "average_logged",
     "count_failures",
-    "group_diversity",
-    "thumbnails",
     "training_order",
 ]

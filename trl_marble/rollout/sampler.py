@@ -22,7 +22,7 @@ from .reward_requests import RewardRequests
 
 class SampleBatch(NamedTuple):
     """
-    What one call of the pipeline samples from, and what the rewards are told of it.
+    What one call of the pipeline samples from, and what the rewards get with it.
 
     Args:
         prompts (`list[str]`):

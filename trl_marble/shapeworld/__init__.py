@@ -1,5 +1,5 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
-"""ShapeWorld: a pretrained text-to-image pipeline, its prompts and its rewards, all small enough for a laptop."""
+"""ShapeWorld: a pretrained text-to-image pipeline with prompts and rewards, small enough for a laptop."""
 
 from .drawing import PALETTE, SHAPES, SIZE
 from .pretrained import PIPELINE_FOLDER, ShapeWorldPipeline, load_pipeline

@@ -1,5 +1,5 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
-"""How ShapeWorld looks: its palette, its three shapes, its glyphs, and how they are drawn on 64 pixels."""
+"""Draw the pictures of ShapeWorld: its palette, three shapes and glyphs, at 64 x 64 pixels."""
 
 from dataclasses import dataclass
 from functools import lru_cache
@@ -9,10 +9,10 @@ from PIL import Image, ImageDraw, ImageFont
 
 
 SIZE = 64
-SUPERSAMPLING = 4  # pictures are drawn this many times larger and averaged down, which antialiases every edge
-MARGIN = 1.5  # pixels that objects keep from the picture's border
-GAP = 3.0  # pixels that objects keep from each other
-LETTER_GAP = 2.5  # pixels between letters, so that each one is a connected component of its own
+SUPERSAMPLING = 4  # pictures are drawn this many times larger and averaged, which antialiases every edge
+MARGIN = 1.5  # pixels between objects and the border of the picture
+GAP = 3.0  # pixels between objects
+LETTER_GAP = 2.5  # pixels between letters, so that each letter is a separate connected component
 
 PALETTE = {
     "red": (222, 44, 44),
@@ -30,7 +30,7 @@ SPECK_CONTRAST = 34  # of the dim background specks, far from any palette colour
 
 @dataclass(frozen=True)
 class Item:
-    """A shape in its place: centre `(x, y)` and half width `radius`, in pixels of the finished picture."""
+    """A shape with its centre `(x, y)` and half width `radius`, in pixels of the finished picture."""
 
     shape: str
     colour: str
@@ -41,12 +41,12 @@ class Item:
 
 @lru_cache(maxsize=256)
 def glyph_font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    """The font of every glyph: the scalable one that PIL carries, so that no font file is needed."""
+    """The font of all glyphs: the scalable font of Pillow, so that no font file is needed."""
     return ImageFont.load_default(size=size)
 
 
 def draw_shape(canvas: ImageDraw.ImageDraw, shape: str, box: tuple[float, float, float, float], fill) -> None:
-    """Fill one of `SHAPES` into the bounding box `(left, top, right, bottom)`."""
+    """Draw one of `SHAPES`, filled, into the bounding box `(left, top, right, bottom)`."""
     left, top, right, bottom = box
     if shape == "circle":
         canvas.ellipse(box, fill=fill)
@@ -63,7 +63,7 @@ def _jittered(colour: tuple[int, int, int], rng: np.random.Generator) -> tuple[i
 
 
 def draw_background(rng: np.random.Generator) -> Image.Image:
-    """A dark, muted ground with up to four dim specks, at the supersampled size."""
+    """Draw a dark background with up to four dim specks, in the supersampled size."""
     ground = tuple(int(c + rng.integers(-5, 6)) for c in BACKGROUNDS[rng.integers(len(BACKGROUNDS))])
     image = Image.new("RGB", (SIZE * SUPERSAMPLING,) * 2, ground)
     canvas = ImageDraw.Draw(image)
@@ -84,7 +84,7 @@ def draw_items(items: list[Item], rng: np.random.Generator) -> Image.Image:
 
     Args:
         items (`list[Item]`): The shapes with their places.
-        rng (`np.random.Generator`): Draws the background and the jitter of the colours.
+        rng (`np.random.Generator`): Generator for the background and the jitter of the colours.
 
     Returns:
         `PIL.Image.Image`: RGB, 64x64.
@@ -98,19 +98,19 @@ def draw_items(items: list[Item], rng: np.random.Generator) -> Image.Image:
 
 
 def draw_text(text: str, colour: str, rng: np.random.Generator) -> Image.Image:
-    """Write `text` in capitals, as large as a random size allows, at a random place of a random background.
+    """Write `text` in capitals in a random size, at a random place of a random background.
 
     Args:
         text (`str`): One to three characters.
         colour (`str`): A name in `PALETTE`.
-        rng (`np.random.Generator`): Draws background, size and place.
+        rng (`np.random.Generator`): Generator for background, size and place.
 
     Returns:
         `PIL.Image.Image`: RGB, 64x64.
     """
     smallest, largest = {1: (42, 60), 2: (30, 38), 3: (22, 26)}[len(text)]
     size = int(rng.integers(smallest, largest + 1))
-    gap, stroke = LETTER_GAP * SUPERSAMPLING, SUPERSAMPLING  # strokes thinner than this do not survive the VAE
+    gap, stroke = LETTER_GAP * SUPERSAMPLING, SUPERSAMPLING  # the VAE loses thinner strokes
     image = draw_background(rng)
     canvas = ImageDraw.Draw(image)
     while True:

@@ -1,5 +1,5 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
-"""The pretrained pipeline that the package carries."""
+"""The pretrained pipeline of this package."""
 
 from pathlib import Path
 
@@ -12,14 +12,14 @@ PIPELINE_FOLDER = Path(__file__).parent / "shapeworld-sd3"
 
 class ShapeWorldPipeline(StableDiffusion3Pipeline):
     """
-    [`StableDiffusion3Pipeline`] without the empty tokens in place of T5.
+    [`StableDiffusion3Pipeline`] without the empty tokens of a missing T5.
 
-    Where a pipeline has no T5, diffusers appends `max_sequence_length` (256 by default) all-zero tokens to the 12
-    tokens of the prompt. They carry nothing and make every step ten times as slow, so this class leaves them out.
+    If a pipeline has no T5, diffusers appends `max_sequence_length` (256 by default) all-zero tokens to the 12 tokens
+    of the prompt. They have no content and make every step ten times slower, so this class leaves them out.
 
-    The folder works in a plain [`StableDiffusion3Pipeline`] too, for the weights were trained with and without these
-    tokens. (It holds a tiny T5 that outputs zeros, because diffusers loads no Stable Diffusion 3 without one.) Called
-    with `text_encoder_3=None` and `max_sequence_length=0`, a plain pipeline gives exactly the pictures of this class.
+    The folder also works in a plain [`StableDiffusion3Pipeline`], since the weights were trained with and without
+    these tokens. (It has a tiny T5 that outputs zeros, because diffusers loads no Stable Diffusion 3 without one.)
+    With `text_encoder_3=None` and `max_sequence_length=0` a plain pipeline makes exactly the pictures of this class.
     """
 
     def _get_t5_prompt_embeds(
@@ -37,9 +37,9 @@ def load_pipeline() -> ShapeWorldPipeline:
     """
     Load the pretrained ShapeWorld pipeline, in fp32 on the CPU.
 
-    A Stable Diffusion 3 in miniature: 64-pixel pictures, 5 M parameters, a vocabulary of the words that ShapeWorld's
-    captions need (any other text is spelled byte by byte). Trained by `examples/scripts/pretrain_shapeworld.py`;
-    sample it without guidance (`guidance_scale=1`) in 8 to 10 steps. A model organism, made for quick experiments.
+    A very small Stable Diffusion 3: 64-pixel pictures, 5 M parameters, a vocabulary of the words in ShapeWorld's
+    captions (other text is encoded byte by byte). Trained by `examples/scripts/pretrain_shapeworld.py`; sample it
+    without guidance (`guidance_scale=1`) in 8 to 10 steps. It is made for quick experiments.
 
     Returns:
         [`ShapeWorldPipeline`], a [`StableDiffusion3Pipeline`]

@@ -1,5 +1,5 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
-"""What can be asked of ShapeWorld: every caption of its small language, and the prompt sets made of them."""
+"""All captions of ShapeWorld's small language, and prompt sets of them."""
 
 import json
 from dataclasses import dataclass, field
@@ -17,8 +17,8 @@ RELATIONS = ("above", "below", "left of", "right of")
 DIGITS = tuple("0123456789")
 WORDS = ("no", "go", "up", "hi", "ok", "on", "yes", "cat", "sun", "fox")
 
-# Prompts per tag in the test and in the train split: 16 a source in test; in train most are for the specialists, whose
-# rewards are the hard ones to learn. There are as many glyph prompts as there are, so that every text is among them.
+# Prompts per tag in the test and in the train split: 16 per source in test; in train most are for the specialists,
+# whose rewards are hard to learn. All glyph prompts are used, so that every text is among them.
 SPLIT_SIZES = {
     "colors": (4, 14),
     "counting": (4, 40),
@@ -32,7 +32,7 @@ SPLIT_SIZES = {
 
 @dataclass(frozen=True)
 class Group:
-    """`count = (least, most)` objects of one kind; a shape or a colour that is `None` is drawn at random."""
+    """`count = (least, most)` objects of one kind; a shape or colour of `None` is chosen at random."""
 
     count: tuple[int, int]
     colour: str | None
@@ -41,13 +41,13 @@ class Group:
 
 @dataclass(frozen=True)
 class Caption:
-    """A prompt together with what a picture of it must show.
+    """A prompt, and what a picture of it must show.
 
     Attributes:
-        prompt (`str`): The words that the model is given.
+        prompt (`str`): The prompt.
         tag (`str`): A key of `SPLIT_SIZES`; the first four are GenEval's names.
         groups (`tuple[Group, ...]`): The objects to draw; empty for glyphs.
-        relation (`str`, *optional*): Where the first object is, seen from the second: one of `RELATIONS`.
+        relation (`str`, *optional*): The position of the first object relative to the second, one of `RELATIONS`.
         text (`str`, *optional*): The glyphs to write, in upper case.
         colour (`str`, *optional*): The glyphs' colour.
     """
@@ -67,7 +67,7 @@ class Caption:
 
     @property
     def include(self) -> str | None:
-        """GenEval's `include` as JSON, so that a dataset column holds it whatever its fields; `None` elsewhere."""
+        """GenEval's `include` as JSON, so that it is text in a dataset; `None` if the caption is not compositional."""
         if self.source != "compositional":
             return None
         objects: list[dict] = [{"class": g.shape, "color": g.colour, "count": g.count[0]} for g in self.groups]
@@ -77,7 +77,7 @@ class Caption:
 
 
 def all_captions(tag: str) -> list[Caption]:
-    """Every caption of one kind, in a fixed order.
+    """All captions of one kind, in a fixed order.
 
     Args:
         tag (`str`): A key of `SPLIT_SIZES`.
@@ -135,11 +135,10 @@ def split_captions(split: str) -> list[Caption]:
 
 
 def load_prompts(split: str) -> Dataset:
-    """The prompts to train on or to evaluate on.
+    """The prompts for training or for evaluation.
 
-    No prompt is in both splits, and both are the same at every call. The pretrained pipeline has seen pictures of
-    *all* captions of the language, those of the test split too: what is held out is held out from the reinforcement
-    learning.
+    No prompt is in both splits, and both are the same at every call. The pretrained pipeline was trained on pictures
+    of *all* captions, also those of the test split: they are held out from the reinforcement learning only.
 
     Args:
         split (`str`): `"train"` (254 prompts: 134 compositional, 104 glyph, 16 free) or `"test"` (48, 16 of each).
@@ -152,7 +151,7 @@ def load_prompts(split: str) -> Dataset:
         - `tag` (`str`): GenEval's `"colors"`, `"counting"`, `"two_object"`, `"position"`, and `"digit"`, `"word"`,
           `"free"`,
         - `include` (`str` or `None`): JSON list of GenEval objects `{"class", "color", "count"}`, the first one with
-          `"position": [relation, 1]` where the prompt asks for one; `None` unless compositional,
+          `"position": [relation, 1]` if the prompt has a relation; `None` unless compositional,
         - `text` (`str` or `None`): the glyphs in upper case; `None` unless glyph.
 
     Raises:

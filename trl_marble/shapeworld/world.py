@@ -1,5 +1,5 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
-"""The seeded generator of captioned pictures."""
+"""Generate captioned pictures from a seed."""
 
 from collections.abc import Iterator
 
@@ -10,7 +10,7 @@ from .drawing import GAP, MARGIN, PALETTE, SHAPES, SIZE, Item, draw_items, draw_
 from .prompts import Caption, all_captions
 
 
-# How often each kind is drawn: what is hard to draw is drawn more often.
+# Share of each kind: kinds that are hard to draw are more frequent.
 KIND_WEIGHTS = {
     "colors": 0.15,
     "counting": 0.14,
@@ -39,11 +39,11 @@ def _satisfies(relation: str | None, x: np.ndarray, y: np.ndarray) -> bool:
 
 
 def place(count: int, relation: str | None, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Random places for objects that neither overlap nor leave the picture, by rejection.
+    """Random places for objects, by rejection, so that they neither overlap nor leave the picture.
 
     Args:
         count (`int`): Number of objects.
-        relation (`str` or `None`): Where the first of two objects is, seen from the second.
+        relation (`str` or `None`): The position of the first of two objects relative to the second.
         rng (`np.random.Generator`): The source of all randomness.
 
     Returns:
@@ -86,7 +86,7 @@ def draw_picture(caption: Caption, rng: np.random.Generator) -> Image.Image:
 
 
 def generate(count: int, seed: int) -> Iterator[tuple[Caption, Image.Image]]:
-    """Captioned pictures of every kind, `KIND_WEIGHTS` often each.
+    """Captioned pictures of all kinds, with the shares of `KIND_WEIGHTS`.
 
     Args:
         count (`int`): Number of pictures.

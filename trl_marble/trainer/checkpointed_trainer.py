@@ -99,11 +99,11 @@ class CheckpointedTrainer(Trainer):
             self._save_on_failure(error)
             raise
         if self._saved_step > 0:
-            self._settle(Path(self._get_output_dir(None)) / f"{PREFIX_CHECKPOINT_DIR}-{self._saved_step}")
+            self._catch_up(Path(self._get_output_dir(None)) / f"{PREFIX_CHECKPOINT_DIR}-{self._saved_step}")
         return output
 
     def _compare_settings(self, checkpoint: Path) -> None:
-        """Say where the run goes on, and with what that is not as it was."""
+        """Say where the run goes on, and with which settings that have changed."""
         now, history = describe_settings(self.args), load_settings(checkpoint)
         if history:
             self._changed_settings = find_changes(history[-1].settings, now)
@@ -112,13 +112,13 @@ class CheckpointedTrainer(Trainer):
             self.settings_history = history
         if self.is_world_process_zero():
             changes = describe_changes(self._changed_settings)
-            told = f" These settings are not those that it was saved with: {changes}." if changes else ""
-            logger.warning(f"Resuming from `{checkpoint}`, step {self._resumed_step}.{told}")
+            note = f" These settings are not those that it was saved with: {changes}." if changes else ""
+            logger.warning(f"Resuming from `{checkpoint}`, step {self._resumed_step}.{note}")
 
     # ---- Writing ----
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Write everything that a resumed run needs to end as the uninterrupted one does, whole or not at all."""
+        """Write everything that a resumed run needs to end as the uninterrupted one does, completely or not at all."""
         self.store_flos()
         run_folder, step = Path(self._get_output_dir(trial)), self.state.global_step
         folder = run_folder / f"{PREFIX_CHECKPOINT_DIR}-{step}"
@@ -166,13 +166,13 @@ class CheckpointedTrainer(Trainer):
         return f"random_state_{self.args.process_index}.safetensors"
 
     def _prune(self, newest: Path) -> None:
-        """Delete old checkpoints, now that a newer one is whole; not while one of them may be being pushed."""
+        """Delete old checkpoints, now that a newer one is complete; not while one of them may be being pushed."""
         if self.args.should_save and (self.push_in_progress is None or self.push_in_progress.is_done()):
             best = self.state.best_model_checkpoint
             keep = {newest} if best is None else {newest, Path(best)}
             prune_checkpoints(newest.parent, self.args.save_total_limit, keep)
 
-    def _settle(self, newest: Path) -> None:
+    def _catch_up(self, newest: Path) -> None:
         """Do after the last step what a run that was killed right after its last checkpoint has not done."""
         took_no_step = self._saved_step == self._resumed_step == self.state.global_step
         if took_no_step and self.args.push_to_hub and newest.is_dir():

@@ -43,6 +43,32 @@ def default_config(pipeline: Any) -> MarbleConfig:
     return MarbleConfig(f"{name.absolute().name}-marble")
 
 
+def check_weighting(weighting: Any, args: MarbleConfig) -> None:
+    """
+    See that a weighting that the trainer is given is used.
+
+    Raises:
+        `TypeError`: If it is not callable.
+        `ValueError`: If the settings have it, or nothing is weighted.
+    """
+    if weighting is None:
+        return
+    if not callable(weighting):
+        raise TypeError(
+            f"`weighting` is {weighting!r}; the trainer takes a callable, and `MarbleConfig(weighting=...)` a name."
+        )
+    if args.multi_objective_aggregation != "marble":
+        raise ValueError(
+            f"`weighting` has no effect with `multi_objective_aggregation={args.multi_objective_aggregation!r}`; "
+            "leave one of the two out."
+        )
+    if args.weighting != "mgda":
+        raise ValueError(
+            f"The trainer has a `weighting` of its own and `MarbleConfig` has {args.weighting!r}; leave one "
+            "of the two out."
+        )
+
+
 def build_scorers(reward_funcs: Any, eval_reward_funcs: Any, args: MarbleConfig) -> list[RewardScorer]:
     """
     What calls the rewards: those that are trained on, and the held-out ones where there are any.
@@ -121,7 +147,18 @@ def check_evaluation_prompts(
 
 
 def place_pipeline(flow: FlowPipeline, trainable: Mapping[str, Any], args: MarbleConfig) -> None:
-    """Bring a pipeline with its adapter to where it is trained, see [`~trl_marble.pipelines.place_base`]."""
+    """
+    Bring a pipeline with its adapter to where it is trained, see [`~trl_marble.pipelines.place_base`].
+
+    Raises:
+        `ValueError`: If it cannot be sharded, or is of an unknown class and its velocities are wrong.
+    """
+    if args.shard_base and flow.splits_batches:
+        raise ValueError(
+            "`shard_base=True` needs processes that call the transformer equally often, and "
+            f"{type(flow.pipeline).__name__} is called once for every different time of a micro-batch. Set "
+            "`shard_base=False`."
+        )
     place_base(
         flow,
         trainable.values(),

@@ -13,6 +13,7 @@ from accelerate.utils import is_torch_version, parse_flag_from_env
 from transformers import TrainingArguments
 
 from ..balance import OLD_POLICY_PRESETS, WEIGHTINGS
+from ..extras import EXTRAS, require_extra
 from ..losses import LOSSES, settings_of
 from ..losses.awm import AWMWeighting
 from ..setting_names import suggest_name
@@ -380,6 +381,10 @@ class MarbleConfig(TrainingArguments):
         self._check_unused()
         check_combinations(self)
         self._check_devices()
+        if self.log_images:
+            require_extra("plots", "`log_images=True`, the default,", "set `log_images=False`")
+        for tracker in EXTRAS.keys() & set(self.report_to or ()):
+            require_extra(tracker, f"`report_to={tracker!r}`")
 
     def _check_choices(self) -> None:
         for name, choices in (

@@ -22,6 +22,7 @@ from transformers.utils import logging
 from ..balance import OLD_POLICY_PRESETS, BalanceSchedule, old_policy_decay, weight_ema_decay
 from ..callbacks import LiveTableCallback, MarbleCallback, RolloutPicture, RunPictures
 from ..checkpoint.folder import check_writable
+from ..checkpoint.run_state import base_fingerprint
 from ..data import RepeatPromptSampler, prepare_prompts, source_weights
 from ..evaluation.policy_evaluation import PolicyEvaluator
 from ..evaluation.prompt_sets import prepare_evaluation_sets
@@ -37,7 +38,7 @@ from . import construction
 from .checkpointed_trainer import OPTIMIZER_FILE
 from .marble_config import MarbleConfig
 from .observed_trainer import ObservedTrainer
-from .run_state import RunState, base_fingerprint, describe_run, refuse_nonfinite_optimizer
+from .run_state import RunState, describe_run, refuse_nonfinite_optimizer
 from .unsupported_methods import WithoutPredictions
 
 
@@ -130,11 +131,7 @@ class MarbleNFTTrainer(WithoutPredictions, ObservedTrainer):
             raise TypeError(f"`args` is a {type(args).__name__}; pass a `MarbleConfig`.")
         if train_dataset is None:
             raise ValueError("`train_dataset` is missing; pass a `datasets.Dataset` with a `prompt` column.")
-        if weighting is not None and (args.multi_objective_aggregation != "marble" or args.weighting != "mgda"):
-            raise ValueError(
-                f"`weighting` of the trainer has no effect with `multi_objective_aggregation="
-                f"{args.multi_objective_aggregation!r}` and `MarbleConfig(weighting={args.weighting!r})`; pass one."
-            )
+        construction.check_weighting(weighting, args)
         train_dataset = prepare_prompts(train_dataset, "train_dataset")
         eval_dataset = None if eval_dataset is None else prepare_evaluation_sets(eval_dataset)
         self.source_weights = source_weights(train_dataset)

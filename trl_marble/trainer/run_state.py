@@ -7,14 +7,11 @@ from typing import Any
 import torch
 
 from ..balance import BalanceSchedule
-from ..checkpoint.run_state import base_fingerprint, load_state, save_state
+from ..checkpoint.run_state import load_state, save_state
 from ..nonfinite import refuse_nonfinite
 from ..pipelines import FlowPipeline, PolicyWeights
 from ..rewards import RewardScorer
 from .marble_config import MarbleConfig
-
-
-__all__ = ["RunState", "base_fingerprint", "describe_run", "refuse_nonfinite_optimizer"]
 
 
 class RunState:

@@ -115,7 +115,7 @@ ABLATIONS: dict[str, dict[str, Method]] = {
     # The main table has 0.7.
     "Smoothing of alpha": {f"ema_{round(100 * rho):02d}": _ema(rho) for rho in (0.0, 0.1, 0.3, 0.5, 0.9)},
     "What is balanced": {
-        "on_loss": Method("MARBLE, N = 1, complete losses", settings={"balance_on": "loss"}, tuned_as="marble"),
+        "on_loss": Method("MARBLE, N = 1, whole losses", settings={"balance_on": "loss"}, tuned_as="marble"),
     },
     # A measurement on a part of a step takes effect in the next step, through the moving average.
     "What of the step the Gram matrix sees": {

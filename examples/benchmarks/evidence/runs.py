@@ -302,7 +302,7 @@ def _train_stage(
     try:
         trainer.train(resume_from_checkpoint=any(folder.glob("checkpoint-*")))
     except FileNotFoundError as error:  # there are checkpoints, but none is valid
-        raise FileNotFoundError(f"{error} Delete `{folder}` to train this stage anew.") from error
+        raise FileNotFoundError(f"{error} Delete `{folder}` to train this stage again.") from error
     trainer.save_model()
     if run.has_curves:
         trainer.create_model_card(model_name=f"shapeworld-{run.method.replace('_', '-')}-seed-{run.seed}")

@@ -1,5 +1,5 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
-"""Five programmatic rewards of ShapeWorld pictures: two specialists and three generals."""
+"""Five rewards of ShapeWorld pictures, computed without a model: two specialists and three general ones."""
 
 from collections.abc import Callable, Sequence
 
@@ -12,8 +12,8 @@ def reward_funcs() -> list[Callable[..., Sequence[float | None]]]:
     """The five rewards, for the trainer's `reward_funcs`.
 
     `composition` and `reader` apply to compositional and to glyph prompts only; `coverage`, `centring` and `calm`
-    apply to every picture. All are in [0, 1], higher is better, and take keywords only: `images` and the columns of
-    `load_prompts`.
+    apply to every picture. All are in [0, 1], higher is better, and are called with keywords only: `images` and the
+    columns of `load_prompts`.
 
     Returns:
         `list[Callable]`

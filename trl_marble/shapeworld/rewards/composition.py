@@ -1,8 +1,8 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
-"""The specialist for shapes: does the picture show the objects that the prompt asks for, and where it asks for them?
+"""The specialist for shapes: does the picture show the objects of the prompt, in the positions of the prompt?
 
-A detector in the manner of GenEval (huggingface.co/papers/2310.11513) that needs no learned weights because the world
-is so small, and that gives continuous partial credit where GenEval says yes or no.
+A detector like that of GenEval (huggingface.co/papers/2310.11513), which needs no learned weights in this small world,
+and gives continuous partial credit instead of GenEval's yes or no.
 """
 
 import json
@@ -18,17 +18,17 @@ from ..drawing import PALETTE, SHAPES, draw_shape
 from .foreground import contrast
 
 
-EDGE = 0.26  # contrast at which an object's outline is drawn
+EDGE = 0.26  # contrast at the outline of an object
 SMALLEST = 12  # pixels; smaller components are not objects
 SHARPNESS = 0.05  # difference in IoU that makes one shape e times as probable as another
-POOR_IOU, GOOD_IOU = 0.6, 0.85  # IoU with the ideal shape that earns nothing, and everything
-GOOD_COLOUR, WRONG_COLOUR = 0.12, 0.5  # RGB distance to the palette that earns everything, and nothing
-SQUARE = 0.8  # ratio of width to height from which on an object counts as undistorted
+POOR_IOU, GOOD_IOU = 0.6, 0.85  # IoU with the ideal shape for the score 0, and for the score 1
+GOOD_COLOUR, WRONG_COLOUR = 0.12, 0.5  # RGB distance to the palette for the score 1, and for the score 0
+SQUARE = 0.8  # ratio of the shorter to the longer side from which an object counts as undistorted
 
 
 @dataclass(frozen=True)
 class Detection:
-    """An object found: its centre in pixels, its colour, and how well it is each shape in that colour (0 to 1)."""
+    """A detected object: its centre in pixels, its colour, and a score in [0, 1] for each shape in that colour."""
 
     x: float
     y: float
@@ -46,7 +46,7 @@ def _ideal(shape: str, height: int, width: int) -> np.ndarray:
 
 
 def _shape_scores(mask: np.ndarray) -> dict[str, float]:
-    """How well a mask that fills its box is each of the shapes, from 0 to 1."""
+    """The score in [0, 1] of a mask, which fills its box, for each of the shapes."""
     ious = np.array(
         [(mask & ideal).sum() / (mask | ideal).sum() for ideal in (_ideal(s, *mask.shape) for s in SHAPES)]
     )
@@ -60,8 +60,8 @@ def _shape_scores(mask: np.ndarray) -> dict[str, float]:
 def detect(image: Image.Image) -> list[Detection]:
     """Find the objects: connected foreground pixels of one palette colour.
 
-    A pixel's colour is the palette entry whose difference to the ground has the most similar direction, so that
-    antialiased edges, which mix object and ground, count as the object's.
+    A pixel's colour is the palette entry whose difference to the background has the most similar direction, so that
+    antialiased edges, which mix object and background, count as the object's.
 
     Args:
         image (`PIL.Image.Image`): RGB.
@@ -90,7 +90,7 @@ def detect(image: Image.Image) -> list[Detection]:
 
 
 def _relation_score(relation: str, subject: Detection, other: Detection) -> float:
-    """1 where the subject lies within about 45 degrees of the asked direction, 0 from 100 degrees on."""
+    """1 if the subject is within about 45 degrees of the direction of the relation, 0 from 100 degrees on."""
     direction = {"above": (0, -1), "below": (0, 1), "left of": (-1, 0), "right of": (1, 0)}[relation]
     offset = np.array([subject.x - other.x, subject.y - other.y])
     cosine = offset @ direction / max(float(np.hypot(*offset)), 1e-6)
@@ -98,10 +98,10 @@ def _relation_score(relation: str, subject: Detection, other: Detection) -> floa
 
 
 def score_objects(objects: list[dict], found: list[Detection]) -> float:
-    """Match what was found to what was asked for.
+    """Match the detected objects to those of the prompt.
 
-    The score is the sum over the best one-to-one matching of how well each object is what it is matched to, divided by
-    the number of objects asked for or found, whichever is larger. Half of it is for the relation where one is asked.
+    The score is the sum of the scores over the best one-to-one matching, divided by the number of objects of the
+    prompt or of detected ones, whichever is larger. If the prompt has a relation, half of the score is for it.
 
     Args:
         objects (`list[dict]`): GenEval's `include`, see `load_prompts`.
@@ -132,7 +132,7 @@ def composition(images: list[Image.Image], include: list[str | None], **kwargs) 
 
     Args:
         images (`list[PIL.Image.Image]`): RGB pictures.
-        include (`list[str | None]`): What each picture must show, as `load_prompts` has it.
+        include (`list[str | None]`): The objects of each prompt, in the form of `load_prompts`.
 
     Returns:
         `list[float | None]`: one value in [0, 1] per picture; `None` where `include` is `None`.

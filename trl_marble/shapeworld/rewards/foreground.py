@@ -1,5 +1,5 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
-"""What in a ShapeWorld picture is foreground: everything that stands out from the colour of the border."""
+"""Find the foreground of a ShapeWorld picture: all pixels that differ from the colour of the border."""
 
 import numpy as np
 from PIL import Image
@@ -8,21 +8,21 @@ from scipy import ndimage
 from ...media import to_rgb
 
 
-BORDER = 2  # pixels; the colour of the ground is the median over this frame
-# Contrast to the ground, between 0 and 1, where foreground begins and where it is full. The dim specks of the ground
-# have .13, the darkest colour of the palette has .5.
+BORDER = 2  # pixels; the colour of the background is the median over this frame
+# Contrast to the background, between 0 and 1, from which a pixel is partly and completely foreground. The dim specks
+# of the background have .13, the darkest colour of the palette has .5.
 FAINT, FULL = 0.2, 0.36
 
 
 def contrast(image: Image.Image) -> tuple[np.ndarray, np.ndarray]:
-    """Every pixel's difference to the ground.
+    """Every pixel's difference to the background.
 
     Args:
         image (`PIL.Image.Image`): RGB, any size.
 
     Returns:
-        `tuple[np.ndarray, np.ndarray]`: the signed difference `[height, width, 3]` and the ground's colour `[3]`,
-        where 1 is the whole range of a channel.
+        `tuple[np.ndarray, np.ndarray]`: the signed difference `[height, width, 3]` and the background's colour `[3]`,
+        where 1 is the full range of a channel.
     """
     pixels = np.asarray(to_rgb(image), dtype=np.float32) / 255
     frame = np.ones(pixels.shape[:2], dtype=bool)
@@ -32,7 +32,7 @@ def contrast(image: Image.Image) -> tuple[np.ndarray, np.ndarray]:
 
 
 def as_foreground(difference: np.ndarray) -> np.ndarray:
-    """Signed differences to the ground `[height, width, 3]` as degrees of foreground `[height, width]` in [0, 1]."""
+    """Convert signed differences `[height, width, 3]` to degrees of foreground `[height, width]` in [0, 1]."""
     return np.clip((np.abs(difference).max(axis=2) - FAINT) / (FULL - FAINT), 0, 1)
 
 
@@ -43,19 +43,19 @@ def soft_foreground(image: Image.Image) -> np.ndarray:
         image (`PIL.Image.Image`): RGB, any size.
 
     Returns:
-        `np.ndarray`: `[height, width]`, from 0 (ground) to 1 (foreground).
+        `np.ndarray`: `[height, width]`, from 0 (background) to 1 (foreground).
     """
     return as_foreground(contrast(image)[0])
 
 
 def solid_foreground(image: Image.Image) -> np.ndarray:
-    """Like `soft_foreground`, but of a 3x3 average and after a 3x3 opening, which noise and thin lines do not survive.
+    """Like `soft_foreground`, but of a 3x3 average and after a 3x3 opening, which remove noise and thin lines.
 
     Args:
         image (`PIL.Image.Image`): RGB, any size.
 
     Returns:
-        `np.ndarray`: `[height, width]`, from 0 (ground) to 1 (foreground).
+        `np.ndarray`: `[height, width]`, from 0 (background) to 1 (foreground).
     """
     smooth = ndimage.uniform_filter(contrast(image)[0], size=(3, 3, 1))
     return ndimage.grey_opening(as_foreground(smooth), size=3)

@@ -1,9 +1,8 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
-"""Three rewards that apply to every picture: how much is on it, how well it is centred, how calm it is.
+"""Three rewards that apply to every picture: how much foreground it has, how well it is centred, how calm it is.
 
-They pull against the specialists and each other: several objects are hard to centre together, what covers more merges
-what should stay apart, and even inks lose thin strokes. Each vanishes for pictures of nothing, of nothing but
-foreground, or of noise only.
+They conflict with the specialists and with each other: several objects are hard to centre together, larger objects
+merge, and even colours lose thin strokes. Each is 0 for empty pictures, for pictures of foreground only and for noise.
 """
 
 import numpy as np
@@ -14,25 +13,25 @@ from ...media import to_rgb
 from .foreground import soft_foreground, solid_foreground
 
 
-# Coverage and centring are full where well-drawn pictures are, and ask for nothing more: a reward that is never
-# satisfied melts the objects of a prompt into one blob in the middle.
-ENOUGH, MUCH = 0.14, 0.22  # shares of the picture between which coverage is full
-OFF_CENTRE = 0.1  # distance from the middle, in half pictures, up to which centring is full
-RESTLESS = 0.014  # mean difference of neighbouring pixels away from outlines at which calm has fallen to 0
-VISIBLE = 0.04  # share from which on the picture counts as showing something
+# Coverage and centring are 1 for well-drawn pictures: a reward that could always be increased would merge all objects
+# of a prompt into one in the middle.
+ENOUGH, MUCH = 0.14, 0.22  # shares of the picture between which coverage is 1
+OFF_CENTRE = 0.1  # distance from the middle, in half pictures, up to which centring is 1
+RESTLESS = 0.014  # mean difference of neighbouring pixels away from outlines at which calm is 0
+VISIBLE = 0.04  # share of foreground from which a picture counts as not empty
 CROWDED, FLOODED = 0.6, 0.9  # shares between which every general reward falls to 0
 
 
-def _room_left(share: float) -> float:
+def _scale_of_crowded(share: float) -> float:
     return float(np.clip((FLOODED - share) / (FLOODED - CROWDED), 0, 1))
 
 
 def _presence(share: float) -> float:
-    return min(share / VISIBLE, 1.0) * _room_left(share)
+    return min(share / VISIBLE, 1.0) * _scale_of_crowded(share)
 
 
 def coverage(images: list[Image.Image], **kwargs) -> list[float]:
-    """Share of the picture that is solid foreground: 1 between 14% and 22%, falling to nothing at 0% and at 60%.
+    """Share of the picture that is solid foreground: 1 between 14% and 22%, 0 at 0% and from 60% on.
 
     Args:
         images (`list[PIL.Image.Image]`): RGB pictures.
@@ -51,7 +50,7 @@ def centring(images: list[Image.Image], **kwargs) -> list[float]:
         images (`list[PIL.Image.Image]`): RGB pictures.
 
     Returns:
-        `list[float]`: one value in [0, 1] per picture; scaled down where less than 4% or more than 60% is foreground.
+        `list[float]`: one value in [0, 1] per picture; lower if less than 4% or more than 60% is foreground.
     """
     rewards = []
     for image in images:
@@ -68,14 +67,14 @@ def centring(images: list[Image.Image], **kwargs) -> list[float]:
 
 
 def restlessness(image: Image.Image) -> float:
-    """How much the picture changes from pixel to pixel away from the outlines of what it shows.
+    """How much the picture changes from pixel to pixel, away from the outlines of its objects.
 
     Args:
         image (`PIL.Image.Image`): RGB.
 
     Returns:
-        `float`: mean absolute difference of neighbouring pixels, all channels from 0 to 1, over the ground and the
-        inside of objects.
+        `float`: mean absolute difference of neighbouring pixels, all channels from 0 to 1, over the background and
+        the inside of objects.
     """
     objects = soft_foreground(image) > 0.5
     near_outline = ndimage.binary_dilation(objects, iterations=2) & ~ndimage.binary_erosion(objects, iterations=2)
@@ -86,13 +85,13 @@ def restlessness(image: Image.Image) -> float:
 
 
 def calm(images: list[Image.Image], **kwargs) -> list[float]:
-    """How even the ground and the inside of objects are: specks, ghosts and blotches cost, outlines do not.
+    """How even the background and the inside of objects are: specks and spots lower it, outlines do not.
 
     Args:
         images (`list[PIL.Image.Image]`): RGB pictures.
 
     Returns:
-        `list[float]`: one value in [0, 1] per picture; scaled down where less than 4% or more than 60% is foreground.
+        `list[float]`: one value in [0, 1] per picture; lower if less than 4% or more than 60% is foreground.
     """
     return [
         float(np.clip((RESTLESS - restlessness(image)) / RESTLESS, 0, 1))

@@ -1,5 +1,5 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
-"""The specialist for glyphs: can the text that the prompt asks for be read on the picture?"""
+"""The specialist for glyphs: can the text of the prompt be read on the picture?"""
 
 from functools import lru_cache
 
@@ -17,7 +17,7 @@ TEMPLATE = 16  # pixels, height and width of a normalised glyph
 FONT_SIZES = (22, 32, 50)  # of the templates: small glyphs have relatively thicker strokes
 SMALLEST = 10  # pixels; smaller components are not glyphs
 SHARPNESS = 0.035  # difference in correlation that makes one character e times as probable as another
-POOR_MATCH, GOOD_MATCH = 0.4, 0.85  # correlation with the template that earns nothing, and everything
+POOR_MATCH, GOOD_MATCH = 0.4, 0.85  # correlation with the template for the score 0, and for the score 1
 
 
 def _normalise(ink: np.ndarray) -> np.ndarray:
@@ -47,7 +47,7 @@ def _templates() -> np.ndarray:
 
 
 def find_glyphs(image: Image.Image) -> list[np.ndarray]:
-    """Connected components of the foreground, from left to right; those above one another are one glyph.
+    """Find the connected components of the foreground, from left to right; one above another are one glyph.
 
     Args:
         image (`PIL.Image.Image`): RGB.
@@ -80,7 +80,7 @@ def find_glyphs(image: Image.Image) -> list[np.ndarray]:
 
 
 def read_glyph(ink: np.ndarray) -> np.ndarray:
-    """How well a glyph is each character of `ALPHABET`.
+    """Score a glyph as each character of `ALPHABET`.
 
     Args:
         ink (`np.ndarray`): `[height, width]`, from 0 to 1.
@@ -96,15 +96,15 @@ def read_glyph(ink: np.ndarray) -> np.ndarray:
 
 
 def score_text(text: str, glyphs: list[np.ndarray]) -> float:
-    """Best alignment in reading order of the glyphs found with the characters asked for.
+    """Score the best alignment, in reading order, of the detected glyphs with the characters of a text.
 
     Args:
         text (`str`): The target, of characters of `ALPHABET`.
         glyphs (`list[np.ndarray]`): From `find_glyphs`.
 
     Returns:
-        `float`: sum of the aligned glyphs' values, divided by the number of characters asked for or found, whichever
-        is larger; in [0, 1].
+        `float`: sum of the aligned glyphs' scores, divided by the number of characters or of detected glyphs,
+        whichever is larger; in [0, 1].
     """
     best = np.zeros((len(glyphs) + 1, len(text) + 1))
     for i, glyph in enumerate(glyphs, start=1):
@@ -116,7 +116,7 @@ def score_text(text: str, glyphs: list[np.ndarray]) -> float:
 
 
 def reader(images: list[Image.Image], text: list[str | None], **kwargs) -> list[float | None]:
-    """How well the text that the prompt asks for can be read. Case does not matter.
+    """How well the text of the prompt can be read, in any case.
 
     Args:
         images (`list[PIL.Image.Image]`): RGB pictures.
@@ -126,7 +126,7 @@ def reader(images: list[Image.Image], text: list[str | None], **kwargs) -> list[
         `list[float | None]`: one value in [0, 1] per picture; `None` where `text` is `None`.
 
     Raises:
-        `ValueError`: for a character that this world does not write.
+        `ValueError`: for a character that ShapeWorld does not have.
     """
     for target in text:
         unknown = set(target.upper()) - set(ALPHABET) if target is not None else set()
