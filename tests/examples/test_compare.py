@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -306,6 +307,37 @@ def test_experiments_have_the_gradients_of_marble_and_weigh_them_in_their_own_wa
     table = tables._metric_table(replace(method_result("optimizers_metric", [[0.0] * 5]), histories=[metric]))
     least = min(row["experiment/step_taken/cos_min"] for row in metric)
     assert table.splitlines()[-1].startswith(f"| taken | {len(metric)} | {least:+.2f} |") and "| 0.0% |" in table
+
+
+def test_the_raw_gram_matrix_favours_small_gradients(tmp_path):
+    plain, raw = (logged_steps(name, tmp_path)[0] for name in ("marble", "raw_gram"))
+    norms = {
+        key.split("/")[-1]: plain[key] for key in plain if key.startswith("balance/grad_norm/") and plain[key] > 0
+    }
+    assert {name: raw[f"balance/grad_norm/{name}"] for name in norms} == pytest.approx(norms, rel=1e-4)
+    small = min(norms, key=norms.get)
+    assert raw[f"balance/alpha/{small}"] > plain[f"balance/alpha/{small}"] + 1e-3
+
+
+def test_the_published_code_mixes_advantages_between_two_solves(tmp_path):
+    settings = {**QUICK.settings, **methods.find_method("marble_reference").settings}
+    trainer = MarbleNFTTrainer(
+        load_pipeline(),
+        reward_funcs=[*reward_funcs()][:2],
+        args=MarbleConfig(str(tmp_path), use_cpu=True, **settings),
+        train_dataset=load_prompts("train"),
+    )
+    step = EXPERIMENTS["published_amortization"](trainer)
+    alpha = torch.tensor([0.75, 0.5])  # smoothed by reward, so that they need not sum to 1
+    trainer.schedule.load_state_dict({"alpha": alpha, "norms": torch.tensor([1.0, 100.0]), "total": alpha.sum()})
+    advantages = torch.tensor([[4.0, 5.0, NAN, NAN], [-2.0, 5.0, 1.0, NAN]])
+    trainer._batch = SimpleNamespace(advantages=advantages, scored=torch.tensor([3]))
+    positive, negative = step._of_mixed_advantages()
+    # 0.75 * 4 - 0.5 * 2 = 2, clipped at 5, 0.5 where the first reward does not apply, and nothing.
+    mixed, share = torch.tensor([2.0, 5.0, 0.5, 0.0]), torch.tensor([1.0, 1.0, 1.0, 0.0])
+    scale = 5.0 / trainer.args.nft_beta / (3 * trainer.update.grid.per_sample)
+    torch.testing.assert_close(positive, (scale * share * (0.5 + mixed / 10))[None])
+    torch.testing.assert_close(negative, (scale * share * (0.5 - mixed / 10))[None])
 
 
 def test_the_optimizers_metric_is_that_of_its_next_step(tmp_path):
