@@ -42,7 +42,7 @@ class PolicyEvaluation:
         nonfinite_latents (`int` or `None`):
             How many images have latents that are not finite; `None` where that raises.
         diversity (`float`):
-            Mean over prompts of [`~trl_marble.evaluation.diversity.group_diversity`], in [0, 1]; NaN with one image a
+            Mean over prompts of [`~trl_marble.evaluation.group_diversity`], in [0, 1]; NaN with one image a
             prompt.
         velocity_norm (`float`):
             Norm of the policy's velocity relative to the base model's, on the first batch of images.

@@ -105,7 +105,7 @@ class CardInputs:
             Package name -> version.
         diversity (`RewardRow`, *optional*):
             How much the images of one prompt differ, before and after, see
-            [`~trl_marble.evaluation.diversity.group_diversity`].
+            [`~trl_marble.evaluation.group_diversity`].
         sources (`Mapping[str, Sequence[RewardRow]]`, *optional*):
             Source of the evaluation prompts -> the rewards on these prompts alone.
         evaluated_on (`str`, *optional*):
