@@ -133,6 +133,7 @@ class MarbleNFTTrainer(WithoutPredictions, ObservedTrainer):
         if train_dataset is None:
             raise ValueError("`train_dataset` is missing; pass a `datasets.Dataset` with a `prompt` column.")
         construction.check_weighting(weighting, args)
+        self.weighting = weighting
         train_dataset = prepare_prompts(train_dataset, "train_dataset")
         eval_dataset = None if eval_dataset is None else prepare_evaluation_sets(eval_dataset)
         self.source_weights = source_weights(train_dataset)
