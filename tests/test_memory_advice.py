@@ -53,6 +53,17 @@ def test_in_an_update_and_the_step_before_is_kept(tmp_path) -> None:
     assert [path.name for path in tmp_path.glob("*checkpoint-*")] == ["checkpoint-1"]
 
 
+def test_where_the_gradients_of_a_step_are_put_together(tmp_path, monkeypatch) -> None:
+    def fail() -> None:
+        raise torch.OutOfMemoryError(FULL)
+
+    trainer = small_trainer(tmp_path)
+    monkeypatch.setattr(trainer.update, "finish", fail)
+    with pytest.raises(torch.OutOfMemoryError, match=FULL) as caught:
+        trainer.train()
+    assert "`per_device_train_batch_size` (it is 4)" in note_of(caught.value)
+
+
 def test_in_a_reward(tmp_path) -> None:
     def large(images, **kwargs):
         raise torch.OutOfMemoryError(FULL)

@@ -13,6 +13,7 @@ class Draw(IntEnum):
     TRAINING_NOISE = 1
     ORDER = 2
     MEASURED = 4
+    SOLVER = 5
 
 
 def derive_seed(seed: int, draw: Draw, *place: int) -> int:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from local_hub import TOKEN, LocalHub, card_errors, local_hub
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -324,6 +325,14 @@ def test_held_out_rewards_and_diversity_are_in_the_card(tmp_path) -> None:
     (line,) = re.findall(r"^\| blue \(held out\) \|.*$", card, re.MULTILINE)
     (diversity,) = re.findall(r"^\| \*diversity within a prompt\* \|.*$", card, re.MULTILINE)
     assert "not measured" not in line + diversity and card_errors(card) == []
+
+
+def test_the_card_names_the_weighting_that_the_trainer_was_given(tmp_path) -> None:
+    def halves(gram):
+        return torch.full((len(gram),), 1 / len(gram))
+
+    assert small_trainer(tmp_path / "a").summarize().settings["weighting"] == "mgda"
+    assert small_trainer(tmp_path / "b", weighting=halves).summarize().settings["weighting"] == "halves"
 
 
 def test_a_card_can_be_written_before_training(tmp_path) -> None:

@@ -147,8 +147,11 @@ def test_a_failure_saves_although_an_older_run_left_a_checkpoint_of_that_step(ma
 def test_a_checkpoint_without_the_optimizer_is_refused(make_trainer):
     trainer = make_trainer(**SETTINGS | {"max_steps": 1, "save_only_model": True})
     trainer.train()
+    fresh = make_trainer("resumed", **SETTINGS)
+    before = [parameter.detach().clone() for parameter in fresh.weights.parameters]
     with pytest.raises(FileNotFoundError, match="save_only_model"):
-        make_trainer("resumed", **SETTINGS).train(resume_from_checkpoint=trainer.args.output_dir + "/checkpoint-1")
+        fresh.train(resume_from_checkpoint=trainer.args.output_dir + "/checkpoint-1")
+    assert all(map(torch.equal, before, fresh.weights.parameters))  # nothing of it was loaded
 
 
 # ---- Checkpoints that are not as they were written ----

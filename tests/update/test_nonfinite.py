@@ -173,6 +173,15 @@ def test_a_batch_without_any_latents_always_stops(tmp_path):
     ):
         trainer.train()
     assert not list(tmp_path.glob("checkpoint-*"))
+    assert trainer.together.failed  # several processes would have saved a step that was trained before
+
+
+def test_an_evaluation_without_any_latents_always_stops(tmp_path):
+    trainer = build(tmp_path, on_nonfinite="skip", num_generations_eval=1)
+    Fault(trainer, None, training=False, factor=math.inf)
+    with pytest.raises(FloatingPointError, match="latents of all 6 images of the evaluation are not finite.*Usual"):
+        trainer.evaluate(trainer.train_dataset)
+    assert trainer.together.failed
 
 
 def test_evaluation_counts_samples_without_latents(tmp_path):

@@ -13,8 +13,9 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from ..media import Sample
+from ..nonfinite import CAUSES
 from ..pipelines import PolicyWeights
-from ..rewards import RewardError, RewardScorer, Scores
+from ..rewards import RewardScorer, Scores
 from ..rewards.call_log import LogKey, column_names
 from ..rollout import RolloutSampler, SampleBatch, Samples, average_logged, count_failures
 from ..rollout.diversity import group_diversity, thumbnails
@@ -154,8 +155,11 @@ class PolicyEvaluator:
         images = sorted(gather_object(own), key=lambda image: image.number)
         policy, base = torch.tensor(gather_object(norms), dtype=torch.float64).sum(dim=0)
         latents = sum(gather_object([num_nonfinite]))
-        if latents == plan.num_images:
-            raise RewardError(f"The latents of all {latents} images of the evaluation are not finite.")
+        with together.phase():
+            if latents == plan.num_images:
+                raise FloatingPointError(
+                    f"The latents of all {latents} images of the evaluation are not finite. {CAUSES}"
+                )
         texts = plan.prompts["prompt"][:]
         prompt_rows = [plan.place(image.number)[0] for image in images]
         groups = torch.from_numpy(number_prompts([texts[row] for row in prompt_rows], prompt_rows, plan.edits))

@@ -16,6 +16,7 @@ from ..pipelines import Conditioning, FlowPipeline
 from ..processes import FailingTogether
 from ..progress import MakeBar
 from ..rewards import RewardScorer, Scores
+from ..seeding import Draw, derive_seed
 from .reward_failures import FailurePolicy
 from .reward_requests import RewardRequests
 
@@ -182,9 +183,10 @@ class RolloutSampler:
 
     def _sample(self, batch: SampleBatch) -> tuple[Tensor, list[Sample], Tensor]:
         device = self.flow.device
-        # Of the batch's seeds alone, also for solvers that draw noise at every step.
+        # Solvers that draw noise at every step draw it from the global generator. With the seed of an image that noise
+        # would be the image's initial noise again.
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            torch.manual_seed(batch.seeds[0])
+            torch.manual_seed(derive_seed(batch.seeds[0], Draw.SOLVER))
             rollout = self.flow.rollout(batch.conditioning, batch.seeds, self.num_inference_steps)
         is_finite = rollout.latents.flatten(1).isfinite().all(dim=1)
         keep = is_finite.view(-1, *[1] * (rollout.latents.ndim - 1))

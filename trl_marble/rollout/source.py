@@ -207,11 +207,12 @@ class RolloutSource:
     def _record(self, samples: Samples, rewards: Tensor, groups: Tensor, step: int) -> None:
         """Record metrics of a rollout; refuse one of which nothing is left."""
         finite = self._gather(samples.finite)
-        if not finite.any():
-            raise FloatingPointError(
-                f"The latents of all {len(finite)} sampled images are not finite: nothing is left to train on. "
-                f"{CAUSES}"
-            )
+        with self.together.phase():
+            if not finite.any():
+                raise FloatingPointError(
+                    f"The latents of all {len(finite)} sampled images are not finite: nothing is left to train on. "
+                    f"{CAUSES}"
+                )
         failures = self.sampler.failures
         if not failures.raises_nonfinite:
             self.metrics.record("nonfinite/latents", int((~finite).sum()))

@@ -1,6 +1,7 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
 """The trainer, in the order of the data: prompts, rollout, rewards, advantages, gradients, update, adapter."""
 
+import functools
 import os
 import sys
 from collections.abc import Callable
@@ -132,6 +133,7 @@ class MarbleNFTTrainer(WithoutPredictions, ObservedTrainer):
         if train_dataset is None:
             raise ValueError("`train_dataset` is missing; pass a `datasets.Dataset` with a `prompt` column.")
         construction.check_weighting(weighting, args)
+        self.weighting = weighting
         train_dataset = prepare_prompts(train_dataset, "train_dataset")
         eval_dataset = None if eval_dataset is None else prepare_evaluation_sets(eval_dataset)
         self.source_weights = source_weights(train_dataset)
@@ -298,13 +300,13 @@ class MarbleNFTTrainer(WithoutPredictions, ObservedTrainer):
             self._batch = self._sample(inputs, position.generation)
         elif self._stored_batch is not None:
             self._batch, self._stored_batch = self.rollouts.restore(self._stored_batch, inputs), None
-        advice = update_advice(self.layout.micro_batch_size, self.layout.micro_batches_per_update)
-        with self.together.phase(exchanges=self.args.base_is_sharded, ask=is_last), advice:
+        advice = functools.partial(update_advice, self.layout.micro_batch_size, self.layout.micro_batches_per_update)
+        with self.together.phase(exchanges=self.args.base_is_sharded, ask=is_last), advice():
             if position.micro_batch_of_update == 0:
                 self.update.begin(self.state.global_step, self._batch, position)
             loss = self.update.accumulate(self._batch, position)
         if is_last:
-            with self.together.phase():
+            with self.together.phase(), advice():
                 self.update.finish()
         self._micro_step += 1
         # `Trainer` averages over processes what here is each process's share of a sum.
@@ -354,12 +356,12 @@ class MarbleNFTTrainer(WithoutPredictions, ObservedTrainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         folder = Path(resume_from_checkpoint)
-        self.run_state.load(folder)
         if not (folder / OPTIMIZER_FILE).is_file():
             raise FileNotFoundError(
                 f"`{folder}` has no `{OPTIMIZER_FILE}`: nothing can be resumed from a checkpoint that was saved with "
                 "`save_only_model=True`. Load its adapter with `load_lora_weights` instead."
             )
+        self.run_state.load(folder)
         step = TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME)).global_step
         self._micro_step = step * self.layout.micro_batches_per_update
         if not self.layout.starts_generation_after(step):

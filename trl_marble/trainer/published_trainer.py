@@ -1,6 +1,7 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
 """What a trainer leaves for others: the adapter, its model card, and both on the Hub."""
 
+from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 from datasets import Dataset
 from diffusers import DiffusionPipeline
 from huggingface_hub import CommitInfo
+from torch import Tensor
 from transformers.trainer_utils import HubStrategy
 from transformers.utils import PushInProgress
 
@@ -34,6 +36,7 @@ class PublishedTrainer(CheckpointedTrainer):
     scorers: list[RewardScorer]
     evaluations: list[Evaluation]
     edits: bool
+    weighting: Callable[[Tensor], Tensor] | None
     train_dataset: Dataset
 
     def summarize(self) -> RunSummary:
@@ -48,6 +51,8 @@ class PublishedTrainer(CheckpointedTrainer):
             settings |= family.guidance_arguments(settings.pop("guidance_scale"))
         settings |= {"optimizer_steps": self.state.global_step, "processes": args.world_size}
         settings |= {"lora_rank": config.r, "lora_alpha": config.lora_alpha}
+        if self.weighting is not None:  # in the place of the one that `args` names
+            settings["weighting"] = getattr(self.weighting, "__name__", type(self.weighting).__name__)
         return RunSummary(
             history=self.state.log_history,
             reward_names=self.scorers[0].names,
