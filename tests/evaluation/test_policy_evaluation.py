@@ -3,8 +3,12 @@
 
 import math
 
+import pytest
 from datasets import Dataset
 from trainer_helpers import bright, small_trainer
+
+from trl_marble.evaluation import evaluator
+from trl_marble.evaluation.evaluator import EvaluationPlan
 
 
 PROMPTS = ["a red dog", "a cat", "red hat", "a red dog"]  # two rows of one text
@@ -27,3 +31,29 @@ def test_images_are_kept_of_the_first_and_the_latest_evaluation(tmp_path):
         trainer.evaluate()
     assert [bool(evaluation.gallery) for evaluation in trainer.evaluations] == [True, False, False, True]
     assert len({evaluation.rewards.shape for evaluation in trainer.evaluations}) == 1
+
+
+@pytest.mark.parametrize("num_images", [1, 4, 6, 9, 12, 14, 17])
+def test_processes_that_call_the_transformer_together_sample_equally_many_images_at_a_time(monkeypatch, num_images):
+    plan = EvaluationPlan(Dataset.from_dict({"prompt": ["a cat"] * num_images}), False, 1, 0, batch_size=4)
+    monkeypatch.setattr(EvaluationPlan, "make_batch", lambda self, flow, number: self.batches[number])
+    shares = [list(range(process, len(plan.batches), 3)) for process in range(3)]
+    num_full = max(sum(len(plan.batches[n]) == len(plan.batches[0]) for n in share) for share in shares)
+    monkeypatch.setattr(evaluator, "gather_object", lambda own: [*own, num_full])
+    sampled, delivered = [], []
+
+    class Sampler:
+        flow, calls_together = None, True
+
+        def sample_and_score(self, scorers, batches, rounds, num, state, deliver, max_waiting):
+            sampled.append([len(batch) for batch in batches])
+            assert rounds == len(sampled[-1]) and num == sum(sampled[-1])
+            for place in range(rounds):
+                deliver(place)
+
+    for share in shares:
+        mine: list[int] = []
+        evaluator.evaluate_batches(plan, Sampler(), [], share, None, lambda number, _, mine=mine: mine.append(number))
+        delivered.append(mine)
+    assert sampled[0] == sampled[1] == sampled[2]
+    assert delivered == shares

@@ -51,7 +51,13 @@ SAVED = {"optim": "adamw_torch", "learning_rate": 1e-3, "steps_per_generation": 
 ALONE = {
     "streaming": {"balance_fraction": 0.5, "gradient_accumulation_steps": 2, "shard_base": True},
     "masked": {"rewards": ["bright", "raises_on_rank_1"], "reward_failure": "mask"},
-    "logging": {"rewards": ["bright", "logs"], "log_images": True, "log_images_steps": 1, "max_steps": 1},
+    "logging": {
+        "rewards": ["bright", "logs"],
+        "log_images": True,
+        "log_images_steps": 1,
+        "max_steps": 1,
+        "per_device_eval_batch_size": 3,
+    },
     "uninterrupted": {**SAVED, "save_strategy": "steps", "save_steps": 1},
     "resumed": {**SAVED, "resume": "uninterrupted/out/checkpoint-1"},
 }

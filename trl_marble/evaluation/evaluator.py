@@ -110,12 +110,10 @@ def evaluate_batches(
     Returns:
         [`~trl_marble.rollout.SampleBatch`]: What the first of these batches was sampled from; `None` without one.
     """
+    todo = _fill_up(plan, numbers) if sampler.calls_together else list(numbers)
     # As many rounds on all processes, so that none of them goes on when one has failed.
-    rounds = max(gather_object([len(numbers)]))
-    # Where all must call the transformer equally often, batches that nobody looks at fill up.
-    filled = [*numbers, *[0] * (rounds - len(numbers))] if sampler.calls_together else list(numbers)
-    todo, done = iter(filled), iter(filled)
-    num_own = len(numbers)
+    rounds = max(gather_object([len(todo)]))
+    own, done = set(numbers), iter(todo)
     first: list[SampleBatch] = []
 
     def make_batches() -> Iterator[SampleBatch]:
@@ -126,18 +124,29 @@ def evaluate_batches(
             yield batch
 
     def deliver_own(samples: Samples) -> None:
-        nonlocal num_own
-        number, num_own = next(done), num_own - 1
-        if num_own >= 0:
+        number = next(done)
+        if number in own:
+            own.remove(number)
             deliver(number, samples)
 
     sampler.sample_and_score(
         scorers,
         make_batches(),
         rounds,
-        sum(len(plan.batches[number]) for number in filled),
+        sum(len(plan.batches[number]) for number in todo),
         trainer_state,
         deliver_own,
         max_waiting=1,
     )
     return first[0] if first else None
+
+
+def _fill_up(plan: EvaluationPlan, numbers: Sequence[int]) -> list[int]:
+    """
+    This process's batches, and among them some that nobody looks at, with which all processes sample equally many
+    images in every round: a pipeline that edits images calls the transformer once for each of them.
+    """
+    size, last = len(plan.batches[0]), len(plan.batches) - 1
+    full = [number for number in numbers if len(plan.batches[number]) == size]
+    full += [0] * (max(gather_object([len(full)])) - len(full))
+    return full if len(plan.batches[last]) == size else [*full, last]
