@@ -81,7 +81,10 @@ def test_version_and_bare_command(capsys):
         (["train", "--config", "run.yaml", "--num_processes", "two"], "invalid int value: 'two'"),
         (["train", "--config", "hyphen.yaml"], "there is no option `max-steps` in files; write `max_steps`"),
         (["train", "--config", "run.yaml", "--lora_rank", "2"], "did you mean `--lora_r`?"),
-        (["train", "--config", "run.yaml", "--epsilon", "2"], "`--epsilon`; there is no likelihood ratio to clip"),
+        (
+            ["train", "--config", "run.yaml", "--epsilon", "2"],
+            "`--epsilon`; the default loss has no likelihood ratio to clip",
+        ),
         (["train", "--config", "run.yaml", "--warmup_steps", "2"], "`warmup_steps=2.0` has no effect with"),
         (["train", "--config", "run.yaml", "--eval_prompts", "prompts.txt"], "`eval_prompts` are never evaluated"),
         (

@@ -92,7 +92,7 @@ class ConfigParser(TrlParser):
             self._hints |= get_type_hints(kind)
             self._show_inherited_last(kind)
         self.add_argument(
-            "--config", metavar="FILE", help="YAML file of options; those of the command line come before it."
+            "--config", metavar="FILE", help="YAML file of options. Options on the command line override it."
         )
 
     def error(self, message: str) -> NoReturn:
