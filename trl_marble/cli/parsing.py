@@ -50,7 +50,7 @@ def read_config(words: list[str]) -> tuple[dict[str, Any], list[str]]:
     except (yaml.YAMLError, *CONSTRUCTORS_RAISE) as error:
         raise UsageError(f"`{path}` is not YAML: {error}") from error
     if not isinstance(config, dict) or None in config:
-        raise UsageError(f"`{path}` holds no settings; write one `option: value` a line")
+        raise UsageError(f"`{path}` has no settings; write one `option: value` per line")
     os.environ.update(_environment(config.pop("env", {}), path))
     return {str(key): value for key, value in config.items()}, others
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 HELP = "train a LoRA against several rewards"
 USAGE = "trl-marble train --model MODEL --prompts SOURCE ... --rewards REWARD ... [options]"
-DESCRIPTION = """Train a LoRA of a diffusers pipeline against several rewards at once. Every option can also be set in a
+DESCRIPTION = """Train a LoRA of a diffusers pipeline on several rewards at once. Every option can also be set in a
 YAML file (`--config`). Options of `accelerate launch`, such as `--num_processes 8`, start that many processes;
 `--accelerate_config` takes a file that `accelerate config` wrote."""
 

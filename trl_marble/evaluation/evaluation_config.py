@@ -85,7 +85,7 @@ class EvaluationConfig:
         if not str(self.output_dir).strip():
             raise ValueError(f"`output_dir` is {self.output_dir!r}; pass the folder that the results go to.")
         at_least = {
-            "num_generations": (1, "evaluation needs an image a prompt"),
+            "num_generations": (1, "an evaluation needs at least one image per prompt"),
             "seed": (0, "seeds are not negative"),
             "num_inference_steps": (1, "sampling needs a step"),
             "height": (1, "leave it out to use the pipeline's own"),

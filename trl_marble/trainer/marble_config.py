@@ -47,7 +47,7 @@ class MarbleConfig(TrainingArguments):
     This class includes only the parameters that are specific to MARBLE training. For a full list of training
     arguments, please refer to the [`~transformers.TrainingArguments`] documentation. Defaults are those of the MARBLE
     paper (https://huggingface.co/papers/2605.06507) for Stable Diffusion 3.5 Medium on one device: 48 prompts x 24
-    images an optimizer step. On several devices divide `gradient_accumulation_steps` by their number. Two differ,
+    images per optimizer step. On several devices divide `gradient_accumulation_steps` by their number. Two differ,
     because they were better or cheaper where we compared (docs/step_cost.md): the paper has `balance_every=10` and
     `balance_on="loss"`.
 
@@ -105,7 +105,7 @@ class MarbleConfig(TrainingArguments):
         multi_objective_aggregation (`str`, *optional*, defaults to `"marble"`):
             How several rewards become one update. `"marble"`: per-reward gradients, balanced so that the update goes
             against none of them (MARBLE). `"equal"`: the same with fixed equal coefficients. `"sum_then_normalize"`:
-            weighted sum of the raw rewards, then one advantage (DiffusionNFT). `"normalize_then_sum"`: one advantage a
+            weighted sum of the raw rewards, then one advantage (DiffusionNFT). `"normalize_then_sum"`: one advantage per
             reward, then their weighted sum, normalized again (GDPO).
         reward_failure (`str`, *optional*, defaults to `"raise"`):
             What happens if a reward raises, takes too long, or returns an exception for an image. `"raise"`:
@@ -413,7 +413,7 @@ class MarbleConfig(TrainingArguments):
             "num_generations": (2, "advantages compare the images of one prompt with each other"),
             "num_inference_steps": (1, "a rollout needs a step"),
             "num_iterations": (1, "each generation batch is used at least once"),
-            "num_generations_eval": (1, "evaluation needs an image a prompt"),
+            "num_generations_eval": (1, "an evaluation needs at least one image per prompt"),
             "balance_every": (1, "1 solves at every optimizer step"),
             "num_images_to_log": (1, "set `log_images=False` to log none"),
             "log_images_steps": (1, "1 logs images at every logging step"),
@@ -470,7 +470,7 @@ class MarbleConfig(TrainingArguments):
             )
         if self.generation_batch_size % self.num_generations != 0:
             raise ValueError(
-                f"The generation batch holds {self.generation_batch_size} images (`per_device_train_batch_size` "
+                f"The generation batch has {self.generation_batch_size} images (`per_device_train_batch_size` "
                 f"{self.per_device_train_batch_size} x {self.world_size} processes x `steps_per_generation` "
                 f"{self.steps_per_generation}), which is not a multiple of `num_generations` "
                 f"({self.num_generations}). Change one of them so that every prompt has its whole group."
