@@ -94,9 +94,9 @@ def measured_linears(
         # No call of the transformer sees the whole micro-batch.
         one = "sample" if flow.family.one_sample or edits else "time"
         logger.warning(
-            f"{kind} holds one {one} a call, so the transformer runs more than once for a micro-batch, and each step "
-            "that solves the balancing problem takes one backward pass per reward. With `per_device_train_batch_size=1` "
-            "and more accumulation it takes two in all."
+            f"{kind} takes one {one} per call, so the transformer runs more than once for a micro-batch, and each step "
+            "that solves the balancing problem takes one backward pass per reward. With "
+            "`per_device_train_batch_size=1` and more accumulation it takes two in all."
         )
         return None
     linears = plain_lora_linears(flow.transformer, names)
