@@ -94,8 +94,8 @@ def measured_linears(
         # No call of the transformer sees the whole micro-batch.
         one = "sample" if flow.family.one_sample or edits else "time"
         logger.warning(
-            f"{kind} takes one {one} per call, so the transformer runs more than once for a micro-batch, and each step "
-            "that solves the balancing problem takes one backward pass per reward. With "
+            f"{kind} takes one {one} per call, so the transformer runs more than once for a micro-batch, and each "
+            "step that solves the balancing problem takes one backward pass per reward. With "
             "`per_device_train_batch_size=1` and more accumulation it takes two in all."
         )
         return None
