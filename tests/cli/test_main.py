@@ -92,6 +92,8 @@ def test_version_and_bare_command(capsys):
             "has no effect without `eval_prompts`",
         ),
         (["train", "--config", "run.yaml", "--eval_split", "x"], "`eval_split` has no effect without `eval_prompts`"),
+        (["train", "--config", "run.yaml", "--eval_strategy", "steps"], "`eval_strategy` needs `eval_prompts`"),
+        (["train", "--config", "run.yaml", "--eval_on_start"], "`eval_on_start` needs `eval_prompts`"),
         (["eval", "--adaptor", "x"], "required: --model, --prompts, --rewards, --output_dir"),
         (["compare", "empty"], "there is nothing to compare with"),
         (["compare", "empty", "nowhere"], "there is no folder 'nowhere'"),

@@ -443,7 +443,7 @@ class MarbleConfig(TrainingArguments):
         for name, policy in (("beta", "base model"), ("awm_ema_beta", "old policy")):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(
-                    f"`{name}` is {getattr(self, name)}; it must be 0 (no pull to the {policy}) or greater."
+                    f"`{name}` is {getattr(self, name)}; it must be 0 (no penalty toward the {policy}) or greater."
                 )
         for name in ("balance_ema", "weight_ema_decay"):
             if not 0 <= getattr(self, name) < 1:
