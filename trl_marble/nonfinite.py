@@ -29,6 +29,6 @@ def refuse_nonfinite(what: str, tensors: Mapping[str, Tensor]) -> None:
     for name, tensor in tensors.items():
         if not tensor.isfinite().all():
             raise FloatingPointError(
-                f"`{name}` of the {what} holds values that are not finite, so nothing is saved, and what was saved "
+                f"`{name}` of the {what} has values that are not finite, so nothing is saved, and what was saved "
                 f"before is left as it is. Resume from an earlier checkpoint. {CAUSES}"
             )

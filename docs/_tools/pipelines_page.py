@@ -12,7 +12,7 @@ PARTS = ("families", "layers")
 
 def families_table() -> str:
     """`FAMILIES` as a Markdown table."""
-    lines = ["| Pipeline class | Guidance | To know |", "|---|---|---|"]
+    lines = ["| Pipeline class | Guidance | Notes |", "|---|---|---|"]
     lines += [f"| {_name(family)} | {_guidance(family)} | {_notes(family)} |" for family in FAMILIES]
     return "\n".join(lines) + "\n"
 

@@ -101,8 +101,8 @@ def test_inside_a_mapping_values_are_what_they_look_like(parse):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("number: 3\nnumber: 4", "`number` stands twice"),
-        ("extra: {a: 1, a: 2}", "`a` stands twice"),
+        ("number: 3\nnumber: 4", "`number` appears twice"),
+        ("extra: {a: 1, a: 2}", "`a` appears twice"),
         ("number: !!int 3", "the tag `tag:yaml.org,2002:int` is not read; write the value itself"),
         ("[a, b]: 3", "a key is not a single word"),
     ],
@@ -176,8 +176,8 @@ def test_environment_variables_of_the_file_are_set(parse, monkeypatch):
     ("text", "message"),
     [
         ("name: [a\n", "is not YAML: while parsing a flow sequence"),
-        ("", "holds no settings"),
-        ("- name\n", "holds no settings"),
+        ("", "has no settings"),
+        ("- name\n", "has no settings"),
         ("name: a\nenv: 3\n", "`env` in .* is no mapping; write variables"),
     ],
 )

@@ -265,7 +265,7 @@ def test_bad_input_is_refused_before_anything_is_written(pipeline, tmp_path) -> 
         evaluate_pipeline(pipeline, bright, prompt_set().rename_column("prompt", "text"), args)
     with pytest.raises(TypeError, match="`args` is a str"):
         evaluate_pipeline(pipeline, bright, prompt_set(), str(tmp_path))
-    with pytest.raises(OSError, match="holds no adapter"):
+    with pytest.raises(OSError, match="has no adapter"):
         evaluate_pipeline(pipeline, bright, prompt_set(), small_evaluation(tmp_path / "out", adapter=str(tmp_path)))
     assert not (tmp_path / "out").exists()
 

@@ -116,7 +116,7 @@ def test_refuses_folders_without_a_finished_evaluation(tmp_path) -> None:
     csv = tmp_path / "out" / "scores.csv"
     whole = csv.read_text()
     csv.write_text("".join(whole.splitlines(keepends=True)[:-1]))
-    with pytest.raises(ValueError, match="has 3 images of 2 prompts, .* says 4 of 2"):
+    with pytest.raises(ValueError, match="has 3 images of 2 prompts, but .* has 4 of 2"):
         EvaluationResults.load(tmp_path / "out")
     csv.write_text(whole.replace("calm", "storm"))
     with pytest.raises(ValueError, match="has no column 'calm'"):

@@ -34,7 +34,7 @@ def test_refuses_files_and_names_that_are_not_adapters(tmp_path) -> None:
     for name, error, message in (
         ("weights.bin", ValueError, "not a .safetensors file"),
         ("missing.safetensors", FileNotFoundError, "does not exist"),
-        ("", FileNotFoundError, "holds no adapter"),
+        ("", FileNotFoundError, "has no adapter"),
         ("missing/folder/somewhere", OSError, "neither a folder nor a file"),
     ):
         with pytest.raises(error, match=message):

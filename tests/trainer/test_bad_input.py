@@ -147,7 +147,7 @@ def test_a_prompt_that_is_too_long_is_said_once(tmp_path) -> None:
     ("settings", "error", "message"),
     [
         ({"num_generations": 1}, ValueError, "`num_generations` is 1; it must be at least 2"),
-        ({"num_generations": 3}, ValueError, r"holds 4 images .* multiple of `num_generations` \(3\). Change one"),
+        ({"num_generations": 3}, ValueError, r"has 4 images .* multiple of `num_generations` \(3\). Change one"),
         ({"steps_per_generation": 3, "gradient_accumulation_steps": 2}, ValueError, r"\(3\) must be a multiple of"),
         ({"num_generation": 2}, TypeError, "no setting `num_generation`; did you mean `num_generations`"),
         ({"multi_objective_aggregation": "mgda"}, ValueError, "is 'mgda'; it must be one of 'marble', 'equal'"),
@@ -237,7 +237,7 @@ def test_a_flow_pipeline_with_an_epsilon_scheduler_is_refused_and_left_alone(tmp
 
 def test_what_is_no_pipeline_is_refused(tmp_path) -> None:
     (tmp_path / "empty").mkdir()
-    with pytest.raises(FileNotFoundError, match="holds no diffusers pipeline"):
+    with pytest.raises(FileNotFoundError, match="has no diffusers pipeline"):
         small_trainer(tmp_path / "out", pipeline=str(tmp_path / "empty"))
     with pytest.raises(TypeError, match="must be a Hub model id, a local folder or a diffusers.DiffusionPipeline"):
         small_trainer(tmp_path / "out", pipeline=torch.nn.Linear(2, 2))

@@ -281,7 +281,7 @@ def find_replaced(output_dir: Path, resumed: Path | None, overwrite: bool, warns
     names = ", ".join(folder.name for folder in others)
     if not goes_on:
         raise FileExistsError(
-            f"`{output_dir}` has checkpoints of an earlier run ({names}). Go on with that run by "
+            f"`{output_dir}` has checkpoints of an earlier run ({names}). Resume that run with "
             "`resume_from_checkpoint=True` (`--resume_from_checkpoint latest`), choose another `output_dir`, or set "
             "`overwrite_output_dir=True` to delete them."
         )

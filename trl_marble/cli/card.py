@@ -24,7 +24,7 @@ def register(subparsers: Any, whole: bool = False) -> None:
     )
     command.add_argument("--after", required=True, metavar="DIR", help="evaluation with the adapter")
     command.add_argument(
-        "--base_model", "--base-model", metavar="ID", help="Hub id of the pipeline, where the card does not know it"
+        "--base_model", "--base-model", metavar="ID", help="Hub id of the pipeline, if the card does not have it"
     )
     command.set_defaults(run=run)
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 HELP = "score a pipeline, with or without an adapter"
 USAGE = "trl-marble eval --model MODEL --prompts SOURCE ... --rewards REWARD ... --output_dir DIR [options]"
 DESCRIPTION = """Sample images for a prompt set and score them. An evaluation that was interrupted continues where it
-stopped when the same command runs again. Every option can also stand in a YAML file (`--config`). Options of
+stopped when the same command runs again. Every option can also be set in a YAML file (`--config`). Options of
 `accelerate launch`, such as `--num_processes 8`, start that many processes."""
 
 

@@ -47,7 +47,7 @@ def make_parser(whole: bool = False) -> ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=__version__)
     parser.add_argument(
-        "--print-completion", choices=("bash", "zsh", "tcsh"), help="print a shell's script for completion by tab"
+        "--print-completion", choices=("bash", "zsh", "tcsh"), help="print a shell's script for tab completion"
     )
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND")
     for command in COMMANDS:

@@ -50,7 +50,7 @@ def read_config(words: list[str]) -> tuple[dict[str, Any], list[str]]:
     except (yaml.YAMLError, *CONSTRUCTORS_RAISE) as error:
         raise UsageError(f"`{path}` is not YAML: {error}") from error
     if not isinstance(config, dict) or None in config:
-        raise UsageError(f"`{path}` holds no settings; write one `option: value` a line")
+        raise UsageError(f"`{path}` has no settings; write one `option: value` per line")
     os.environ.update(_environment(config.pop("env", {}), path))
     return {str(key): value for key, value in config.items()}, others
 
@@ -92,7 +92,7 @@ class ConfigParser(TrlParser):
             self._hints |= get_type_hints(kind)
             self._show_inherited_last(kind)
         self.add_argument(
-            "--config", metavar="FILE", help="YAML file of options; those of the command line come before it."
+            "--config", metavar="FILE", help="YAML file of options. Options on the command line override it."
         )
 
     def error(self, message: str) -> NoReturn:

@@ -20,7 +20,7 @@ def register(subparsers: Any, whole: bool = False) -> None:
     )
     command.add_argument("folder", metavar="FOLDER", help="the output folder of the training")
     command.add_argument("repo_id", metavar="REPO_ID", help="the repository, such as me/sd3.5m-marble")
-    command.add_argument("--private", action="store_true", help="make the repository private, if it is made")
+    command.add_argument("--private", action="store_true", help="make the repository private, if the push creates it")
     command.set_defaults(run=run)
 
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 HELP = "train a LoRA against several rewards"
 USAGE = "trl-marble train --model MODEL --prompts SOURCE ... --rewards REWARD ... [options]"
-DESCRIPTION = """Train a LoRA of a diffusers pipeline against several rewards at once. Every option can also stand in a
+DESCRIPTION = """Train a LoRA of a diffusers pipeline on several rewards at once. Every option can also be set in a
 YAML file (`--config`). Options of `accelerate launch`, such as `--num_processes 8`, start that many processes;
 `--accelerate_config` takes a file that `accelerate config` wrote."""
 
@@ -194,7 +194,7 @@ def check_evaluation(script_args: ScriptArguments, args: "MarbleConfig") -> None
             The settings of the training.
 
     Raises:
-        [`UsageError`]: If there are prompts and no evaluation, or settings of an evaluation and no prompts.
+        [`UsageError`]: If there are prompts and no evaluation, or an evaluation or its settings and no prompts.
     """
     if script_args.eval_prompts:
         if args.eval_strategy == "no" and not args.eval_on_start:
@@ -202,6 +202,9 @@ def check_evaluation(script_args: ScriptArguments, args: "MarbleConfig") -> None
     elif script_args.eval_rewards or script_args.eval_split != "test":
         name = "eval_rewards" if script_args.eval_rewards else "eval_split"
         raise UsageError(f"`{name}` has no effect without `eval_prompts`; name the prompts to evaluate on")
+    elif args.eval_strategy != "no" or args.eval_on_start:
+        name = "eval_on_start" if args.eval_strategy == "no" else "eval_strategy"
+        raise UsageError(f"`{name}` needs `eval_prompts`; name the prompts to evaluate on")
 
 
 def lora_targets(words: list[str], layers: Collection[str]) -> list[str] | str:

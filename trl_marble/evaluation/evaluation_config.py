@@ -58,13 +58,14 @@ class EvaluationConfig:
 
     output_dir: str = field(metadata={"help": "Where scores, images and the contact sheet go."})
     adapter: str | None = field(
-        default=None, metadata={"help": "LoRA to evaluate: Hub id, folder or .safetensors file; none: the base."}
+        default=None,
+        metadata={"help": "LoRA to evaluate: Hub id, folder or .safetensors file. Without it the base is evaluated."},
     )
     num_generations: int = field(default=4, metadata={"help": "Number of images sampled for each prompt."})
     seed: int = field(default=0, metadata={"help": "Seed of the images."})
     num_inference_steps: int = field(default=25, metadata={"help": "Number of solver steps."})
     guidance_scale: float = field(
-        default=1.0, metadata={"help": "Guidance scale; 1.0 is without classifier-free guidance."}
+        default=1.0, metadata={"help": "Guidance scale; 1.0 turns classifier-free guidance off."}
     )
     height: int | None = field(default=None, metadata={"help": "Height of the images or videos in pixels."})
     width: int | None = field(default=None, metadata={"help": "Width of the images or videos in pixels."})
@@ -73,7 +74,8 @@ class EvaluationConfig:
     batch_size: int = field(default=8, metadata={"help": "Number of images sampled and scored together."})
     bf16: bool = field(default=False, metadata={"help": "Whether to sample in bfloat16."})
     reward_failure: Literal["raise", "mask"] = field(
-        default="raise", metadata={"help": "Where a reward fails: 'raise', or 'mask' the images and count them."}
+        default="raise",
+        metadata={"help": "What to do if a reward fails: 'raise', or 'mask' the images and count them."},
     )
     reward_timeout: float | None = field(
         default=None, metadata={"help": "Longest time in seconds to wait for all rewards' answers about one batch."}
@@ -83,7 +85,7 @@ class EvaluationConfig:
         if not str(self.output_dir).strip():
             raise ValueError(f"`output_dir` is {self.output_dir!r}; pass the folder that the results go to.")
         at_least = {
-            "num_generations": (1, "evaluation needs an image a prompt"),
+            "num_generations": (1, "an evaluation needs at least one image per prompt"),
             "seed": (0, "seeds are not negative"),
             "num_inference_steps": (1, "sampling needs a step"),
             "height": (1, "leave it out to use the pipeline's own"),

@@ -59,7 +59,7 @@ class ImageRecord:
 
 class BatchRecords:
     """
-    The records of an evaluation, one file a batch.
+    The records of an evaluation, one file per batch.
 
     A batch's images are written first and its record last, each under another name until it is whole, so that a record
     that is there is that of a finished batch. The record holds a digest of itself and of its images.
@@ -82,7 +82,7 @@ class BatchRecords:
                 What every batch depends on, ready for JSON.
 
         Raises:
-            `ValueError`: if the folder holds an evaluation with other settings.
+            `ValueError`: if the folder has an evaluation with other settings.
         """
         if self._settings.is_file():
             earlier = json.loads(self._settings.read_text(encoding="utf-8"))
@@ -94,7 +94,7 @@ class BatchRecords:
             ]
             if differing:
                 raise ValueError(
-                    f"`{self.folder}` holds an evaluation with other settings: {'; '.join(differing)}. Pass another "
+                    f"`{self.folder}` has an evaluation with other settings: {'; '.join(differing)}. Pass another "
                     "`output_dir`, or remove that folder."
                 )
         write_atomically(self._settings, json.dumps(settings, indent=2).encode())

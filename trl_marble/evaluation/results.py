@@ -93,14 +93,14 @@ class EvaluationResults:
                 The `output_dir` of the evaluation.
 
         Raises:
-            `FileNotFoundError`: the folder holds no finished evaluation.
+            `FileNotFoundError`: the folder has no finished evaluation.
             `ValueError`: its files are damaged or do not agree.
         """
         folder = Path(folder)
         if not (folder / SUMMARY_FILE).is_file():
             unfinished = (folder / "records").is_dir()
             raise FileNotFoundError(
-                f"`{folder}` holds no finished evaluation (no `{SUMMARY_FILE}`). "
+                f"`{folder}` has no finished evaluation (no `{SUMMARY_FILE}`). "
                 + ("Continue it with the same settings." if unfinished else "Pass the `output_dir` of one.")
             )
         try:
@@ -118,7 +118,7 @@ class EvaluationResults:
         if len(table) != images or num_groups != len(diversity):
             raise ValueError(
                 f"The evaluation in `{folder}` is damaged: `{TABLE_FILE}` has {len(table)} images of {num_groups} "
-                f"prompts, `{SUMMARY_FILE}` says {images} of {len(diversity)}. Evaluate again."
+                f"prompts, but `{SUMMARY_FILE}` has {images} of {len(diversity)}. Evaluate again."
             )
         return cls(folder, settings, names, table, failed, diversity)
 

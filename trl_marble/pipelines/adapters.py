@@ -62,7 +62,7 @@ def find_adapter(adapter: str | Path) -> Path:
         for name in (LORA_WEIGHT_NAME_SAFE, PEFT_WEIGHTS):
             if (path / name).is_file():
                 return path / name
-        raise FileNotFoundError(f"The folder `{adapter}` holds no adapter (no `{LORA_WEIGHT_NAME_SAFE}`).")
+        raise FileNotFoundError(f"The folder `{adapter}` has no adapter (no `{LORA_WEIGHT_NAME_SAFE}`).")
     if path.is_file():
         if path.suffix != ".safetensors":
             raise ValueError(f"The adapter `{adapter}` is not a .safetensors file; other files are not loaded.")

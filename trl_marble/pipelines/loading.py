@@ -56,7 +56,7 @@ def load_pipeline(
     folder = Path(pipeline)
     if folder.is_dir() and not (folder / "model_index.json").is_file():
         raise FileNotFoundError(
-            f"The folder {os.fspath(pipeline)!r} holds no diffusers pipeline (no model_index.json). Pass the "
+            f"The folder {os.fspath(pipeline)!r} has no diffusers pipeline (no model_index.json). Pass the "
             "folder that `pipeline.save_pretrained` wrote."
         )
     try:

@@ -87,22 +87,22 @@ def measured_linears(
     if not flow.is_listed:  # whether every layer sees a row a sample is tested for the table only
         logger.warning(
             f"{kind} is not among the pipeline classes that are tested. Its velocities are those of its own denoising "
-            "steps; each step that solves the balancing problem takes one backward pass a reward."
+            "steps; each step that solves the balancing problem takes one backward pass per reward."
         )
         return None
     if (flow.splits_batches or edits) and micro_batch_size > 1:
         # No call of the transformer sees the whole micro-batch.
         one = "sample" if flow.family.one_sample or edits else "time"
         logger.warning(
-            f"{kind} holds one {one} a call, so the transformer runs more than once for a micro-batch, and each step "
-            "that solves the balancing problem takes one backward pass a reward. With `per_device_train_batch_size=1` "
-            "and more accumulation it takes two in all."
+            f"{kind} takes one {one} per call, so the transformer runs more than once for a micro-batch, and each "
+            "step that solves the balancing problem takes one backward pass per reward. With "
+            "`per_device_train_batch_size=1` and more accumulation it takes two in all."
         )
         return None
     linears = plain_lora_linears(flow.transformer, names)
     if linears is None:
         logger.warning(
             "The adapter is not plain LoRA on linear layers, so each step that solves the balancing problem takes "
-            "one backward pass a reward. Plain LoRA (no DoRA, no convolutions) takes two in all."
+            "one backward pass per reward. Plain LoRA (no DoRA, no convolutions) takes two in all."
         )
     return linears

@@ -229,7 +229,7 @@ class CheckpointedTrainer(Trainer):
             if before != now and not isinstance(self.lr_scheduler, LambdaLR):
                 raise ValueError(
                     f"`{name}` was {before} in `{checkpoint}` and is {now} in this run, but "
-                    f"{type(self.lr_scheduler).__name__} goes on with what it has come to. Resume with "
+                    f"{type(self.lr_scheduler).__name__} continues from its saved value. Resume with "
                     f"`{name}={before}`."
                 )
         own = group_settings(self.bare_optimizer)
@@ -245,8 +245,8 @@ class CheckpointedTrainer(Trainer):
         kind = saved.pop("kind")
         if kind != type(mine).__name__:
             raise ValueError(
-                f"`{checkpoint}` was saved with the {what} {kind}, this run has {type(mine).__name__}, which "
-                "cannot go on from its state. Resume with the `optim` and `lr_scheduler_type` that it was saved with."
+                f"`{checkpoint}` was saved with the {what} {kind}, this run has {type(mine).__name__}, which cannot "
+                "continue from that state. Resume with the `optim` and `lr_scheduler_type` that it was saved with."
             )
 
     def _load_rng_state(self, checkpoint: str | None) -> None:

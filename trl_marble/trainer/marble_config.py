@@ -47,7 +47,7 @@ class MarbleConfig(TrainingArguments):
     This class includes only the parameters that are specific to MARBLE training. For a full list of training
     arguments, please refer to the [`~transformers.TrainingArguments`] documentation. Defaults are those of the MARBLE
     paper (https://huggingface.co/papers/2605.06507) for Stable Diffusion 3.5 Medium on one device: 48 prompts x 24
-    images an optimizer step. On several devices divide `gradient_accumulation_steps` by their number. Two differ,
+    images per optimizer step. On several devices divide `gradient_accumulation_steps` by their number. Two differ,
     because they were better or cheaper where we compared (docs/step_cost.md): the paper has `balance_every=10` and
     `balance_on="loss"`.
 
@@ -105,29 +105,29 @@ class MarbleConfig(TrainingArguments):
         multi_objective_aggregation (`str`, *optional*, defaults to `"marble"`):
             How several rewards become one update. `"marble"`: per-reward gradients, balanced so that the update goes
             against none of them (MARBLE). `"equal"`: the same with fixed equal coefficients. `"sum_then_normalize"`:
-            weighted sum of the raw rewards, then one advantage (DiffusionNFT). `"normalize_then_sum"`: one advantage a
-            reward, then their weighted sum, normalized again (GDPO).
+            weighted sum of the raw rewards, then one advantage (DiffusionNFT). `"normalize_then_sum"`: one advantage
+            per reward, then their weighted sum, normalized again (GDPO).
         reward_failure (`str`, *optional*, defaults to `"raise"`):
-            What happens where a reward raises, takes too long, or answers an exception for an image. `"raise"`:
+            What happens if a reward raises, takes too long, or returns an exception for an image. `"raise"`:
             training stops before the next images are sampled, with an error that names the reward, the prompt and the
             cause; first a checkpoint of the last optimizer step is saved, if there was one. `"mask"`: the images are
             treated as ones that the reward does not apply to and counted in `rewards/<name>/failed`; training stops
-            only if a reward fails for every image of a generation batch. Answers that are no scores, such as one
-            value too few, always stop training.
+            only if a reward fails for every image of a generation batch. Return values that are not scores, such as
+            one value too few, always stop training.
         on_nonfinite (`str`, *optional*, defaults to `"raise"`):
-            What happens where a number is NaN or infinite: a sampled latent, an infinite reward (a reward that is NaN
-            does not apply), or the gradient of an optimizer step. `reward_failure` is about rewards that give no
-            answer, this setting about numbers that are none. `"raise"`: nothing of the optimizer step is used, what
-            was trained before it is saved, and training stops with an error that names what is not finite, where it
-            arose, and what to change. `"skip"`: the image counts as one that no reward applies to (an infinite reward
-            as one that failed), and an optimizer step whose gradient is not finite is skipped; each is counted
-            (`nonfinite/latents`, `rewards/<name>/failed`, `nonfinite/skipped_steps`), and training stops only if no
-            image is left, or after ten consecutive skipped steps. No weights that are not finite are ever saved.
+            What happens if a number is NaN or infinite: a sampled latent, an infinite reward (a reward that is NaN
+            does not apply), or the gradient of an optimizer step. (For rewards that raise or take too long see
+            `reward_failure`.) `"raise"`: nothing of the optimizer step is used, what was trained before it is saved,
+            and training stops with an error that names what is not finite, where it arose, and what to change.
+            `"skip"`: the image counts as one that no reward applies to (an infinite reward as one that failed), and an
+            optimizer step whose gradient is not finite is skipped; each is counted (`nonfinite/latents`,
+            `rewards/<name>/failed`, `nonfinite/skipped_steps`), and training stops only if no image is left, or after
+            ten consecutive skipped steps. No weights that are not finite are ever saved.
         reward_timeout (`float`, *optional*):
             Longest time in seconds to wait for the rewards of a generation batch, all of them together, counted from
-            when its last image is sampled; in an evaluation for those of each batch. What has no answer by then has
-            failed, as `reward_failure` says. Rewards score while images are sampled, so it is to cover what they are
-            slower. Defaults to waiting for ever.
+            when its last image is sampled; in an evaluation for those of each batch. Scores that are missing then
+            count as failed, see `reward_failure`. Rewards score while images are sampled, so the time has to cover
+            only by how much they are slower than sampling. Defaults to waiting for ever.
 
         > Parameters that control the loss
 
@@ -166,7 +166,7 @@ class MarbleConfig(TrainingArguments):
         balance_every (`int`, *optional*, defaults to `1`):
             The balancing problem is solved from per-reward gradients every this many optimizer steps. In between, the
             smoothed solution is used at the cost of one backward pass. With `1` every step is solved, and
-            `balance_ema` only smooths what is used for rewards without a valid sample.
+            `balance_ema` matters only for rewards that apply to no sample of a step.
         balance_fraction (`float`, *optional*, defaults to `1.0`):
             In `(0, 1]`: the fraction of an optimizer step's forward passes (timesteps of micro-batches, of all
             processes) in which per-reward gradients are taken when the balancing problem is solved. With `1.0` the
@@ -237,8 +237,8 @@ class MarbleConfig(TrainingArguments):
     resume_from_checkpoint: str | None = field(
         default=None,
         metadata={
-            "help": "Checkpoint to go on from: its path, 'latest' for the latest valid one in `output_dir`, or 'auto' "
-            "for that one where there are checkpoints and a new run where there are none."
+            "help": "Checkpoint to resume from: its path, 'latest' for the latest valid one in `output_dir`, or 'auto'"
+            " for the latest valid one if there are checkpoints and a new run if there are none."
         },
     )
     learning_rate: float = field(default=3e-4, metadata={"help": "The initial learning rate for AdamW."})
@@ -253,7 +253,7 @@ class MarbleConfig(TrainingArguments):
     logging_steps: float = field(default=1, metadata={"help": "Log every X optimizer steps."})
     save_steps: float = field(default=50, metadata={"help": "Save a checkpoint every X optimizer steps."})
     dataloader_pin_memory: bool = field(
-        default=False, metadata={"help": "Whether to pin memory. A batch holds row numbers, where it does nothing."}
+        default=False, metadata={"help": "Whether to pin memory. Has no effect: a batch has only row numbers."}
     )
     remove_unused_columns: bool = field(
         default=False, metadata={"help": "Must stay `False`: rewards receive every column of the dataset."}
@@ -290,12 +290,13 @@ class MarbleConfig(TrainingArguments):
     )
     num_iterations: int = field(default=1, metadata={"help": "Number of passes over each generation batch."})
     timestep_fraction: float = field(
-        default=0.99, metadata={"help": "Fraction of the rollout's time grid each sample is trained on in a pass."}
+        default=0.99,
+        metadata={"help": "Fraction of the rollout's timesteps that each sample is trained on in a pass."},
     )
 
     # Parameters that control the rewards
     reward_weights: list[float] | None = field(
-        default=None, metadata={"help": "Weight of each reward where rewards are added up. Defaults to 1 each."}
+        default=None, metadata={"help": "Weight of each reward in sums of rewards. Defaults to 1 each."}
     )
     scale_rewards: Literal["batch", "group", "none"] = field(
         default="batch", metadata={"help": "What centred rewards are divided by: 'batch', 'group' or 'none'."}
@@ -308,10 +309,10 @@ class MarbleConfig(TrainingArguments):
     )
 
     reward_failure: Literal["raise", "mask"] = field(
-        default="raise", metadata={"help": "What to do where a reward fails: 'raise' or 'mask'."}
+        default="raise", metadata={"help": "What to do if a reward fails: 'raise' or 'mask'."}
     )
     on_nonfinite: Literal["raise", "skip"] = field(
-        default="raise", metadata={"help": "What to do where a number is NaN or infinite: 'raise' or 'skip'."}
+        default="raise", metadata={"help": "What to do if a number is NaN or infinite: 'raise' or 'skip'."}
     )
     reward_timeout: float | None = field(
         default=None,
@@ -322,7 +323,7 @@ class MarbleConfig(TrainingArguments):
     policy_loss: str = field(default="nft", metadata={"help": "The loss: 'nft' or 'awm'."})
     nft_beta: float = field(default=0.1, metadata={"help": "Mixing coefficient of the implicit policies."})
     advantage_clip: float = field(default=5.0, metadata={"help": "Advantages are clipped to ± this value."})
-    beta: float = field(default=1e-4, metadata={"help": "Coefficient of the pull toward the base model."})
+    beta: float = field(default=1e-4, metadata={"help": "Coefficient of the KL penalty toward the base model."})
     awm_weighting: Literal["ghuber", "huber", "t", "t2", "uniform"] = field(
         default="ghuber", metadata={"help": "How AWM weights the matching error."}
     )
@@ -334,7 +335,7 @@ class MarbleConfig(TrainingArguments):
     )
 
     # Parameters that control the balancing
-    weighting: str = field(default="mgda", metadata={"help": "How the coefficients of the rewards are found."})
+    weighting: str = field(default="mgda", metadata={"help": "Rule for the balancing weights: 'mgda' or 'equal'."})
     balance_every: int = field(default=1, metadata={"help": "Solve the balancing problem every X optimizer steps."})
     balance_fraction: float = field(
         default=1.0, metadata={"help": "Fraction of the forward passes of a step that a solution is taken from."}
@@ -345,8 +346,13 @@ class MarbleConfig(TrainingArguments):
     )
 
     # Parameters that control the old policy and the averaged weights
-    old_policy_preset: int = field(default=1, metadata={"help": "Schedule of the old policy: 0, 1, 2 or 3."})
-    weight_ema_decay: float = field(default=0.9, metadata={"help": "Upper limit of the averaged weights' decay."})
+    old_policy_preset: int = field(
+        default=1, metadata={"help": "Schedule of the old policy, which samples the images: 0, 1, 2 or 3."}
+    )
+    weight_ema_decay: float = field(
+        default=0.9,
+        metadata={"help": "Upper limit of the decay of the averaged weights, which are evaluated and saved."},
+    )
 
     # Parameters that control how processes share the work
     shard_base: bool = field(
@@ -407,7 +413,7 @@ class MarbleConfig(TrainingArguments):
             "num_generations": (2, "advantages compare the images of one prompt with each other"),
             "num_inference_steps": (1, "a rollout needs a step"),
             "num_iterations": (1, "each generation batch is used at least once"),
-            "num_generations_eval": (1, "evaluation needs an image a prompt"),
+            "num_generations_eval": (1, "an evaluation needs at least one image per prompt"),
             "balance_every": (1, "1 solves at every optimizer step"),
             "num_images_to_log": (1, "set `log_images=False` to log none"),
             "log_images_steps": (1, "1 logs images at every logging step"),
@@ -437,7 +443,7 @@ class MarbleConfig(TrainingArguments):
         for name, policy in (("beta", "base model"), ("awm_ema_beta", "old policy")):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(
-                    f"`{name}` is {getattr(self, name)}; it must be 0 (no pull to the {policy}) or greater."
+                    f"`{name}` is {getattr(self, name)}; it must be 0 (no penalty toward the {policy}) or greater."
                 )
         for name in ("balance_ema", "weight_ema_decay"):
             if not 0 <= getattr(self, name) < 1:
@@ -464,7 +470,7 @@ class MarbleConfig(TrainingArguments):
             )
         if self.generation_batch_size % self.num_generations != 0:
             raise ValueError(
-                f"The generation batch holds {self.generation_batch_size} images (`per_device_train_batch_size` "
+                f"The generation batch has {self.generation_batch_size} images (`per_device_train_batch_size` "
                 f"{self.per_device_train_batch_size} x {self.world_size} processes x `steps_per_generation` "
                 f"{self.steps_per_generation}), which is not a multiple of `num_generations` "
                 f"({self.num_generations}). Change one of them so that every prompt has its whole group."
