@@ -137,7 +137,7 @@ def test_a_resumed_run_ends_as_the_whole_one(tmp_path):
 def test_rewards_of_images_are_refused_at_once(tmp_path, argument):
     given = {"reward_funcs": [motion]} | {argument: [bright]}
     with pytest.raises(
-        ValueError, match=r"Reward `bright` scores images, and WanPipeline makes videos. `FrameReward\("
+        ValueError, match=r"Reward `bright` scores images, and WanPipeline makes videos. Pass `FrameReward\("
     ):
         video_trainer(tmp_path, **given)
 
