@@ -221,10 +221,11 @@ def test_images_are_decoded_once_for_a_generation_batch(tmp_path, decoded):
     assert len(decoded) == 2 * 3, "two generation batches of three prompts"
 
 
-def test_an_evaluation_decodes_each_image_once(tmp_path, decoded):
-    trainer = editing_trainer(tmp_path, eval_dataset=edit_set(), num_generations_eval=3)
+def test_an_evaluation_decodes_each_image_once_a_batch(tmp_path, decoded):
+    settings = {"num_generations_eval": 3, "per_device_eval_batch_size": 6}  # two rows in each of three batches
+    trainer = editing_trainer(tmp_path, eval_dataset=edit_set(), **settings)
     trainer.evaluate()
-    assert len(decoded) == 6
+    assert len(decoded) == 6 + 2  # the velocities are those of the first batch, once more
 
 
 def test_a_micro_batch_holds_row_numbers_only(tmp_path):

@@ -31,11 +31,13 @@ class EvaluationPlan:
             Images that are sampled together. Images depend on it by rounding.
 
     Attributes:
+        texts (`list[str]`): The prompt of each row.
         num_images (`int`): Number of images.
         batches (`list[range]`): The numbers of the images of each batch.
     """
 
     def __init__(self, prompts: Dataset, edits: bool, num_generations: int, seed: int, batch_size: int) -> None:
+        self.texts: list[str] = prompts["prompt"][:]  # of the set as it was: in RGB all images would be decoded
         self.prompts = with_rgb_images(prompts) if edits else prompts
         self.edits, self.num_generations, self.seed = edits, num_generations, seed
         self.num_images = len(prompts) * num_generations
