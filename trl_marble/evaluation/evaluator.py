@@ -31,12 +31,14 @@ class EvaluationPlan:
             Images that are sampled together. Images depend on it by rounding.
 
     Attributes:
+        texts (`list[str]`): The prompt of each row.
         num_images (`int`): Number of images.
         batches (`list[range]`): The numbers of the images of each batch.
     """
 
     def __init__(self, prompts: Dataset, edits: bool, num_generations: int, seed: int, batch_size: int) -> None:
         self.prompts = prompts
+        self.texts: list[str] = prompts["prompt"][:]
         self._rows = with_rgb_images(prompts) if edits else prompts  # its images are decoded where a row is read
         self.edits, self.num_generations, self.seed = edits, num_generations, seed
         self.num_images = len(prompts) * num_generations

@@ -160,12 +160,11 @@ class PolicyEvaluator:
                 raise FloatingPointError(
                     f"The latents of all {latents} images of the evaluation are not finite. {CAUSES}"
                 )
-        texts = plan.prompts["prompt"][:]
         prompt_rows = [plan.place(image.number)[0] for image in images]
-        groups = torch.from_numpy(number_prompts([texts[row] for row in prompt_rows], prompt_rows, plan.edits))
+        groups = torch.from_numpy(number_prompts([plan.texts[row] for row in prompt_rows], prompt_rows, plan.edits))
         features = torch.stack([torch.from_numpy(image.thumbnail) for image in images])
         per_prompt = group_diversity(features, groups).numpy()
-        gallery, gallery_rewards, gallery_extras = _make_gallery(images, plan, texts)
+        gallery, gallery_rewards, gallery_extras = _make_gallery(images, plan)
         return PolicyEvaluation(
             evaluation=Evaluation(
                 trainer_state.global_step,
@@ -224,7 +223,7 @@ def _describe(samples: Samples, plan: EvaluationPlan, number: int, shown_rows: s
 
 
 def _make_gallery(
-    images: Sequence[_ScoredImage], plan: EvaluationPlan, texts: Sequence[str]
+    images: Sequence[_ScoredImage], plan: EvaluationPlan
 ) -> tuple[dict[str, list[Sample]], dict[str, Tensor], dict[str, dict[str, list[Any]]]]:
     """By prompt: the images that are shown, their rewards `[K, images]`, and what else was logged of them."""
     gallery: dict[str, list[Sample]] = {}
@@ -233,7 +232,7 @@ def _make_gallery(
     keys = list(dict.fromkeys(key for image in images for key in image.extras))  # not every process may have them all
     for image in images:
         if image.shown is not None:
-            prompt = texts[plan.place(image.number)[0]]
+            prompt = plan.texts[plan.place(image.number)[0]]
             gallery.setdefault(prompt, []).append(image.shown)
             rewards.setdefault(prompt, []).append(torch.tensor(image.rewards))
             columns = extras.setdefault(prompt, {column: [] for column in column_names(keys)})
