@@ -150,7 +150,7 @@ def test_quotes_that_do_not_pair_up_are_in_doubt(prompt, text):
 
 def test_quotes_are_read_in_time_that_grows_with_the_length():
     n = 20_000
-    start = time.monotonic()
+    start = time.thread_time()
     for prompt in (
         '"' * n,
         '" ' * n,
@@ -162,7 +162,7 @@ def test_quotes_are_read_in_time_that_grows_with_the_length():
         "“a «" * n,
     ):
         read_quotes(prompt)
-    assert time.monotonic() - start < 5
+    assert time.thread_time() - start < 5
 
 
 def test_the_edit_distance_is_the_least_number_of_edits():
