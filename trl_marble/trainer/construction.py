@@ -185,7 +185,7 @@ def build_sampler(
     )
 
 
-def build_layout(args: MarbleConfig) -> BatchLayout:
+def _build_layout(args: MarbleConfig) -> BatchLayout:
     """How a generation batch is cut into optimizer steps and micro-batches."""
     return BatchLayout(
         args.per_device_train_batch_size,
@@ -210,7 +210,7 @@ def build_source(
         sampler,
         scorer,
         dataset,
-        build_layout(args),
+        _build_layout(args),
         RolloutSettings(args.seed, args.num_generations, args.rollout_batch_size, edits),
         functools.partial(
             aggregate_advantages,
@@ -249,6 +249,7 @@ def build_update(
     schedule: BalanceSchedule,
     weighting: Callable[[Tensor], Tensor] | None,
     reward_names: list[str],
+    layout: BatchLayout,
     edits: bool,
     accelerator: Accelerator,
     metrics: MetricBuffer,
@@ -269,7 +270,7 @@ def build_update(
         weights,
         StepGradient(accelerator, weights.parameters, linears, balance, args.seed, guard, metrics),
         guard,
-        build_layout(args),
+        layout,
         TimeGrid(times, max(1, int(len(times) * args.timestep_fraction))),
         args.seed,
         args.world_size,

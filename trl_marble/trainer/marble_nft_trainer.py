@@ -169,7 +169,6 @@ class MarbleNFTTrainer(WithoutPredictions, ObservedTrainer):
         self.weights = PolicyWeights(self.model, trainable)
         self.schedule = BalanceSchedule(len(self.scorer), args.balance_every, args.balance_ema)
         self.policy_loss = construction.build_policy_loss(args)
-        self.layout = construction.build_layout(args)
         self.run_state = RunState(
             self.weights, self.schedule, describe_run(self.flow, fingerprint, self.scorer, self.source_weights, args)
         )
@@ -177,12 +176,14 @@ class MarbleNFTTrainer(WithoutPredictions, ObservedTrainer):
         self.rollouts = construction.build_source(
             self.sampler, self.scorer, self.train_dataset, self.edits, self.accelerator, self.metrics, args
         )
+        self.layout = self.rollouts.layout
         self.update = construction.build_update(
             self.weights,
             self.policy_loss,
             self.schedule,
             weighting,
             self.scorer.names,
+            self.layout,
             self.edits,
             self.accelerator,
             self.metrics,
