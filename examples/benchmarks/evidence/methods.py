@@ -6,7 +6,7 @@ The published code's way to mix advantages, and other Gram matrices, are not set
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.util import find_spec
 from typing import Any
@@ -17,6 +17,8 @@ from torch import Tensor
 from trl_marble.balance import mgda_weights
 from trl_marble.cli.demo import DEMO_SETTINGS
 from trl_marble.shapeworld import reward_funcs
+
+from .drift import DRIFT_CONTROLS, FIRST_BETA
 
 
 REWARDS = tuple(reward.__name__ for reward in reward_funcs())
@@ -46,6 +48,8 @@ class Method:
             The method whose learning rate is used. By default it is tuned itself.
         beside (`str`, *optional*):
             The method that an ablation compares it with. Defaults to `tuned_as`.
+        drift (`tuple[str, float]`, *optional*):
+            A name of `DRIFT_CONTROLS` and its strength. Defaults to none.
     """
 
     label: str
@@ -55,6 +59,7 @@ class Method:
     experiment: str | None = None
     tuned_as: str | None = None
     beside: str | None = None
+    drift: tuple[str, float] | None = None
 
     @property
     def rewards(self) -> tuple[str, ...]:
@@ -159,8 +164,42 @@ TORCHJD: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
 }
 
 
+# How far a policy drifts, more than how it balances, decides where a long run ends: every method is run at several
+# strengths of the KL to the base.
+DRIFT_BETAS = {"target": FIRST_BETA, "move": 0.1}
+LONG_BASES: dict[str, Method] = {
+    "weighted_sum": METHODS["weighted_sum"],
+    "gdpo": METHODS["gdpo"],
+    "equal": METHODS["equal"],
+    "marble": METHODS["marble"],
+}
+
+
+def long_method(name: str) -> Method:
+    """
+    A method of long runs: `<method>@<strength>`, such as `marble@0.1`.
+
+    The strength is the `beta` of the KL, or another way to limit the drift and its strength: `lag` (`beta`, with the
+    paper's old policy, which lags behind), `average` (`beta`, with weights averaged over about 50 steps), or one of
+    `DRIFT_CONTROLS`, such as `target0.05`.
+    """
+    base, _, strength = name.partition("@")
+    method = LONG_BASES[base]
+    kind = strength.rstrip("0123456789.")
+    value = float(strength.removeprefix(kind))
+    settings: dict[str, Any] = {**method.settings, "beta": DRIFT_BETAS.get(kind, value)}
+    if kind == "lag":
+        settings["old_policy_preset"] = 1
+    if kind == "average":
+        settings["weight_ema_decay"] = 0.98
+    drift = (kind, value) if kind in DRIFT_CONTROLS else None
+    return replace(method, label=f"{method.label}, {kind or 'beta'} {value:g}", settings=settings, drift=drift)
+
+
 def find_method(name: str) -> Method:
     """The method or variant with this name."""
+    if "@" in name:
+        return long_method(name)
     return METHODS[name] if name in METHODS else VARIANTS[name]
 
 

@@ -20,6 +20,7 @@ from trl_marble.evaluation import EvaluationConfig, EvaluationResults, evaluate_
 from trl_marble.evaluation.records import write_atomically
 from trl_marble.shapeworld import load_pipeline, load_prompts, reward_funcs
 
+from .drift import DRIFT_CONTROLS
 from .experiments import EXPERIMENTS
 from .methods import BASE, METHODS, find_method, make_weighting
 
@@ -44,6 +45,17 @@ SHARED_SETTINGS: dict[str, Any] = {
         "beta",
     )
 }
+# Long runs: on-policy, short rollouts, and half the images, at which 150 steps take about 20 minutes on one core.
+LONG_STEPS = 150
+LONG_SETTINGS = SHARED_SETTINGS | {
+    "num_generations": 8,
+    "per_device_train_batch_size": 128,
+    "num_inference_steps": 5,
+    "timestep_fraction": 0.8,
+    "old_policy_preset": 0,
+}
+# Solver steps of the last evaluation of a long run: those of the demo.
+LONG_EVALUATION_STEPS = 8
 QUICK_SETTINGS = SHARED_SETTINGS | {
     "num_generations": 4,
     "per_device_train_batch_size": 16,
@@ -79,6 +91,12 @@ class Scale:
             Images per prompt of the test split.
         tuning_images (`int`, *optional*, defaults to `16`):
             Images per prompt when learning rates are chosen.
+        curve_steps (`int`, *optional*, defaults to `CURVE_STEPS`):
+            Optimizer steps between the small evaluations during the training.
+        curve_images (`int`, *optional*, defaults to `CURVE_IMAGES`):
+            Their images per prompt.
+        long (`bool`, *optional*, defaults to `False`):
+            Whether the runs are long ones, with `LONG_SETTINGS`.
         quick (`bool`, *optional*, defaults to `False`):
             Whether everything is as small as possible: this only tests the code and measures nothing.
     """
@@ -86,12 +104,22 @@ class Scale:
     steps: int = STEPS
     images: int = 48
     tuning_images: int = 16
+    curve_steps: int = CURVE_STEPS
+    curve_images: int = CURVE_IMAGES
+    long: bool = False
     quick: bool = False
 
     @property
     def settings(self) -> dict[str, Any]:
         """Settings of `MarbleConfig` that all methods share."""
-        return QUICK_SETTINGS if self.quick else SHARED_SETTINGS
+        if self.quick:
+            return QUICK_SETTINGS
+        return LONG_SETTINGS if self.long else SHARED_SETTINGS
+
+    @property
+    def evaluation_steps(self) -> int:
+        """Solver steps of the last evaluation."""
+        return LONG_EVALUATION_STEPS if self.long else self.settings["num_inference_steps"]
 
     def prompts(self, phase: str) -> Dataset:
         """The prompts on which the runs of a phase are scored, equally many of each source."""
@@ -105,6 +133,7 @@ class Scale:
 
 
 QUICK = Scale(steps=2, images=2, tuning_images=2, quick=True)
+LONG = Scale(steps=LONG_STEPS, images=24, tuning_images=24, curve_steps=10, curve_images=8, long=True)
 
 
 @dataclass(frozen=True)
@@ -146,14 +175,16 @@ class Run:
     @property
     def images(self) -> int:
         """Number of sampled images per prompt, including those for the curves."""
-        if self.phase == TUNING:
-            return self.scale.tuning_images
-        curves = (1 + self.steps // CURVE_STEPS) * min(CURVE_IMAGES, self.scale.images) if self.has_curves else 0
-        return self.scale.images + curves
+        images = self.scale.tuning_images if self.phase == TUNING else self.scale.images
+        if not self.has_curves:
+            return images
+        return images + (1 + self.steps // self.scale.curve_steps) * min(self.scale.curve_images, images)
 
     @property
     def has_curves(self) -> bool:
-        """Whether small evaluations during training make a curve: for the runs of the main table."""
+        """Whether small evaluations during training make a curve: for long runs and those of the main table."""
+        if self.scale.long:
+            return self.method != BASE
         return self.phase == MAIN and self.method in METHODS and self.method != BASE
 
     def plan(self) -> dict[str, Any]:
@@ -164,6 +195,7 @@ class Run:
             "stages": [list(stage) for stage in method.stages],
             "weighting": method.weighting,
             "experiment": method.experiment,
+            "drift": method.drift and list(method.drift),
             "settings": {**self.scale.settings, **method.settings},
         }
 
@@ -234,7 +266,7 @@ def execute(run: Run, output_dir: Path) -> None:
     config = EvaluationConfig(
         str(folder / "evaluation"),
         num_generations=run.scale.tuning_images if run.phase == TUNING else run.scale.images,
-        num_inference_steps=run.scale.settings["num_inference_steps"],
+        num_inference_steps=run.scale.evaluation_steps,
         seed=EVALUATION_SEED,
         batch_size=DEMO_SETTINGS["per_device_eval_batch_size"],
     )
@@ -275,12 +307,12 @@ def _train_stage(
         seed=run.seed,
         data_seed=run.seed + STAGE_SEEDS * number,
         use_cpu=True,  # on every machine, for equal conditions
-        save_steps=5,
+        save_steps=10 if run.scale.long else 5,
         save_total_limit=1,
         eval_strategy="steps" if run.has_curves else "no",
-        eval_steps=CURVE_STEPS if run.has_curves else None,
+        eval_steps=run.scale.curve_steps if run.has_curves else None,
         eval_on_start=run.has_curves and number == 0,
-        num_generations_eval=min(CURVE_IMAGES, run.scale.images),
+        num_generations_eval=min(run.scale.curve_images, run.scale.images),
         per_device_eval_batch_size=DEMO_SETTINGS["per_device_eval_batch_size"],
         report_to="none",
         log_images=False,
@@ -299,6 +331,9 @@ def _train_stage(
     )
     if method.experiment is not None:
         trainer.update.gradient = EXPERIMENTS[method.experiment](trainer)
+    if method.drift is not None:
+        kind, strength = method.drift
+        DRIFT_CONTROLS[kind](trainer, strength)
     try:
         trainer.train(resume_from_checkpoint=any(folder.glob("checkpoint-*")))
     except FileNotFoundError as error:  # there are checkpoints, but none is valid
