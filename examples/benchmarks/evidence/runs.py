@@ -133,7 +133,7 @@ class Scale:
 
 
 QUICK = Scale(steps=2, images=2, tuning_images=2, quick=True)
-LONG = Scale(steps=LONG_STEPS, images=24, tuning_images=24, curve_steps=10, curve_images=8, long=True)
+LONG = Scale(steps=LONG_STEPS, images=24, tuning_images=24, curve_steps=10, curve_images=12, long=True)
 
 
 @dataclass(frozen=True)
