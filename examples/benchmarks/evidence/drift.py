@@ -23,14 +23,22 @@ FIRST_BETA = 0.5
 GATE_SHARE = 0.1
 
 
-def adapt_to_target(trainer: MarbleNFTTrainer, target: float) -> None:
-    """Let `beta` follow the KL: `log beta += 0.2 clip(log(KL / target), -1, 1)` at each step, KL as a running mean."""
-    trainer.add_callback(_FollowTarget(trainer, target))
+def adapt_to_target(trainer: MarbleNFTTrainer, target: float, falling: float = 0.2) -> None:
+    """
+    Let `beta` follow the KL: `log beta += rate clip(log(KL / target), -1, 1)` at each step, KL as a running mean, and
+    the rate 0.2 where `beta` rises, `falling` where it falls.
+    """
+    trainer.add_callback(_FollowTarget(trainer, target, falling))
+
+
+def lower_slowly(trainer: MarbleNFTTrainer, target: float) -> None:
+    """The same, with a `beta` that falls four times slower than it rises."""
+    adapt_to_target(trainer, target, falling=0.05)
 
 
 class _FollowTarget(TrainerCallback):
-    def __init__(self, trainer: MarbleNFTTrainer, target: float) -> None:
-        self.trainer, self.target = trainer, target
+    def __init__(self, trainer: MarbleNFTTrainer, target: float, falling: float) -> None:
+        self.trainer, self.target, self.falling = trainer, target, falling
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
         self._set(state.log_history)
@@ -43,7 +51,8 @@ class _FollowTarget(TrainerCallback):
         for row in history:  # from the log, so that a resumed run finds it again
             if "kl" in row:
                 mean = row["kl"] if mean is None else 0.8 * mean + 0.2 * row["kl"]
-                log_beta += 0.2 * min(max(math.log(max(mean, 1e-9) / self.target), -1), 1)
+                excess = min(max(math.log(max(mean, 1e-9) / self.target), -1), 1)
+                log_beta += (0.2 if excess > 0 else self.falling) * excess
         loss = dataclasses.replace(self.trainer.policy_loss, beta=math.exp(log_beta))
         self.trainer.policy_loss = self.trainer.update.loss = loss
 
@@ -164,6 +173,7 @@ class _MoveReference(TrainerCallback):
 
 DRIFT_CONTROLS: Mapping[str, Callable[[MarbleNFTTrainer, float], None]] = {
     "target": adapt_to_target,
+    "hold": lower_slowly,
     "norm": limit_norms,
     "gate": gate_by_disagreement,
     "move": move_reference,

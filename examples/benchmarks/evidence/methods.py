@@ -166,7 +166,7 @@ TORCHJD: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
 
 # How far a policy drifts, more than how it balances, decides where a long run ends: every method is run at several
 # strengths of the KL to the base.
-DRIFT_BETAS = {"target": FIRST_BETA, "move": 0.1}
+DRIFT_BETAS = {"target": FIRST_BETA, "hold": FIRST_BETA, "move": 0.1}
 LONG_BASES: dict[str, Method] = {
     "weighted_sum": METHODS["weighted_sum"],
     "gdpo": METHODS["gdpo"],
