@@ -342,3 +342,16 @@ def test_a_sharded_base_is_not_compiled(monkeypatch) -> None:
     with pytest.raises(ValueError, match="`shard_base=True` and `torch_compile=True` do not work together"):
         config(shard_base=True, torch_compile=True)
     assert config(shard_base=True).base_is_sharded is False  # there is one process
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"kl_target": 0.0, "beta": 0.5}, "greater than 0"),
+        ({"kl_target": float("inf"), "beta": 0.5}, "finite"),
+        ({"kl_target": 0.05, "beta": 0.0}, "set `beta=0.5`"),
+    ],
+)
+def test_a_target_of_the_kl_needs_a_first_coefficient(settings, words):
+    with pytest.raises(ValueError, match=words):
+        MarbleConfig("x", **settings)

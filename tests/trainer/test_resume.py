@@ -27,6 +27,7 @@ SETTINGS = {
     "save_strategy": "steps",
     "save_steps": 1,
     "beta": 0.1,
+    "kl_target": 0.01,
     "max_grad_norm": 1.0,
 }
 
@@ -37,6 +38,7 @@ def state_of(trainer):
     state |= {f"old {name}": value for name, value in trainer.weights.old.state_dict().items()}
     state |= {f"average {name}": value for name, value in trainer.weights.averaged.state_dict().items()}
     state |= {f"balance {name}": value for name, value in trainer.schedule.state_dict().items()}
+    state |= {f"KL {name}": value for name, value in trainer.update.kl_control.state_dict().items()}
     for i, moments in enumerate(trainer.optimizer.state_dict()["state"].values()):
         state |= {f"optimizer {i} {name}": torch.as_tensor(value) for name, value in moments.items()}
     return state

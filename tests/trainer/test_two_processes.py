@@ -29,7 +29,7 @@ FAST = ("every step", "uninterrupted", "resumed", "reward")
 EQUAL = {
     "every step": {},
     "every other step": {"balance_every": 2, "balance_on": "loss", "max_steps": 4},
-    "weighted sum": {"multi_objective_aggregation": "sum_then_normalize"},
+    "weighted sum": {"multi_objective_aggregation": "sum_then_normalize", "kl_target": 1e-4},
     # Three prompts a step, the middle one on both processes, and an epoch that is filled up from its beginning.
     "a group on both": {
         "per_device_train_batch_size": 6,

@@ -30,7 +30,7 @@ from ..rewards.held_out import held_out_scorer
 from ..rewards.protocol import check_media
 from ..rewards.signatures import check_signatures
 from ..rollout import BatchLayout, FailurePolicy, RolloutSampler, RolloutSettings, RolloutSource
-from ..update import BalanceSettings, NonFiniteGuard, PolicyUpdate, StepGradient, TimeGrid
+from ..update import BalanceSettings, KLControl, NonFiniteGuard, PolicyUpdate, StepGradient, TimeGrid
 from .marble_config import MarbleConfig
 
 
@@ -276,4 +276,5 @@ def build_update(
         args.world_size,
         metrics,
         make_bar,
+        None if args.kl_target is None else KLControl(args.beta, args.kl_target),
     )

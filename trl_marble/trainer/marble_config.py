@@ -143,6 +143,10 @@ class MarbleConfig(TrainingArguments):
         beta (`float`, *optional*, defaults to `1e-4`):
             Coefficient of the penalty `mean((v - v_ref)^2)` that keeps the policy near the base model. With `0.0` the
             base model's forward pass is not run.
+        kl_target (`float`, *optional*):
+            The KL to hold, as `kl` is logged: the mean over elements of `(v - v_ref)^2`. `beta` is then the first
+            value of a coefficient that follows the KL, see [`~trl_marble.update.KLControl`]: begin high, with 0.5 for
+            example. By default `beta` stays as it is.
 
         awm_weighting (`str`, *optional*, defaults to `"ghuber"`):
             How AWM weights the matching error over timesteps and sizes: `"ghuber"`, `"huber"`, `"t"`, `"t2"` or
@@ -324,6 +328,10 @@ class MarbleConfig(TrainingArguments):
     nft_beta: float = field(default=0.1, metadata={"help": "Mixing coefficient of the implicit policies."})
     advantage_clip: float = field(default=5.0, metadata={"help": "Advantages are clipped to ± this value."})
     beta: float = field(default=1e-4, metadata={"help": "Coefficient of the KL penalty toward the base model."})
+    kl_target: float | None = field(
+        default=None,
+        metadata={"help": "KL to the base model to hold: `beta` then follows the KL, and is its first value."},
+    )
     awm_weighting: Literal["ghuber", "huber", "t", "t2", "uniform"] = field(
         default="ghuber", metadata={"help": "How AWM weights the matching error."}
     )
@@ -445,6 +453,15 @@ class MarbleConfig(TrainingArguments):
                 raise ValueError(
                     f"`{name}` is {getattr(self, name)}; it must be 0 (no penalty toward the {policy}) or greater."
                 )
+        if self.kl_target is not None and not 0 < self.kl_target < math.inf:
+            raise ValueError(
+                f"`kl_target` is {self.kl_target}; it must be a finite number greater than 0. Leave it out to keep "
+                "`beta` as it is."
+            )
+        if self.kl_target is not None and self.beta == 0:
+            raise ValueError(
+                f"`kl_target={self.kl_target}` needs a first value of `beta`, which is 0.0; set `beta=0.5`."
+            )
         for name in ("balance_ema", "weight_ema_decay"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"`{name}` is {getattr(self, name)}; a decay must be in [0, 1).")
@@ -493,6 +510,8 @@ class MarbleConfig(TrainingArguments):
             unused = dict.fromkeys(BALANCE_SETTINGS, reason)
         if self.multi_objective_aggregation != "marble":
             unused["weighting"] = f"`multi_objective_aggregation={self.multi_objective_aggregation!r}`"
+        if "beta" not in settings_of(LOSSES[self.policy_loss]):
+            unused["kl_target"] = f"`policy_loss={self.policy_loss!r}`, which has no KL"
         unused |= dict.fromkeys(self._settings_of_other_losses(), f"`policy_loss={self.policy_loss!r}`")
         if self.policy_loss == "awm":
             unused |= self._unused_by_awm()

@@ -169,9 +169,6 @@ class MarbleNFTTrainer(WithoutPredictions, ObservedTrainer):
         self.weights = PolicyWeights(self.model, trainable)
         self.schedule = BalanceSchedule(len(self.scorer), args.balance_every, args.balance_ema)
         self.policy_loss = construction.build_policy_loss(args)
-        self.run_state = RunState(
-            self.weights, self.schedule, describe_run(self.flow, fingerprint, self.scorer, self.source_weights, args)
-        )
         self.sampler = construction.build_sampler(self.flow, self.together, self.progress, args)
         self.rollouts = construction.build_source(
             self.sampler, self.scorer, self.train_dataset, self.edits, self.accelerator, self.metrics, args
@@ -190,6 +187,8 @@ class MarbleNFTTrainer(WithoutPredictions, ObservedTrainer):
             self.progress,
             args,
         )
+        identity = describe_run(self.flow, fingerprint, self.scorer, self.source_weights, args)
+        self.run_state = RunState(self.weights, {"balance": self.schedule, **self.update.components()}, identity)
         self.evaluator = PolicyEvaluator(
             self.sampler, self.scorers, self.weights, self.accelerator, args.num_images_to_log
         )

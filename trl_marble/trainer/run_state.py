@@ -1,17 +1,28 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
 """What a checkpoint holds of a run beside the optimizer: all weights of the policy and the balance."""
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
-from ..balance import BalanceSchedule
 from ..checkpoint.run_state import load_state, save_state
 from ..nonfinite import refuse_nonfinite
 from ..pipelines import FlowPipeline, PolicyWeights
 from ..rewards import RewardScorer
 from .marble_config import MarbleConfig
+
+
+class Stateful(Protocol):
+    """A component of a run whose state decides how the run goes on."""
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Its state; the tensors are not changed."""
+
+    def load_state_dict(self, state_dict: dict[str, Tensor]) -> None:
+        """Take over a state."""
 
 
 class RunState:
@@ -21,25 +32,28 @@ class RunState:
     Args:
         weights ([`~trl_marble.pipelines.PolicyWeights`]):
             The weights of the policy.
-        schedule ([`~trl_marble.balance.BalanceSchedule`]):
-            The balance.
+        components (`Mapping[str, Stateful]`):
+            What else has a state, by name, such as the balance. One that a checkpoint does not have, because a setting
+            has changed since, begins anew.
         identity (`dict[str, Any]`):
             What a run must share with a checkpoint that it resumes from, see [`describe_run`].
     """
 
-    def __init__(self, weights: PolicyWeights, schedule: BalanceSchedule, identity: dict[str, Any]) -> None:
-        self.weights, self.schedule, self.identity = weights, schedule, identity
+    def __init__(self, weights: PolicyWeights, components: Mapping[str, Stateful], identity: dict[str, Any]) -> None:
+        self.weights, self.components, self.identity = weights, components, identity
 
     def save(self, folder: Path) -> None:
         """Write to a checkpoint folder."""
-        save_state(folder, {**self.weights.state_dict(), "balance": self.schedule.state_dict()}, self.identity)
+        states = {name: component.state_dict() for name, component in self.components.items()}
+        save_state(folder, {**self.weights.state_dict(), **states}, self.identity)
 
     def load(self, folder: Path) -> None:
         """Take over what [`~RunState.save`] wrote, see [`~trl_marble.checkpoint.run_state.load_state`]."""
         groups = load_state(folder, self.identity)
-        balance = groups.pop("balance")
         self.weights.load_state_dict(groups)
-        self.schedule.load_state_dict(balance)
+        for name, component in self.components.items():
+            if name in groups:
+                component.load_state_dict(groups[name])
 
     def refuse_nonfinite(self) -> None:
         """

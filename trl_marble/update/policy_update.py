@@ -1,6 +1,8 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
 """One optimizer step: from a generation batch to a direction, micro-batch by micro-batch."""
 
+import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,6 +16,7 @@ from ..pipelines import Conditioning, PolicyWeights
 from ..progress import MakeBar
 from ..rollout import BatchLayout, Position, RolloutBatch
 from ..seeding import Draw, derive_seed
+from .kl_control import KLControl
 from .nonfinite import NonFiniteGuard
 from .step_gradient import StepGradient
 
@@ -66,6 +69,8 @@ class PolicyUpdate:
             Where to record.
         make_bar (`Callable[[str, int], ProgressBar]`):
             Makes the progress bars.
+        kl_control ([`KLControl`], *optional*):
+            Adapts the loss's `beta`. By default it stays as it is.
     """
 
     def __init__(
@@ -80,10 +85,15 @@ class PolicyUpdate:
         num_processes: int,
         metrics: MetricBuffer,
         make_bar: MakeBar,
+        kl_control: KLControl | None = None,
     ) -> None:
         self.loss, self.weights, self.gradient, self.guard = loss, weights, gradient, guard
         self.layout, self.grid, self.seed, self.num_processes = layout, grid, seed, num_processes
-        self.metrics, self.make_bar = metrics, make_bar
+        self.metrics, self.make_bar, self.kl_control = metrics, make_bar, kl_control
+
+    def components(self) -> dict[str, KLControl]:
+        """What has a state, by its name in a checkpoint."""
+        return {} if self.kl_control is None else {"kl_control": self.kl_control}
 
     def begin(self, step: int, batch: RolloutBatch, position: Position) -> None:
         """
@@ -104,6 +114,10 @@ class PolicyUpdate:
             scored=batch.scored[update] * per_sample,
             total=self.layout.micro_batch_size * self.num_processes * num_micro_steps,
         )
+        if self.kl_control is not None:
+            self.loss = dataclasses.replace(self.loss, beta=self.kl_control.beta)  # type: ignore[type-var]
+            self.metrics.record("beta", self.kl_control.beta)
+        self._kls: list[Tensor] = []  # of the step's samples on this process
         self._needs_old = "old" in self.loss.needs and not self.weights.are_on_policy()
         self.guard.begin(step)
         self.gradient.begin(step, batch.active[update], num_micro_steps, batch.weighted_sum)
@@ -155,7 +169,9 @@ class PolicyUpdate:
         with torch.no_grad():
             self.metrics.record("drift/velocity_rms", mean_rms(velocity))
             if frozen.reference is not None:
-                self.metrics.record("kl", finite_mean(mean_square_distance(velocity, frozen.reference)))
+                kl = mean_square_distance(velocity, frozen.reference)
+                self._kls.append(kl)
+                self.metrics.record("kl", finite_mean(kl))
             num_rewards = (self._counts.valid > 0).sum().clamp(min=1)
             total = torch.stack([(own * term).sum() for term, own in zip(acting, coefficients, strict=True)]).sum()
             return total / num_rewards if shared is None else total / num_rewards + shared.sum()
@@ -174,7 +190,15 @@ class PolicyUpdate:
             `FloatingPointError`: See [`NonFiniteGuard`].
         """
         self.gradient.finish()
+        if self.kl_control is not None:
+            finite = torch.cat(self._kls).double()
+            finite = finite[finite.isfinite()]
+            sums = torch.stack([finite.sum(), torch.tensor(len(finite)).to(finite)])
+            total, number = self.gradient.accelerator.reduce(sums, reduction="sum").tolist()
+            self._kl = total / number if number else math.nan
 
     def commit(self) -> None:
-        """Take in what the step has found out of the balance, once the optimizer has taken it."""
+        """Take in what the step has found out of the balance and the KL, once the optimizer has taken it."""
         self.gradient.commit()
+        if self.kl_control is not None:
+            self.kl_control.update(self._kl)

@@ -1,0 +1,68 @@
+# Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
+"""The coefficient of the KL to the base model: adapted, so that the KL stays near a target."""
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+
+RISING, FALLING = 0.2, 0.05  # most that `log(beta)` changes in one step
+DECAY = 0.8  # of the running mean of the KL
+
+
+class KLControl:
+    """
+    Adapts `beta` so that the KL to the base model stays near a target.
+
+    After each optimizer step `log(beta)` changes by `rate * clip(log(mean / target), -1, 1)`, where `mean` is a
+    running mean of the KL over steps. The idea is that of PPO's adaptive penalty
+    (https://huggingface.co/papers/1707.06347, section 4). `beta` rises four times faster than it falls: a coefficient
+    that falls quickly while the KL is still small spends all of the drift on the noise of the first steps.
+
+    Args:
+        beta (`float`):
+            The first coefficient, above 0. Begin with a high one.
+        target (`float`):
+            The KL to hold, above 0: the mean over elements of `(v - v_base)^2`.
+    """
+
+    def __init__(self, beta: float, target: float) -> None:
+        self.target = target
+        self._log_beta = math.log(beta)
+        self._mean = math.nan  # before the first step
+
+    @property
+    def beta(self) -> float:
+        """The coefficient of the next optimizer step."""
+        return math.exp(self._log_beta)
+
+    def update(self, kl: float) -> None:
+        """
+        Take in an optimizer step.
+
+        Args:
+            kl (`float`):
+                The mean KL of its samples on all processes. One that is not finite leaves everything as it is.
+        """
+        if not math.isfinite(kl):
+            return
+        self._mean = kl if math.isnan(self._mean) else DECAY * self._mean + (1 - DECAY) * kl
+        excess = math.log(self._mean / self.target) if self._mean > 0 else -1.0
+        self._log_beta += RISING * min(excess, 1.0) if excess > 0 else FALLING * max(excess, -1.0)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Everything that a resumed run needs, as float64 tensors of shape `[]`."""
+        values = {"log_beta": self._log_beta, "mean": self._mean}
+        return {name: torch.tensor(value, dtype=torch.float64) for name, value in values.items()}
+
+    def load_state_dict(self, state_dict: Mapping[str, Tensor]) -> None:
+        """
+        Take over what [`~KLControl.state_dict`] returned.
+
+        Args:
+            state_dict (`Mapping[str, Tensor]`):
+                The saved state.
+        """
+        self._log_beta, self._mean = state_dict["log_beta"].item(), state_dict["mean"].item()
