@@ -169,14 +169,13 @@ class MarbleNFTTrainer(WithoutPredictions, ObservedTrainer):
         self.weights = PolicyWeights(self.model, trainable)
         self.schedule = BalanceSchedule(len(self.scorer), args.balance_every, args.balance_ema)
         self.policy_loss = construction.build_policy_loss(args)
-        self.run_state = RunState(
-            self.weights, self.schedule, describe_run(self.flow, fingerprint, self.scorer, self.source_weights, args)
-        )
         self.sampler = construction.build_sampler(self.flow, self.together, self.progress, args)
         self.rollouts = construction.build_source(
             self.sampler, self.scorer, self.train_dataset, self.edits, self.accelerator, self.metrics, args
         )
         self.layout = self.rollouts.layout
+        identity = describe_run(self.flow, fingerprint, self.scorer, self.source_weights, args)
+        self.run_state = RunState(self.weights, self.schedule, self.rollouts.progress, identity)
         self.update = construction.build_update(
             self.weights,
             self.policy_loss,
@@ -326,6 +325,7 @@ class MarbleNFTTrainer(WithoutPredictions, ObservedTrainer):
         """Let the averaged weights follow every step, and the old policy every generation batch."""
         step = self.state.global_step
         self.update.commit()
+        self.rollouts.commit()
         self.weights.averaged.lerp_(min(weight_ema_decay(step), self.args.weight_ema_decay))
         if self.layout.locate(self._micro_step).starts_generation:
             flat, rate, maximum = OLD_POLICY_PRESETS[self.args.old_policy_preset]

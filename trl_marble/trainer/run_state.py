@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ..balance import BalanceSchedule
+from ..balance import BalanceSchedule, ProgressWeights
 from ..checkpoint.run_state import load_state, save_state
 from ..nonfinite import refuse_nonfinite
 from ..pipelines import FlowPipeline, PolicyWeights
@@ -23,23 +23,36 @@ class RunState:
             The weights of the policy.
         schedule ([`~trl_marble.balance.BalanceSchedule`]):
             The balance.
+        progress ([`~trl_marble.balance.ProgressWeights`] or `None`):
+            The progress of the rewards, where the run has weights from it.
         identity (`dict[str, Any]`):
             What a run must share with a checkpoint that it resumes from, see [`describe_run`].
     """
 
-    def __init__(self, weights: PolicyWeights, schedule: BalanceSchedule, identity: dict[str, Any]) -> None:
-        self.weights, self.schedule, self.identity = weights, schedule, identity
+    def __init__(
+        self,
+        weights: PolicyWeights,
+        schedule: BalanceSchedule,
+        progress: ProgressWeights | None,
+        identity: dict[str, Any],
+    ) -> None:
+        self.weights, self.schedule, self.progress, self.identity = weights, schedule, progress, identity
 
     def save(self, folder: Path) -> None:
         """Write to a checkpoint folder."""
-        save_state(folder, {**self.weights.state_dict(), "balance": self.schedule.state_dict()}, self.identity)
+        groups = {**self.weights.state_dict(), "balance": self.schedule.state_dict()}
+        if self.progress is not None:
+            groups["progress"] = self.progress.state_dict()
+        save_state(folder, groups, self.identity)
 
     def load(self, folder: Path) -> None:
         """Take over what [`~RunState.save`] wrote, see [`~trl_marble.checkpoint.run_state.load_state`]."""
         groups = load_state(folder, self.identity)
-        balance = groups.pop("balance")
+        balance, progress = groups.pop("balance"), groups.pop("progress", None)
         self.weights.load_state_dict(groups)
         self.schedule.load_state_dict(balance)
+        if self.progress is not None and progress is not None:  # else it begins now: the weights were others before
+            self.progress.load_state_dict(progress)
 
     def refuse_nonfinite(self) -> None:
         """
