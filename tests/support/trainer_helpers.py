@@ -46,7 +46,7 @@ def small_config(output_dir: str | Path, **overrides: Any) -> MarbleConfig:
         "report_to": "none",
         "use_cpu": True,
     }
-    if overrides.get("multi_objective_aggregation") in ("sum_then_normalize", "normalize_then_sum"):
+    if overrides.get("multi_objective_aggregation") in ("sum_then_normalize", "normalize_then_sum", "progress"):
         del settings["balance_every"]  # nothing is balanced then
     return MarbleConfig(str(output_dir), **(settings | overrides))
 

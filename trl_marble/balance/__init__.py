@@ -13,6 +13,7 @@ from .ema import OLD_POLICY_PRESETS, old_policy_decay, weight_ema_decay
 from .flat_gradients import assign_gradients, flatten_gradients, gram_matrix
 from .harmonize import Harmonization, harmonize
 from .per_reward_gradients import GradientRows, Objective, SeparateBackward, WeightedBackward
+from .progress import ProgressWeights
 from .weightings import WEIGHTINGS, equal_weights, get_weighting, mgda_weights
 
 
@@ -23,6 +24,7 @@ __all__ = [
     "GradientRows",
     "Harmonization",
     "Objective",
+    "ProgressWeights",
     "SeparateBackward",
     "WeightedBackward",
     "aggregate_advantages",

@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 ScaleRewards = Literal["batch", "group", "none"]
-AggregationMode = Literal["marble", "equal", "sum_then_normalize", "normalize_then_sum"]
+AggregationMode = Literal["marble", "equal", "sum_then_normalize", "normalize_then_sum", "progress"]
 
 # Added to every standard deviation before the division by it, as in TRL and in DiffusionNFT's code.
 STD_EPS = 1e-4
@@ -88,6 +88,9 @@ def aggregate_advantages(
     - `"normalize_then_sum"`: per-reward advantages, their weighted sum over the rewards that apply, standardized again
       over the batch ([GDPO](https://huggingface.co/papers/2601.05242)). Only the result is clipped. TRL always scales
       the per-reward advantages by group, as here with `scale_rewards="group"`.
+    - `"progress"`: as `"sum_then_normalize"`, with the weights of [`ProgressWeights`]; but where a reward has no value
+      for some samples of a prompt, because it failed, it counts as its mean over the others, so that nothing depends
+      on where a reward's zero is.
 
     Args:
         rewards (`torch.Tensor` of shape `(K, B)`):
@@ -97,7 +100,7 @@ def aggregate_advantages(
         reward_weights (`torch.Tensor` of shape `(K,)`):
             Weight of every reward in the sums.
         mode (`str`):
-            One of the four modes above.
+            One of the modes above.
         scale_rewards (`str`, *optional*, defaults to `"batch"`):
             See [`group_advantages`].
         advantage_clip (`float`, *optional*, defaults to `5.0`):
@@ -128,6 +131,9 @@ def aggregate_advantages(
         advantages = _scaled_advantages(values, groups, scale_rewards)
     elif mode == "sum_then_normalize":
         advantages = _scaled_advantages(_weighted_sum_of_valid(values, weights), groups, scale_rewards)
+    elif mode == "progress":
+        total = _weighted_sum_of_valid(_centre(_filled(values, groups)), weights)
+        advantages = _scaled_advantages(total, groups, scale_rewards)
     else:
         total = _weighted_sum_of_valid(_scaled_advantages(values, groups, scale_rewards), weights)
         # Its mean is 0 already: every reward is centred in each group over the samples on which it is in the sum.
@@ -190,6 +196,17 @@ def _centre(values: Tensor) -> Tensor:
 def _std(values: Tensor) -> Tensor:
     """Population standard deviation `(K, 1)` of the rows over the entries that are not NaN."""
     return _centre(values).square().nanmean(dim=1, keepdim=True).sqrt()
+
+
+def _filled(values: Tensor, groups: Tensor) -> Tensor:
+    """The rewards with their mean over the samples of the group where they have none, but for samples without any."""
+    filled = values.clone()
+    groups = groups.detach().cpu()
+    for group in groups.unique():
+        members = groups == group
+        part = values[:, members]
+        filled[:, members] = part.where(~part.isnan(), part.nanmean(dim=1, keepdim=True))
+    return filled.masked_fill(values.isnan().all(dim=0), torch.nan)
 
 
 def _weighted_sum_of_valid(values: Tensor, weights: Tensor) -> Tensor:

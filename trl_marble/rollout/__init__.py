@@ -3,6 +3,7 @@
 
 from .batch import RolloutBatch, StoredBatch, training_order
 from .layout import BatchLayout, Position
+from .progress_meter import BaseImageSettings, ProgressMeter
 from .reward_failures import FailurePolicy, count_failures
 from .reward_logs import average_logged
 from .sampler import RolloutSampler, SampleBatch, Samples
@@ -10,9 +11,11 @@ from .source import RolloutRecord, RolloutSettings, RolloutSource
 
 
 __all__ = [
+    "BaseImageSettings",
     "BatchLayout",
     "FailurePolicy",
     "Position",
+    "ProgressMeter",
     "RolloutBatch",
     "RolloutRecord",
     "RolloutSampler",

@@ -178,6 +178,49 @@ class RolloutSampler:
                 for scorer in scorers:
                     scorer.release()
 
+    def sample_rows(
+        self,
+        scorer: RewardScorer,
+        prompts: list[str],
+        columns: dict[str, list],
+        seeds: list[int],
+        conditioning: Conditioning,
+        prompt_index: Tensor,
+        batch_size: int,
+        trainer_state: Any,
+    ) -> Samples:
+        """
+        Sample and score this process's rows, as many as on every other process, and keep them all.
+
+        Args:
+            scorer ([`~trl_marble.rewards.RewardScorer`]):
+                The rewards to ask.
+            prompts (`list[str]`):
+                The prompt of each image.
+            columns (`dict[str, list]`):
+                The other columns of the dataset, one value per image.
+            seeds (`list[int]`):
+                The seed of each image.
+            conditioning ([`~trl_marble.pipelines.Conditioning`]):
+                Embeddings of their different prompts.
+            prompt_index (`Tensor` of shape `[B]`, int64):
+                Which row of `conditioning` each image belongs to.
+            batch_size (`int`):
+                Images that one call of the pipeline samples.
+            trainer_state ([`~transformers.TrainerState`]):
+                Passed on to the rewards.
+        """
+        starts = range(0, len(prompts), batch_size)
+
+        def cut(start: int) -> SampleBatch:
+            part = slice(start, start + batch_size)
+            part_columns = {name: values[part] for name, values in columns.items()}
+            return SampleBatch(prompts[part], part_columns, seeds[part], conditioning.select(prompt_index[part]))
+
+        parts: list[Samples] = []
+        self.sample_and_score([scorer], map(cut, starts), len(starts), len(prompts), trainer_state, parts.append)
+        return Samples.concatenate(parts)
+
     def _deadline(self) -> float | None:
         return None if self.reward_timeout is None else time.monotonic() + self.reward_timeout
 

@@ -12,6 +12,7 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 from torch import Tensor
 
+from ..balance import ProgressWeights
 from ..data import read_rows
 from ..media import Sample
 from ..memory_advice import rollout_advice
@@ -23,9 +24,10 @@ from ..seeding import Draw, derive_seed
 from .batch import RolloutBatch, StoredBatch, digest_of, training_order
 from .diversity import group_diversity, thumbnails
 from .layout import BatchLayout
+from .progress_meter import ProgressMeter
 from .reward_failures import count_failures
 from .reward_logs import average_logged
-from .sampler import RolloutSampler, SampleBatch, Samples
+from .sampler import RolloutSampler, Samples
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,8 @@ class RolloutSource:
             Gathers over processes.
         metrics ([`~trl_marble.metrics.MetricBuffer`]):
             Where to record.
+        progress_meter ([`ProgressMeter`], *optional*):
+            Told of each generation batch before its advantages are computed.
     """
 
     def __init__(
@@ -111,11 +115,12 @@ class RolloutSource:
         compare_with_sum: Callable[[Tensor], Tensor],
         accelerator: Accelerator,
         metrics: MetricBuffer,
+        progress_meter: ProgressMeter | None = None,
     ) -> None:
         self.sampler, self.scorer, self.dataset = sampler, scorer, dataset
         self.layout, self.settings = layout, settings
         self.compute_advantages, self.compare_with_sum = compute_advantages, compare_with_sum
-        self.accelerator, self.metrics = accelerator, metrics
+        self.accelerator, self.metrics, self.progress_meter = accelerator, metrics, progress_meter
         self.together = sampler.together
         self._silent_rewards: set[str] = set()
 
@@ -138,6 +143,16 @@ class RolloutSource:
             columns = read_rows(self.dataset, row_numbers)
             prompts, images = columns["prompt"], self._images_to_edit(columns)
             return stored.with_rows(prompts, images, lambda: encode_distinct(self.sampler.flow, prompts, images)[0])
+
+    @property
+    def progress(self) -> ProgressWeights | None:
+        """Weights from the progress of the rewards, where the run has them."""
+        return None if self.progress_meter is None else self.progress_meter.weights
+
+    def commit(self) -> None:
+        """Keep what the latest generation batch has found out of the progress, once an optimizer step has used it."""
+        if self.progress is not None:
+            self.progress.commit()
 
     # ---- Sampled now ----
 
@@ -163,14 +178,27 @@ class RolloutSource:
         with self.together.phase():  # it may fail in one process, where a dataset reads files
             columns = read_rows(self.dataset, row_numbers)
         prompts, images = columns.pop("prompt"), self._images_to_edit(columns)
+        meter = self.progress_meter
+        prompt_ids = None if meter is None else meter.prepare(row_numbers, prompts, images, trainer_state)
         advice = ("rollout_batch_size", self.settings.batch_size)
         with self.together.phase(), rollout_advice(*advice):
             conditioning, prompt_index = encode_distinct(self.sampler.flow, prompts, images)
         with rollout_advice(*advice):
-            samples = self._score(prompts, columns, conditioning, prompt_index, own, generation, trainer_state)
+            samples = self.sampler.sample_rows(
+                self.scorer,
+                prompts,
+                columns,
+                [derive_seed(self.settings.seed, Draw.ROLLOUT, generation, i) for i in own],
+                conditioning,
+                prompt_index,
+                self.settings.batch_size,
+                trainer_state,
+            )
         rewards = self._gather(samples.scores.rewards.T).T
         groups = torch.arange(rewards.shape[1]) // self.settings.num_generations
         self._record(samples, rewards, groups, trainer_state.global_step)
+        if meter is not None and prompt_ids is not None:
+            meter.observe(prompt_ids, rewards)
         sources = gather_object([str(source) for source in columns["source"]]) if "source" in columns else None
         batch = self._arrange(
             prompts, conditioning, digest_of(prompts, images), prompt_index, own, samples, rewards, groups, generation
@@ -179,30 +207,6 @@ class RolloutSource:
 
     def _images_to_edit(self, columns: dict[str, list]) -> list | None:
         return columns["image"] if self.settings.edits else None
-
-    def _score(
-        self,
-        prompts: list[str],
-        columns: dict[str, list],
-        conditioning: Conditioning,
-        prompt_index: Tensor,
-        sample_ids: range,
-        generation: int,
-        trainer_state: Any,
-    ) -> Samples:
-        seeds = [derive_seed(self.settings.seed, Draw.ROLLOUT, generation, i) for i in sample_ids]
-        starts = range(0, len(prompts), self.settings.batch_size)
-
-        def cut(start: int) -> SampleBatch:
-            part = slice(start, start + self.settings.batch_size)
-            part_columns = {name: values[part] for name, values in columns.items()}
-            return SampleBatch(prompts[part], part_columns, seeds[part], conditioning.select(prompt_index[part]))
-
-        parts: list[Samples] = []
-        self.sampler.sample_and_score(
-            [self.scorer], map(cut, starts), len(starts), len(prompts), trainer_state, parts.append
-        )
-        return Samples.concatenate(parts)
 
     def _record(self, samples: Samples, rewards: Tensor, groups: Tensor, step: int) -> None:
         """Record metrics of a rollout; refuse one of which nothing is left."""

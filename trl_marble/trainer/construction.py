@@ -15,6 +15,7 @@ from transformers.utils import logging
 
 from ..balance import (
     BalanceSchedule,
+    ProgressWeights,
     aggregate_advantages,
     get_weighting,
     weighted_sum_weights,
@@ -29,7 +30,15 @@ from ..rewards import RewardScorer
 from ..rewards.held_out import held_out_scorer
 from ..rewards.protocol import check_media
 from ..rewards.signatures import check_signatures
-from ..rollout import BatchLayout, FailurePolicy, RolloutSampler, RolloutSettings, RolloutSource
+from ..rollout import (
+    BaseImageSettings,
+    BatchLayout,
+    FailurePolicy,
+    ProgressMeter,
+    RolloutSampler,
+    RolloutSettings,
+    RolloutSource,
+)
 from ..update import BalanceSettings, KLControl, NonFiniteGuard, PolicyUpdate, StepGradient, TimeGrid
 from .marble_config import MarbleConfig
 
@@ -74,14 +83,21 @@ def build_scorers(reward_funcs: Any, eval_reward_funcs: Any, args: MarbleConfig)
     What calls the rewards: those that are trained on, and the held-out ones where there are any.
 
     Raises:
-        `ValueError`: If `reward_weights` does not have one value per reward, or a held-out reward is trained on.
+        `ValueError`: If `reward_weights`, `reward_targets` or `reward_bounds` does not have one value per reward, or a
+            held-out reward is trained on.
     """
     scorer = RewardScorer(reward_funcs, args.reward_timeout)
-    if args.reward_weights is not None and len(args.reward_weights) != len(scorer):
-        raise ValueError(
-            f"`reward_weights` has {len(args.reward_weights)} values ({args.reward_weights}) for {len(scorer)} "
-            f"rewards ({', '.join(scorer.names)}); pass one weight per reward, in their order."
-        )
+    for setting, what in (
+        ("reward_weights", "weight"),
+        ("reward_targets", "target (or `None`)"),
+        ("reward_bounds", "bound (or `None`)"),
+    ):
+        values = getattr(args, setting)
+        if values is not None and len(values) != len(scorer):
+            raise ValueError(
+                f"`{setting}` has {len(values)} values ({values}) for {len(scorer)} rewards "
+                f"({', '.join(scorer.names)}); pass one {what} per reward, in their order."
+            )
     held_out = held_out_scorer(eval_reward_funcs, reward_funcs, scorer)
     scorers = [scorer] if held_out is None else [scorer, held_out]
     for each in scorers:
@@ -206,23 +222,44 @@ def build_source(
 ) -> RolloutSource:
     """What makes generation batches."""
     reward_weights = torch.tensor(args.reward_weights or [1.0] * len(scorer))
+    meter = _build_meter(sampler, scorer, dataset, edits, accelerator, metrics, args)
+
+    def compute_advantages(rewards: Tensor, groups: Tensor) -> Tensor:
+        weights = reward_weights if meter is None else meter.weights.coefficients
+        mode, scale = args.multi_objective_aggregation, args.scale_rewards
+        return aggregate_advantages(rewards, groups, weights, mode, scale, args.advantage_clip)
+
     return RolloutSource(
         sampler,
         scorer,
         dataset,
         _build_layout(args),
         RolloutSettings(args.seed, args.num_generations, args.rollout_batch_size, edits),
-        functools.partial(
-            aggregate_advantages,
-            reward_weights=reward_weights,
-            mode=args.multi_objective_aggregation,
-            scale_rewards=args.scale_rewards,
-            advantage_clip=args.advantage_clip,
-        ),
+        compute_advantages,
         functools.partial(_compare_with_sum, reward_weights=reward_weights, scales=args.scale_rewards != "none"),
         accelerator,
         metrics,
+        meter,
     )
+
+
+def _build_meter(
+    sampler: RolloutSampler,
+    scorer: RewardScorer,
+    dataset: Dataset,
+    edits: bool,
+    accelerator: Accelerator,
+    metrics: MetricBuffer,
+    args: MarbleConfig,
+) -> ProgressMeter | None:
+    """What compares generation batches with the base model, where their weights come from that."""
+    if args.multi_objective_aggregation != "progress":
+        return None
+    weights = ProgressWeights(
+        scorer.names, args.progress_temperature, args.progress_ema, args.reward_targets, args.reward_bounds
+    )
+    settings = BaseImageSettings(args.seed, args.progress_base_images, args.rollout_batch_size, edits)
+    return ProgressMeter(weights, sampler, scorer, dataset, settings, accelerator, metrics)
 
 
 def _compare_with_sum(rewards: Tensor, reward_weights: Tensor, scales: bool) -> Tensor:

@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from numbers import Integral, Real
-from typing import Any, Literal, Self, get_args
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeAlias, get_args
 
 from accelerate.utils import is_torch_version, parse_flag_from_env
 from transformers import TrainingArguments
@@ -21,14 +21,32 @@ from ..world_size import check_world_size
 from .inherited_arguments import check_arguments, check_combinations
 
 
-AGGREGATIONS = ("marble", "equal", "sum_then_normalize", "normalize_then_sum")
+AGGREGATIONS = ("marble", "equal", "sum_then_normalize", "normalize_then_sum", "progress")
 BALANCE_ON = ("loss", "advantage")
 SCALE_REWARDS = ("batch", "group", "none")
 REWARD_FAILURE = ("raise", "mask")
 ON_NONFINITE = ("raise", "skip")
+PROGRESS_SETTINGS = (
+    "progress_temperature",
+    "progress_ema",
+    "progress_base_images",
+    "reward_targets",
+    "reward_bounds",
+)
 BALANCE_SETTINGS = ("balance_every", "balance_fraction", "balance_ema", "balance_on")
 
 PLAIN_PROCESSES = "Start plain processes, `accelerate launch --multi_gpu --num_processes N`"
+
+
+if TYPE_CHECKING:
+    NumberOrNone: TypeAlias = float | None
+else:
+
+    class NumberOrNone:
+        """A number, or `None` for the words `none`, `null` and `~`: the type of an entry of a list of options."""
+
+        def __new__(cls, text: str) -> float | None:
+            return None if text.lower() in ("none", "null", "~") else float(text)
 
 
 class _SignatureOfInit:
@@ -106,7 +124,9 @@ class MarbleConfig(TrainingArguments):
             How several rewards become one update. `"marble"`: per-reward gradients, balanced so that the update goes
             against none of them (MARBLE). `"equal"`: the same with fixed equal coefficients. `"sum_then_normalize"`:
             weighted sum of the raw rewards, then one advantage (DiffusionNFT). `"normalize_then_sum"`: one advantage
-            per reward, then their weighted sum, normalized again (GDPO).
+            per reward, then their weighted sum, normalized again (GDPO). `"progress"`: a sum with weights that follow
+            how far each reward has come since the base model, then one advantage: needs no weights, does not depend
+            on the rewards' scales, and costs what a weighted sum costs, see [`~trl_marble.balance.ProgressWeights`].
         reward_failure (`str`, *optional*, defaults to `"raise"`):
             What happens if a reward raises, takes too long, or returns an exception for an image. `"raise"`:
             training stops before the next images are sampled, with an error that names the reward, the prompt and the
@@ -183,6 +203,25 @@ class MarbleConfig(TrainingArguments):
             Which gradients of `policy_loss="nft"` are balanced: those of each reward's complete loss (`"loss"`, the
             paper's), or only those of its advantage-weighted part (`"advantage"`); the trust region around the old
             policy that all rewards share is then applied once, in the same backward pass as the penalty of `beta`.
+
+        > Parameters that control the weights by progress
+
+        progress_temperature (`float`, *optional*, defaults to `0.15`):
+            With `multi_objective_aggregation="progress"`, as all of these: `tau` of the weights `softmax(-p / tau)`,
+            where `p` is the progress of each reward since the base model in units of its scale. Of two rewards, the
+            one that is `tau` ahead weighs 2.7 times less. Greater than 0.
+        progress_ema (`float`, *optional*, defaults to `0.9`):
+            Decay, in `[0, 1)`, of the moving average of the progress over generation batches.
+        progress_base_images (`int`, *optional*, defaults to `4`):
+            Number of images of the base model for each prompt, sampled and scored when the prompt is drawn for the
+            first time. The progress is measured against them.
+        reward_targets (`list[float | None]`, *optional*):
+            For each reward, in the order of `reward_funcs`, the mean from which on it weighs nothing, in its own unit;
+            `None` for a reward without one. Defaults to no targets.
+        reward_bounds (`list[float | None]`, *optional*):
+            For each reward, in the order of `reward_funcs`, the highest mean that can be hoped for: its progress is
+            the share of the way from the base model to there. `None` for a reward whose progress is in standard
+            deviations of the base model's images, which is the default for all.
 
         > Parameters that control the old policy and the averaged weights
 
@@ -305,11 +344,14 @@ class MarbleConfig(TrainingArguments):
     scale_rewards: Literal["batch", "group", "none"] = field(
         default="batch", metadata={"help": "What centred rewards are divided by: 'batch', 'group' or 'none'."}
     )
-    multi_objective_aggregation: Literal["marble", "equal", "sum_then_normalize", "normalize_then_sum"] = field(
-        default="marble",
-        metadata={
-            "help": "How rewards become one update: 'marble', 'equal', 'sum_then_normalize' or 'normalize_then_sum'."
-        },
+    multi_objective_aggregation: Literal["marble", "equal", "sum_then_normalize", "normalize_then_sum", "progress"] = (
+        field(
+            default="marble",
+            metadata={
+                "help": "How rewards become one update: 'marble', 'equal', 'sum_then_normalize', 'normalize_then_sum' "
+                "or 'progress'."
+            },
+        )
     )
 
     reward_failure: Literal["raise", "mask"] = field(
@@ -351,6 +393,21 @@ class MarbleConfig(TrainingArguments):
     balance_ema: float = field(default=0.7, metadata={"help": "Decay of the moving average of the solutions."})
     balance_on: Literal["loss", "advantage"] = field(
         default="advantage", metadata={"help": "What is balanced: 'loss' or 'advantage' gradients."}
+    )
+
+    # Parameters that control the weights by progress
+    progress_temperature: float = field(
+        default=0.15, metadata={"help": "How far ahead a reward must be to weigh 2.7 times less, in its scale."}
+    )
+    progress_ema: float = field(default=0.9, metadata={"help": "Decay of the moving average of the progress."})
+    progress_base_images: int = field(
+        default=4, metadata={"help": "Images of the base model per prompt that the progress is measured against."}
+    )
+    reward_targets: list[NumberOrNone] | None = field(
+        default=None, metadata={"help": "Mean of each reward from which on it weighs nothing; 'none' for no target."}
+    )
+    reward_bounds: list[NumberOrNone] | None = field(
+        default=None, metadata={"help": "Highest mean of each reward that can be hoped for; 'none' for no bound."}
     )
 
     # Parameters that control the old policy and the averaged weights
@@ -422,6 +479,7 @@ class MarbleConfig(TrainingArguments):
             "num_inference_steps": (1, "a rollout needs a step"),
             "num_iterations": (1, "each generation batch is used at least once"),
             "num_generations_eval": (1, "an evaluation needs at least one image per prompt"),
+            "progress_base_images": (1, "progress is measured against the base model"),
             "balance_every": (1, "1 solves at every optimizer step"),
             "num_images_to_log": (1, "set `log_images=False` to log none"),
             "log_images_steps": (1, "1 logs images at every logging step"),
@@ -440,7 +498,7 @@ class MarbleConfig(TrainingArguments):
                 raise ValueError(f"`{name}` is {getattr(self, name)!r}; it must be an integer.")
             if getattr(self, name) is not None and getattr(self, name) < minimum:
                 raise ValueError(f"`{name}` is {getattr(self, name)}; it must be at least {minimum}: {why}.")
-        for name in ("nft_beta", "advantage_clip", "awm_clip_range"):
+        for name in ("nft_beta", "advantage_clip", "awm_clip_range", "progress_temperature"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"`{name}` is {getattr(self, name)}; it must be a finite number greater than 0.")
         if self.reward_timeout is not None and not 0 < self.reward_timeout < math.inf:
@@ -462,7 +520,7 @@ class MarbleConfig(TrainingArguments):
             raise ValueError(
                 f"`kl_target={self.kl_target}` needs a first value of `beta`, which is 0.0; set `beta=0.5`."
             )
-        for name in ("balance_ema", "weight_ema_decay"):
+        for name in ("balance_ema", "weight_ema_decay", "progress_ema"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"`{name}` is {getattr(self, name)}; a decay must be in [0, 1).")
         for name in ("timestep_fraction", "balance_fraction", "awm_power"):
@@ -472,6 +530,16 @@ class MarbleConfig(TrainingArguments):
             raise ValueError(
                 f"`reward_weights` is {self.reward_weights!r}; pass a list with one finite number for each reward."
             )
+
+        for name in ("reward_targets", "reward_bounds"):
+            if (values := getattr(self, name)) is not None:
+                _check_optional_numbers(name, values)
+        for target, bound in zip(self.reward_targets or [], self.reward_bounds or [], strict=False):
+            if target is not None and bound is not None and target > bound:
+                raise ValueError(
+                    f"`reward_targets` has {target} where `reward_bounds` has {bound}: a target above what can be "
+                    "hoped for is never reached; lower it or raise the bound."
+                )
 
     def _check_batches(self) -> None:
         if self.rollout_batch_size is None:
@@ -512,6 +580,11 @@ class MarbleConfig(TrainingArguments):
             unused["weighting"] = f"`multi_objective_aggregation={self.multi_objective_aggregation!r}`"
         if "beta" not in settings_of(LOSSES[self.policy_loss]):
             unused["kl_target"] = f"`policy_loss={self.policy_loss!r}`, which has no KL"
+        if self.multi_objective_aggregation == "progress":
+            unused["reward_weights"] = "`multi_objective_aggregation='progress'`, which finds the weights"
+        else:
+            reason = f"`multi_objective_aggregation={self.multi_objective_aggregation!r}`, which has other weights"
+            unused |= dict.fromkeys(PROGRESS_SETTINGS, reason)
         unused |= dict.fromkeys(self._settings_of_other_losses(), f"`policy_loss={self.policy_loss!r}`")
         if self.policy_loss == "awm":
             unused |= self._unused_by_awm()
@@ -603,6 +676,14 @@ class MarbleConfig(TrainingArguments):
 def _is_set(*flags: str) -> bool:
     """Whether `accelerate launch` has set any of these environment variables."""
     return any(parse_flag_from_env(flag) for flag in flags)
+
+
+def _check_optional_numbers(name: str, values: Any) -> None:
+    is_list = isinstance(values, Sequence) and not isinstance(values, str)
+    if not is_list or not _are_finite_numbers([value for value in values if value is not None]):
+        raise ValueError(f"`{name}` is {values!r}; pass a list with one finite number, or `None`, for each reward.")
+    if all(value is None for value in values):
+        raise ValueError(f"`{name}` is {values!r}, which has no effect; leave it out.")
 
 
 def _are_finite_numbers(values: Any) -> bool:

@@ -188,7 +188,8 @@ class MarbleNFTTrainer(WithoutPredictions, ObservedTrainer):
             args,
         )
         identity = describe_run(self.flow, fingerprint, self.scorer, self.source_weights, args)
-        self.run_state = RunState(self.weights, {"balance": self.schedule, **self.update.components()}, identity)
+        others = {"progress": self.rollouts.progress, "kl_control": self.update.kl_control}
+        self.run_state = RunState(self.weights, {"balance": self.schedule, **others}, identity)
         self.evaluator = PolicyEvaluator(
             self.sampler, self.scorers, self.weights, self.accelerator, args.num_images_to_log
         )
@@ -325,6 +326,7 @@ class MarbleNFTTrainer(WithoutPredictions, ObservedTrainer):
         """Let the averaged weights follow every step, and the old policy every generation batch."""
         step = self.state.global_step
         self.update.commit()
+        self.rollouts.commit()
         self.weights.averaged.lerp_(min(weight_ema_decay(step), self.args.weight_ema_decay))
         if self.layout.locate(self._micro_step).starts_generation:
             flat, rate, maximum = OLD_POLICY_PRESETS[self.args.old_policy_preset]

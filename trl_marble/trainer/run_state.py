@@ -32,15 +32,18 @@ class RunState:
     Args:
         weights ([`~trl_marble.pipelines.PolicyWeights`]):
             The weights of the policy.
-        components (`Mapping[str, Stateful]`):
-            What else has a state, by name, such as the balance. One that a checkpoint does not have, because a setting
-            has changed since, begins anew.
+        components (`Mapping[str, Stateful | None]`):
+            What else has a state, by name, such as the balance; `None` for one that the run does not use. One that a
+            checkpoint does not have, because a setting has changed since, begins anew.
         identity (`dict[str, Any]`):
             What a run must share with a checkpoint that it resumes from, see [`describe_run`].
     """
 
-    def __init__(self, weights: PolicyWeights, components: Mapping[str, Stateful], identity: dict[str, Any]) -> None:
-        self.weights, self.components, self.identity = weights, components, identity
+    def __init__(
+        self, weights: PolicyWeights, components: Mapping[str, Stateful | None], identity: dict[str, Any]
+    ) -> None:
+        self.weights, self.identity = weights, identity
+        self.components = {name: component for name, component in components.items() if component is not None}
 
     def save(self, folder: Path) -> None:
         """Write to a checkpoint folder."""
@@ -50,7 +53,7 @@ class RunState:
     def load(self, folder: Path) -> None:
         """Take over what [`~RunState.save`] wrote, see [`~trl_marble.checkpoint.run_state.load_state`]."""
         groups = load_state(folder, self.identity)
-        self.weights.load_state_dict(groups)
+        self.weights.load_state_dict({kind: groups[kind] for kind in self.weights.state_dict()})
         for name, component in self.components.items():
             if name in groups:
                 component.load_state_dict(groups[name])

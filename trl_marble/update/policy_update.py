@@ -91,10 +91,6 @@ class PolicyUpdate:
         self.layout, self.grid, self.seed, self.num_processes = layout, grid, seed, num_processes
         self.metrics, self.make_bar, self.kl_control = metrics, make_bar, kl_control
 
-    def components(self) -> dict[str, KLControl]:
-        """What has a state, by its name in a checkpoint."""
-        return {} if self.kl_control is None else {"kl_control": self.kl_control}
-
     def begin(self, step: int, batch: RolloutBatch, position: Position) -> None:
         """
         Start an optimizer step.
