@@ -15,6 +15,7 @@ class Draw(IntEnum):
     MEASURED = 4
     SOLVER = 5
     BASE = 6
+    HALVES = 7
 
 
 def derive_seed(seed: int, draw: Draw, *place: int) -> int:

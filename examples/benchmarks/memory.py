@@ -411,7 +411,7 @@ class Step:
         self.vae = _bytes(pipeline.vae)
         linears = plain_lora_linears(pipeline.transformer, trainable)
         assert linears is not None
-        self.rows = WeightedBackward(num_rewards + 1, linears)
+        self.rows = WeightedBackward(2 * num_rewards + 1, linears)
         self.old_policy = WeightShadow(trainable.items())
 
     def checkpoint(self, yes: bool) -> None:

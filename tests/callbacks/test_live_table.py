@@ -146,8 +146,26 @@ def test_a_row_tells_value_change_trend_and_weight():
     assert lines["a"] == "│ a │ 0.7500 │ +0.2500 │ ▁█ │ 0.25 │ 0.6000 │ +0.1000 │"
     assert lines["b"] == "│ b │ 7.000 │ │ ▁ │ 0.75 │ - │ │"
     assert lines["h"] == "│ h (held out) │ │ │ █▁ │ │ 2.500 │ -0.5000 │"
-    assert "worst cosine +0.12 · diversity 0.100 (-50%)" in rendered(table)
+    assert "worst cosine in-sample +0.12 · diversity 0.100 (-50%)" in rendered(table)
     assert run_table([], ["a"]).row_count == 1  # nothing was logged yet
+
+
+def test_held_out_cosines_are_means_over_the_latest_steps_beside_the_in_sample_one():
+    values = [-9.0] * 5 + [0.1, 0.3] * 10  # the first are older than the window
+    history = [
+        {"step": step, "loss": 1.0, "rewards/a/mean": 0.5, "rewards/b/mean": 0.5, "balance/cos_min": 0.4}
+        | {"balance/heldout_cos/a": value, "balance/heldout_cos/b": -value}
+        for step, value in enumerate(values)
+    ]
+    history.append({"step": 25, "balance/heldout_cos/a": float("nan")})
+    shown = rendered(run_table(history, ["a", "b", "c"]))
+    lines = {line.split()[1]: " ".join(line.split()) for line in shown.splitlines() if line.startswith("│")}
+    assert "│ +0.20 ± 0.02 │" in lines["a"] and "│ -0.20 ± 0.02 │" in lines["b"] and "±" not in lines["c"]
+    cells = run_table(history, ["a", "b"]).columns[5]._cells
+    assert [cell.style for cell in cells] == ["green", "red"]
+    line = status_line(history[:-1], ["a", "b"])
+    assert line.endswith("worst cosine in-sample +0.40, held-out -0.20")
+    assert "worst cosine in-sample +0.40" in shown
 
 
 def test_lines_are_of_steps_and_evaluations_only():

@@ -110,6 +110,25 @@ def test_balance_shows_weights_and_both_directions(tmp_path):
     assert reader / (reader + big) == pytest.approx(0.3, abs=0.01)
 
 
+def test_balance_shows_held_out_cosines_as_running_means_with_errors(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(plots, "save_figure", lambda figure, path: figures.append(figure) or path)
+    rows = history(steps=30)
+    for row in rows:
+        if "balance/cos_min" in row:  # ten of the steps
+            row |= {"balance/heldout_cos/reader": 0.2 if row["step"] % 2 else 0.0, "balance/heldout_cos/big": math.nan}
+    plot_balance(rows, tmp_path / "balance.png")
+    plot_balance(history(), tmp_path / "balance.png")
+    with_held_out, without = figures
+    assert len(with_held_out.axes) == 3 and len(without.axes) == 2
+    panel = with_held_out.axes[2]
+    (line, *_) = panel.lines
+    assert line.get_ydata()[-1] == pytest.approx(0.1)  # of the last ten
+    (label,) = (text.get_text() for text in panel.get_legend().get_texts())
+    assert label == "reader  (+0.100 ± 0.033)"
+    assert panel.get_xlabel() == without.axes[1].get_xlabel() == "optimizer step"
+
+
 def area_color(color: str) -> np.ndarray:
     """The colour of an area that is slightly transparent."""
     return np.array([round(255 * (0.88 * part + 0.12)) for part in to_rgb(color)])

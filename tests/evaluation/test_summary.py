@@ -5,6 +5,7 @@ import pytest
 from rich.console import Console
 
 from trl_marble.evaluation import BalanceSummary, format_value, rewards_table, summarize_balance
+from trl_marble.evaluation.summary import mean_with_error
 
 
 HISTORY = [
@@ -48,6 +49,23 @@ def test_balance_is_summarized_over_the_steps_that_logged_it():
     assert summary.alpha == pytest.approx({"reader": 0.4, "big": 0.6})
     assert (summary.cos_min, summary.conflict) == (0.05, 0.0)
     assert (summary.weighted_sum_cos_min, summary.weighted_sum_conflict) == (-0.2, 0.75)
+
+
+def test_noisy_cosines_are_averaged_with_their_errors():
+    measured = [
+        {"balance/alpha/a": 0.5, "balance/alpha/b": 0.5, "balance/cos/a": 0.4, "balance/cos/b": math.nan}
+        | {"balance/heldout_cos/a": value, "balance/heldout_cos/b": math.nan, "balance/signal/a": 2 * value}
+        | {"balance/weighted_sum/heldout_cos/a": -value}
+        for value in (-0.1, math.nan, 0.1, 0.3)
+    ]
+    summary = summarize_balance(measured)
+    assert summary.heldout_cos == pytest.approx({"a": 0.1, "b": None})
+    assert summary.heldout_cos_se == pytest.approx({"a": 0.2 / math.sqrt(3), "b": None})
+    assert (summary.cos["a"], summary.signal["a"]) == pytest.approx((0.4, 0.2))
+    assert summary.weighted_sum_heldout_cos["a"] == pytest.approx(-0.1)
+    assert mean_with_error(measured, "balance/heldout_cos/a", last=2) == pytest.approx((0.2, 0.1))
+    assert mean_with_error(measured, "balance/heldout_cos/a", last=1) == pytest.approx((0.3, math.nan), nan_ok=True)
+    assert all(math.isnan(value) for value in mean_with_error(measured, "balance/heldout_cos/b"))
 
 
 def test_without_balancing_there_is_no_summary_and_without_cosines_they_are_none():

@@ -371,7 +371,7 @@ def test_nash_mtl_of_a_gram_matrix_is_that_of_its_gradients():
 
     gradients = torch.randn(3, 50, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     gram = gradients @ gradients.T
-    torch.testing.assert_close(methods._nash_mtl(Inner)(gram), gram.sum(dim=1) * 3)
+    torch.testing.assert_close(methods._NashMTL(Inner)(gram), gram.sum(dim=1) * 3)
 
 
 # ---- The command ----

@@ -26,6 +26,11 @@ BALANCE = BalanceSummary(
     conflict=0.0,
     weighted_sum_cos_min=-0.29,
     weighted_sum_conflict=0.83,
+    cos={"composition": 0.41, "reader": 0.43},
+    heldout_cos={"composition": -0.0312, "reader": None},
+    heldout_cos_se={"composition": 0.0081, "reader": None},
+    weighted_sum_heldout_cos={"composition": 0.012, "reader": None},
+    signal={"composition": 0.046, "reader": None},
 )
 
 
@@ -145,7 +150,11 @@ def test_the_examples_run_with_diffusers_alone(tmp_path, monkeypatch):
 
 def test_balance_of_the_update_and_of_the_weighted_sum():
     text = section(full_card(), "How the rewards were balanced")
-    assert "| composition | 0.200 |\n| reader | 0.800 |" in text
+    assert "| composition | 0.200 | +0.410 | -0.031 ± 0.008 | +0.012 | 5% |\n" in text
+    assert "| reader | 0.800 | +0.430 | not measured | not measured | not measured |\n\nMeans over the run." in text
+    old = dataclasses.replace(BALANCE, cos={}, heldout_cos={}, heldout_cos_se={}, signal={})
+    text_of_old = section(full_card(balance=old), "How the rewards were balanced")
+    assert "| composition | 0.200 |\n| reader | 0.800 |\n\nHeld-out cosines were not measured" in text_of_old
     assert "| +0.0120 | -0.2900 |" in text
     assert "| 0% | 83% |" in text
     assert "(balance.png)" in text

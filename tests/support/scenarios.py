@@ -140,17 +140,24 @@ class Fault(TrainerCallback):
 # ---- A run ----
 
 
+class NotedWeighting:
+    """MGDA, which keeps the Gram matrices that it gets. What a copy gets, for half of a step, it does not see."""
+
+    def __init__(self):
+        self.solve = get_weighting("mgda")
+        self.grams: list[torch.Tensor] = []
+
+    def __call__(self, gram):
+        self.grams.append(gram.clone())
+        return self.solve(gram)
+
+
 class Record(TrainerCallback):
     """Keeps the gradient, Gram matrices and advantages of every optimizer step."""
 
     def __init__(self):
         self.tensors: dict[str, torch.Tensor] = {}
-        self.solve = get_weighting("mgda")
-        self.grams: list[torch.Tensor] = []
-
-    def weighting(self, gram):
-        self.grams.append(gram.clone())
-        return self.solve(gram)
+        self.weighting = NotedWeighting()
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         step, batch = state.global_step, self.trainer._batch
@@ -160,6 +167,7 @@ class Record(TrainerCallback):
         order = batch.sample_ids.argsort()
         self.tensors[f"sample_ids/{step}"] = batch.sample_ids[order]
         self.tensors[f"advantages/{step}"] = batch.advantages[:, order]
+        self.tensors[f"first_half/{step}"] = batch.first_half[order]
         self.tensors[f"active/{step}"] = batch.active
 
 
@@ -205,7 +213,7 @@ def run_scenario(
         told |= {"evaluation": trainer.evaluate(), "log": trainer.state.log_history}
         record.tensors["evaluated"] = trainer.evaluations[-1].rewards.contiguous()
     told["pipeline calls"] = len(sampled)
-    tensors = record.tensors | {f"gram/{i}": gram for i, gram in enumerate(record.grams)}
+    tensors = record.tensors | {f"gram/{i}": gram for i, gram in enumerate(record.weighting.grams)}
     tensors["change"] = torch.cat([p.detach().flatten() for p in trainer.weights.parameters]) - start
     for name, shadow in (("old", trainer.weights.old), ("average", trainer.weights.averaged)):
         tensors[name] = torch.cat([value.flatten() for value in shadow.state_dict().values()]) - start

@@ -96,7 +96,7 @@ def record_calls(trainer):
 def fix_weights(trainer, weights):
     """The same weights over the gradients as they are, in every step."""
     solve = trainer.update.gradient._solve
-    trainer.update.gradient._solve = lambda gram: solve(gram)._replace(weights=weights.to(gram))
+    trainer.update.gradient._solve = lambda *a: solve(*a)._replace(weights=weights.to(a[0]))
     trainer.schedule.weights = lambda active: weights.double()
 
 

@@ -79,6 +79,9 @@ def test_resumed_run_equals_the_uninterrupted_run(make_trainer, uninterrupted, s
     resumed.train(resume_from_checkpoint=str(checkpoint))
     assert resumed.state.global_step == 14
     assert_same_state(resumed, uninterrupted)
+    for found, expected in zip(resumed.state.log_history, uninterrupted.state.log_history, strict=True):
+        measured = {key: value for key, value in expected.items() if key.startswith("balance/")}
+        assert {key: found[key] for key in measured} == pytest.approx(measured, rel=0, abs=0, nan_ok=True)
     first = (Path(uninterrupted.args.output_dir) / "checkpoint-14/pytorch_lora_weights.safetensors").read_bytes()
     second = (Path(resumed.args.output_dir) / "checkpoint-14/pytorch_lora_weights.safetensors").read_bytes()
     assert first == second

@@ -8,6 +8,7 @@ exchange would get stuck.
 """
 
 import json
+import math
 import os
 import re
 import subprocess
@@ -158,11 +159,10 @@ def test_two_processes_are_one(two, tmp_path, name) -> None:
         both = torch.cat([first[f"advantages/{step}"], second[f"advantages/{step}"]], dim=1)
         assert both.isnan().equal(alone[f"advantages/{step}"].isnan())
         assert relative_error(both, alone[f"advantages/{step}"]) < 1e-5
-        assert torch.cat([first[f"sample_ids/{step}"], second[f"sample_ids/{step}"]]).equal(
-            alone[f"sample_ids/{step}"]
-        )
+        for key in (f"sample_ids/{step}", f"first_half/{step}"):
+            assert torch.cat([first[key], second[key]]).equal(alone[key])
     for key, value in alone.items():
-        if key.split("/")[0] not in ("advantages", "sample_ids"):
+        if key.split("/")[0] not in ("advantages", "sample_ids", "first_half"):
             assert relative_error(first[key], value) < 1e-5, key
             assert first[key].nan_to_num().equal(second[key].nan_to_num()), key
 
@@ -175,12 +175,18 @@ def test_two_processes_are_one(two, tmp_path, name) -> None:
         timeless = {key: value for key, value in entry.items() if "runtime" not in key and "second" not in key}
         assert {key: found[key] for key in timeless} == pytest.approx(timeless, rel=1e-5, abs=1e-6, nan_ok=True)
         assert name == "weighted sum" or "loss" not in entry or "balance/alpha/left" in entry
+    if name == "every step":  # of two prompts: each is a half, and `red_only` applies to one of them
+        solves = [row for row in expected["log"] if "balance/cos_min" in row]
+        assert len(solves) == steps
+        for kind in ("heldout_cos", "signal"):
+            assert all(math.isfinite(row[f"balance/{kind}/left"]) for row in solves)
+            assert all(math.isnan(row[f"balance/{kind}/red_only"]) for row in solves)
 
 
 def test_a_reward_may_apply_on_one_process_only(two) -> None:
     first, second = tensors(two, "every step")
     red = [[part["advantages/0"][2].isfinite().any().item()] for part in (first, second)]
-    assert red == [[True], [False]] and first["active/0"].tolist() == [[True, True, True]]
+    assert red == [[True], [False]] and first["active/0"][0].any(dim=0).all()
 
 
 @pytest.mark.slow

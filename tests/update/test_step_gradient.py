@@ -2,6 +2,7 @@
 """The kinds of optimizer steps: what they cost in passes over the model, and that their directions agree."""
 
 import gc
+import math
 import weakref
 
 import pytest
@@ -83,6 +84,8 @@ def test_backward_passes_of_a_solving_step_do_not_depend_on_the_rewards(watched,
     for reward_funcs in (rewards[:1], rewards):
         watch = watched(reward_funcs=reward_funcs, balance_on=balance_on, beta=beta, balance_every=1)
         assert watch.backwards[1] == passes * micro_steps(watch)
+        row = watch.trainer.state.log_history[1]
+        assert math.isfinite(row["balance/heldout_cos_min"])  # which cost none of them
 
 
 def test_other_steps_take_one_backward_pass(watched):
@@ -117,7 +120,7 @@ def fix_weights(trainer):
     """The same weights over the gradients in every step, whatever was measured."""
     weights, gradient = torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64), trainer.update.gradient
     solve = gradient._solve
-    gradient._solve = lambda gram: solve(gram)._replace(weights=weights)
+    gradient._solve = lambda *arguments: solve(*arguments)._replace(weights=weights)
     trainer.schedule.weights = lambda active: weights
 
 
@@ -146,6 +149,7 @@ def test_dora_takes_separate_passes_and_says_so(watched, caplog):
     assert "not plain LoRA on linear layers" in caplog.text
     assert watch.backwards[1] == 3 * micro_steps(watch)
     assert watch.gradients[1].abs().sum() > 0
+    assert not any("heldout" in key for row in watch.trainer.state.log_history for key in row)
 
 
 @pytest.mark.parametrize("balance_on", ["loss", "advantage"])

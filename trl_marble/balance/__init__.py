@@ -12,6 +12,7 @@ from .diagnostics import balance_diagnostics, direction_cosines, weighted_sum_we
 from .ema import OLD_POLICY_PRESETS, old_policy_decay, weight_ema_decay
 from .flat_gradients import assign_gradients, flatten_gradients, gram_matrix
 from .harmonize import Harmonization, harmonize
+from .heldout import heldout_cosines, signal_shares
 from .per_reward_gradients import GradientRows, Objective, SeparateBackward, WeightedBackward
 from .progress import ProgressWeights
 from .weightings import WEIGHTINGS, equal_weights, get_weighting, mgda_weights
@@ -37,9 +38,11 @@ __all__ = [
     "gram_matrix",
     "group_advantages",
     "harmonize",
+    "heldout_cosines",
     "mgda_weights",
     "old_policy_decay",
     "reward_stds",
+    "signal_shares",
     "weight_ema_decay",
     "weighted_sum_weights",
 ]

@@ -1,5 +1,5 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
-"""Cosines between a direction and the gradients of all rewards, from the Gram matrix alone."""
+"""Cosines between a direction and the sampled gradients that it is made of, from the Gram matrix alone."""
 
 import torch
 from torch import Tensor
@@ -15,6 +15,9 @@ _CONFLICT_TOLERANCE = 1e-6
 def direction_cosines(gram: Tensor, weights: Tensor) -> Tensor:
     """
     Cosines between the direction `d = sum_k w_k g_k` and every gradient.
+
+    They are *in-sample*: `d` contains the noise of every `g_k`, which makes them larger than the cosines with the
+    gradients' expected values, and positive even where these are 0. See [`heldout_cosines`].
 
     Args:
         gram (`torch.Tensor` of shape `(K, K)`):
@@ -35,10 +38,28 @@ def direction_cosines(gram: Tensor, weights: Tensor) -> Tensor:
             f"{tuple(gram.shape)} and {tuple(weights.shape)}."
         )
     gram, weights = gram.detach().cpu().double(), weights.detach().cpu().double()
-    norms = gram.diagonal().sqrt()
-    products = gram @ weights
-    squared_length = weights @ products
-    if squared_length <= _CANCELLED * (weights.abs() @ norms).square():
+    return cosines_with(gram.diagonal().sqrt(), gram @ weights, gram, weights)
+
+
+def cosines_with(norms: Tensor, products: Tensor, gram: Tensor, weights: Tensor) -> Tensor:
+    """
+    Cosines between the direction `d = sum_k w_k g_k` and any vectors; in one dtype on one device.
+
+    Args:
+        norms (`torch.Tensor` of shape `(N,)`):
+            Norms of the vectors.
+        products (`torch.Tensor` of shape `(N,)`):
+            Their inner products with `d`.
+        gram (`torch.Tensor` of shape `(K, K)`):
+            Inner products of the gradients `g`.
+        weights (`torch.Tensor` of shape `(K,)`):
+            `w`.
+
+    Returns:
+        `torch.Tensor` of shape `(N,)`, in `[-1, 1]`. NaN for a zero vector; 0 if the gradients cancel.
+    """
+    squared_length = weights @ gram @ weights
+    if squared_length <= _CANCELLED * (weights.abs() @ gram.diagonal().sqrt()).square():
         return torch.zeros_like(norms).masked_fill(norms == 0, torch.nan)
     return (products / (squared_length.sqrt() * norms)).clamp(-1, 1)
 

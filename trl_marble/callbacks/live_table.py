@@ -17,12 +17,14 @@ from transformers import PrinterCallback
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 
 from ..evaluation import format_value
-from ..evaluation.summary import SIGNIFICANT
+from ..evaluation.summary import SIGNIFICANT, mean_with_error
 from .marble_callback import MarbleCallback
 
 
 BLOCKS = "▁▂▃▄▅▆▇█"
 TREND_WIDTH = 16
+# Held-out cosines are noisy in each step, so they are averaged over this many of the latest rows of the log.
+HELDOUT_WINDOW = 20
 
 History = Sequence[Mapping[str, Any]]
 
@@ -30,7 +32,8 @@ History = Sequence[Mapping[str, Any]]
 class LiveTableCallback(MarbleCallback):
     """
     A live table in the terminal instead of progress bars and lines of numbers: each reward with its change and trend
-    since the run began, its weight, what evaluations say of it, the worst cosine, and the time left.
+    since the run began, its weight, its held-out cosine (averaged over the latest steps), what evaluations say of it,
+    the worst in-sample cosine, and the time left.
 
     It takes the place of the progress bars, `transformers`' own included, and of the printed log; messages and
     warnings appear above it. Where the output is no terminal, it prints a line at each logging step and at each
@@ -151,7 +154,8 @@ def run_table(history: History, names: Sequence[str], held_out_names: Sequence[s
 
     Returns:
         `rich.table.Table`: One row per reward. Changes are since the first value; those of evaluations are coloured
-        where they are at least two standard errors (over prompts).
+        where they are at least two standard errors (over prompts). So are held-out cosines, which are means over the
+        latest 20 rows of the log that have them.
     """
     table = Table(caption=_footer(history), caption_justify="left", expand=False)
     table.add_column("Reward", overflow="ellipsis", no_wrap=True)
@@ -159,6 +163,9 @@ def run_table(history: History, names: Sequence[str], held_out_names: Sequence[s
         table.add_column(header, justify="right", no_wrap=True)
     table.add_column("Trend", no_wrap=True, style="cyan")
     table.add_column("Weight", justify="right", no_wrap=True)
+    measured = any(key.startswith("balance/heldout_cos/") for row in history for key in row)
+    if measured:
+        table.add_column("Held-out cos", justify="right", no_wrap=True)
     evaluated = any(key.startswith("eval_rewards/") for row in history for key in row)
     if evaluated:
         for header in ("Evaluation", "Change"):
@@ -169,6 +176,8 @@ def run_table(history: History, names: Sequence[str], held_out_names: Sequence[s
         cells: list[Any] = [Text(f"{name} (held out)" if held_out else name)]
         cells += ["", ""] if held_out else [_now(series), _change(series)]
         cells += [sparkline(series), _last(history, f"balance/alpha/{name}", ".2f")]
+        if measured:
+            cells.append(_heldout_cosine(history, name))
         if evaluated:
             cells += [_now(_series(history, f"eval_rewards/{name}/mean")), _eval_change(history, name)]
         table.add_row(*cells)
@@ -195,7 +204,7 @@ def status_line(history: History, names: Sequence[str], held_out_names: Sequence
     if weights:
         parts.append("weights " + ", ".join(weights))
     if math.isfinite(row.get("balance/cos_min", math.nan)):
-        parts.append(f"worst cosine {row['balance/cos_min']:+.2f}")
+        parts.append(f"worst cosine in-sample {row['balance/cos_min']:+.2f}{_worst_held_out(history, names)}")
     return " | ".join(parts)
 
 
@@ -241,6 +250,22 @@ def _last(history: History, key: str, form: str) -> str:
     return format(series[-1], form) if series else ""
 
 
+def _heldout_cosine(history: History, name: str) -> Text:
+    mean, error = mean_with_error(history, f"balance/heldout_cos/{name}", HELDOUT_WINDOW)
+    if math.isnan(mean):
+        return Text()
+    ratio = mean / error if error > 0 else 0.0
+    style = "green" if ratio >= SIGNIFICANT else "red" if ratio <= -SIGNIFICANT else ""
+    return Text(f"{mean:+.2f}" + ("" if math.isnan(error) else f" ± {error:.2f}"), style=style)
+
+
+def _worst_held_out(history: History, names: Sequence[str]) -> str:
+    """The lowest of the rewards' mean held-out cosines: the mean of each step's lowest would be that of its noise."""
+    means = [mean_with_error(history, f"balance/heldout_cos/{name}", HELDOUT_WINDOW)[0] for name in names]
+    measured = [mean for mean in means if not math.isnan(mean)]
+    return f", held-out {min(measured):+.2f}" if measured else ""
+
+
 def _eval_change(history: History, name: str) -> Text:
     key = f"eval_rewards/{name}"
     measured = [row for row in history if math.isfinite(row.get(f"{key}/mean", math.nan))]
@@ -257,7 +282,7 @@ def _footer(history: History) -> str | None:
     parts = []
     if worst := _last(history, "balance/cos_min", "+.2f"):
         other = _last(history, "balance/weighted_sum/cos_min", "+.2f")
-        parts.append(f"worst cosine {worst}" + (f" (weighted sum, not taken: {other})" if other else ""))
+        parts.append(f"worst cosine in-sample {worst}" + (f" (weighted sum, not taken: {other})" if other else ""))
     if diversity := _series(history, "drift/diversity"):
         share = f" ({diversity[-1] / diversity[0] - 1:+.0%})" if diversity[0] > 0 and len(diversity) > 1 else ""
         parts.append(f"diversity {diversity[-1]:.3f}{share}")

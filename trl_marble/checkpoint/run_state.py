@@ -16,7 +16,7 @@ from ..pipelines.quantization import first_values
 
 STATE_FILE = "marble_state.safetensors"
 IDENTITY_FILE = "marble_state.json"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
 
 def base_fingerprint(transformer: nn.Module) -> str:

@@ -11,6 +11,7 @@ import numpy as np
 
 from ..media import PAPER
 from .figures import CONFLICT, FAINT, INK, NOT_TAKEN, RULE, TAKEN, new_figure, save_figure
+from .summary import mean_with_error
 
 
 if TYPE_CHECKING:
@@ -22,14 +23,18 @@ PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#7
 
 def plot_balance(history: Sequence[Mapping[str, Any]], path: str | os.PathLike) -> Path:
     """
-    Plot how a run balanced its rewards: their weights over the steps, and below them the worst cosine between the
-    update and a reward's gradient, together with that of the weighted sum that was not taken.
+    Plot how a run balanced its rewards: their weights over the steps; below them the worst in-sample cosine between
+    the update and a reward's sampled gradient, together with that of the weighted sum that was not taken; and below
+    these, if they were measured, the held-out cosines of all rewards.
+
+    Held-out cosines are noisy in a single step: their lines are running means over a tenth of the measured steps (at
+    least ten), and the legend has the means over the run with their standard errors.
 
     Args:
         history (`Sequence[Mapping[str, Any]]`):
             `trainer.state.log_history`. Used are `step`, `balance/alpha/<reward>`, `balance/cos_min` and, if logged,
-            `balance/weighted_sum/cos_min`. Rows without them are ignored, so weights may be logged more often than
-            cosines.
+            `balance/weighted_sum/cos_min` and `balance/heldout_cos/<reward>`. Rows without them are ignored, so
+            weights may be logged more often than cosines.
         path (`str` or `os.PathLike`):
             The file to write, in the format of its suffix; folders are made.
 
@@ -43,7 +48,7 @@ def plot_balance(history: Sequence[Mapping[str, Any]], path: str | os.PathLike) 
     prefix = "balance/alpha/"
     weighted = [row for row in history if any(key.startswith(prefix) for key in row)]
     names = _names(history, prefix, "")
-    cosines = [row for row in history if math.isfinite(row.get("balance/cos_min", math.nan))]
+    cosines = _finite_rows(history, "balance/cos_min")
     if not weighted or not cosines:
         raise ValueError(
             "The history has no `balance/alpha/<reward>` or no finite `balance/cos_min`. Log them: train with "
@@ -63,8 +68,12 @@ def plot_balance(history: Sequence[Mapping[str, Any]], path: str | os.PathLike) 
     if len(steps) == 1:  # one step would be an area without width
         steps, weights = np.array([steps[0] - 0.5, steps[0] + 0.5]), np.repeat(weights, 2, axis=1)
 
-    figure = new_figure(9.0, 5.4)
-    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[3, 2])
+    held_out = {name: _finite_rows(history, f"balance/heldout_cos/{name}") for name in names}
+    measures_held_out = any(held_out.values())
+    figure = new_figure(9.0, 8.2 if measures_held_out else 5.4)
+    top, bottom, *below = figure.subplots(
+        2 + measures_held_out, 1, sharex=True, height_ratios=[3, 2, 3][: 2 + measures_held_out]
+    )
     colors = [_color(index) for index in range(len(names))]
     areas = top.stackplot(steps, weights, colors=colors, alpha=0.88, edgecolor=PAPER, linewidth=0.8)
     labels = [f"{name}  ({mean:.2f})" for name, mean in zip(names, means, strict=True)]
@@ -80,20 +89,42 @@ def plot_balance(history: Sequence[Mapping[str, Any]], path: str | os.PathLike) 
         ("balance/cos_min", TAKEN, "update taken"),
         ("balance/weighted_sum/cos_min", NOT_TAKEN, "weighted sum, not taken"),
     ):
-        rows = [row for row in cosines if math.isfinite(row.get(key, math.nan))]
+        rows = _finite_rows(cosines, key)
         if rows:
             values = np.array([row[key] for row in rows], dtype=float)
             handles += _line(bottom, _steps(rows), values, color)
             labels.append(f"{label}  ({values.min():+.2f})")
-    low, high = bottom.get_ylim()
-    margin = 0.04
-    bottom.set_ylim(min(low, -margin), max(high, margin))
-    bottom.axhspan(bottom.get_ylim()[0], 0, color=CONFLICT, zorder=0, linewidth=0)
-    bottom.axhline(0, color=INK, linewidth=0.9, zorder=1)
-    _style(bottom, "Worst cosine between the update and a reward's gradient", "cosine")
-    bottom.set_xlabel("optimizer step", color=FAINT, fontsize=9)
-    _side_legend(bottom, handles, labels, "direction (worst)", note="shaded: the step goes\nagainst some reward")
+    _shade_below_zero(bottom)
+    _style(bottom, "In-sample: worst cosine with the gradients that the update is made of", "cosine")
+    note = "shaded: against some\nreward's sampled gradient"
+    _side_legend(bottom, handles, labels, "direction (worst)", note=note)
+    for axes in below:
+        _plot_held_out(axes, held_out, colors)
+    (below or [bottom])[0].set_xlabel("optimizer step", color=FAINT, fontsize=9)
     return save_figure(figure, path)
+
+
+def _plot_held_out(axes: "Axes", held_out: Mapping[str, list[Mapping[str, Any]]], colors: Sequence[str]) -> None:
+    """Draw the running mean of each reward's held-out cosine."""
+    handles, labels = [], []
+    for (name, rows), color in zip(held_out.items(), colors, strict=True):
+        if rows:
+            key = f"balance/heldout_cos/{name}"
+            values = np.array([row[key] for row in rows], dtype=float)
+            handles += _line(axes, _steps(rows), _running_mean(values, max(10, len(values) // 10)), color)
+            mean, error = mean_with_error(rows, key)
+            labels.append(f"{name}  ({mean:+.3f}" + (")" if math.isnan(error) else f" ± {error:.3f})"))
+    _shade_below_zero(axes)
+    _style(axes, "Held-out: cosine with each reward's gradient on other prompts", "cosine")
+    note = "running means · shaded:\nagainst the reward"
+    _side_legend(axes, handles, labels, "reward (mean ± error)", note=note)
+
+
+def _shade_below_zero(axes: "Axes", margin: float = 0.04) -> None:
+    low, high = axes.get_ylim()
+    axes.set_ylim(min(low, -margin), max(high, margin))
+    axes.axhspan(axes.get_ylim()[0], 0, color=CONFLICT, zorder=0, linewidth=0)
+    axes.axhline(0, color=INK, linewidth=0.9, zorder=1)
 
 
 def plot_rewards(history: Sequence[Mapping[str, Any]], path: str | os.PathLike) -> Path:
@@ -253,6 +284,10 @@ def _names(history: Sequence[Mapping[str, Any]], prefix: str, suffix: str) -> li
         for key in keys
         if key.startswith(prefix) and key.endswith(suffix) and len(key) > len(prefix) + len(suffix)
     ]
+
+
+def _finite_rows(history: Sequence[Mapping[str, Any]], key: str) -> list[Mapping[str, Any]]:
+    return [row for row in history if math.isfinite(row.get(key, math.nan))]
 
 
 def _steps(rows: Sequence[Mapping[str, Any]]) -> np.ndarray:

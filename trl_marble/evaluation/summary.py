@@ -3,7 +3,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from rich.table import Table
@@ -25,14 +25,28 @@ class BalanceSummary:
         alpha (`dict[str, float]`):
             Reward name -> mean weight over the logged steps, each in [0, 1], with sum 1.
         cos_min (`float`, *optional*):
-            The worst cosine between an update direction and a reward's gradient, over all steps and rewards, in
-            [-1, 1]. If it is not negative, no step went against any reward.
+            The worst cosine between an update direction and a reward's *sampled* gradient, over all steps and rewards,
+            in [-1, 1]. If it is not negative, no step went against any sampled gradient. The direction contains the
+            samples' noise, so this says little of the rewards: see `heldout_cos`.
         conflict (`float`, *optional*):
             The share of the steps, in [0, 1], in which some reward's cosine was negative.
         weighted_sum_cos_min (`float`, *optional*):
             Like `cos_min`, for the weighted sum of the same gradients, which was not used.
         weighted_sum_conflict (`float`, *optional*):
             Like `conflict`, for the weighted sum.
+        cos (`dict[str, float | None]`, *optional*):
+            Reward name -> mean cosine with the reward's sampled gradient.
+        heldout_cos (`dict[str, float | None]`, *optional*):
+            Reward name -> mean cosine between the direction of one half of a step's prompts and the reward's gradient
+            in the other half, see [`~trl_marble.balance.heldout_cosines`]. Its sign says what the steps did to the
+            reward.
+        heldout_cos_se (`dict[str, float | None]`, *optional*):
+            Reward name -> standard error of `heldout_cos` over the logged steps.
+        weighted_sum_heldout_cos (`dict[str, float | None]`, *optional*):
+            Like `heldout_cos`, for the weighted sum.
+        signal (`dict[str, float | None]`, *optional*):
+            Reward name -> mean share of the squared norm of the reward's gradient that is signal, see
+            [`~trl_marble.balance.signal_shares`].
     """
 
     alpha: dict[str, float]
@@ -40,6 +54,11 @@ class BalanceSummary:
     conflict: float | None = None
     weighted_sum_cos_min: float | None = None
     weighted_sum_conflict: float | None = None
+    cos: dict[str, float | None] = field(default_factory=dict)
+    heldout_cos: dict[str, float | None] = field(default_factory=dict)
+    heldout_cos_se: dict[str, float | None] = field(default_factory=dict)
+    weighted_sum_heldout_cos: dict[str, float | None] = field(default_factory=dict)
+    signal: dict[str, float | None] = field(default_factory=dict)
 
 
 def summarize_balance(history: Sequence[Mapping[str, Any]]) -> BalanceSummary | None:
@@ -51,8 +70,9 @@ def summarize_balance(history: Sequence[Mapping[str, Any]]) -> BalanceSummary | 
 
     Args:
         history (`Sequence[Mapping[str, Any]]`):
-            `trainer.state.log_history`. Used are `balance/alpha/<reward>`, `balance/cos_min`, `balance/conflict`,
-            `balance/weighted_sum/cos_min` and `balance/weighted_sum/conflict`. Rows without them, such as those of
+            `trainer.state.log_history`. Used are `balance/alpha/<reward>`, `balance/cos/<reward>`,
+            `balance/heldout_cos/<reward>`, `balance/signal/<reward>`, `balance/cos_min`, `balance/conflict`,
+            and of `balance/weighted_sum` the last two and `heldout_cos/<reward>`. Rows without them, such as those of
             evaluations, are ignored.
 
     Returns:
@@ -67,13 +87,55 @@ def summarize_balance(history: Sequence[Mapping[str, Any]]) -> BalanceSummary | 
         return None
     cos_min, conflict = _cosine_figures(history, "balance")
     weighted_sum_cos_min, weighted_sum_conflict = _cosine_figures(history, "balance/weighted_sum")
+
+    def average(kind: str) -> dict[str, tuple[float, float]]:
+        return {name: mean_with_error(history, f"balance/{kind}/{name}") for name in alpha}
+
+    held_out = average("heldout_cos")
     return BalanceSummary(
         alpha={name: sum(values) / len(values) for name, values in alpha.items()},
         cos_min=cos_min,
         conflict=conflict,
         weighted_sum_cos_min=weighted_sum_cos_min,
         weighted_sum_conflict=weighted_sum_conflict,
+        cos=_measured(average("cos"), 0),
+        heldout_cos=_measured(held_out, 0),
+        heldout_cos_se=_measured(held_out, 1),
+        weighted_sum_heldout_cos=_measured(average("weighted_sum/heldout_cos"), 0),
+        signal=_measured(average("signal"), 0),
     )
+
+
+def mean_with_error(history: Sequence[Mapping[str, Any]], key: str, last: int | None = None) -> tuple[float, float]:
+    """
+    Average a metric that is noisy in each step.
+
+    Args:
+        history (`Sequence[Mapping[str, Any]]`):
+            `trainer.state.log_history`.
+        key (`str`):
+            The metric. Rows in which it is missing or NaN are ignored.
+        last (`int`, *optional*):
+            Take this many of the latest values. Defaults to all.
+
+    Returns:
+        `tuple[float, float]`: The mean, NaN without values, and its standard error, NaN with fewer than two.
+    """
+    values = [row[key] for row in history if math.isfinite(row.get(key, math.nan))]
+    if last is not None:
+        values = values[-last:]
+    if not values:
+        return math.nan, math.nan
+    mean = math.fsum(values) / len(values)
+    if len(values) == 1:
+        return mean, math.nan
+    return mean, math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1) / len(values))
+
+
+def _measured(figures: Mapping[str, tuple[float, float]], place: int) -> dict[str, float | None]:
+    """One of both figures of every reward, `None` where it is NaN; empty if all are."""
+    values = {name: None if math.isnan(pair[place]) else pair[place] for name, pair in figures.items()}
+    return values if any(value is not None for value in values.values()) else {}
 
 
 def _cosine_figures(history: Sequence[Mapping[str, Any]], prefix: str) -> tuple[float | None, float | None]:

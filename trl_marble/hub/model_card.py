@@ -188,8 +188,26 @@ def _balance_cells(balance: BalanceSummary) -> dict[str, Any]:
     def percent(share: float | None) -> str:
         return f"{100 * share:.0f}%" if share is not None and _measured(share) else NOT_MEASURED
 
+    def cosine(value: float | None, error: float | None = None) -> str:
+        if value is None:
+            return NOT_MEASURED
+        return f"{value:+.3f}" + ("" if error is None else f" ± {error:.3f}")
+
     return {
         "alpha": [(_text(name), f"{weight:.3f}") for name, weight in balance.alpha.items()],
+        "cosines": [
+            {
+                "name": _text(name),
+                "weight": f"{weight:.3f}",
+                "in_sample": cosine(balance.cos.get(name)),
+                "held_out": cosine(balance.heldout_cos.get(name), balance.heldout_cos_se.get(name)),
+                "weighted_sum": cosine(balance.weighted_sum_heldout_cos.get(name)),
+                "signal": percent(balance.signal.get(name)),
+            }
+            for name, weight in balance.alpha.items()
+        ]
+        if balance.heldout_cos
+        else [],
         "cos_min": format_value(balance.cos_min, sign=True),
         "conflict": percent(balance.conflict),
         "weighted_sum_cos_min": format_value(balance.weighted_sum_cos_min, sign=True),

@@ -1,7 +1,8 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
 """Rollouts: sampling and scoring, the generation batches that training uses, and where in them a run is."""
 
-from .batch import RolloutBatch, StoredBatch, training_order
+from .batch import RolloutBatch, StoredBatch, steps_of_samples, training_order
+from .halves import split_prompts
 from .layout import BatchLayout, Position
 from .progress_meter import BaseImageSettings, ProgressMeter
 from .reward_failures import FailurePolicy, count_failures
@@ -26,5 +27,7 @@ __all__ = [
     "StoredBatch",
     "average_logged",
     "count_failures",
+    "split_prompts",
+    "steps_of_samples",
     "training_order",
 ]

@@ -15,7 +15,17 @@ from torch import Tensor
 from ..pipelines import Conditioning, row_digests
 
 
-_TENSORS = ("prompt_index", "sample_ids", "latents", "advantages", "counts", "active", "scored", "weighted_sum")
+_TENSORS = (
+    "prompt_index",
+    "sample_ids",
+    "latents",
+    "advantages",
+    "first_half",
+    "counts",
+    "active",
+    "scored",
+    "weighted_sum",
+)
 
 
 @dataclass
@@ -38,10 +48,13 @@ class RolloutBatch:
             Clean latents x0; 0 for samples whose latents are not finite, which no reward applies to.
         advantages (`Tensor` of shape `[K, B]`, float32):
             NaN where a reward does not apply.
-        counts (`Tensor` of shape `[U, K]`, int64):
-            Number of valid samples of each reward in each optimizer step of one pass, on all processes.
-        active (`Tensor` of shape `[U, K]`, bool):
-            Which rewards tell samples of their group apart in each optimizer step of one pass, on any process.
+        first_half (`Tensor` of shape `[B]`, bool):
+            Whether a sample's prompt is in the first half of its optimizer step, see [`split_prompts`].
+        counts (`Tensor` of shape `[U, 2, K]`, int64):
+            Number of valid samples of each reward in both halves of each optimizer step of one pass, on all processes.
+        active (`Tensor` of shape `[U, 2, K]`, bool):
+            Which rewards tell samples of their group apart in both halves of each optimizer step of one pass, on any
+            process.
         scored (`Tensor` of shape `[U]`, int64):
             Number of samples that any reward scores in each optimizer step of one pass, on all processes.
         weighted_sum (`Tensor` of shape `[K]`, float32):
@@ -55,6 +68,7 @@ class RolloutBatch:
     sample_ids: Tensor
     latents: Tensor
     advantages: Tensor
+    first_half: Tensor
     counts: Tensor
     active: Tensor
     scored: Tensor
@@ -161,7 +175,29 @@ def training_order(num_samples: int, own: Sequence[int], num_updates: int, seed:
         `Tensor` of shape `[len(own)]`, int64: places in `own`, those of the first optimizer step first.
     """
     generator = torch.Generator().manual_seed(seed)
-    update = torch.rand(num_samples // num_updates, num_updates, generator=generator).argsort(dim=1).flatten()
+    step = _draw_steps(num_samples, num_updates, generator)
     place = torch.randperm(num_samples, generator=generator)
-    key = update * num_samples + place
+    key = step * num_samples + place
     return key[own[0] : own[-1] + 1].argsort()
+
+
+def steps_of_samples(num_samples: int, num_updates: int, seed: int) -> Tensor:
+    """
+    The optimizer step of a pass in which [`training_order`] has each sample of the generation batch of all processes.
+
+    Args:
+        num_samples (`int`):
+            See [`training_order`].
+        num_updates (`int`):
+            See [`training_order`].
+        seed (`int`):
+            See [`training_order`].
+
+    Returns:
+        `Tensor` of shape `[num_samples]`, int64.
+    """
+    return _draw_steps(num_samples, num_updates, torch.Generator().manual_seed(seed))
+
+
+def _draw_steps(num_samples: int, num_updates: int, generator: torch.Generator) -> Tensor:
+    return torch.rand(num_samples // num_updates, num_updates, generator=generator).argsort(dim=1).flatten()

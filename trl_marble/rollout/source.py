@@ -21,8 +21,9 @@ from ..nonfinite import CAUSES
 from ..pipelines import Conditioning, encode_distinct
 from ..rewards import RewardScorer, Scores
 from ..seeding import Draw, derive_seed
-from .batch import RolloutBatch, StoredBatch, digest_of, training_order
+from .batch import RolloutBatch, StoredBatch, digest_of, steps_of_samples, training_order
 from .diversity import group_diversity, thumbnails
+from .halves import split_prompts
 from .layout import BatchLayout
 from .progress_meter import ProgressMeter
 from .reward_failures import count_failures
@@ -263,14 +264,20 @@ class RolloutSource:
         The batch in the order in which it is trained on: micro-batches hold samples of many prompts, in an order that
         resuming finds again.
         """
-        advantages = self.compute_advantages(rewards, groups)[:, own.start : own.stop]
         num_updates, device = self.layout.updates_per_pass, samples.latents.device
         order_seed = derive_seed(self.settings.seed, Draw.ORDER, generation)
         order = training_order(rewards.shape[1], own, num_updates, order_seed)
-        advantages = advantages[:, order]
+        all_advantages = self.compute_advantages(rewards, groups)
+        steps = steps_of_samples(rewards.shape[1], num_updates, order_seed)
+        halves_seed = derive_seed(self.settings.seed, Draw.HALVES, generation)
+        in_first = split_prompts(groups, ~all_advantages.isnan(), steps, halves_seed)
+        advantages, first_half = (part[..., own.start : own.stop][..., order] for part in (all_advantages, in_first))
         updates = advantages.chunk(num_updates, dim=1)
-        counts = torch.stack([(~part.isnan()).sum(dim=1) for part in updates])
-        signals = torch.stack([(part.nan_to_num() != 0).sum(dim=1) for part in updates])
+        halves = torch.stack([first_half, ~first_half]).chunk(num_updates, dim=1)
+        counts = torch.stack([_count(~part.isnan(), half) for part, half in zip(updates, halves, strict=True)])
+        signals = torch.stack(
+            [_count(part.nan_to_num() != 0, half) for part, half in zip(updates, halves, strict=True)]
+        )
         scored = torch.stack([(~part.isnan()).any(dim=0).sum() for part in updates])
         return RolloutBatch(
             prompts=prompts,
@@ -280,6 +287,7 @@ class RolloutSource:
             sample_ids=torch.tensor(own)[order],
             latents=samples.latents[order.to(device)],
             advantages=advantages.to(device),
+            first_half=first_half.to(device),
             counts=self.accelerator.reduce(counts.to(device), reduction="sum"),
             active=self.accelerator.reduce(signals.to(device), reduction="sum") > 0,
             scored=self.accelerator.reduce(scored.to(device), reduction="sum"),
@@ -289,3 +297,8 @@ class RolloutSource:
     def _gather(self, values: Tensor) -> Tensor:
         """Rows of all processes, in the order of the generation batch, on the CPU."""
         return self.accelerator.gather(values.contiguous().to(self.accelerator.device)).cpu()
+
+
+def _count(samples: Tensor, halves: Tensor) -> Tensor:
+    """Count samples `[K, B]` that are true, in each of the halves `[2, B]`: `[2, K]`."""
+    return (samples & halves[:, None]).sum(dim=2)

@@ -106,7 +106,7 @@ class PolicyUpdate:
         per_sample, update = self.grid.per_sample, position.update
         num_micro_steps = self.layout.micro_batches_per_update * per_sample
         self._counts = StepCounts(
-            valid=batch.counts[update] * per_sample,
+            valid=batch.counts[update].sum(dim=0) * per_sample,
             scored=batch.scored[update] * per_sample,
             total=self.layout.micro_batch_size * self.num_processes * num_micro_steps,
         )
@@ -116,7 +116,7 @@ class PolicyUpdate:
         self._kls: list[Tensor] = []  # of the step's samples on this process
         self._needs_old = "old" in self.loss.needs and not self.weights.are_on_policy()
         self.guard.begin(step)
-        self.gradient.begin(step, batch.active[update], num_micro_steps, batch.weighted_sum)
+        self.gradient.begin(step, batch.counts[update], batch.active[update], num_micro_steps, batch.weighted_sum)
 
     def accumulate(self, batch: RolloutBatch, position: Position) -> Tensor:
         """
@@ -146,7 +146,7 @@ class PolicyUpdate:
             draws = self.loss.draw(x0, self.grid.times, num_times, generators)
             for place, drawn in enumerate(draws, start=first_place):
                 frozen = self._frozen_velocities(drawn.x_t, drawn.t, conditioning)
-                with self.gradient.recording(place, len(x0)):
+                with self.gradient.recording(place, batch.first_half[part]):
                     velocity = self.weights.velocity(drawn.x_t, drawn.t, conditioning)
                     terms = self.loss.terms(velocity, drawn, frozen)
                     self.guard.note(drawn.t, sample_ids, prompts, terms)

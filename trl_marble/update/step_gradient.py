@@ -1,7 +1,9 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
 """The gradient of one optimizer step: what is balanced, what is mixed with known weights, what all rewards share."""
 
-from collections.abc import Callable, Iterator, Sequence
+import copy
+import inspect
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
@@ -18,10 +20,14 @@ from ..balance import (
     WeightedBackward,
     assign_gradients,
     balance_diagnostics,
+    direction_cosines,
     flatten_gradients,
     gram_matrix,
     harmonize,
+    heldout_cosines,
+    signal_shares,
 )
+from ..balance.weightings import Weighting
 from ..metrics import MetricBuffer
 from ..seeding import Draw, derive_seed
 from .nonfinite import NonFiniteGuard, drop_gradients
@@ -36,7 +42,9 @@ class BalanceSettings:
         schedule ([`~trl_marble.balance.BalanceSchedule`]):
             Says which steps solve, and which weights are known.
         weighting (`Callable[[Tensor], Tensor]`):
-            From a Gram matrix to coefficients.
+            From a Gram matrix to coefficients. Copies of it are asked for the halves of a step (see
+            [`StepGradient`]), so that an object with state of its own goes on as if they were not. Functions are not
+            copied.
         fraction (`float`):
             Fraction of a step's micro-steps that a solution is taken from, in (0, 1].
         names (`list[str]`):
@@ -44,7 +52,7 @@ class BalanceSettings:
     """
 
     schedule: BalanceSchedule
-    weighting: Callable[[Tensor], Tensor]
+    weighting: Weighting
     fraction: float
     names: list[str]
 
@@ -57,6 +65,12 @@ class StepGradient:
     leaves a gradient for each reward, and the weights come from these gradients. It *streams*: the weights are known
     from earlier steps, and only some micro-steps are measured, for the weights of later ones. Or it *mixes*: the
     weights are known and nothing is measured.
+
+    Where a micro-step is measured with weighted backward passes, each reward has one row for each half of the step's
+    prompts, in the same passes. The direction is made of their sums. The direction that one half alone would give is
+    compared with the gradients of the other half: what holds there holds for the reward and not only for the sample
+    (see [`~trl_marble.balance.heldout_cosines`]). Without `linears` each row would be a backward pass of its own, so
+    halves are not measured.
 
     Args:
         accelerator ([`~accelerate.Accelerator`]):
@@ -88,27 +102,31 @@ class StepGradient:
     ) -> None:
         self.accelerator, self.parameters, self.linears = accelerator, parameters, linears
         self.balance, self.seed, self.guard, self.metrics = balance, seed, guard, metrics
+        self.has_halves = linears is not None
         self._rows: GradientRows | None = None  # while a step is measured
         self._recorder: GradientRows | None = None  # the same, while a micro-step of it is
         self._solution: Harmonization | None = None  # of this step, until the optimizer has taken it
 
     # ---- What kind of step this is ----
 
-    def begin(self, step: int, active: Tensor, num_micro_steps: int, weighted_sum: Tensor) -> None:
+    def begin(self, step: int, counts: Tensor, active: Tensor, num_micro_steps: int, weighted_sum: Tensor) -> None:
         """
         Start an optimizer step.
 
         Args:
             step (`int`):
                 Optimizer steps taken so far.
-            active (`Tensor` of shape `[K]`, bool):
-                The rewards that tell samples apart in this step.
+            counts (`Tensor` of shape `[2, K]`):
+                Valid samples of each reward in both halves of this step.
+            active (`Tensor` of shape `[2, K]`, bool):
+                The rewards that tell samples apart in both halves of this step.
             num_micro_steps (`int`):
                 Micro-steps of this step on each process.
             weighted_sum (`Tensor` of shape `[K]`):
                 How the weighted sum that is not taken would mix the gradients, for comparison.
         """
-        self._active, self._weighted_sum = active, weighted_sum
+        self._counts, self._active_in_halves, self._weighted_sum = counts, active, weighted_sum
+        self._active = active = active.any(dim=0)
         self._solution, self._rows, self._measured = None, None, frozenset[int]()
         self._solves = False
         device = self.accelerator.device
@@ -121,7 +139,8 @@ class StepGradient:
         self._weights = None if self._solves else schedule.weights(active).to(device, torch.float32)
         if due:
             self._measured = self._draw_measured(step, num_micro_steps)
-            self._rows = self._new_rows(len(self.balance.names) + 1)  # the last one is for what all rewards share
+            number = len(self.balance.names) * (2 if self.has_halves else 1)
+            self._rows = self._new_rows(number + 1)  # the last one is for what all rewards share
 
     def _new_rows(self, number: int) -> GradientRows:
         if self.linears is None:
@@ -144,19 +163,20 @@ class StepGradient:
     # ---- Micro-steps ----
 
     @contextmanager
-    def recording(self, place: int, batch_size: int) -> Iterator[None]:
+    def recording(self, place: int, first_half: Tensor) -> Iterator[None]:
         """
         The trained policy's forward pass and [`~StepGradient.backward`] belong inside this context.
 
         Args:
             place (`int`):
                 Which micro-step of this process's step it is.
-            batch_size (`int`):
-                Its samples.
+            first_half (`Tensor` of shape `(B,)`, bool):
+                Which of its samples are in the first half of the step.
         """
         self._recorder = self._rows if place in self._measured else None
+        self._first_half = first_half
         try:
-            with nullcontext() if self._recorder is None else self._recorder.recording(batch_size):
+            with nullcontext() if self._recorder is None else self._recorder.recording(len(first_half)):
                 yield
         finally:
             self._recorder = None
@@ -176,6 +196,8 @@ class StepGradient:
         if shared is not None and not shared.requires_grad:
             shared = None
         if self._recorder is not None:
+            if self.has_halves:
+                coefficients = [_in_halves(own, self._first_half) for own in coefficients]
             objectives = [Objective(term, _with_shared(own, 0)) for term, own in zip(terms, coefficients, strict=True)]
             if shared is not None:
                 objectives.append(Objective(shared, _with_shared(torch.zeros_like(coefficients[0]), 1)))
@@ -219,21 +241,27 @@ class StepGradient:
             rows[-1] += flatten_gradients([p.grad for p in self.parameters], self.parameters)
         rows = self.accelerator.reduce(rows, reduction="sum")
         gradients, shared = rows[:-1], rows[-1]
+        halves = None
+        if self.has_halves:
+            halves = gram_matrix(gradients)
+            gradients, second = gradients.chunk(2)
+            gradients += second  # in place: rows are large
         gram = gram_matrix(gradients)
         if not self.guard.check_rewards(self.balance.names, gram.diagonal()):
             drop_gradients(self.parameters)
             self._record_balance(None)
             return
-        solution = self._solve(gram)
+        solution = self._solve(gram, self._active, self.balance.weighting)
         weights = solution.weights if self._weights is None else self._weights
         assign_gradients(shared + weights.to(gradients) @ gradients, self.parameters)
         if self.guard.check_direction(self.parameters):
             self._solution = solution
         self._record_balance(solution)
+        if halves is not None:
+            self._record_halves(halves.cpu())
 
-    def _solve(self, gram: Tensor) -> Harmonization:
-        assert self.balance is not None
-        return harmonize(gram, self.balance.weighting, self._active)
+    def _solve(self, gram: Tensor, active: Tensor, weighting: Weighting) -> Harmonization:
+        return harmonize(gram, weighting, active)
 
     def _record_balance(self, solution: Harmonization | None) -> None:
         """Record a measured step; NaN where it was not finite, as every step records the same metrics."""
@@ -247,9 +275,46 @@ class StepGradient:
         if solution is None:
             return
         weights = solution.weights if self._weights is None else self._weights
+        cosines = direction_cosines(solution.gram, weights).masked_fill(~solution.active.cpu(), torch.nan)
+        for name, cosine in zip(names, cosines.tolist(), strict=True):
+            self.metrics.record(f"balance/cos/{name}", cosine)
         for prefix, taken in (("balance", weights), ("balance/weighted_sum", self._weighted_sum)):
             for key, value in balance_diagnostics(solution.gram, taken, solution.active).items():
                 self.metrics.record(f"{prefix}/{key}", value)
+
+    def _record_halves(self, gram: Tensor) -> None:
+        """
+        Record what the halves of a step say of each other.
+
+        Args:
+            gram (`Tensor` of shape `[2K, 2K]`):
+                Inner products of the gradients of the first half, and then of the second half; on the CPU.
+        """
+        assert self.balance is not None
+        names, size = self.balance.names, len(self.balance.names)
+        grams = [gram[:size, :size], gram[size:, size:]]
+        active = self._active_in_halves.cpu() & (torch.stack([own.diagonal() for own in grams]) > 0)
+        in_both = active.all(dim=0)
+        if self._weights is None:
+            # After the step's own direction was found, which these calls must not change.
+            with torch.random.fork_rng(devices=[]):
+                weightings = [_copy_of(self.balance.weighting) for _ in grams]
+                halves = zip(grams, active, weightings, strict=True)
+                first, second = (self._solve(*half).weights for half in halves)
+        else:
+            first = second = self._weights
+        for prefix, weights in (
+            ("balance", (first, second)),
+            ("balance/weighted_sum", (self._weighted_sum, self._weighted_sum)),
+        ):
+            cosines = heldout_cosines(gram, *weights, in_both)
+            for name, cosine in zip(names, cosines.tolist(), strict=True):
+                self.metrics.record(f"{prefix}/heldout_cos/{name}", cosine)
+            known = cosines[~cosines.isnan()]
+            self.metrics.record(f"{prefix}/heldout_cos_min", known.min().item() if len(known) else torch.nan)
+        shares = signal_shares(gram, (self._counts[0] / self._counts.sum(dim=0)).cpu(), in_both)
+        for name, share in zip(names, shares.tolist(), strict=True):
+            self.metrics.record(f"balance/signal/{name}", share)
 
     def _record_alpha(self, alpha: Tensor) -> None:
         assert self.balance is not None
@@ -267,3 +332,12 @@ class StepGradient:
 def _with_shared(coefficients: Tensor, shared: float) -> Tensor:
     """Coefficients `(K, B)` of the rewards, and `shared` as those of the last row."""
     return torch.cat([coefficients, torch.full_like(coefficients[:1], shared)])
+
+
+def _in_halves(coefficients: Tensor, first_half: Tensor) -> Tensor:
+    """Coefficients `(K, B)` as `(2K, B)`: those of the first half's samples, and then of the second half's."""
+    return torch.cat([coefficients * first_half, coefficients * ~first_half])
+
+
+def _copy_of(weighting: Weighting) -> Weighting:
+    return weighting if inspect.isroutine(weighting) else copy.deepcopy(weighting)

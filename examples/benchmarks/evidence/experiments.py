@@ -48,8 +48,8 @@ class PublishedAmortization(_Experiment):
     scores.
     """
 
-    def begin(self, step: int, active: Tensor, num_micro_steps: int, weighted_sum: Tensor) -> None:
-        super().begin(step, active, num_micro_steps, weighted_sum)
+    def begin(self, step: int, counts: Tensor, active: Tensor, num_micro_steps: int, weighted_sum: Tensor) -> None:
+        super().begin(step, counts, active, num_micro_steps, weighted_sum)
         if not self._solves:
             self._weights = torch.ones(1, device=self.accelerator.device)  # of the one mixed advantage
 
@@ -74,19 +74,20 @@ class RawGram(_Experiment):
         super().__init__(trainer)
         self._solves_at_every_step()
 
-    def _solve(self, gram: Tensor) -> Harmonization:
+    def _solve(self, gram: Tensor, active: Tensor, weighting: Callable[[Tensor], Tensor]) -> Harmonization:
         squared_norms = gram.diagonal()
-        active = self._active.to(gram.device) & (squared_norms > 0)
+        active = active.to(gram.device) & (squared_norms > 0)
         alpha = torch.zeros_like(squared_norms)
         if active.any():
-            alpha[active] = self.balance.weighting(gram[active][:, active]).to(gram)
+            alpha[active] = weighting(gram[active][:, active]).to(gram)
         return Harmonization(alpha, alpha, squared_norms.sqrt(), gram, active)
 
 
 class _OtherGram(_Experiment):
     """
     Another input of the weighting, and the same gradients. Works with one process, and with new weights at every step
-    for the advantages.
+    for the advantages. It has no held-out cosines: what the weighting gets in place of the Gram matrix is not known
+    for half of a step.
     """
 
     def __init__(self, trainer: MarbleNFTTrainer) -> None:
@@ -97,6 +98,7 @@ class _OtherGram(_Experiment):
         if trainer.args.generation_batch_size != trainer.args.per_device_train_batch_size:
             raise ValueError("These experiments have one micro-batch a step: all images that are sampled for it.")
         self.balance = dataclasses.replace(self.balance, weighting=self.weigh)
+        self.has_halves = False
 
     def weigh(self, gram: Tensor) -> Tensor:
         """The weights of the normalized gradients of the rewards that apply; `gram` is their Gram matrix."""

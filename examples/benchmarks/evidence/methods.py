@@ -219,21 +219,26 @@ def make_weighting(method: Method) -> Callable[[Tensor], Tensor] | None:
 
     name, arguments, _ = TORCHJD[method.weighting]
     make = getattr(torchjd.aggregation, name)
-    return _nash_mtl(make) if method.weighting == "nash_mtl" else make(**arguments)
+    return _NashMTL(make) if method.weighting == "nash_mtl" else make(**arguments)
 
 
-def _nash_mtl(make: Callable[..., Any]) -> Callable[[Tensor], Tensor]:
+class _NashMTL:
     """
     Nash-MTL as a weighting of the Gram matrix. TorchJD's takes the gradients, of which it uses only inner products:
     any rows that have them will do. It starts from its last solution, so there is one for each number of gradients.
     """
-    made: dict[int, Callable[[Tensor], Tensor]] = {}
 
-    def weights(gram: Tensor) -> Tensor:
+    def __init__(self, make: Callable[..., Any]) -> None:
+        self.make = make
+        self.made: dict[int, Callable[[Tensor], Tensor]] = {}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_NashMTL":
+        """Its solvers cannot be copied: what is asked for the halves of a step starts from the beginning."""
+        return _NashMTL(self.make)
+
+    def __call__(self, gram: Tensor) -> Tensor:
         size = len(gram)
-        if size not in made:
-            made[size] = make(n_tasks=size).weighting
+        if size not in self.made:
+            self.made[size] = self.make(n_tasks=size).weighting
         values, vectors = torch.linalg.eigh(gram.double())
-        return made[size](vectors * values.clamp(min=0).sqrt()).to(gram)
-
-    return weights
+        return self.made[size](vectors * values.clamp(min=0).sqrt()).to(gram)
