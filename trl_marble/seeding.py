@@ -14,6 +14,7 @@ class Draw(IntEnum):
     ORDER = 2
     MEASURED = 4
     SOLVER = 5
+    EVALUATION_NOISE = 6
 
 
 def derive_seed(seed: int, draw: Draw, *place: int) -> int:

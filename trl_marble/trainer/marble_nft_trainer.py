@@ -190,9 +190,7 @@ class MarbleNFTTrainer(WithoutPredictions, ObservedTrainer):
             self.progress,
             args,
         )
-        self.evaluator = PolicyEvaluator(
-            self.sampler, self.scorers, self.weights, self.accelerator, args.num_images_to_log
-        )
+        self.evaluator = PolicyEvaluator(self.sampler, self.scorers, self.accelerator, args.num_images_to_log)
         self.pictures = RunPictures(args.output_dir, self.callback_handler.callbacks)
         self.evaluations = []
         self._batch: RolloutBatch  # from the first micro-batch on
