@@ -16,6 +16,7 @@ class Draw(IntEnum):
     SOLVER = 5
     BASE = 6
     HALVES = 7
+    EVALUATION_NOISE = 8
 
 
 def derive_seed(seed: int, draw: Draw, *place: int) -> int:

@@ -26,5 +26,6 @@ def test_the_trainer_and_the_file_say_the_same(tmp_path, settings) -> None:
     for name in ("bright", "partly"):
         assert trainer["standard_error"][name] > 0
     assert trainer["diversity"] > 0
+    assert min(trainer["kl"]) > 0
     assert sum(value != value for value in trainer["rewards"]["partly"]) > 0
     assert trainer["groups"] == [0] * 3 + [1] * 3 + [2] * 3 + [0] * 3

@@ -45,7 +45,7 @@ def test_processes_that_call_the_transformer_together_sample_equally_many_images
     class Sampler:
         flow, calls_together = None, True
 
-        def sample_and_score(self, scorers, batches, rounds, num, state, deliver, max_waiting):
+        def sample_and_score(self, scorers, batches, rounds, num, state, deliver, max_waiting, measure):
             sampled.append([len(batch) for batch in batches])
             assert rounds == len(sampled[-1]) and num == sum(sampled[-1])
             for place in range(rounds):

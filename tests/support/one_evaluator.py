@@ -84,6 +84,8 @@ def describe_trainer(trainer: MarbleNFTTrainer) -> dict[str, Any]:
         "mean": {f.__name__: metrics[f"eval_rewards/{f.__name__}/mean"] for f in REWARDS},
         "standard_error": {f.__name__: metrics[f"eval_rewards/{f.__name__}/standard_error"] for f in REWARDS},
         "diversity": metrics["eval_drift/diversity"],
+        "kl": trainer.evaluations[-1].kl.tolist(),
+        "mean_kl": metrics["eval_kl"],
         "groups": trainer.evaluations[-1].groups.tolist(),
     }
 
@@ -96,6 +98,8 @@ def describe(results: EvaluationResults) -> dict[str, Any]:
         "mean": {name: mean for name, (mean, _) in summary.items()},
         "standard_error": {name: error for name, (_, error) in summary.items()},
         "diversity": results.diversity()[0],
+        "kl": results.table["kl"].tolist(),
+        "mean_kl": results.kl_to_base()[0],
         "groups": results.groups.tolist(),
     }
 

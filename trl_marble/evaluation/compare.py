@@ -15,7 +15,7 @@ from .statistics import WinCount, clustered_mean, composite_scores, count_wins
 
 
 # Settings that say which pipeline was evaluated, or change the images by rounding errors only.
-FREE_SETTINGS = ("pipeline", "pipeline_digest", "adapter", "adapter_digest", "batch_size")
+FREE_SETTINGS = ("pipeline", "pipeline_digest", "base_digest", "adapter", "adapter_digest", "batch_size")
 
 
 def compare_evaluations(

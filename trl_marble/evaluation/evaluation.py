@@ -1,6 +1,7 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
 """The result of scoring a policy on a prompt set."""
 
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -29,6 +30,9 @@ class Evaluation:
             Images of some of the prompts, in the order of their seeds; a video is a list of frames.
         name (`str`, *optional*):
             The name of the prompt set, where the trainer has several; `None` for all of them together.
+        kl (`Tensor` of shape `[N]`, float32, *optional*):
+            The distance of the policy from the base model at a noised version of each image, the mean of
+            `(v - v_base)^2` over its elements; NaN for images whose latents are not finite.
     """
 
     step: int
@@ -37,6 +41,7 @@ class Evaluation:
     groups: Tensor
     gallery: dict[str, list[Sample]] = field(default_factory=dict)
     name: str | None = None
+    kl: Tensor | None = None
 
     def summary(self) -> dict[str, tuple[float, float]]:
         """
@@ -47,6 +52,12 @@ class Evaluation:
             [`~trl_marble.evaluation.clustered_mean`]. The error is NaN where only one prompt has valid images.
         """
         return self._means_and_errors(self.rewards)
+
+    def kl_to_base(self) -> tuple[float, float]:
+        """Mean of `kl` over all images, and its standard error over prompts; NaN where it was not measured."""
+        if self.kl is None:
+            return math.nan, math.nan
+        return clustered_mean(self.kl.numpy(), self.groups.numpy())
 
     def change_since(self, before: "Evaluation") -> dict[str, tuple[float, float]]:
         """

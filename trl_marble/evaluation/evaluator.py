@@ -1,17 +1,23 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
 """Sampling and scoring a whole prompt set, batch by batch, on any number of processes."""
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 from accelerate.utils import gather_object
 from datasets import Dataset
+from torch import Tensor
 
 from ..data import read_rows
 from ..pipelines import FlowPipeline, encode_distinct, with_rgb_images
 from ..rewards import RewardScorer
 from ..rollout import RolloutSampler, SampleBatch, Samples
+from .drift import DriftMeter
+
+
+GOLDEN_RATIO = (5**0.5 - 1) / 2  # the fractions of its multiples are spread evenly, however many they are
 
 
 class EvaluationPlan:
@@ -53,6 +59,14 @@ class EvaluationPlan:
         """The seed of an image."""
         return image_seed(self.seed, *self.place(index))
 
+    def time_place(self, index: int) -> float:
+        """
+        Where in the time grid the drift of an image is measured, in [0, 1): the images of a row are spread evenly over
+        the grid, and rows are shifted against each other.
+        """
+        row, generation = self.place(index)
+        return (generation + row * GOLDEN_RATIO % 1) / self.num_generations
+
     def make_batch(self, flow: FlowPipeline, number: int) -> SampleBatch:
         """What a batch is sampled from."""
         indices = self.batches[number]
@@ -90,7 +104,8 @@ def evaluate_batches(
     numbers: Sequence[int],
     trainer_state: Any,
     deliver: Callable[[int, Samples], None],
-) -> SampleBatch | None:
+    drift: DriftMeter | None = None,
+) -> None:
     """
     Sample and score this process's batches with the weights that are in place. A batch is scored while the next one is
     sampled. All processes call it.
@@ -108,22 +123,18 @@ def evaluate_batches(
             Passed on to the rewards.
         deliver (`Callable[[int, Samples], None]`):
             Called with the number of each batch and what became of it, in their order.
-
-    Returns:
-        [`~trl_marble.rollout.SampleBatch`]: What the first of these batches was sampled from; `None` without one.
+        drift ([`~trl_marble.evaluation.drift.DriftMeter`], *optional*):
+            What measures each image's distance from the base model, which becomes `Samples.measured`. Defaults to not
+            measuring it.
     """
     todo = _fill_up(plan, numbers) if sampler.calls_together else list(numbers)
     # As many rounds on all processes, so that none of them goes on when one has failed.
     rounds = max(gather_object([len(todo)]))
     own, done = set(numbers), iter(todo)
-    first: list[SampleBatch] = []
 
     def make_batches() -> Iterator[SampleBatch]:
         for number in todo:
-            batch = plan.make_batch(sampler.flow, number)
-            if not first:
-                first.append(batch)
-            yield batch
+            yield plan.make_batch(sampler.flow, number)
 
     def deliver_own(samples: Samples) -> None:
         number = next(done)
@@ -139,8 +150,16 @@ def evaluate_batches(
         trainer_state,
         deliver_own,
         max_waiting=1,
+        measure=None if drift is None else functools.partial(_measure_drift, drift, plan, iter(todo)),
     )
-    return first[0] if first else None
+
+
+def _measure_drift(
+    drift: DriftMeter, plan: EvaluationPlan, numbers: Iterator[int], batch: SampleBatch, latents: Tensor
+) -> Tensor:
+    """Measure the next of these batches, see [`~trl_marble.evaluation.drift.DriftMeter.measure`]."""
+    places = [plan.time_place(index) for index in plan.batches[next(numbers)]]
+    return drift.measure(latents, places, batch.seeds, batch.conditioning)
 
 
 def _fill_up(plan: EvaluationPlan, numbers: Sequence[int]) -> list[int]:

@@ -31,6 +31,7 @@ from ..rewards.signatures import check_signatures
 from ..rollout import FailurePolicy, RolloutSampler, Samples
 from ..world_size import check_world_size
 from .contact_sheet import write_contact_sheet
+from .drift import DriftMeter, knows_its_base
 from .evaluation_config import EvaluationConfig
 from .evaluator import EvaluationPlan, evaluate_batches
 from .measures import PromptDiversity
@@ -38,6 +39,7 @@ from .records import BatchRecords, ImageRecord, file_digest
 from .results import (
     CONTACT_SHEET_FILE,
     GROUP_COLUMNS,
+    KL_COLUMN,
     NUMBER_COLUMNS,
     SUMMARY_FILE,
     TEXT_COLUMNS,
@@ -105,7 +107,7 @@ def evaluate_pipeline(
     if not isinstance(args, EvaluationConfig):
         raise TypeError(f"`args` is a {type(args).__name__}; pass an `EvaluationConfig`.")
     scorer = RewardScorer(reward_funcs, args.reward_timeout)
-    if taken := set(scorer.names) & {*NUMBER_COLUMNS, *TEXT_COLUMNS}:
+    if taken := set(scorer.names) & {*NUMBER_COLUMNS, *TEXT_COLUMNS, KL_COLUMN}:
         raise ValueError(
             f"A reward is named {sorted(taken)[0]!r}, a column of the table of scores. Rename the function."
         )
@@ -144,6 +146,7 @@ def evaluate_pipeline(
         with ExitStack() as stack:
             with together.phase():
                 stack.enter_context(loaded_adapter(model, adapter))
+                measures_kl = knows_its_base(flow)
             with together.phase():
                 share = range(state.process_index, len(plan.batches), state.num_processes)
                 missing = [number for number in share if not _is_finished(records, number)]
@@ -159,7 +162,8 @@ def evaluate_pipeline(
                 reward_timeout=args.reward_timeout,
                 make_bar=functools.partial(tqdm_bar, disable=not state.is_local_main_process),
             )
-            evaluate_batches(plan, sampler, [scorer], missing, TrainerState(), keep)
+            drift = DriftMeter(flow, args.num_inference_steps) if measures_kl else None
+            evaluate_batches(plan, sampler, [scorer], missing, TrainerState(), keep, drift)
     except RewardError as error:
         kept = "Batches that were finished are kept: evaluate again with the same settings to continue."
         raise RewardError(f"{error} {kept}") from error.__cause__
@@ -167,7 +171,7 @@ def evaluate_pipeline(
         scorer.close()
     with together.phase():
         if state.is_main_process:
-            _merge(settings, scorer.names, plan, records, args)
+            _merge(settings, scorer.names, plan, records, args, measures_kl)
     return EvaluationResults.load(folder)
 
 
@@ -186,8 +190,9 @@ def _keep(number: int, samples: Samples, plan: EvaluationPlan, records: BatchRec
     if failed.any():
         first = scores.errors[0] if scores.errors else "Latents are not finite."
         logger.warning(f"Left out as not applicable: {int(failed.sum())} failed rewards. {first}")
+    kl = [None] * len(samples.images) if samples.measured is None else samples.measured[:, 0].tolist()
     written = [
-        records.save_image(index, _image_name(plan, index), image, scores.rewards[:, i], failed[:, i])
+        records.save_image(index, _image_name(plan, index), image, scores.rewards[:, i], failed[:, i], kl[i])
         for i, (index, image) in enumerate(zip(plan.batches[number], samples.images, strict=True))
     ]
     records.write(number, written)
@@ -199,7 +204,12 @@ def _image_name(plan: EvaluationPlan, index: int) -> str:
 
 
 def _merge(
-    settings: dict[str, Any], names: list[str], plan: EvaluationPlan, records: BatchRecords, args: EvaluationConfig
+    settings: dict[str, Any],
+    names: list[str],
+    plan: EvaluationPlan,
+    records: BatchRecords,
+    args: EvaluationConfig,
+    measures_kl: bool,
 ) -> None:
     """Put all batches into one table, and write it with its summary and its contact sheet."""
     scored: list[ImageRecord] = []
@@ -211,7 +221,7 @@ def _merge(
             )
         scored += batch
     failed = np.array([record.failed for record in scored]).sum(axis=0)
-    table = _table(plan, scored, names)
+    table = _table(plan, scored, names, measures_kl)
     for name, number in zip(names, failed.tolist(), strict=True):
         if number and (args.reward_failure == "raise" or not table[name].notna().any()):
             raise RewardError(
@@ -236,7 +246,9 @@ def _merge(
     results.save()
 
 
-def _table(plan: EvaluationPlan, scored: Sequence[ImageRecord], names: Sequence[str]) -> pd.DataFrame:
+def _table(
+    plan: EvaluationPlan, scored: Sequence[ImageRecord], names: Sequence[str], measures_kl: bool
+) -> pd.DataFrame:
     places = [plan.place(record.index) for record in scored]
     columns: dict[str, Any] = {
         "index": [record.index for record in scored],
@@ -250,6 +262,8 @@ def _table(plan: EvaluationPlan, scored: Sequence[ImageRecord], names: Sequence[
             texts = [None if values[row] in (None, "") else str(values[row]) for row, _ in places]
             columns[column] = pd.Series(texts, dtype="object")
     columns["image"] = pd.Series([record.file for record in scored], dtype="object")
+    if measures_kl:
+        columns[KL_COLUMN] = np.array([record.kl for record in scored], dtype=float)
     for k, name in enumerate(names):
         columns[name] = np.array([record.rewards[k] for record in scored], dtype=float)  # None becomes NaN
     return pd.DataFrame(columns)
@@ -271,6 +285,7 @@ def _settings(
         "pipeline_class": flow.family.pipeline_class.__name__,
         "adapter": None if args.adapter is None else str(args.adapter),
         "pipeline_digest": _pipeline_digest(model),
+        "base_digest": _pipeline_digest(model, with_adapters=False),
         "adapter_digest": None if adapter is None else file_digest(adapter),
         "rewards": reward_names,
         "num_prompts": len(plan.prompts),
@@ -289,14 +304,20 @@ def _settings(
     }
 
 
-def _pipeline_digest(pipeline: DiffusionPipeline) -> str:
-    """Of the scheduler's settings and the name, shape, dtype and first 64 values of every weight of a pipeline."""
+def _pipeline_digest(pipeline: DiffusionPipeline, with_adapters: bool = True) -> str:
+    """
+    Of the scheduler's settings and the name, shape, dtype and first 64 values of every weight of a pipeline; without
+    its adapters it is that of the pipeline that they were put on.
+    """
     # Keys with an underscore say how the settings came about.
     scheduler = {key: value for key, value in pipeline.scheduler.config.items() if not key.startswith("_")}
     digest = hashlib.sha256(json.dumps([type(pipeline.scheduler).__name__, scheduler], default=repr).encode())
     for component, module in sorted(pipeline.components.items()):
         if isinstance(module, nn.Module):
             for name, weight in module.named_parameters():
+                if not with_adapters and "lora_" in name:
+                    continue
+                name = name if with_adapters else name.replace(".base_layer.", ".")
                 digest.update(f"{component}.{name} {tuple(weight.shape)} {weight.dtype}".encode())
                 digest.update(first_values(weight).numpy().tobytes())
     return digest.hexdigest()

@@ -14,11 +14,11 @@ from torch import Tensor
 
 from ..media import Sample
 from ..nonfinite import CAUSES
-from ..pipelines import PolicyWeights
 from ..rewards import RewardScorer, Scores
 from ..rewards.call_log import LogKey, column_names
-from ..rollout import RolloutSampler, SampleBatch, Samples, average_logged, count_failures
+from ..rollout import RolloutSampler, Samples, average_logged, count_failures
 from ..rollout.diversity import group_diversity, thumbnails
+from .drift import DriftMeter
 from .evaluation import Evaluation
 from .evaluator import EvaluationPlan, evaluate_batches
 from .statistics import clustered_mean, number_prompts
@@ -46,7 +46,7 @@ class PolicyEvaluation:
             Mean over prompts of [`~trl_marble.evaluation.group_diversity`], in [0, 1]; NaN with one image a
             prompt.
         velocity_norm (`float`):
-            Norm of the policy's velocity relative to the base model's, on the first batch of images.
+            Norm of the policy's velocity relative to the base model's, over all images.
     """
 
     evaluation: Evaluation
@@ -60,7 +60,10 @@ class PolicyEvaluation:
 
     def metrics(self, prefix: str, shows_failures: bool) -> dict[str, float]:
         """What is logged of it, by `<prefix>_...` names; without a diversity where none was measured."""
-        metrics = {f"{prefix}_drift/velocity_norm": self.velocity_norm}
+        metrics = {
+            f"{prefix}_kl": self.evaluation.kl_to_base()[0],
+            f"{prefix}_drift/velocity_norm": self.velocity_norm,
+        }
         if not math.isnan(self.diversity):
             metrics[f"{prefix}_drift/diversity"] = self.diversity
         if self.nonfinite_latents is not None:
@@ -81,6 +84,7 @@ class _ScoredImage(NamedTuple):
     number: int
     rewards: list[float]
     thumbnail: np.ndarray
+    drift: list[float]  # see `DriftMeter.measure`
     shown: Sample | None
     extras: dict[LogKey, Any]  # of an image that is shown
 
@@ -94,8 +98,6 @@ class PolicyEvaluator:
             Samples and scores.
         scorers (`Sequence[RewardScorer]`):
             The rewards that are trained on, then the held-out ones.
-        weights ([`~trl_marble.pipelines.PolicyWeights`]):
-            The policy, for the norm of its velocity.
         accelerator ([`~accelerate.Accelerator`]):
             Gathers over processes.
         num_shown (`int`):
@@ -106,12 +108,12 @@ class PolicyEvaluator:
         self,
         sampler: RolloutSampler,
         scorers: Sequence[RewardScorer],
-        weights: PolicyWeights,
         accelerator: Accelerator,
         num_shown: int,
     ) -> None:
-        self.sampler, self.scorers, self.weights = sampler, scorers, weights
+        self.sampler, self.scorers = sampler, scorers
         self.accelerator, self.num_shown = accelerator, num_shown
+        self.drift = DriftMeter(sampler.flow, sampler.num_inference_steps)
         self.names = [name for scorer in scorers for name in scorer.names]
 
     def evaluate(self, plan: EvaluationPlan, trainer_state: Any, name: str | None = None) -> PolicyEvaluation:
@@ -132,28 +134,22 @@ class PolicyEvaluator:
         shown_rows = {(k * rows) // self.num_shown for k in range(self.num_shown)}
         own: list[_ScoredImage] = []
         own_scores: list[Scores] = []
-        first: list[Samples] = []  # of this process's first batch
         num_nonfinite = 0
 
         def keep(number: int, samples: Samples) -> None:
             nonlocal num_nonfinite
-            if not first:
-                first.append(samples)
             own.extend(_describe(samples, plan, number, shown_rows))
             own_scores.append(samples.scores._replace(extras={}))
             num_nonfinite += int((~samples.finite).sum())
 
         share = range(self.accelerator.process_index, len(plan.batches), self.accelerator.num_processes)
-        first_batch = evaluate_batches(plan, self.sampler, self.scorers, share, trainer_state, keep)
+        evaluate_batches(plan, self.sampler, self.scorers, share, trainer_state, keep, self.drift)
         scores = Scores.concatenate(own_scores) if own_scores else _no_scores(len(self.names))
         with together.phase():
             failed = count_failures(scores, self.names, self.accelerator) if failures.leaves_out else {}
             logged = average_logged(scores.metrics)
-        with together.phase(exchanges=self.sampler.calls_together):
-            norms = self._squared_velocity_norms(plan, first_batch, first)
 
         images = sorted(gather_object(own), key=lambda image: image.number)
-        policy, base = torch.tensor(gather_object(norms), dtype=torch.float64).sum(dim=0)
         latents = sum(gather_object([num_nonfinite]))
         with together.phase():
             if latents == plan.num_images:
@@ -163,6 +159,8 @@ class PolicyEvaluator:
         prompt_rows = [plan.place(image.number)[0] for image in images]
         groups = torch.from_numpy(number_prompts([plan.texts[row] for row in prompt_rows], prompt_rows, plan.edits))
         features = torch.stack([torch.from_numpy(image.thumbnail) for image in images])
+        drift = torch.tensor([image.drift for image in images])
+        policy, base = drift[:, 1:].double().nanmean(dim=0)
         per_prompt = group_diversity(features, groups).numpy()
         gallery, gallery_rewards, gallery_extras = _make_gallery(images, plan)
         return PolicyEvaluation(
@@ -173,6 +171,7 @@ class PolicyEvaluator:
                 groups,
                 gallery,
                 name,
+                drift[:, 0],
             ),
             gallery_rewards=gallery_rewards,
             gallery_extras=gallery_extras,
@@ -183,42 +182,19 @@ class PolicyEvaluator:
             velocity_norm=(policy / base).sqrt().item(),
         )
 
-    @torch.no_grad()
-    def _squared_velocity_norms(
-        self, plan: EvaluationPlan, batch: SampleBatch | None, first: Sequence[Samples]
-    ) -> list[tuple[float, float]]:
-        """
-        Squared norms of the policy's and the base model's velocities of each image of the first batch, half way
-        between it and noise. The first process has that batch, and what it finds.
-        """
-        is_first = self.accelerator.process_index == 0
-        latents = [samples.latents.cpu() for samples in first if is_first]
-        if self.sampler.calls_together:  # the others call the transformer as often, and drop what they get
-            latents = gather_object(latents)
-        if not latents:
-            return []
-        if batch is None or not is_first:
-            batch = plan.make_batch(self.sampler.flow, 0)
-        x0 = latents[0].to(self.accelerator.device).float()
-        generators = [torch.Generator().manual_seed(seed) for seed in batch.seeds]
-        noise = torch.stack([torch.randn(x0.shape[1:], generator=g) for g in generators]).to(x0)
-        x_t, t = (x0 + noise) / 2, torch.full((len(x0),), 0.5, device=x0.device)
-        policy = self.weights.policy(x_t, t, batch.conditioning)
-        base = self.weights.base_velocity(x_t, t, batch.conditioning)
-        norms = [velocity.float().square().flatten(1).sum(dim=1).tolist() for velocity in (policy, base)]
-        return list(zip(*norms, strict=True)) if is_first else []
-
 
 def _describe(samples: Samples, plan: EvaluationPlan, number: int, shown_rows: set[int]) -> list[_ScoredImage]:
     """The images of a batch, to be sent to other processes."""
     features = thumbnails(samples.images).masked_fill(~samples.finite[:, None], torch.nan).numpy()
+    assert samples.measured is not None
     described = []
     for place, index in enumerate(plan.batches[number]):
         is_shown = plan.place(index)[0] in shown_rows
         extras = {key: values[place] for key, values in samples.scores.extras.items()} if is_shown else {}
         image = samples.images[place] if is_shown else None
         rewards = samples.scores.rewards[:, place].tolist()
-        described.append(_ScoredImage(index, rewards, features[place], image, extras))
+        drift = samples.measured[place].tolist()
+        described.append(_ScoredImage(index, rewards, features[place], drift, image, extras))
     return described
 
 

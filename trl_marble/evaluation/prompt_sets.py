@@ -114,6 +114,7 @@ def pool_evaluations(results: Mapping[str, PolicyEvaluation]) -> PolicyEvaluatio
             groups=_pool_groups([evaluation.groups for evaluation in evaluations]),
             gallery=_pool_galleries([evaluation.gallery for evaluation in evaluations]),
             name=None,
+            kl=torch.cat([evaluation.kl for evaluation in evaluations if evaluation.kl is not None]),
         ),
         gallery_rewards={},  # each set has its own grid of images
         gallery_extras={},

@@ -42,6 +42,8 @@ class ImageRecord:
         thumbnail (`str`):
             The 16 x 16 RGB pixels that its diversity is measured by, of a video those of some frames, one byte each,
             in base64.
+        kl (`float`, *optional*):
+            The policy's distance from the base model at a noised version of it; `None` where it was not measured.
     """
 
     index: int
@@ -50,6 +52,7 @@ class ImageRecord:
     rewards: list[float | None]
     failed: list[bool]
     thumbnail: str
+    kl: float | None = None
 
     def thumbnail_features(self) -> Tensor:
         """The thumbnail as [`thumbnails`] gives it: shape `[768]` (an image's), float32, in [0, 1]."""
@@ -134,7 +137,9 @@ class BatchRecords:
                 raise ValueError(f"The image `{image_file}` is missing or was changed since it was scored.")
         return records
 
-    def save_image(self, index: int, name: str, image: Sample, rewards: Tensor, failed: Tensor) -> ImageRecord:
+    def save_image(
+        self, index: int, name: str, image: Sample, rewards: Tensor, failed: Tensor, kl: float | None = None
+    ) -> ImageRecord:
         """
         Save an image, or a video as one file, and say what its record is.
 
@@ -149,6 +154,8 @@ class BatchRecords:
                 Its rewards; NaN where a reward does not apply or failed.
             failed (`Tensor` of shape `[K]`, bool):
                 Which rewards failed.
+            kl (`float`, *optional*):
+                Its distance from the base model; NaN where its latents are not finite.
         """
         file = f"images/{name}{sample_suffix(image)}"
         path = self.folder / file
@@ -164,6 +171,7 @@ class BatchRecords:
             rewards=[None if value != value else value for value in rewards.tolist()],
             failed=failed.tolist(),
             thumbnail=base64.b64encode(pixels).decode("ascii"),
+            kl=None if kl is None or kl != kl else kl,
         )
 
     def _file(self, batch: int) -> Path:

@@ -24,6 +24,7 @@ from .statistics import clustered_mean, number_prompts
 NUMBER_COLUMNS = ("index", "prompt_index", "generation", "seed")
 TEXT_COLUMNS = ("prompt", "image", "source", "tag")
 GROUP_COLUMNS = ("source", "tag")
+KL_COLUMN = "kl"  # only where the pipeline without its adapter is known
 # Settings that other modules use, with their types in JSON.
 SETTINGS: dict[str, Any] = {
     "pipeline": str,
@@ -67,8 +68,8 @@ class EvaluationResults:
         table (`pandas.DataFrame`):
             One row per image: `index`, `prompt_index` (row of the prompt set), `generation` (number among the images
             of that row), `seed`, `prompt`, `source` and `tag` (if the prompt set has these columns; `None` where it
-            has no value), `image` (path relative to the folder), and a column for each reward (NaN where it does not
-            apply or failed).
+            has no value), `image` (path relative to the folder), `kl` (if the pipeline has an adapter, see
+            [`EvaluationResults.kl_to_base`]), and a column for each reward (NaN where it does not apply or failed).
         failed (`dict[str, int]`):
             Reward name -> number of images for which it failed.
         prompt_diversity (`list[float]`):
@@ -136,6 +137,7 @@ class EvaluationResults:
             "geneval_overall": {
                 name: {"mean": mean, "standard_error": error} for name, (mean, error) in self.geneval_overall().items()
             },
+            "kl": None if (kl := self.kl_to_base()) is None else {"mean": kl[0], "standard_error": kl[1]},
             "diversity": dict(zip(("mean", "standard_error"), self.diversity(), strict=True)),
             "failed": self.failed,
             "prompt_diversity": self.prompt_diversity,
@@ -210,8 +212,24 @@ class EvaluationResults:
         """
         return clustered_mean(np.array(self.prompt_diversity), np.arange(len(self.prompt_diversity)))
 
+    def kl_to_base(self) -> tuple[float, float] | None:
+        """
+        How far the adapter has moved the pipeline from its base model.
+
+        It is the mean of `(v - v_base)^2` over the elements of the velocities with and without the adapter, at noised
+        versions of the images that the pipeline made itself, without guidance: what training logs as `kl`. Each image
+        has one time of the solver's grid; the images of a prompt are spread over the grid.
+
+        Returns:
+            `tuple[float, float]`: mean over images and its standard error over prompts; `None` where it was not
+            measured, because the pipeline without its adapter is not known: it has no adapter (is a base model, or was
+            trained in all of its weights, or has an adapter fused into them), or one that is not of the transformer
+            only.
+        """
+        return clustered_mean(self.table[KL_COLUMN].to_numpy(), self.groups) if KL_COLUMN in self.table else None
+
     def to_table(self) -> Table:
-        """A table for the terminal: one row per reward, and the diversity."""
+        """A table for the terminal: one row per reward, the diversity, and the KL to the base model if measured."""
         table = Table(title=f"Rewards of {self.title}", title_justify="left", title_style="bold")
         table.add_column("Reward")
         for header in ("Mean", "Images"):
@@ -225,6 +243,8 @@ class EvaluationResults:
             table.add_row(Text(f"{name}, {OVERALL}"), format_with_error(value))
         table.add_section()
         table.add_row("diversity within a prompt", format_with_error(self.diversity()), str(len(self.table)))
+        if (kl := self.kl_to_base()) is not None:
+            table.add_row("KL to the base model", format_with_error(kl), str(self.table[KL_COLUMN].notna().sum()))
         return table
 
     def print_table(self) -> None:
@@ -314,12 +334,12 @@ def _check_images(folder: Path, images: pd.Series) -> None:
 def _read_table(file: Path, reward_names: Sequence[str]) -> pd.DataFrame:
     # Without conversion of texts: a prompt may be "NA" or "007".
     columns = dict.fromkeys(NUMBER_COLUMNS, "int64") | dict.fromkeys(TEXT_COLUMNS, "object")
-    columns |= dict.fromkeys(reward_names, "float64")
+    columns |= dict.fromkeys((*reward_names, KL_COLUMN), "float64")
     table = pd.read_csv(
         file,
         dtype=columns,
         keep_default_na=False,
-        na_values={name: [""] for name in reward_names},
+        na_values={name: [""] for name in (*reward_names, KL_COLUMN)},
         float_precision="round_trip",
         encoding="utf-8",
     )

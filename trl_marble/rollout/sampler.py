@@ -55,16 +55,19 @@ class Samples(NamedTuple):
             Which samples have finite latents. No reward is asked about the others.
         scores ([`~trl_marble.rewards.Scores`]):
             The rewards' scores: one row per reward, those of the first scorer first.
+        measured (`Tensor` of shape `[B, ...]`, *optional*):
+            What was measured of each sample where it was sampled; NaN for those that are not finite.
     """
 
     latents: Tensor
     images: list[Sample]
     finite: Tensor
     scores: Scores
+    measured: Tensor | None = None
 
     @staticmethod
     def concatenate(parts: "Sequence[Samples]") -> "Samples":
-        """Several batches as one."""
+        """Several batches as one, without what was measured of them."""
         return Samples(
             torch.cat([part.latents for part in parts]),
             [image for part in parts for image in part.images],
@@ -119,6 +122,7 @@ class RolloutSampler:
         trainer_state: Any,
         deliver: Callable[[Samples], None],
         max_waiting: int | None = None,
+        measure: Callable[[SampleBatch, Tensor], Tensor] | None = None,
     ) -> None:
         """
         Sample and score batch by batch. A failure that ends the run does so before more is sampled.
@@ -139,6 +143,9 @@ class RolloutSampler:
             max_waiting (`int`, *optional*):
                 How many batches may wait for their scores while the next one is sampled; beyond it the first of them
                 is waited for. By default any number, and scores are waited for at the end only.
+            measure (`Callable[[SampleBatch, Tensor], Tensor]`, *optional*):
+                Called with each batch and its latents as soon as it is sampled, with the weights that sampled it; its
+                result, with one row per sample, becomes `Samples.measured`.
 
         Raises:
             [`~trl_marble.rewards.RewardError`]: If a reward returned something that is not a score, or failed and the
@@ -146,11 +153,11 @@ class RolloutSampler:
             `FloatingPointError`: If latents are not finite and the failure policy is to raise.
         """
         with RewardRequests(scorers, self.failures, self.reward_timeout) as requests:
-            waiting: deque[tuple[Tensor, list[Sample], Tensor]] = deque()
+            waiting: deque[tuple[Tensor, list[Sample], Tensor, Tensor | None]] = deque()
 
             def deliver_next(deadline: float | None) -> None:
-                latents, images, finite = waiting.popleft()
-                deliver(Samples(latents, images, finite, requests.collect_next(deadline)))
+                latents, images, finite, measured = waiting.popleft()
+                deliver(Samples(latents, images, finite, requests.collect_next(deadline), measured))
 
             with self.make_bar("rollout", num_images) as bar:
                 for _ in range(rounds):
@@ -158,7 +165,10 @@ class RolloutSampler:
                         batch = next(batches, None)
                         if batch is not None:
                             latents, images, finite = self._sample(batch)
-                            waiting.append((latents, images, finite))
+                            measured = None
+                            if measure is not None:
+                                measured = self._check_measured(measure(batch, latents), finite)
+                            waiting.append((latents, images, finite, measured))
                             requests.ask(images, batch.prompts, batch.columns, finite, trainer_state)
                     # Here processes learn of each other's failures, so that none of them goes on when one has failed.
                     with self.together.phase(), reward_advice():
@@ -171,7 +181,7 @@ class RolloutSampler:
                         bar.update(len(batch.prompts))
             with self.together.phase(), reward_advice(), self.make_bar("rewards", num_images) as bar:
                 deadline = self._deadline()
-                bar.update(num_images - sum(len(images) for _, images, _ in waiting))
+                bar.update(num_images - sum(len(images) for _, images, *_ in waiting))
                 while waiting:
                     bar.update(len(waiting[0][1]))
                     deliver_next(deadline)
@@ -242,3 +252,14 @@ class RolloutSampler:
                 f"{self.failures.how_to_leave_out_nonfinite}."
             )
         return torch.where(keep, rollout.latents, 0.0), list(rollout.images), finite
+
+    def _check_measured(self, measured: Tensor, finite: Tensor) -> Tensor:
+        """NaN for samples without finite latents, and for those that something infinite was measured of."""
+        measured = measured.masked_fill(~finite.view(-1, *[1] * (measured.ndim - 1)), torch.nan)
+        overflowed = finite & ~measured.flatten(1).isfinite().all(dim=1)
+        if overflowed.any() and self.failures.raises_nonfinite:
+            raise FloatingPointError(
+                f"The velocities of {int(overflowed.sum())} of {len(finite)} noised images are not finite. {CAUSES} "
+                f"To leave such images out instead, set {self.failures.how_to_leave_out_nonfinite}."
+            )
+        return measured.masked_fill(~measured.isfinite(), torch.nan)

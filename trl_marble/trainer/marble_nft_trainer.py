@@ -190,9 +190,7 @@ class MarbleNFTTrainer(WithoutPredictions, ObservedTrainer):
         identity = describe_run(self.flow, fingerprint, self.scorer, self.source_weights, args)
         others = {"progress": self.rollouts.progress, "kl_control": self.update.kl_control}
         self.run_state = RunState(self.weights, {"balance": self.schedule, **others}, identity)
-        self.evaluator = PolicyEvaluator(
-            self.sampler, self.scorers, self.weights, self.accelerator, args.num_images_to_log
-        )
+        self.evaluator = PolicyEvaluator(self.sampler, self.scorers, self.accelerator, args.num_images_to_log)
         self.pictures = RunPictures(args.output_dir, self.callback_handler.callbacks)
         self.evaluations = []
         self._batch: RolloutBatch  # from the first micro-batch on
