@@ -14,6 +14,7 @@ from .plots import plot_balance, plot_rewards
 from .results import EvaluationResults
 from .statistics import WinCount, clustered_mean, composite_scores, count_wins
 from .summary import BalanceSummary, rewards_table, summarize_balance
+from .worst_gain import WorstGain, best_evaluation
 
 
 __all__ = [
@@ -26,7 +27,9 @@ __all__ = [
     "RewardMean",
     "WinCount",
     "WinRate",
+    "WorstGain",
     "before_after_grid",
+    "best_evaluation",
     "clustered_mean",
     "compare_evaluations",
     "composite_scores",

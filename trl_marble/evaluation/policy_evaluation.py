@@ -71,8 +71,10 @@ class PolicyEvaluation:
         metrics |= {f"{prefix}_{name}": value for name, value in self.logged.items()}
         for row, (name, (mean, error)) in zip(self.evaluation.rewards, self.evaluation.summary().items(), strict=True):
             key = f"{prefix}_rewards/{name}"
-            valid = 1 - row.isnan().float().mean().item()
-            metrics |= {f"{key}/mean": mean, f"{key}/standard_error": error, f"{key}/valid": valid}
+            scored = row[~row.isnan()]
+            std = scored.std(correction=0).item() if len(scored) else math.nan
+            valid = len(scored) / len(row)
+            metrics |= {f"{key}/mean": mean, f"{key}/std": std, f"{key}/standard_error": error, f"{key}/valid": valid}
             if shows_failures:
                 metrics[f"{key}/failed"] = self.failed[name]
         return metrics

@@ -2,6 +2,7 @@
 """What a trainer shows of itself: evaluations, logs, pictures and progress bars."""
 
 import dataclasses
+import math
 from typing import Any
 
 from datasets import Dataset
@@ -12,6 +13,7 @@ from ..evaluation import Evaluation
 from ..evaluation.evaluator import EvaluationPlan
 from ..evaluation.policy_evaluation import PolicyEvaluation, PolicyEvaluator
 from ..evaluation.prompt_sets import pool_evaluations, prepare_evaluation_sets
+from ..evaluation.worst_gain import is_evaluation, reward_gains, worst_gain
 from ..memory_advice import rollout_advice
 from ..metrics import MetricBuffer
 from ..pipelines import PolicyWeights
@@ -63,8 +65,10 @@ class ObservedTrainer(PublishedTrainer):
                 Put before the metrics' names.
 
         Returns:
-            `dict[str, float]`: For each reward `<prefix>_rewards/<name>/mean`, `/standard_error` and `/valid`
-            (fraction of the images that it applies to), held-out ones included; `<prefix>_drift/diversity`, how much
+            `dict[str, float]`: For each reward `<prefix>_rewards/<name>/mean`, `/std`, `/standard_error` and `/valid`
+            (fraction of the images that it applies to), held-out ones included; `<prefix>_worst_gain`, the least gain
+            of a reward that is trained on since the run's first evaluation under the same prefix, in standard
+            deviations of its images; `<prefix>_drift/diversity`, how much
             the images of a prompt differ from each other (with at least two a prompt); and
             `<prefix>_drift/velocity_norm`, the norm of the velocity relative to the base model's. The images and
             rewards themselves are appended to `trainer.evaluations`, which keeps the images of the first and the
@@ -105,12 +109,19 @@ class ObservedTrainer(PublishedTrainer):
             self.evaluations[place] = dataclasses.replace(self.evaluations[place], gallery={})
         self.evaluations.append(result.evaluation)
         metrics = result.metrics(metric_key_prefix, shows_failures=self.sampler.failures.leaves_out)
+        metrics[f"{metric_key_prefix}_worst_gain"] = self._worst_gain(metrics, metric_key_prefix)
         with self.together.phase():
             super().log(dict(metrics))
             if self.args.log_images and result.gallery_rewards and self.is_world_process_zero():
                 self.pictures.log_evaluation(self.state.global_step, metric_key_prefix, result)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def _worst_gain(self, metrics: dict[str, float], prefix: str) -> float:
+        """The least gain since the run's first evaluation of its kind, which a resumed run has in its log."""
+        first = next((row for row in self.state.log_history if is_evaluation(row, prefix)), metrics)
+        worst = worst_gain(reward_gains(first, metrics, self.scorers[0].names, prefix), self.state.global_step)
+        return math.nan if worst is None else worst.gain
 
     # ---- Logging ----
 

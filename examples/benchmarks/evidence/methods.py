@@ -172,6 +172,15 @@ LONG_BASES: dict[str, Method] = {
     "gdpo": METHODS["gdpo"],
     "equal": METHODS["equal"],
     "marble": METHODS["marble"],
+    "progress": Method("weights by progress", settings={"multi_objective_aggregation": "progress"}),
+    # As a user has it who has not tuned the scale of one reward.
+    **{
+        f"weighted_sum_x{factor}": Method(
+            f"weighted sum, calm x {factor}", settings={**WEIGHTED_SUM, "reward_weights": [1, 1, 1, 1, float(factor)]}
+        )
+        for factor in ("0.1", "0.33", "3", "10")
+    },
+    **{key: METHODS[key] for key in SPECIALISTS.values()},
 }
 
 

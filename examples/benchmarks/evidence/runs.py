@@ -133,7 +133,7 @@ class Scale:
 
 
 QUICK = Scale(steps=2, images=2, tuning_images=2, quick=True)
-LONG = Scale(steps=LONG_STEPS, images=24, tuning_images=24, curve_steps=10, curve_images=12, long=True)
+LONG = Scale(steps=LONG_STEPS, images=24, tuning_images=24, curve_steps=10, curve_images=8, long=True)
 
 
 @dataclass(frozen=True)
@@ -189,9 +189,11 @@ class Run:
 
     def plan(self) -> dict[str, Any]:
         """Everything that its result depends on; it is written to its folder."""
-        method = find_method(self.method)
+        method, own = find_method(self.method), asdict(self)
+        for name in ("curve_steps", "curve_images"):  # these only watch a run
+            del own["scale"][name]
         return {
-            **asdict(self),
+            **own,
             "stages": [list(stage) for stage in method.stages],
             "weighting": method.weighting,
             "experiment": method.experiment,

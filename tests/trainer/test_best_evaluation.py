@@ -1,0 +1,86 @@
+# Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
+"""Real runs whose rewards follow a script: the adapter with the best worst reward is kept, also across a resume."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from trainer_helpers import prompt_set, small_trainer
+
+
+WEIGHTS = "pytorch_lora_weights.safetensors"
+
+
+def scripted(images, trainer_state, shifts):
+    """0, 1, 2, ... for the images, and what the script adds at this step."""
+    return [place + shifts[trainer_state.global_step] for place in range(len(images))]
+
+
+def easy(images, trainer_state, **kwargs):
+    return scripted(images, trainer_state, [0, 1, 2, 3, 4])
+
+
+def hard(images, trainer_state, **kwargs):
+    return scripted(images, trainer_state, [0, 0.5, 0.7, -1, -3])
+
+
+def run(folder, max_steps=4, **overrides):
+    return small_trainer(
+        folder,
+        (easy, hard),
+        eval_dataset=prompt_set().select(range(4)),
+        num_generations_eval=1,
+        per_device_eval_batch_size=4,
+        eval_strategy="steps",
+        eval_steps=1,
+        eval_on_start=True,
+        save_strategy="steps",
+        save_steps=1,
+        max_steps=max_steps,
+        metric_for_best_model="eval_worst_gain",
+        load_best_model_at_end=True,
+        **overrides,
+    )
+
+
+def worst(trainer):
+    rows = [row for row in trainer.state.log_history if "eval_worst_gain" in row]
+    return {row["step"]: row["eval_worst_gain"] for row in rows}
+
+
+def test_the_adapter_with_the_best_worst_reward_is_kept_and_saved(tmp_path):
+    trainer = run(tmp_path, save_total_limit=2)
+    trainer.train()
+    std = torch.arange(4.0).std(correction=0).item()
+    assert worst(trainer) == pytest.approx({0: 0, 1: 0.5 / std, 2: 0.7 / std, 3: -1 / std, 4: -3 / std})
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
+    trainer.save_model()
+    saved, best, last = (load_file(tmp_path / place / WEIGHTS) for place in (".", "checkpoint-2", "checkpoint-4"))
+    assert all(torch.equal(saved[name], value) for name, value in best.items())
+    assert not all(torch.equal(saved[name], value) for name, value in last.items())
+
+
+def test_a_resumed_run_compares_with_the_first_evaluation_of_all(tmp_path):
+    whole, begun = run(tmp_path / "whole", max_steps=3), run(tmp_path / "begun", max_steps=2)
+    whole.train()
+    begun.train()
+    resumed = run(tmp_path / "begun", max_steps=3)
+    resumed.train(resume_from_checkpoint=True)
+    assert worst(resumed) == worst(whole)
+    assert resumed.state.best_global_step == whole.state.best_global_step == 2
+    state = json.loads(Path(tmp_path, "begun", "checkpoint-3", "trainer_state.json").read_text())
+    assert state["best_model_checkpoint"] == str(tmp_path / "begun" / "checkpoint-2")
+
+
+def test_each_prompt_set_has_a_worst_gain_of_its_own(tmp_path):
+    sets = {"all": prompt_set().select(range(4)), "few": prompt_set().select(range(2))}
+    trainer = run(tmp_path, max_steps=1)
+    trainer.eval_dataset = sets
+    trainer.train()
+    first, last = (
+        [row[f"eval_{kind}worst_gain"] for row in trainer.state.log_history if f"eval_{kind}worst_gain" in row]
+        for kind in ("few_", "")
+    )
+    assert first == [0, pytest.approx(0.5 / 0.5)] and last[0] == 0 and 0 < last[1] < first[1]
