@@ -261,7 +261,10 @@ def execute(run: Run, output_dir: Path) -> None:
             for earlier in range(number):
                 _fuse(pipeline, folder / f"stage-{earlier + 1}")
         histories.append(json.loads((stage / HISTORY_FILE).read_text()))
-        _fuse(pipeline, stage)
+        if run.scale.long:
+            pipeline.load_lora_weights(stage)  # beside the base, so that the KL to it can be measured
+        else:
+            _fuse(pipeline, stage)
         done += steps
     trained = time.monotonic()
     prompts = run.scale.prompts(run.phase)
