@@ -25,6 +25,7 @@ from ..callbacks import LiveTableCallback, MarbleCallback, RolloutPicture, RunPi
 from ..checkpoint.folder import check_writable
 from ..checkpoint.run_state import base_fingerprint
 from ..data import RepeatPromptSampler, prepare_prompts, source_weights
+from ..evaluation.base_evaluations import BaseEvaluations
 from ..evaluation.policy_evaluation import PolicyEvaluator
 from ..evaluation.prompt_sets import prepare_evaluation_sets
 from ..hub import save_adapter
@@ -169,9 +170,9 @@ class MarbleNFTTrainer(WithoutPredictions, ObservedTrainer):
         self.weights = PolicyWeights(self.model, trainable)
         self.schedule = BalanceSchedule(len(self.scorer), args.balance_every, args.balance_ema)
         self.policy_loss = construction.build_policy_loss(args)
-        self.run_state = RunState(
-            self.weights, self.schedule, describe_run(self.flow, fingerprint, self.scorer, self.source_weights, args)
-        )
+        self.base_evaluations = BaseEvaluations()
+        identity = describe_run(self.flow, fingerprint, self.scorer, self.source_weights, args)
+        self.run_state = RunState(self.weights, self.schedule, self.base_evaluations, identity)
         self.sampler = construction.build_sampler(self.flow, self.together, self.progress, args)
         self.rollouts = construction.build_source(
             self.sampler, self.scorer, self.train_dataset, self.edits, self.accelerator, self.metrics, args

@@ -9,6 +9,7 @@ from transformers import TrainerCallback
 
 from ..callbacks import LiveTableCallback, RolloutPicture, RunPictures
 from ..evaluation import Evaluation
+from ..evaluation.base_evaluations import BaseEvaluations
 from ..evaluation.evaluator import EvaluationPlan
 from ..evaluation.policy_evaluation import PolicyEvaluation, PolicyEvaluator
 from ..evaluation.prompt_sets import pool_evaluations, prepare_evaluation_sets
@@ -32,6 +33,7 @@ class ObservedTrainer(PublishedTrainer):
     metrics: MetricBuffer
     pictures: RunPictures
     latest_rollout: RolloutPicture | None = None
+    base_evaluations: BaseEvaluations
     _latest_images_step: int | None = None
     control: Any  # what `transformers` declares leaves out that callbacks return it
 
@@ -66,10 +68,13 @@ class ObservedTrainer(PublishedTrainer):
             `dict[str, float]`: For each reward `<prefix>_rewards/<name>/mean`, `/standard_error` and `/valid`
             (fraction of the images that it applies to), held-out ones included; `<prefix>_drift/diversity`, how much
             the images of a prompt differ from each other (with at least two a prompt); and
-            `<prefix>_drift/velocity_norm`, the norm of the velocity relative to the base model's. The images and
-            rewards themselves are appended to `trainer.evaluations`, which keeps the images of the first and the
-            latest evaluation. With several sets each has its metrics under
-            `<prefix>_<set>_...`, and those under `<prefix>_...` are of the prompts of all sets together.
+            `<prefix>_drift/velocity_norm`, the norm of the velocity relative to the base model's; `<prefix>_kl`, the
+            mean square distance of the two velocities; and, if these prompts were evaluated before the first step,
+            `<prefix>_joint_gain` and `<prefix>_joint_fall`, the shares of the prompts on which all rewards that apply
+            have risen and fallen since, with their `..._standard_error`. The images and rewards themselves are
+            appended to `trainer.evaluations`, which keeps the images of the first and the latest evaluation. With
+            several sets each has its metrics under `<prefix>_<set>_...`, and those under `<prefix>_...` are of the
+            prompts of all sets together.
 
         Raises:
             `ValueError`: If there is no dataset to evaluate on.
@@ -104,7 +109,8 @@ class ObservedTrainer(PublishedTrainer):
         for place in before[1:]:
             self.evaluations[place] = dataclasses.replace(self.evaluations[place], gallery={})
         self.evaluations.append(result.evaluation)
-        metrics = result.metrics(metric_key_prefix, shows_failures=self.sampler.failures.leaves_out)
+        base = self.base_evaluations.find(result.evaluation)
+        metrics = result.metrics(metric_key_prefix, self.sampler.failures.leaves_out, base)
         with self.together.phase():
             super().log(dict(metrics))
             if self.args.log_images and result.gallery_rewards and self.is_world_process_zero():

@@ -8,6 +8,7 @@ import torch
 
 from ..balance import BalanceSchedule
 from ..checkpoint.run_state import load_state, save_state
+from ..evaluation.base_evaluations import BaseEvaluations
 from ..nonfinite import refuse_nonfinite
 from ..pipelines import FlowPipeline, PolicyWeights
 from ..rewards import RewardScorer
@@ -23,21 +24,32 @@ class RunState:
             The weights of the policy.
         schedule ([`~trl_marble.balance.BalanceSchedule`]):
             The balance.
+        base_evaluations ([`~trl_marble.evaluation.base_evaluations.BaseEvaluations`]):
+            What later evaluations are compared with.
         identity (`dict[str, Any]`):
             What a run must share with a checkpoint that it resumes from, see [`describe_run`].
     """
 
-    def __init__(self, weights: PolicyWeights, schedule: BalanceSchedule, identity: dict[str, Any]) -> None:
-        self.weights, self.schedule, self.identity = weights, schedule, identity
+    def __init__(
+        self,
+        weights: PolicyWeights,
+        schedule: BalanceSchedule,
+        base_evaluations: BaseEvaluations,
+        identity: dict[str, Any],
+    ) -> None:
+        self.weights, self.schedule, self.base_evaluations = weights, schedule, base_evaluations
+        self.identity = identity
 
     def save(self, folder: Path) -> None:
         """Write to a checkpoint folder."""
-        save_state(folder, {**self.weights.state_dict(), "balance": self.schedule.state_dict()}, self.identity)
+        own = {"balance": self.schedule.state_dict(), "base_evaluations": self.base_evaluations.state_dict()}
+        save_state(folder, self.weights.state_dict() | own, self.identity)
 
     def load(self, folder: Path) -> None:
         """Take over what [`~RunState.save`] wrote, see [`~trl_marble.checkpoint.run_state.load_state`]."""
         groups = load_state(folder, self.identity)
         balance = groups.pop("balance")
+        self.base_evaluations.load_state_dict(groups.pop("base_evaluations", {}))  # none without an evaluation
         self.weights.load_state_dict(groups)
         self.schedule.load_state_dict(balance)
 
