@@ -7,17 +7,28 @@ from .comparison import EvaluationComparison
 from .evaluation import Evaluation
 from .evaluation_config import EvaluationConfig
 from .formatting import format_value
+from .gain_plot import gains_table, plot_gains
+from .gains import GainPoint, gains_at_kl, gains_in_deviations, interpolate_at_kl, run_gains
 from .grids import before_after_grid, image_grid
 from .measures import PromptDiversity, RewardMean, WinRate
 from .pipeline_evaluation import evaluate_pipeline
 from .plots import plot_balance, plot_rewards
 from .results import EvaluationResults
-from .statistics import WinCount, clustered_mean, composite_scores, count_wins
+from .statistics import JointGain, WinCount, clustered_mean, composite_scores, count_wins, joint_gain
 from .summary import BalanceSummary, rewards_table, summarize_balance
 from .worst_gain import WorstGain, best_evaluation
 
 
 __all__ = [
+    "JointGain",
+    "joint_gain",
+    "GainPoint",
+    "gains_at_kl",
+    "gains_in_deviations",
+    "interpolate_at_kl",
+    "run_gains",
+    "gains_table",
+    "plot_gains",
     "BalanceSummary",
     "Evaluation",
     "EvaluationComparison",

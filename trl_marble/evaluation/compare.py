@@ -1,21 +1,28 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
 """Compare several evaluations of the same prompts, seeds and rewards."""
 
+import math
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ..extras import has_extra
 from .comparison import EvaluationComparison
 from .contact_sheet import write_contact_sheet
+from .gain_plot import plot_gains
+from .gains import GainPoint, gains_in_deviations
 from .records import write_atomically
 from .results import CONTACT_SHEET_FILE, EvaluationResults, to_json
-from .statistics import WinCount, clustered_mean, composite_scores, count_wins
+from .statistics import WinCount, clustered_mean, composite_scores, count_wins, joint_gain
 
 
 # Settings that say which pipeline was evaluated, or change the images by rounding errors only.
 FREE_SETTINGS = ("pipeline", "pipeline_digest", "base_digest", "adapter", "adapter_digest", "batch_size")
+
+
+GAINS_FILE = "gain_against_kl.png"
 
 
 def compare_evaluations(
@@ -30,7 +37,8 @@ def compare_evaluations(
         evaluations (`Mapping[str, EvaluationResults]`):
             At least two evaluations by name; all others are compared with the first.
         output_dir (`str` or `Path`, *optional*):
-            Where to write `comparison.json`, `comparison.csv` and `contact_sheet.html`. Defaults to writing nothing.
+            Where to write `comparison.json`, `comparison.csv`, `contact_sheet.html` and, if an evaluation has a KL to
+            the base model, `gain_against_kl.png` (with the extra `plots`). Defaults to writing nothing.
             The contact sheet links to the images of the evaluations: move all folders together or none.
         may_differ (`Collection[str]`, *optional*, defaults to `()`):
             Settings of sampling that may be different, such as `"guidance_scale"` to compare two of its values.
@@ -57,6 +65,7 @@ def compare_evaluations(
             win_rates[name][reward] = count_wins(first, second, before.groups)
         difference = np.array(after.prompt_diversity) - np.array(before.prompt_diversity)
         diversity_changes[name] = clustered_mean(difference, np.arange(len(difference)))
+    gains = {name: _gain_point(before, after) for name, after in evaluations.items()}
     means = {
         name: {reward: mean for reward, (mean, _) in results.summary().items()}
         for name, results in evaluations.items()
@@ -68,6 +77,7 @@ def compare_evaluations(
         composite=composite_scores(means),
         diversity={name: results.diversity() for name, results in evaluations.items()},
         diversity_changes=diversity_changes,
+        gains=gains,
     )
     if output_dir is not None:
         _save(comparison, Path(output_dir))
@@ -98,6 +108,38 @@ def _check_comparable(
         )
 
 
+def _gain_point(before: EvaluationResults, after: EvaluationResults) -> GainPoint:
+    """The gains of an evaluation over the baseline, which has none, and its KL to the baseline's base model."""
+    first, second = (
+        {name: results.table[name].to_numpy(dtype=float) for name in before.reward_names}
+        for results in (before, after)
+    )
+    gains, worst, mean = gains_in_deviations(first, second, before.groups)
+    joint = joint_gain(np.array(list(first.values())), np.array(list(second.values())), before.groups)
+    return GainPoint(
+        kl=_kl_to_base(before, after),
+        gains=gains,
+        worst=worst,
+        mean=mean,
+        joint_gain=(joint.gain, joint.gain_error),
+        joint_fall=(joint.fall, joint.fall_error),
+    )
+
+
+def _kl_to_base(before: EvaluationResults, results: EvaluationResults) -> tuple[float, float]:
+    """
+    The KL of an evaluation to the pipeline that the baseline's adapter is on, or that the baseline is; NaN if it is
+    another pipeline than that with an adapter, such as one that was fused or trained in all of its weights.
+    """
+    base = before.settings.get("base_digest")
+    if base is None or results.settings.get("base_digest") != base:
+        return math.nan, math.nan
+    if (kl := results.kl_to_base()) is not None:
+        return kl
+    is_base = results.settings["pipeline_digest"] == base and results.settings.get("adapter_digest") is None
+    return (0.0, 0.0) if is_base else (math.nan, math.nan)
+
+
 def _save(comparison: EvaluationComparison, folder: Path) -> None:
     for name, results in comparison.evaluations.items():
         if results.folder.resolve() == folder.resolve():
@@ -112,11 +154,15 @@ def _save(comparison: EvaluationComparison, folder: Path) -> None:
         "composite": comparison.composite,
         "diversity": _named_errors(comparison.diversity),
         "diversity_changes": _named_errors(comparison.diversity_changes),
+        "gains": {name: point.numbers() for name, point in comparison.gains.items()},
     }
     write_atomically(folder / "comparison.json", to_json(content))
     table = comparison.to_frame().to_csv(index=False, lineterminator="\n")
     write_atomically(folder / "comparison.csv", table.encode("utf-8"))
     write_contact_sheet(comparison.evaluations, folder / CONTACT_SHEET_FILE, comparison)
+    curves = comparison.measured_gains()
+    if curves and has_extra("plots"):
+        plot_gains(curves, folder / GAINS_FILE)
 
 
 def _named_errors(values: Mapping[str, tuple[float, float]]) -> dict[str, dict[str, float]]:

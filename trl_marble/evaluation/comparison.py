@@ -2,6 +2,7 @@
 """The differences between several evaluations of the same prompts and seeds."""
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,8 @@ from rich.table import Table
 from rich.text import Text
 
 from .formatting import format_p_value, format_percentage, format_value, format_with_error
+from .gain_plot import gains_table
+from .gains import GainPoint
 from .results import OVERALL, EvaluationResults, geneval_names, mean_over_tasks
 from .statistics import WinCount
 from .summary import SIGNIFICANT
@@ -40,6 +43,11 @@ class EvaluationComparison:
         diversity_changes (`dict[str, tuple[float, float]]`):
             Name of an evaluation (all but the baseline) -> mean over prompts of its diversity minus the baseline's,
             and the standard error.
+        gains (`dict[str, GainPoint]`):
+            Name of an evaluation -> its gains over the baseline in standard deviations of the baseline's images, on
+            how many prompts all rewards rose together, and the KL to the base model that it was paid with. The KL is
+            NaN where it was not measured, see [`EvaluationResults.kl_to_base`], or is one to another base model than
+            the baseline's; 0 where the evaluation is of that model itself.
     """
 
     evaluations: dict[str, EvaluationResults]
@@ -48,6 +56,7 @@ class EvaluationComparison:
     composite: dict[str, float]
     diversity: dict[str, tuple[float, float]]
     diversity_changes: dict[str, tuple[float, float]]
+    gains: dict[str, GainPoint]
 
     @property
     def baseline(self) -> str:
@@ -58,6 +67,11 @@ class EvaluationComparison:
     def reward_names(self) -> list[str]:
         """The rewards of all evaluations."""
         return self.evaluations[self.baseline].reward_names
+
+    def measured_gains(self) -> dict[str, list[GainPoint]]:
+        """The gains of those evaluations that have a KL; empty if there is none but the base model itself."""
+        known = {name: [point] for name, point in self.gains.items() if not math.isnan(point.kl[0])}
+        return known if any(points[0].kl[0] > 0 for points in known.values()) else {}
 
     def averages(self, column: str) -> pd.DataFrame:
         """
@@ -91,10 +105,15 @@ class EvaluationComparison:
 
         Returns:
             `pandas.DataFrame`: one row for each reward and evaluation with the columns `reward`, `evaluation`, `mean`,
-            `standard_error`, `change`, `change_standard_error` and the fields of [`WinCount`]. From `change` on they
-            are empty for the baseline.
+            `standard_error`, `change`, `change_standard_error`, the fields of [`WinCount`], and `gain` with
+            `gain_standard_error` (the change in standard deviations of the baseline's images), which are empty for
+            the baseline; and of the evaluation as a whole `kl`, `joint_gain` and `joint_fall`, each with its
+            `..._standard_error`.
         """
         frame = pd.DataFrame(self.rows())
+        for what in ("kl", "joint_gain", "joint_fall"):
+            pairs = [getattr(self.gains[name], what) for name in frame["evaluation"]]
+            frame[what], frame[f"{what}_standard_error"] = zip(*pairs, strict=True)
         counts = [name for name, kind in WinCount.__annotations__.items() if kind is int]
         return frame.astype(dict.fromkeys(counts, "Int64"))
 
@@ -110,6 +129,7 @@ class EvaluationComparison:
                     change, change_error = self.changes[name][reward]
                     row |= {"change": change, "change_standard_error": change_error}
                     row |= self.win_rates[name][reward]._asdict()
+                    row["gain"], row["gain_standard_error"] = self.gains[name].gains[reward]
                 rows.append(row)
         return rows
 
@@ -154,9 +174,14 @@ class EvaluationComparison:
             table.add_row("composite" if name == self.baseline else "", Text(name), f"{score:+.3f}")
         return table
 
+    def to_gains_table(self) -> Table:
+        """A table for the terminal: KL to the base model, worst and mean gain and joint gain of each evaluation."""
+        return gains_table({name: [point] for name, point in self.gains.items() if name != self.baseline})
+
     def print_table(self) -> None:
-        """Print [`~EvaluationComparison.to_table`]."""
+        """Print [`~EvaluationComparison.to_table`] and [`~EvaluationComparison.to_gains_table`]."""
         Console().print(self.to_table())
+        Console().print(self.to_gains_table())
 
 
 def _change_cell(change: tuple[float, float]) -> Text:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..media import Sample
-from .statistics import clustered_mean
+from .statistics import JointGain, clustered_mean, joint_gain
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,9 @@ class Evaluation:
         kl (`Tensor` of shape `[N]`, float32, *optional*):
             The distance of the policy from the base model at a noised version of each image, the mean of
             `(v - v_base)^2` over its elements; NaN for images whose latents are not finite.
+        digest (`str`, *optional*):
+            Of the prompts, the seeds and the names of the rewards: evaluations with the same one can be compared image
+            by image.
     """
 
     step: int
@@ -42,6 +45,7 @@ class Evaluation:
     gallery: dict[str, list[Sample]] = field(default_factory=dict)
     name: str | None = None
     kl: Tensor | None = None
+    digest: str = ""
 
     def summary(self) -> dict[str, tuple[float, float]]:
         """
@@ -74,6 +78,24 @@ class Evaluation:
         Raises:
             `ValueError`: If the two evaluations are not of the same images and rewards.
         """
+        self._check_same_images(before)
+        return self._means_and_errors(self.rewards.double() - before.rewards.double())
+
+    def joint_gain_since(self, before: "Evaluation") -> JointGain:
+        """
+        On how many prompts all rewards that apply rose, held-out ones included.
+
+        Args:
+            before ([`Evaluation`]):
+                An evaluation of the same prompt set with the same rewards.
+
+        Raises:
+            `ValueError`: If the two evaluations are not of the same images and rewards.
+        """
+        self._check_same_images(before)
+        return joint_gain(before.rewards.numpy(), self.rewards.numpy(), self.groups.numpy())
+
+    def _check_same_images(self, before: "Evaluation") -> None:
         if self.reward_names != before.reward_names or self.rewards.shape != before.rewards.shape:
             raise ValueError(
                 f"Cannot compare rewards {self.reward_names} of shape {tuple(self.rewards.shape)} with "
@@ -81,7 +103,6 @@ class Evaluation:
             )
         if not torch.equal(self.groups, before.groups):
             raise ValueError("Cannot compare images of other prompts; evaluate both on the same prompts.")
-        return self._means_and_errors(self.rewards.double() - before.rewards.double())
 
     def _means_and_errors(self, values: Tensor) -> dict[str, tuple[float, float]]:
         groups = self.groups.numpy()

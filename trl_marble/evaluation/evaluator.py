@@ -2,12 +2,15 @@
 """Sampling and scoring a whole prompt set, batch by batch, on any number of processes."""
 
 import functools
+import hashlib
+import json
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 from accelerate.utils import gather_object
 from datasets import Dataset
+from PIL import Image
 from torch import Tensor
 
 from ..data import read_rows
@@ -171,3 +174,24 @@ def _fill_up(plan: EvaluationPlan, numbers: Sequence[int]) -> list[int]:
     full = [number for number in numbers if len(plan.batches[number]) == size]
     full += [0] * (max(gather_object([len(full)])) - len(full))
     return full if len(plan.batches[last]) == size else [*full, last]
+
+
+def digest_evaluation(plan: EvaluationPlan, reward_names: Sequence[str]) -> str:
+    """Of the prompts, the seeds and the rewards of an evaluation."""
+    content = [digest_prompts(plan.prompts), plan.num_generations, plan.seed, *reward_names]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def digest_prompts(prompts: Dataset) -> str:
+    """Of all rows and columns of a prompt set."""
+    digest = hashlib.sha256()
+    for row in prompts:
+        digest.update(json.dumps(row, sort_keys=True, default=_content).encode() + b"\n")
+    return digest.hexdigest()
+
+
+def _content(value: Any) -> str:
+    """Of a value that JSON does not have; the `repr` of an image would tell its place in memory."""
+    if isinstance(value, Image.Image):
+        return f"{value.mode} {value.size} {hashlib.sha256(value.tobytes()).hexdigest()}"
+    return repr(value)

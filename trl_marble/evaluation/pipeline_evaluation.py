@@ -15,7 +15,6 @@ import torch
 from accelerate import PartialState
 from datasets import Dataset
 from diffusers import DiffusionPipeline
-from PIL import Image
 from torch import nn
 from transformers import TrainerState
 from transformers.utils import logging
@@ -33,7 +32,7 @@ from ..world_size import check_world_size
 from .contact_sheet import write_contact_sheet
 from .drift import DriftMeter, knows_its_base
 from .evaluation_config import EvaluationConfig
-from .evaluator import EvaluationPlan, evaluate_batches
+from .evaluator import EvaluationPlan, digest_prompts, evaluate_batches
 from .measures import PromptDiversity
 from .records import BatchRecords, ImageRecord, file_digest
 from .results import (
@@ -289,7 +288,7 @@ def _settings(
         "adapter_digest": None if adapter is None else file_digest(adapter),
         "rewards": reward_names,
         "num_prompts": len(plan.prompts),
-        "prompts_digest": _prompts_digest(plan.prompts),
+        "prompts_digest": digest_prompts(plan.prompts),
         "edits_images": plan.edits,
         "num_generations": args.num_generations,
         "seed": args.seed,
@@ -321,18 +320,3 @@ def _pipeline_digest(pipeline: DiffusionPipeline, with_adapters: bool = True) ->
                 digest.update(f"{component}.{name} {tuple(weight.shape)} {weight.dtype}".encode())
                 digest.update(first_values(weight).numpy().tobytes())
     return digest.hexdigest()
-
-
-def _prompts_digest(prompts: Dataset) -> str:
-    """Of all rows and columns of a prompt set."""
-    digest = hashlib.sha256()
-    for row in prompts:
-        digest.update(json.dumps(row, sort_keys=True, default=_content).encode() + b"\n")
-    return digest.hexdigest()
-
-
-def _content(value: Any) -> str:
-    """Of a value that JSON does not have; the `repr` of an image would tell its place in memory."""
-    if isinstance(value, Image.Image):
-        return f"{value.mode} {value.size} {hashlib.sha256(value.tobytes()).hexdigest()}"
-    return repr(value)

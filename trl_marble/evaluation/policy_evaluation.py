@@ -20,7 +20,7 @@ from ..rollout import RolloutSampler, Samples, average_logged, count_failures
 from ..rollout.diversity import group_diversity, thumbnails
 from .drift import DriftMeter
 from .evaluation import Evaluation
-from .evaluator import EvaluationPlan, evaluate_batches
+from .evaluator import EvaluationPlan, digest_evaluation, evaluate_batches
 from .statistics import clustered_mean, number_prompts
 
 
@@ -58,12 +58,30 @@ class PolicyEvaluation:
     diversity: float
     velocity_norm: float
 
-    def metrics(self, prefix: str, shows_failures: bool) -> dict[str, float]:
-        """What is logged of it, by `<prefix>_...` names; without a diversity where none was measured."""
+    def metrics(self, prefix: str, shows_failures: bool, base: Evaluation | None = None) -> dict[str, float]:
+        """
+        What is logged of it, by `<prefix>_...` names; without a diversity where none was measured.
+
+        Args:
+            prefix (`str`):
+                Put before the names.
+            shows_failures (`bool`):
+                Whether failed rewards are counted.
+            base ([`~trl_marble.evaluation.Evaluation`], *optional*):
+                The evaluation of the same images before training, for the joint gain.
+        """
         metrics = {
             f"{prefix}_kl": self.evaluation.kl_to_base()[0],
             f"{prefix}_drift/velocity_norm": self.velocity_norm,
         }
+        if base is not None:
+            joint = self.evaluation.joint_gain_since(base)
+            metrics |= {
+                f"{prefix}_joint_gain": joint.gain,
+                f"{prefix}_joint_gain_standard_error": joint.gain_error,
+                f"{prefix}_joint_fall": joint.fall,
+                f"{prefix}_joint_fall_standard_error": joint.fall_error,
+            }
         if not math.isnan(self.diversity):
             metrics[f"{prefix}_drift/diversity"] = self.diversity
         if self.nonfinite_latents is not None:
@@ -174,6 +192,7 @@ class PolicyEvaluator:
                 gallery,
                 name,
                 drift[:, 0],
+                digest_evaluation(plan, self.names),
             ),
             gallery_rewards=gallery_rewards,
             gallery_extras=gallery_extras,

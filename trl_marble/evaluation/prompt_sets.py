@@ -2,6 +2,7 @@
 """Several prompt sets to evaluate on: what they may be, and their results taken together."""
 
 import dataclasses
+import hashlib
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -114,6 +115,7 @@ def pool_evaluations(results: Mapping[str, PolicyEvaluation]) -> PolicyEvaluatio
             groups=_pool_groups([evaluation.groups for evaluation in evaluations]),
             gallery=_pool_galleries([evaluation.gallery for evaluation in evaluations]),
             name=None,
+            digest=hashlib.sha256("".join(evaluation.digest for evaluation in evaluations).encode()).hexdigest(),
             kl=torch.cat([evaluation.kl for evaluation in evaluations if evaluation.kl is not None]),
         ),
         gallery_rewards={},  # each set has its own grid of images

@@ -3,6 +3,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -38,6 +39,31 @@ class WinCount(NamedTuple):
     prompts_up: int
     prompts_down: int
     p_value: float
+
+
+@dataclass(frozen=True)
+class JointGain:
+    """
+    On how many prompts all rewards went the same way.
+
+    Args:
+        gain (`float`):
+            The share of the prompts, in [0, 1], on which all rewards that apply rose; NaN without prompts.
+        gain_error (`float`):
+            Its standard error over prompts; NaN with fewer than two.
+        fall (`float`):
+            The share on which all rewards that apply fell.
+        fall_error (`float`):
+            Its standard error.
+        num_prompts (`int`):
+            The prompts that any reward applies to.
+    """
+
+    gain: float
+    gain_error: float
+    fall: float
+    fall_error: float
+    num_prompts: int
 
 
 def number_prompts(prompts: Sequence[str], rows: Sequence[int], edits_images: bool = False) -> np.ndarray:
@@ -123,6 +149,73 @@ def count_wins(before: np.ndarray, after: np.ndarray, groups: np.ndarray) -> Win
         prompts_down=down,
         p_value=float(binomtest(up, up + down).pvalue) if up + down else math.nan,
     )
+
+
+def joint_gain(before: np.ndarray, after: np.ndarray, groups: np.ndarray) -> JointGain:
+    """
+    The share of prompts on which all rewards rose together, the joint domination rate of PG-OT
+    (https://huggingface.co/papers/2605.13155). Means over prompts hide where one reward is paid for with another.
+
+    A reward rose on a prompt if its mean over the pairs of the prompt's images is greater after than before. A reward
+    that applies to no pair of a prompt has no say in it.
+
+    Args:
+        before (`np.ndarray` of shape `[K, N]`):
+            The rewards of the baseline's images; NaN where there is none.
+        after (`np.ndarray` of shape `[K, N]`):
+            Those of other images of the same prompts and seeds.
+        groups (`np.ndarray` of shape `[N]`, integers):
+            The prompt of each pair.
+
+    Returns:
+        [`JointGain`]
+
+    Raises:
+        `ValueError`: the shapes do not fit.
+    """
+    before, after, groups = np.asarray(before, dtype=float), np.asarray(after, dtype=float), np.asarray(groups)
+    if before.shape != after.shape or before.shape[1:] != groups.shape:
+        raise ValueError(
+            f"The rewards before have shape {before.shape}, those after {after.shape}, and there are {len(groups)} "
+            "groups; pass the same rewards of the same images, and the group of each image."
+        )
+    change = after - before
+    valid = ~np.isnan(change)
+    _, place = np.unique(groups, return_inverse=True)
+    # By sums: a mean has the sign of its sum.
+    sums = np.array([np.bincount(place, weights=row) for row in np.where(valid, change, 0.0)])
+    applies = np.array([np.bincount(place, weights=row) for row in valid]) > 0
+    counts = applies.any(axis=0)
+    together = [np.all(np.logical_or(went, ~applies), axis=0)[counts].astype(float) for went in (sums > 0, sums < 0)]
+    shares = [clustered_mean(prompts, np.arange(len(prompts))) for prompts in together]
+    return JointGain(*shares[0], *shares[1], int(counts.sum()))
+
+
+def clustered_mean_of_means(rows: Sequence[np.ndarray], groups: np.ndarray) -> tuple[float, float]:
+    """
+    The mean over several measures' means of the same images, and its standard error over prompts.
+
+    Args:
+        rows (`Sequence[np.ndarray]`, each of shape `[N]`):
+            The values of each measure, which need not have them for the same images; NaN where there is none.
+        groups (`np.ndarray` of shape `[N]`, integers):
+            The prompt of each image.
+
+    Returns:
+        `tuple[float, float]`: the mean, and its cluster-robust error, which is that of [`clustered_mean`] for one
+        measure; NaN for the error with fewer than two prompts.
+    """
+    _, place = np.unique(groups, return_inverse=True)
+    influence, means = np.zeros(place.max() + 1), []
+    for row in rows:
+        valid = ~np.isnan(row)
+        means.append(float(row[valid].mean()))
+        influence += np.bincount(place[valid], weights=row[valid] - means[-1], minlength=len(influence)) / valid.sum()
+    num_groups = len(np.unique(place[~np.isnan(np.array(rows)).all(axis=0)]))
+    if num_groups < 2:
+        return float(np.mean(means)), math.nan
+    spread = np.square(influence / len(rows)).sum() * num_groups / (num_groups - 1)
+    return float(np.mean(means)), math.sqrt(spread)
 
 
 def composite_scores(means: Mapping[str, Mapping[str, float]]) -> dict[str, float]:

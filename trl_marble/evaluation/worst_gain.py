@@ -38,7 +38,7 @@ def reward_gains(
 
     Args:
         first (`Mapping[str, Any]`):
-            Metrics of the earlier evaluation, see [`~trl_marble.MarbleNFTTrainer.evaluate`].
+            Metrics of the earlier evaluation, see `trainer.evaluate`.
         now (`Mapping[str, Any]`):
             Metrics of the later one, on the same prompts and seeds.
         names (`Sequence[str]`):

@@ -4,7 +4,7 @@
 from ..pipelines import load_adapter
 from .adapter import adapter_state, save_adapter
 from .arithmetic import AdapterComparison, WeightComparison, compare_adapters, interpolate_adapters
-from .card_inputs import CardInputs, GalleryItem, RewardRow
+from .card_inputs import CardInputs, GainsRow, GalleryItem, RewardRow
 from .fusing import fuse_adapter
 from .model_card import build_model_card
 from .push import published_files, push_adapter
@@ -14,6 +14,7 @@ from .results_card import card_from_evaluations
 __all__ = [
     "AdapterComparison",
     "CardInputs",
+    "GainsRow",
     "GalleryItem",
     "RewardRow",
     "WeightComparison",

@@ -7,6 +7,7 @@ Neither the card nor that file may contain folders of the machine or an access t
 
 import dataclasses
 import json
+import math
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -15,6 +16,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
+from ..evaluation.gains import GainPoint
 from ..evaluation.results import to_json
 from ..evaluation.summary import BalanceSummary
 
@@ -55,6 +57,45 @@ class RewardRow:
     change: float | None = None
     change_se: float | None = None
     held_out: bool = False
+
+
+@dataclass(frozen=True)
+class GainsRow:
+    """
+    How far the rewards rose together, and how far the adapter drifted from its base model, see
+    [`~trl_marble.evaluation.GainPoint`]. `None` and NaN mean not measured.
+
+    Args:
+        kl (`float`, *optional*): KL to the base model.
+        kl_se (`float`, *optional*): standard error of `kl`.
+        worst (`float`, *optional*): the smallest gain of a reward, in standard deviations of the base's images.
+        worst_se (`float`, *optional*): standard error of `worst`.
+        mean (`float`, *optional*): the mean gain.
+        mean_se (`float`, *optional*): standard error of `mean`.
+        joint_gain (`float`, *optional*): share of the prompts on which all rewards that apply rose, in [0, 1].
+        joint_gain_se (`float`, *optional*): standard error of `joint_gain`.
+        joint_fall (`float`, *optional*): share of the prompts on which all of them fell, in [0, 1].
+        joint_fall_se (`float`, *optional*): standard error of `joint_fall`.
+    """
+
+    kl: float | None = None
+    kl_se: float | None = None
+    worst: float | None = None
+    worst_se: float | None = None
+    mean: float | None = None
+    mean_se: float | None = None
+    joint_gain: float | None = None
+    joint_gain_se: float | None = None
+    joint_fall: float | None = None
+    joint_fall_se: float | None = None
+
+    @classmethod
+    def of(cls, point: GainPoint) -> "GainsRow":
+        """The row of an evaluation."""
+        values: dict[str, float] = {}
+        for name in ("kl", "worst", "mean", "joint_gain", "joint_fall"):
+            values[name], values[f"{name}_se"] = getattr(point, name)
+        return cls(**{name: None if math.isnan(value) else value for name, value in values.items()})
 
 
 @dataclass(frozen=True)
@@ -106,6 +147,10 @@ class CardInputs:
         diversity (`RewardRow`, *optional*):
             How much the images of one prompt differ, before and after, see
             [`~trl_marble.evaluation.group_diversity`].
+        gains (`GainsRow`, *optional*):
+            How far the rewards rose together, and the KL to the base model that it was paid with.
+        gain_plot (`str`, *optional*):
+            Path, relative to the card, of the picture of a run made by [`~trl_marble.evaluation.plot_gains`].
         sources (`Mapping[str, Sequence[RewardRow]]`, *optional*):
             Source of the evaluation prompts -> the rewards on these prompts alone.
         evaluated_on (`str`, *optional*):
@@ -133,6 +178,8 @@ class CardInputs:
     evaluated_on: str | None = None
     trained_here: bool = True
     edits_images: bool = False
+    gains: GainsRow | None = None
+    gain_plot: str | None = None
 
     def public(self) -> "CardInputs":
         """
@@ -188,6 +235,8 @@ class CardInputs:
                 content["balance"] = BalanceSummary(**content["balance"])
             if content["diversity"] is not None:
                 content["diversity"] = RewardRow(**content["diversity"])
+            if content.get("gains") is not None:
+                content["gains"] = GainsRow(**content["gains"])
             content["rewards"] = [RewardRow(**row) for row in content["rewards"]]
             content["gallery"] = [GalleryItem(**item) for item in content["gallery"]]
             content["sources"] = {

@@ -19,7 +19,16 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from ..evaluation.formatting import NOT_MEASURED, format_value
 from ..evaluation.summary import BalanceSummary
 from ..pipelines import FAMILIES, Family
-from .card_inputs import ACCESS_TOKEN, TOKEN_REMOVED, CardInputs, GalleryItem, RewardRow, is_absolute, is_hub_id
+from .card_inputs import (
+    ACCESS_TOKEN,
+    TOKEN_REMOVED,
+    CardInputs,
+    GainsRow,
+    GalleryItem,
+    RewardRow,
+    is_absolute,
+    is_hub_id,
+)
 
 
 TEMPLATE = Path(__file__).with_name("model_card_template.md")
@@ -96,6 +105,8 @@ def build_model_card(inputs: CardInputs) -> ModelCard:
         any_paired=any(_measured(row.change_se) for row in everything),
         evaluated_on=_sentence(inputs.evaluated_on or "the evaluation prompts"),
         sources=_sources_table(inputs.sources),
+        gains=None if inputs.gains is None else _gains_cells(inputs.gains),
+        gain_plot=None if inputs.gain_plot is None else _relative_url(inputs.gain_plot),
         before_after=None if inputs.before_after is None else _relative_url(inputs.before_after),
         balance=None if inputs.balance is None else _balance_cells(inputs.balance),
         balance_plot=None if inputs.balance_plot is None else _relative_url(inputs.balance_plot),
@@ -160,6 +171,26 @@ def _reward_cells(row: RewardRow) -> dict[str, str]:
         "before": _with_error(row.before, row.before_se),
         "after": _with_error(row.after, row.after_se),
         "change": _with_error(change, row.change_se, sign=True),
+    }
+
+
+def _gains_cells(gains: GainsRow) -> dict[str, str]:
+    def percent(share: float | None, se: float | None) -> str:
+        if share is None or not _measured(share):
+            return NOT_MEASURED
+        return f"{share:.0%}" + (f" ± {se:.0%}" if se is not None and _measured(se) else "")
+
+    def gain(value: float | None, se: float | None) -> str:
+        if value is None or not _measured(value):
+            return NOT_MEASURED
+        return f"{value:+.2f}" + (f" ± {se:.2f}" if se is not None and _measured(se) else "")
+
+    return {
+        "kl": _with_error(gains.kl, gains.kl_se),
+        "worst": gain(gains.worst, gains.worst_se),
+        "mean": gain(gains.mean, gains.mean_se),
+        "joint_gain": percent(gains.joint_gain, gains.joint_gain_se),
+        "joint_fall": percent(gains.joint_fall, gains.joint_fall_se),
     }
 
 

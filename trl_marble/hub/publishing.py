@@ -16,11 +16,11 @@ from huggingface_hub import CommitInfo, HfApi
 from transformers.trainer_utils import HubStrategy
 from transformers.utils import logging
 
-from ..evaluation import plot_balance, summarize_balance
+from ..evaluation import plot_balance, plot_gains, run_gains, summarize_balance
 from ..extras import has_extra
 from ..media import Sample, sample_suffix, save_sample
 from ..version import __version__
-from .card_inputs import CardInputs, GalleryItem, RewardRow
+from .card_inputs import CardInputs, GainsRow, GalleryItem, RewardRow
 from .model_card import build_model_card
 from .push import is_rendered_card, published_files
 
@@ -127,6 +127,10 @@ def write_card(run: RunSummary, folder: Path, model_name: str | None = None) -> 
             plot_balance(run.history, folder / balance_plot)
         else:
             logger.warning("The card has no plot of the balance between rewards: the extra `plots` is not installed.")
+    curve, gain_plot = run_gains(run.history), None
+    if len(curve) > 1 and has_extra("plots"):
+        gain_plot = "gain_against_kl.png"
+        plot_gains({run.pipeline_class: curve}, folder / gain_plot)
     inputs = CardInputs(
         repo_name=model_name or folder.absolute().name,
         rewards=reward_rows(run.reward_names, run.history)
@@ -143,6 +147,8 @@ def write_card(run: RunSummary, folder: Path, model_name: str | None = None) -> 
         framework_versions=framework_versions(),
         diversity=diversity_row(run.history),
         edits_images=run.edits_images,
+        gains=GainsRow.of(curve[-1]) if len(curve) > 1 else None,
+        gain_plot=gain_plot,
     )
     inputs.save(folder)
     build_model_card(inputs).save(folder / "README.md")

@@ -15,7 +15,7 @@ from ..evaluation import EvaluationComparison, EvaluationResults, before_after_g
 from ..evaluation.records import file_digest
 from ..extras import require_extra
 from ..media import Sample, open_sample, save_sample
-from .card_inputs import INPUTS_FILE, CardInputs, GalleryItem, RewardRow
+from .card_inputs import INPUTS_FILE, CardInputs, GainsRow, GalleryItem, RewardRow
 from .model_card import CALL_SETTINGS, build_model_card
 from .push import CARD_FILE
 
@@ -89,6 +89,7 @@ def card_from_evaluations(
             for name in order
         ],
         diversity=_diversity(after, comparison),
+        gains=_gains(after, last, comparison),
         sources=_sources(after, comparison),
         evaluated_on=_evaluated_on(after),
         **_save_pictures(folder, after, comparison),
@@ -148,6 +149,14 @@ def _diversity(after: EvaluationResults, comparison: EvaluationComparison | None
     before = _before(comparison)
     (change,) = [None] if comparison is None else comparison.diversity_changes.values()
     return _row("diversity within a prompt", None if before is None else before.diversity(), after.diversity(), change)
+
+
+def _gains(after: EvaluationResults, name: str, comparison: EvaluationComparison | None) -> GainsRow | None:
+    """The gains over the evaluation before; without one the KL alone, if it was measured."""
+    if comparison is not None:
+        return GainsRow.of(comparison.gains[name])
+    kl = after.kl_to_base()
+    return None if kl is None else GainsRow(kl=kl[0], kl_se=kl[1])
 
 
 def _sources(after: EvaluationResults, comparison: EvaluationComparison | None) -> dict[str, list[RewardRow]]:

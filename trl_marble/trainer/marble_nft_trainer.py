@@ -25,6 +25,7 @@ from ..callbacks import LiveTableCallback, MarbleCallback, RolloutPicture, RunPi
 from ..checkpoint.folder import check_writable
 from ..checkpoint.run_state import base_fingerprint
 from ..data import RepeatPromptSampler, prepare_prompts, source_weights
+from ..evaluation.base_evaluations import BaseEvaluations
 from ..evaluation.policy_evaluation import PolicyEvaluator
 from ..evaluation.prompt_sets import prepare_evaluation_sets
 from ..hub import save_adapter
@@ -37,6 +38,7 @@ from ..rewards import RewardFunc
 from ..rollout import RolloutBatch, StoredBatch
 from . import construction
 from .checkpointed_trainer import OPTIMIZER_FILE
+from .follow_policy import FollowPolicy
 from .marble_config import MarbleConfig
 from .observed_trainer import ObservedTrainer
 from .run_state import RunState, describe_run, refuse_nonfinite_optimizer
@@ -155,7 +157,7 @@ class MarbleNFTTrainer(WithoutPredictions, ObservedTrainer):
             data_collator=list,  # type: ignore[arg-type]
             train_dataset=with_rgb_images(train_dataset) if self.edits else train_dataset,
             eval_dataset=eval_dataset,
-            callbacks=[_FollowPolicy(self), *(callbacks or [])],  # first: the others see the policies as they are now
+            callbacks=[FollowPolicy(self), *(callbacks or [])],  # first: the others see the policies as they are now
             optimizers=optimizers,
         )
         if sys.stdout.isatty() and not args.disable_tqdm and not self._callbacks_of(LiveTableCallback):
@@ -169,6 +171,7 @@ class MarbleNFTTrainer(WithoutPredictions, ObservedTrainer):
         self.weights = PolicyWeights(self.model, trainable)
         self.schedule = BalanceSchedule(len(self.scorer), args.balance_every, args.balance_ema)
         self.policy_loss = construction.build_policy_loss(args)
+        self.base_evaluations = BaseEvaluations()
         self.sampler = construction.build_sampler(self.flow, self.together, self.progress, args)
         self.rollouts = construction.build_source(
             self.sampler, self.scorer, self.train_dataset, self.edits, self.accelerator, self.metrics, args
@@ -188,8 +191,14 @@ class MarbleNFTTrainer(WithoutPredictions, ObservedTrainer):
             args,
         )
         identity = describe_run(self.flow, fingerprint, self.scorer, self.source_weights, args)
-        others = {"progress": self.rollouts.progress, "kl_control": self.update.kl_control}
-        self.run_state = RunState(self.weights, {"balance": self.schedule, **others}, identity)
+        self.run_state = RunState(
+            self.weights,
+            self.schedule,
+            self.rollouts.progress,
+            self.update.kl_control,
+            self.base_evaluations,
+            identity,
+        )
         self.evaluator = PolicyEvaluator(self.sampler, self.scorers, self.accelerator, args.num_images_to_log)
         self.pictures = RunPictures(args.output_dir, self.callback_handler.callbacks)
         self.evaluations = []
@@ -375,25 +384,3 @@ class MarbleNFTTrainer(WithoutPredictions, ObservedTrainer):
 
     def _batch_file(self) -> str:
         return f"generation_batch_{self.args.process_index}.safetensors"
-
-
-class _FollowPolicy(TrainerCallback):
-    """Calls the trainer after each optimizer step, before anything is logged, evaluated or saved."""
-
-    def __init__(self, trainer: MarbleNFTTrainer) -> None:
-        self.trainer = trainer
-
-    def on_epoch_begin(self, args, state, control, **kwargs) -> None:
-        # Not every dataloader wrapper of `accelerate` forwards the epoch to the sampler.
-        self.trainer._prompt_sampler.set_epoch(int(state.epoch or 0))
-
-    def on_train_begin(self, args, state, control, **kwargs) -> None:
-        # Not by an event: callbacks that fail at the last one before the update leave a whole step behind.
-        self.trainer.bare_optimizer.register_step_pre_hook(self._begin_update)
-        self.trainer._between_steps = True
-
-    def on_step_end(self, args, state, control, **kwargs) -> None:
-        self.trainer._after_optimizer_step()
-
-    def _begin_update(self, optimizer, args, kwargs) -> None:
-        self.trainer._between_steps = False

@@ -10,6 +10,7 @@ from transformers import TrainerCallback
 
 from ..callbacks import LiveTableCallback, RolloutPicture, RunPictures
 from ..evaluation import Evaluation
+from ..evaluation.base_evaluations import BaseEvaluations
 from ..evaluation.evaluator import EvaluationPlan
 from ..evaluation.policy_evaluation import PolicyEvaluation, PolicyEvaluator
 from ..evaluation.prompt_sets import pool_evaluations, prepare_evaluation_sets
@@ -34,6 +35,7 @@ class ObservedTrainer(PublishedTrainer):
     metrics: MetricBuffer
     pictures: RunPictures
     latest_rollout: RolloutPicture | None = None
+    base_evaluations: BaseEvaluations
     _latest_images_step: int | None = None
     control: Any  # what `transformers` declares leaves out that callbacks return it
 
@@ -70,10 +72,13 @@ class ObservedTrainer(PublishedTrainer):
             of a reward that is trained on since the run's first evaluation under the same prefix, in standard
             deviations of its images; `<prefix>_drift/diversity`, how much
             the images of a prompt differ from each other (with at least two a prompt); and
-            `<prefix>_drift/velocity_norm`, the norm of the velocity relative to the base model's. The images and
-            rewards themselves are appended to `trainer.evaluations`, which keeps the images of the first and the
-            latest evaluation. With several sets each has its metrics under
-            `<prefix>_<set>_...`, and those under `<prefix>_...` are of the prompts of all sets together.
+            `<prefix>_drift/velocity_norm`, the norm of the velocity relative to the base model's; `<prefix>_kl`, the
+            mean square distance of the two velocities; and, if these prompts were evaluated before the first step,
+            `<prefix>_joint_gain` and `<prefix>_joint_fall`, the shares of the prompts on which all rewards that apply
+            have risen and fallen since, with their `..._standard_error`. The images and rewards themselves are
+            appended to `trainer.evaluations`, which keeps the images of the first and the latest evaluation. With
+            several sets each has its metrics under `<prefix>_<set>_...`, and those under `<prefix>_...` are of the
+            prompts of all sets together.
 
         Raises:
             `ValueError`: If there is no dataset to evaluate on.
@@ -108,7 +113,8 @@ class ObservedTrainer(PublishedTrainer):
         for place in before[1:]:
             self.evaluations[place] = dataclasses.replace(self.evaluations[place], gallery={})
         self.evaluations.append(result.evaluation)
-        metrics = result.metrics(metric_key_prefix, shows_failures=self.sampler.failures.leaves_out)
+        base = self.base_evaluations.find(result.evaluation)
+        metrics = result.metrics(metric_key_prefix, self.sampler.failures.leaves_out, base)
         metrics[f"{metric_key_prefix}_worst_gain"] = self._worst_gain(metrics, metric_key_prefix)
         with self.together.phase():
             super().log(dict(metrics))

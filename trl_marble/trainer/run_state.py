@@ -1,7 +1,6 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
 """What a checkpoint holds of a run beside the optimizer: all weights of the policy and the balance."""
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -32,17 +31,35 @@ class RunState:
     Args:
         weights ([`~trl_marble.pipelines.PolicyWeights`]):
             The weights of the policy.
-        components (`Mapping[str, Stateful | None]`):
-            What else has a state, by name, such as the balance; `None` for one that the run does not use. One that a
-            checkpoint does not have, because a setting has changed since, begins anew.
+        balance ([`~trl_marble.balance.BalanceSchedule`]):
+            The balance.
+        progress ([`~trl_marble.balance.ProgressWeights`] or `None`):
+            The progress of the rewards, where the run has weights from it.
+        kl_control ([`~trl_marble.update.KLControl`] or `None`):
+            What adapts `beta`, where something does.
+        base_evaluations ([`~trl_marble.evaluation.base_evaluations.BaseEvaluations`]):
+            What later evaluations are compared with.
         identity (`dict[str, Any]`):
             What a run must share with a checkpoint that it resumes from, see [`describe_run`].
     """
 
     def __init__(
-        self, weights: PolicyWeights, components: Mapping[str, Stateful | None], identity: dict[str, Any]
+        self,
+        weights: PolicyWeights,
+        balance: Stateful,
+        progress: Stateful | None,
+        kl_control: Stateful | None,
+        base_evaluations: Stateful,
+        identity: dict[str, Any],
     ) -> None:
         self.weights, self.identity = weights, identity
+        components = {
+            "balance": balance,
+            "progress": progress,
+            "kl_control": kl_control,
+            "base_evaluations": base_evaluations,
+        }
+        # One that a checkpoint does not have, because a setting has changed since, begins anew.
         self.components = {name: component for name, component in components.items() if component is not None}
 
     def save(self, folder: Path) -> None:

@@ -205,6 +205,30 @@ def long_method(name: str) -> Method:
     return replace(method, label=f"{method.label}, {kind or 'beta'} {value:g}", settings=settings, drift=drift)
 
 
+# What is compared at several strengths, then every method without a limit, and what each reward reaches alone.
+LONG_COMPARED = ("weighted_sum", "progress", "marble", "gdpo", "equal")
+LONG_MAIN = (
+    *(f"{method}@{beta}" for beta in ("0.1", "0.2") for method in LONG_COMPARED),
+    *(f"{method}@0.1" for method in LONG_BASES if method.startswith("weighted_sum_x")),
+    *(f"{method}@0" for method in LONG_COMPARED[:4]),
+    *(f"{method}@0.1" for method in SPECIALISTS.values()),
+)
+LONG_TUNING = (
+    "weighted_sum@0.1",
+    "marble@0.1",
+    "progress@0.1",
+    "weighted_sum@0.03",
+    "weighted_sum@0.3",
+    "weighted_sum@hold0.06",
+    "weighted_sum@target0.06",
+    "weighted_sum@gate0.1",
+    "weighted_sum@move0.05",
+    "weighted_sum@norm0.3",
+    "weighted_sum@lag0.1",
+    "weighted_sum@average0.1",
+)
+
+
 def find_method(name: str) -> Method:
     """The method or variant with this name."""
     if "@" in name:

@@ -44,14 +44,16 @@ def plot_curves(results: Mapping[str, MethodResult], path: Path) -> str:
             axes.plot(*_curve(specialist.histories, reward), color=FAINT, linestyle="--", linewidth=1.6, label="alone")
         for place, result in enumerate(several.values()):
             steps, values = _curve(result.histories, reward)
-            axes.plot(steps, values, color=_color(place), linewidth=1.6, marker="o", markersize=3, label=result.label)
+            axes.plot(
+                steps, values, color=color_of(place), linewidth=1.6, marker="o", markersize=3, label=result.label
+            )
         axes.axhline(0, color=INK, linewidth=0.8, zorder=1)
-        _style(axes, reward)
+        style_panel(axes, reward)
         axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True, min_n_ticks=1))
         axes.set_xlabel("optimizer step", color=FAINT, fontsize=8.5)
     last = panels[len(REWARDS)]
     last.set_axis_off()
-    _legend(last, panels[: len(REWARDS)])
+    add_legend(last, panels[: len(REWARDS)])
     _save(figure, path)
     return (
         "Change of each reward on the held-out prompts during the training, mean over seeds. These evaluations have "
@@ -79,7 +81,7 @@ def plot_changes(results: Mapping[str, MethodResult], path: Path) -> str:
             )
             seeds = result.changes[:, k]
             axes.plot(seeds, np.full(len(seeds), place), "|", color=color, alpha=0.6, markersize=7, zorder=2)
-        _style(axes, reward)
+        style_panel(axes, reward)
         axes.grid(True, axis="x", color=RULE, linewidth=0.6)
         axes.xaxis.set_major_locator(MaxNLocator(nbins=3))
         low, high = axes.get_xlim()
@@ -119,7 +121,7 @@ def plot_cosines(results: Mapping[str, MethodResult], path: Path) -> str:
             axes.plot([np.nanmedian(values)] * 2, [place + shift - 0.14, place + shift + 0.14], color=INK, linewidth=2)
     axes.axvline(0, color=INK, linewidth=0.8)
     axes.set_yticks(range(len(measured)), [label for label, *_ in reversed(measured)])
-    _style(axes, "Worst cosine between a step's update and a reward's gradient")
+    style_panel(axes, "Worst cosine between a step's update and a reward's gradient")
     axes.grid(True, axis="x", color=RULE, linewidth=0.6)
     figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=8.5)
     _save(figure, path)
@@ -163,7 +165,8 @@ def _curve(histories: Sequence[Sequence[Mapping[str, Any]]], reward: str) -> tup
     return np.array(steps), np.array(changes)
 
 
-def _color(place: int) -> str:
+def color_of(place: int) -> str:
+    """The color of the method at this place of a legend."""
     return PALETTE[place % len(PALETTE)]
 
 
@@ -173,7 +176,8 @@ def _figure(width: float, height: float) -> Figure:
     return figure
 
 
-def _style(axes: Axes, title: str) -> None:
+def style_panel(axes: Axes, title: str) -> None:
+    """What all panels look like."""
     axes.set_title(title, loc="left", fontsize=10, color=INK, fontweight="bold")
     axes.set_facecolor(PAPER)
     axes.grid(True, axis="y", color=RULE, linewidth=0.6)
@@ -183,7 +187,7 @@ def _style(axes: Axes, title: str) -> None:
     axes.tick_params(colors=FAINT, labelsize=8.5, length=0)
 
 
-def _legend(axes: Axes, panels: Sequence[Axes]) -> None:
+def add_legend(axes: Axes, panels: Sequence[Axes]) -> None:
     """One legend for all panels, in one that is empty."""
     handles: dict[str, Any] = {}
     for panel in panels:

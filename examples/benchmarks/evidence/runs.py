@@ -133,6 +133,8 @@ class Scale:
 
 
 QUICK = Scale(steps=2, images=2, tuning_images=2, quick=True)
+LONG_RATE = 1.2e-3
+QUICK_LONG = Scale(steps=2, images=2, tuning_images=2, curve_steps=1, curve_images=1, long=True, quick=True)
 LONG = Scale(steps=LONG_STEPS, images=24, tuning_images=24, curve_steps=10, curve_images=8, long=True)
 
 

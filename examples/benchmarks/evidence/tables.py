@@ -169,10 +169,10 @@ def _direction_figures(rows: Sequence[Mapping[str, Any]], prefix: str) -> dict[s
 def _changes_table(results: Mapping[str, MethodResult]) -> str:
     rows = []
     for result in results.values():
-        cells = [_estimate(result.estimates[reward], sign=True) for reward in REWARDS]
-        composite = ABSENT if result.composite is None else _estimate(result.composite, sign=True, digits=2)
+        cells = [estimate_text(result.estimates[reward], sign=True) for reward in REWARDS]
+        composite = ABSENT if result.composite is None else estimate_text(result.composite, sign=True, digits=2)
         rows.append([result.label, f"{result.learning_rate:g}", *cells, composite])
-    return _table(["method", "learning rate", *REWARDS, "composite"], rows)
+    return table(["method", "learning rate", *REWARDS, "composite"], rows)
 
 
 def _means_table(results: Mapping[str, MethodResult], base: EvaluationResults) -> str:
@@ -182,7 +182,7 @@ def _means_table(results: Mapping[str, MethodResult], base: EvaluationResults) -
         # From the same images of both, so that the mean is that of the method.
         cells = [f"{before[reward][0] + result.estimates[reward].mean:.3f}" for reward in REWARDS]
         rows.append([result.label, *cells])
-    return _table(["method", *REWARDS], rows)
+    return table(["method", *REWARDS], rows)
 
 
 def _fractions_table(results: Mapping[str, MethodResult]) -> str:
@@ -194,17 +194,17 @@ def _fractions_table(results: Mapping[str, MethodResult]) -> str:
         worst = ABSENT
         if result.worst is not None and result.worst.reward is not None:
             number = Estimate(result.worst.fraction, result.worst.seed_error)
-            worst = f"{_estimate(number, digits=2)} ({REWARDS[result.worst.reward]})"
+            worst = f"{estimate_text(number, digits=2)} ({REWARDS[result.worst.reward]})"
         rows.append([result.label, *cells, worst])
-    return _table(["method", *REWARDS, "worst"], rows)
+    return table(["method", *REWARDS, "worst"], rows)
 
 
 def _gaps_table(gaps: Iterable[tuple[str, Gap]]) -> str:
     rows = [
-        [label, *(_estimate(reward, sign=True) for reward in gap.rewards), _estimate(gap.mean, sign=True)]
+        [label, *(estimate_text(reward, sign=True) for reward in gap.rewards), estimate_text(gap.mean, sign=True)]
         for label, gap in gaps
     ]
-    return _table(["", *REWARDS, "mean"], rows)
+    return table(["", *REWARDS, "mean"], rows)
 
 
 def _wins_table(results: Mapping[str, MethodResult], opponent: str) -> str:
@@ -212,7 +212,7 @@ def _wins_table(results: Mapping[str, MethodResult], opponent: str) -> str:
     for result in results.values():
         wins = [result.wins[opponent][reward] for reward in REWARDS]
         rows.append([result.label, *(f"{format_percentage(w.win_rate)}{_p_value(w.p_value)}" for w in wins)])
-    return _table(["method", *REWARDS], rows)
+    return table(["method", *REWARDS], rows)
 
 
 def _cosines_table(results: Mapping[str, MethodResult]) -> str:
@@ -226,7 +226,7 @@ def _cosines_table(results: Mapping[str, MethodResult]) -> str:
         not_taken = [f"{figures['not_taken_lowest']:+.2f}", format_percentage(figures["not_taken_conflict"])]
         rows.append([result.label, str(figures["steps"]), *shown, *not_taken])
     header = ["method", "steps", "lowest", "mean of each step's lowest", "mean", "steps in conflict"]
-    return _table([*header, "not taken: lowest", "not taken: steps in conflict"], rows)
+    return table([*header, "not taken: lowest", "not taken: steps in conflict"], rows)
 
 
 def _signals_table(result: MethodResult) -> str:
@@ -234,8 +234,8 @@ def _signals_table(result: MethodResult) -> str:
     for reward in REWARDS:
         key = f"experiment/signal/{reward}"
         seeds = [np.nanmean([row[key] for row in history if key in row]) for history in result.histories]
-        cells.append(_estimate(mean_over_seeds(np.array(seeds)), digits=2))
-    return _table(["", *REWARDS], [["signal", *cells]])
+        cells.append(estimate_text(mean_over_seeds(np.array(seeds)), digits=2))
+    return table(["", *REWARDS], [["signal", *cells]])
 
 
 def _metric_table(result: MethodResult) -> str:
@@ -245,7 +245,7 @@ def _metric_table(result: MethodResult) -> str:
         figures = _direction_figures(steps, prefix)
         cosines = [f"{figures[key]:+.2f}" for key in ("lowest", "mean_of_lowest")]
         rows.append([label, str(len(steps)), *cosines, format_percentage(figures["conflict"])])
-    return _table(["direction", "steps", "lowest", "mean of each step's lowest", "steps in conflict"], rows)
+    return table(["direction", "steps", "lowest", "mean of each step's lowest", "steps in conflict"], rows)
 
 
 def _rates_table(gains: Mapping[str, Mapping[float, Gain]], rates: Sequence[float]) -> str:
@@ -262,10 +262,11 @@ def _rates_table(gains: Mapping[str, Mapping[float, Gain]], rates: Sequence[floa
         cells = [f"**{cell}**" if rate == best else cell for rate, cell in zip(rates, cells, strict=True)]
         at_edge = best is not None and best in (min(rates), max(rates))
         rows.append([find_method(name).label, *cells, "yes" if at_edge else "no" if best is not None else ABSENT])
-    return text + _table(["method", *(f"{rate:g}" for rate in rates), "at the edge"], rows)
+    return text + table(["method", *(f"{rate:g}" for rate in rates), "at the edge"], rows)
 
 
-def _estimate(value: Estimate, sign: bool = False, digits: int = 3) -> str:
+def estimate_text(value: Estimate, sign: bool = False, digits: int = 3) -> str:
+    """A mean with its errors: over seeds, and over prompts where there is one."""
     shown = f"{value.mean:{'+' if sign else ''}.{digits}f} ± {_number(value.seed_error, f'.{digits}f')}"
     return shown if math.isnan(value.prompt_error) else f"{shown} / {value.prompt_error:.{digits}f}"
 
@@ -281,6 +282,7 @@ def _p_value(value: float) -> str:
     return f" (p {shown})" if shown.startswith("<") else f" (p = {shown})"
 
 
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table in Markdown; all columns but the first hold numbers."""
     lines = [header, ["---", *("--:" for _ in header[1:])], *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"

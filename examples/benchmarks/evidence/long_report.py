@@ -1,0 +1,309 @@
+# Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
+"""The report of the long runs: where they end, what they had at equal KL, and whether a reward was ever lost."""
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from trl_marble.evaluation import GainPoint, gains_at_kl, gains_in_deviations, joint_gain, plot_gains, run_gains
+from trl_marble.evaluation.records import write_atomically
+
+from .long_pictures import plot_steps
+from .methods import REWARDS, SPECIALISTS, find_method
+from .runs import MAIN, TUNING, Run, Scale, base_run, load_report, load_scores
+from .statistics import Estimate, mean_over_seeds
+from .tables import ABSENT, estimate_text, table
+
+
+# KLs at which methods are compared: those that most runs pass.
+EQUAL_KL = (0.03, 0.05, 0.08)
+
+
+@dataclass(frozen=True)
+class LongResult:
+    """
+    The finished runs of one entry.
+
+    Args:
+        entry (`str`):
+            `<method>@<strength>`.
+        seeds (`list[int]`):
+            Of its runs.
+        curves (`list[list[GainPoint]]`):
+            Of each seed: its evaluations, gains in standard deviations of the base's images.
+        ends (`list[GainPoint]`):
+            Of each seed: the last evaluation, with more images and solver steps, paired with the base's.
+        diversity (`list[float]`):
+            Of each seed: diversity within prompts divided by the base's.
+        histories (`list[list[dict]]`):
+            The logs.
+        cpu_seconds (`list[float]`):
+            Of each seed, with its evaluations.
+    """
+
+    entry: str
+    seeds: list[int]
+    curves: list[list[GainPoint]]
+    ends: list[GainPoint]
+    diversity: list[float]
+    histories: list[list[dict[str, Any]]]
+    cpu_seconds: list[float]
+
+    @property
+    def label(self) -> str:
+        """Its name in tables and pictures."""
+        return find_method(self.entry).label
+
+    def at_end(self, value: Callable[[GainPoint], float]) -> Estimate:
+        """Mean and error over seeds of a value of the last evaluations."""
+        return mean_over_seeds(np.array([value(point) for point in self.ends]))
+
+    def at_kl(self, kl: float, value: Callable[[GainPoint], float]) -> Estimate | None:
+        """The same where the runs were at a KL; `None` if a seed never was."""
+        points = [gains_at_kl(curve, kl) for curve in self.curves]
+        found = [value(point) for point in points if point is not None]
+        return mean_over_seeds(np.array(found)) if len(found) == len(points) else None
+
+    @property
+    def lowest(self) -> tuple[float, str, int]:
+        """The lowest gain of any reward in any evaluation of any seed after the first, the reward, and the step."""
+        trained = find_method(self.entry).rewards
+        points = [point for curve in self.curves for point in curve[1:]]
+        return min((point.gains[name][0], name, point.step or 0) for point in points for name in trained)
+
+    @property
+    def mean_curve(self) -> list[GainPoint]:
+        """The mean of the seeds' evaluations, with errors over seeds."""
+        return [_mean_point(points) for points in zip(*self.curves, strict=True)]
+
+    def cosines(self, prefix: str) -> dict[str, Estimate] | None:
+        """Reward -> mean over steps of a logged cosine, with its error over the steps of all seeds."""
+        found = {}
+        for name in REWARDS:
+            values = np.array([row.get(f"{prefix}/{name}", math.nan) for own in self.histories for row in own])
+            values = values[np.isfinite(values)]
+            if len(values) > 1:
+                found[name] = Estimate(float(values.mean()), float(values.std(ddof=1) / math.sqrt(len(values))))
+        return found or None
+
+
+def _mean_point(points: Sequence[GainPoint]) -> GainPoint:
+    def over_seeds(values: Sequence[tuple[float, float]]) -> tuple[float, float]:
+        estimate = mean_over_seeds(np.array([mean for mean, _ in values]))
+        return estimate.mean, estimate.seed_error
+
+    return GainPoint(
+        kl=over_seeds([point.kl for point in points]),
+        gains={name: over_seeds([point.gains[name] for point in points]) for name in points[0].gains},
+        worst=over_seeds([point.worst for point in points]),
+        mean=over_seeds([point.mean for point in points]),
+        joint_gain=over_seeds([point.joint_gain for point in points]),
+        joint_fall=over_seeds([point.joint_fall for point in points]),
+        step=points[0].step,
+    )
+
+
+def collect_long(runs: Sequence[Run], phase: str, scale: Scale, output_dir: Path) -> dict[str, LongResult]:
+    """The finished runs of a phase by entry; empty while the untrained pipeline is not scored."""
+    base = base_run(phase, scale)
+    if not base.is_finished(output_dir):
+        return {}
+    before = load_scores(base, output_dir)
+    by_entry: dict[str, list[Run]] = {}
+    for run in runs:
+        if run.phase == phase:
+            by_entry.setdefault(run.method, []).append(run)
+    results = {}
+    for entry, own in by_entry.items():
+        reports = [load_report(run, output_dir) for run in own]
+        scores = [load_scores(run, output_dir) for run in own]
+        trained = find_method(entry).rewards
+        ends = []
+        for after in scores:
+            first, second = ({name: each.table[name].to_numpy() for name in trained} for each in (before, after))
+            gains, worst, mean = gains_in_deviations(first, second, before.groups)
+            shares = joint_gain(*(np.stack(list(each.values())) for each in (first, second)), before.groups)
+            kl = after.kl_to_base()
+            assert kl is not None  # the adapter is beside the base
+            ends.append(GainPoint(kl, gains, worst, mean, shares.gain, shares.fall))
+        results[entry] = LongResult(
+            entry=entry,
+            seeds=[run.seed for run in own],
+            curves=[run_gains(report["history"]) for report in reports],
+            ends=ends,
+            diversity=[after.diversity()[0] / before.diversity()[0] for after in scores],
+            histories=[report["history"] for report in reports],
+            cpu_seconds=[report["cpu_seconds"] for report in reports],
+        )
+    return results
+
+
+def write_long_report(runs: Sequence[Run], scale: Scale, output_dir: Path) -> Path:
+    """
+    Write the report of the finished runs.
+
+    Args:
+        runs (`Sequence[Run]`):
+            Finished runs, without the untrained pipeline.
+        scale ([`Scale`]):
+            How large they are.
+        output_dir (`Path`):
+            The folder with the runs.
+
+    Returns:
+        `Path`: `report.md`, in the folder `report` with the other files.
+
+    Raises:
+        `FileNotFoundError`: if nothing is finished.
+    """
+    folder = output_dir / "report"
+    phases = {phase: collect_long(runs, phase, scale, output_dir) for phase in (MAIN, TUNING)}
+    if not any(phases.values()):
+        raise FileNotFoundError(f"`{output_dir}` has no finished run; run the stage `main`.")
+    parts = [f"# Long runs\n\n{scale.steps} optimizer steps.\n"]
+    for phase, results in phases.items():
+        if not results:
+            continue
+        seeds = sorted({seed for result in results.values() for seed in result.seeds})
+        parts.append(f"## {phase.capitalize()}: seeds {', '.join(map(str, seeds))}\n")
+        parts += ["### At the end\n", _ENDS, end_table(results)]
+        parts += ["### At equal KL\n", _EQUAL, equal_kl_table(results)]
+        cosines = cosine_table(results)
+        if cosines:
+            parts += ["### Cosines\n", _COSINES, cosines]
+        several = {name: own for name, own in results.items() if len(find_method(name).rewards) > 1}
+        if several:
+            curves = {own.label: own.mean_curve for own in several.values()}
+            plot_gains(curves, folder / f"{phase}_gain_against_kl.png", EQUAL_KL)
+            plot_steps(curves, folder / f"{phase}_steps.png")
+            parts.append(f"![Gains against the KL to the base]({phase}_gain_against_kl.png)\n")
+            parts.append(f"![Gains over the steps]({phase}_steps.png)\n")
+    write_atomically(folder / "report.md", "\n".join(parts).encode())
+    content = {phase: {name: _as_json(own) for name, own in results.items()} for phase, results in phases.items()}
+    write_atomically(folder / "results.json", json.dumps(_without_nan(content), indent=1).encode())
+    return folder / "report.md"
+
+
+_ENDS = (
+    "KL: mean of (v - v_base)^2. Gains in standard deviations of the untrained pipeline's images, mean over seeds ± "
+    "standard error over seeds. Worst: of the reward that gained least. Joint: share of the held-out prompts on which "
+    "all rewards that apply rose. Lowest: the lowest gain of any reward in any evaluation on the way, and its step. "
+    "Of its bound: the lowest share of what the reward gains when it is trained alone with the same `beta`.\n"
+)
+_EQUAL = (
+    "Worst / mean gain where a run's policy was at this KL, between two of its evaluations (8 images a prompt). "
+    f"{ABSENT}: not all seeds came there.\n"
+)
+_COSINES = (
+    "Mean over steps of the cosine between the update and each reward's gradient: on the prompts that the update was "
+    "computed from / between the update of one half of the prompts and the gradient of the other half, ± standard "
+    "error over steps.\n"
+)
+
+
+def end_table(results: Mapping[str, LongResult]) -> str:
+    """Where the runs ended."""
+    header = ["", "seeds", "KL", *REWARDS, "worst", "mean", "joint", "lowest", "diversity", "of its bound", "CPU"]
+    rows = []
+    cheapest = min(np.mean(own.cpu_seconds) for own in results.values())
+    for result in results.values():
+        worst = _worst_fraction(result, results)
+        gain, name, step = result.lowest
+        rows.append(
+            [
+                result.label,
+                str(len(result.seeds)),
+                f"{result.at_end(lambda point: point.kl[0]).mean:.3f}",
+                *(
+                    estimate_text(result.at_end(lambda point, name=name: point.gains[name][0]), digits=2)
+                    if name in find_method(result.entry).rewards
+                    else ABSENT
+                    for name in REWARDS
+                ),
+                estimate_text(result.at_end(lambda point: point.worst[0]), digits=2),
+                estimate_text(result.at_end(lambda point: point.mean[0]), digits=2),
+                f"{result.at_end(lambda point: point.joint_gain[0]).mean:.2f}",
+                f"{gain:+.2f} ({name}, {step})",
+                f"{np.mean(result.diversity):.2f}",
+                ABSENT if worst is None else f"{worst[1]:.2f} ({worst[0]})",
+                f"{np.mean(result.cpu_seconds) / cheapest:.2f}x",
+            ]
+        )
+    return table(header, rows)
+
+
+def _worst_fraction(result: LongResult, results: Mapping[str, LongResult]) -> tuple[str, float] | None:
+    """The reward with the lowest share of its bound, and that share; `None` while a bound is not known."""
+    _, _, strength = result.entry.partition("@")
+    fractions = {}
+    for name in find_method(result.entry).rewards:
+        alone = results.get(f"{SPECIALISTS[name]}@{strength}")
+        if alone is None or alone is result:
+            return None
+        bound = alone.at_end(lambda point, name=name: point.gains[name][0]).mean
+        fractions[name] = result.at_end(lambda point, name=name: point.gains[name][0]).mean / bound
+    return min(fractions.items(), key=lambda item: item[1])
+
+
+def equal_kl_table(results: Mapping[str, LongResult]) -> str:
+    """Worst and mean gain at some KLs."""
+    rows = []
+    for result in results.values():
+        cells = []
+        for kl in EQUAL_KL:
+            worst, mean = (
+                result.at_kl(kl, value) for value in (lambda point: point.worst[0], lambda point: point.mean[0])
+            )
+            cells.append(
+                ABSENT
+                if worst is None or mean is None
+                else f"{estimate_text(worst, digits=2)} / {estimate_text(mean, digits=2)}"
+            )
+        rows.append([result.label, *cells])
+    return table(["", *(f"KL {kl:g}" for kl in EQUAL_KL)], rows)
+
+
+def cosine_table(results: Mapping[str, LongResult]) -> str:
+    """In-sample and held-out cosines; empty if no run has any."""
+    rows = []
+    for result in results.values():
+        inside, held_out = result.cosines("balance/cos"), result.cosines("balance/heldout_cos")
+        if inside and held_out:
+            cells = [
+                f"{inside[name].mean:.2f} / {estimate_text(held_out[name], digits=3)}" if name in held_out else ABSENT
+                for name in REWARDS
+            ]
+            rows.append([result.label, *cells])
+    return table(["", *REWARDS], rows) if rows else ""
+
+
+def _as_json(result: LongResult) -> dict[str, Any]:
+    gain, name, step = result.lowest
+    return {
+        "label": result.label,
+        "seeds": result.seeds,
+        "ends": [point.numbers() for point in result.ends],
+        "curves": [[point.numbers() for point in curve] for curve in result.curves],
+        "lowest": {"gain": gain, "reward": name, "step": step},
+        "diversity": result.diversity,
+        "cpu_seconds": result.cpu_seconds,
+        "cosines": {
+            key: own and {name: estimate._asdict() for name, estimate in own.items()}
+            for key in ("balance/cos", "balance/heldout_cos", "balance/signal")
+            for own in [result.cosines(key)]
+        },
+    }
+
+
+def _without_nan(value: Any) -> Any:
+    """JSON has no NaN."""
+    if isinstance(value, Mapping):
+        return {str(key): _without_nan(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

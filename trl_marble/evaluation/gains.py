@@ -1,0 +1,257 @@
+# Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
+"""Gains of rewards against the KL that they were paid with: of an evaluation, of a run, and at a given KL."""
+
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .statistics import clustered_mean, clustered_mean_of_means
+
+
+Measured = tuple[float, float]
+"""A mean and its standard error over prompts."""
+
+_NOT_MEASURED: Measured = (math.nan, math.nan)
+
+
+@dataclass(frozen=True)
+class GainPoint:
+    """
+    How far the rewards came, and how far the policy drifted from the base model meanwhile.
+
+    Each value is a pair: the value and its standard error over prompts; NaN where it is not known.
+
+    Args:
+        kl (`tuple[float, float]`):
+            KL to the base model, the mean of `(v - v_base)^2`, see [`EvaluationResults.kl_to_base`].
+        gains (`dict[str, tuple[float, float]]`):
+            Reward name -> its mean minus the baseline's, in standard deviations of the reward over the baseline's
+            images. NaN for a reward that applies to no image, or is the same for all of the baseline's images.
+        worst (`tuple[float, float]`):
+            The smallest gain. A minimum of noisy numbers is a little too low, the more so the more rewards there are.
+        mean (`tuple[float, float]`):
+            The mean over the rewards' gains.
+        joint_gain (`tuple[float, float]`):
+            The share of the prompts, in [0, 1], on which all rewards that apply rose, see [`joint_gain`].
+        joint_fall (`tuple[float, float]`):
+            The share on which all of them fell.
+        step (`int`, *optional*):
+            The optimizer step of a run's evaluation.
+    """
+
+    kl: Measured
+    gains: dict[str, Measured]
+    worst: Measured
+    mean: Measured
+    joint_gain: Measured = _NOT_MEASURED
+    joint_fall: Measured = _NOT_MEASURED
+    step: int | None = None
+
+    def numbers(self) -> dict[str, Any]:
+        """The point ready for JSON."""
+
+        def named(value: Measured) -> dict[str, float]:
+            return {"mean": value[0], "standard_error": value[1]}
+
+        step = {} if self.step is None else {"step": self.step}
+        pairs = {name: named(getattr(self, name)) for name in ("kl", "worst", "mean", "joint_gain", "joint_fall")}
+        return step | pairs | {"gains": {name: named(gain) for name, gain in self.gains.items()}}
+
+
+def gains_in_deviations(
+    before: Mapping[str, np.ndarray], after: Mapping[str, np.ndarray], groups: np.ndarray
+) -> tuple[dict[str, Measured], Measured, Measured]:
+    """
+    Gains of rewards in standard deviations of the baseline's images, with which rewards of any scale can be compared.
+
+    Args:
+        before (`Mapping[str, np.ndarray]`):
+            Reward name -> rewards of the baseline's N images; NaN where there is none.
+        after (`Mapping[str, np.ndarray]`):
+            The same for other images of the same prompts and seeds.
+        groups (`np.ndarray` of shape `[N]`, integers):
+            The prompt of each pair.
+
+    Returns:
+        `tuple`: the gains by reward, the worst and the mean gain, see [`GainPoint`]. The standard deviation counts as
+        a constant in the errors; that of the mean knows that the rewards of one image are not independent.
+    """
+    scaled = {}
+    for name, values in before.items():
+        valid = values[~np.isnan(values)]
+        deviation = valid.std() if len(valid) else 0.0
+        difference = np.asarray(after[name], dtype=float) - values
+        scaled[name] = difference / deviation if deviation > 0 else np.full(len(values), math.nan)
+    gains = {name: clustered_mean(values, groups) for name, values in scaled.items()}
+    measured = [scaled[name] for name, (gain, _) in gains.items() if not math.isnan(gain)]
+    if not measured:
+        return gains, _NOT_MEASURED, _NOT_MEASURED
+    return gains, _worst(gains), clustered_mean_of_means(measured, groups)
+
+
+def run_gains(history: Sequence[Mapping[str, Any]]) -> list[GainPoint]:
+    """
+    The evaluations of a run as gains against KL, with the first one as the base.
+
+    Args:
+        history (`Sequence[Mapping[str, Any]]`):
+            `trainer.state.log_history`, of which the evaluations of all prompts (`eval_...`) are used. Errors are
+            those of two separate means, and so are upper limits: the log has no pairs of images.
+
+    Returns:
+        `list[GainPoint]`: in the order of the steps, the first of them with gains of 0; empty if the run was not
+        evaluated before its first step (`eval_on_start=True`), or its evaluations have no KL.
+    """
+    rows: dict[int, Mapping[str, Any]] = {}
+    for row in history:
+        if "eval_kl" in row and any(key.startswith("eval_rewards/") and key.endswith("/std") for key in row):
+            rows[row["step"]] = row  # the latest of several at one step
+    if 0 not in rows:
+        return []
+    base = rows[0]
+    pattern = re.compile(r"eval_rewards/(.+)/std")
+    names = [match[1] for key in base if (match := pattern.fullmatch(key))]
+    return [_point_of_row(base, rows[step], names) for step in sorted(rows)]
+
+
+def _point_of_row(base: Mapping[str, Any], row: Mapping[str, Any], names: Sequence[str]) -> GainPoint:
+    gains: dict[str, Measured] = {}
+    for name in names:
+        key = f"eval_rewards/{name}"
+        deviation = base[f"{key}/std"]
+        mean, error = (
+            [each.get(f"{key}/{what}", math.nan) for each in (base, row)] for what in ("mean", "standard_error")
+        )
+        is_known = deviation is not None and deviation > 0
+        scale = 1 / deviation if is_known else math.nan
+        gains[name] = ((mean[1] - mean[0]) * scale, 0.0 if row is base else math.hypot(*error) * scale)
+
+    def share(name: str) -> Measured:
+        return row.get(f"eval_{name}", math.nan), row.get(f"eval_{name}_standard_error", math.nan)
+
+    return GainPoint(
+        kl=(row["eval_kl"], math.nan),
+        gains=gains,
+        worst=_worst(gains),
+        mean=_average(gains),
+        joint_gain=share("joint_gain"),
+        joint_fall=share("joint_fall"),
+        step=row["step"],
+    )
+
+
+def _average(gains: Mapping[str, Measured]) -> Measured:
+    """The mean of the gains that are known, with the error that it has at most: errors that all go one way."""
+    measured = np.array([gain for gain in gains.values() if not math.isnan(gain[0])])
+    return (float(measured[:, 0].mean()), float(measured[:, 1].mean())) if len(measured) else _NOT_MEASURED
+
+
+def _worst(gains: Mapping[str, Measured]) -> Measured:
+    """The smallest gain that is known."""
+    return min((gain for gain in gains.values() if not math.isnan(gain[0])), default=_NOT_MEASURED)
+
+
+def gains_at_kl(points: Sequence[GainPoint], kl: float) -> GainPoint | None:
+    """
+    What a run had gained where its policy was a given KL away from the base model. Runs can be compared by it, which
+    drift differently far at equal settings.
+
+    Args:
+        points (`Sequence[GainPoint]`):
+            The evaluations of a run in the order of their steps, see [`run_gains`].
+        kl (`float`):
+            The KL, not negative.
+
+    Returns:
+        [`GainPoint`]: all numbers are interpolated linearly in KL between the two evaluations that it lies between,
+        see [`interpolate_at_kl`]; errors too, which makes them upper limits. `None` if the run was never so far from
+        the base, or never so near.
+    """
+    kls = [point.kl[0] for point in points]
+    if interpolate_at_kl(kls, kls, kl) is None:
+        return None
+
+    def at(values: Sequence[Measured]) -> Measured:
+        means, errors = (interpolate_at_kl(kls, part, kl) for part in zip(*values, strict=True))
+        return math.nan if means is None else means, math.nan if errors is None else errors
+
+    return GainPoint(
+        kl=(kl, math.nan),
+        gains={name: at([point.gains[name] for point in points]) for name in points[0].gains},
+        worst=at([point.worst for point in points]),
+        mean=at([point.mean for point in points]),
+        joint_gain=at([point.joint_gain for point in points]),
+        joint_fall=at([point.joint_fall for point in points]),
+    )
+
+
+def interpolate_at_kl(kls: Sequence[float], values: Sequence[float], kl: float) -> float | None:
+    """
+    A value of a run's evaluations at a given KL to the base model, linear in KL between two evaluations.
+
+    Args:
+        kls (`Sequence[float]`):
+            The KL of each evaluation, in the order of the steps. It need not grow: where the run came by several
+            times, the last time counts.
+        values (`Sequence[float]`):
+            The value of each evaluation.
+        kl (`float`):
+            The KL that is asked for.
+
+    Returns:
+        `float`, or `None` where no two consecutive evaluations have the KL between them. NaN if a value that is needed
+        is.
+
+    Raises:
+        `ValueError`: there is not one value per KL.
+    """
+    if len(kls) != len(values):
+        raise ValueError(f"There are {len(values)} values for {len(kls)} evaluations; pass one value for each.")
+    for place in range(len(kls) - 1, -1, -1):
+        if kls[place] == kl:
+            return float(values[place])
+        if place and min(kls[place - 1], kls[place]) < kl < max(kls[place - 1], kls[place]):
+            share = (kl - kls[place - 1]) / (kls[place] - kls[place - 1])
+            return float((1 - share) * values[place - 1] + share * values[place])
+    return None
+
+
+def read_history(folder: str | Path) -> list[dict[str, Any]]:
+    """
+    The log of a run from what it left on disk.
+
+    Args:
+        folder (`str` or `Path`):
+            The output folder of the run, whose latest checkpoint is read, or one of its checkpoints.
+
+    Returns:
+        `list[dict]`: `trainer.state.log_history` at that checkpoint.
+
+    Raises:
+        `FileNotFoundError`: there is no `trainer_state.json`.
+        `ValueError`: it is damaged.
+    """
+    folder = Path(folder)
+    checkpoints = {
+        int(match[1]): path
+        for path in folder.glob("checkpoint-*/trainer_state.json")
+        if (match := re.fullmatch(r"checkpoint-(\d+)", path.parent.name))
+    }
+    file = folder / "trainer_state.json"
+    if not file.is_file():
+        if not checkpoints:
+            raise FileNotFoundError(f"`{folder}` has no `trainer_state.json` and no checkpoint that has one.")
+        file = checkpoints[max(checkpoints)]
+    try:
+        history = json.loads(file.read_text(encoding="utf-8"))["log_history"]
+        if not all(isinstance(row, dict) and isinstance(row["step"], int) for row in history):
+            raise TypeError("`log_history` is not a list of rows with a `step`")
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"`{file}` is damaged ({type(error).__name__}: {error}).") from error
+    return history
