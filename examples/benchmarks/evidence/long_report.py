@@ -74,7 +74,8 @@ class LongResult:
         """The lowest gain of any reward in any evaluation of any seed after the first, the reward, and the step."""
         trained = find_method(self.entry).rewards
         points = [point for curve in self.curves for point in curve[1:]]
-        return min((point.gains[name][0], name, point.step or 0) for point in points for name in trained)
+        gains = [(point.gains[name][0], name, point.step or 0) for point in points for name in trained]
+        return min(gains, key=lambda gain: math.inf if math.isnan(gain[0]) else gain[0])
 
     @property
     def mean_curve(self) -> list[GainPoint]:
@@ -130,7 +131,8 @@ def collect_long(runs: Sequence[Run], phase: str, scale: Scale, output_dir: Path
             shares = joint_gain(*(np.stack(list(each.values())) for each in (first, second)), before.groups)
             kl = after.kl_to_base()
             assert kl is not None  # the adapter is beside the base
-            ends.append(GainPoint(kl, gains, worst, mean, shares.gain, shares.fall))
+            joint = (shares.gain, shares.gain_error), (shares.fall, shares.fall_error)
+            ends.append(GainPoint(kl, gains, worst, mean, *joint))
         results[entry] = LongResult(
             entry=entry,
             seeds=[run.seed for run in own],
