@@ -144,9 +144,11 @@ def test_a_run_without_evaluations_is_watched_by_its_steps_and_a_resumed_one_rep
     assert said(caplog) == []
 
 
-def test_steps_stop_a_run_with_a_checkpoint(tmp_path, caplog):
-    trainer = drifting(tmp_path, "stop", max_steps=6, save_steps=100)
+def test_steps_stop_a_run_with_an_evaluation_and_a_checkpoint(tmp_path, caplog):
+    evaluated = {"eval_dataset": prompt_set().select(range(2)), "eval_strategy": "steps", "eval_steps": 100}
+    trainer = drifting(tmp_path, "stop", max_steps=6, save_steps=100, num_generations_eval=1, **evaluated)
     trainer.train()
+    assert [evaluation.step for evaluation in trainer.evaluations] == [2]
     assert trainer.state.global_step == 2 and (tmp_path / "checkpoint-2").is_dir()
     assert "Training stops here" in said(caplog)[0]
 

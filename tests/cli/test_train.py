@@ -44,18 +44,17 @@ def test_held_out_rewards_are_measured_and_not_trained_on(workplace):
     assert '"eval_rewards/bright/mean"' in state and '"rewards/bright/mean"' in state
 
 
-@pytest.mark.parametrize(
-    ("words", "says"), [([], 1), (["--reward_hacking", "stop"], 1), (["--reward_hacking", "off"], 0)]
-)
-def test_a_run_is_watched_unless_that_is_off_and_says_so_in_one_line(workplace, caplog, words, says):
-    assert main(["train", "--config", "run.yaml", *words]) == 0
+@pytest.mark.parametrize("off", [False, True])
+def test_a_run_is_watched_unless_that_is_off_and_says_so_in_one_line(workplace, caplog, off):
+    if off:
+        with (workplace / "run.yaml").open("a") as file:
+            file.write("reward_hacking: off\n")  # no truth value
+    assert main(["train", "--config", "run.yaml"]) == 0
     lines = [record.message for record in caplog.records if "RewardHackingCallback" in record.message]
-    assert len(lines) == says and all("watches the logged steps only" in line for line in lines)
+    assert len(lines) == (not off) and all("watches the logged steps only" in line for line in lines)
 
 
-@pytest.mark.parametrize("action", ["warn", "stop"])
-def test_a_reward_that_is_bought_with_another_is_found(workplace, caplog, action):
-    """One reward rises with each step and the other one falls; in a file `off` is no truth value."""
+def test_a_reward_that_is_bought_with_another_stops_a_run_where_that_is_asked_for(workplace, caplog):
     (workplace / "bought.py").write_text(
         "def up(images, trainer_state, **kwargs):\n"
         "    return [i + 10 * trainer_state.global_step for i in range(len(images))]\n\n\n"
@@ -64,17 +63,10 @@ def test_a_reward_that_is_bought_with_another_is_found(workplace, caplog, action
     )
     words = ["train", "--config", "run.yaml", "--rewards", "bought.up", "bought.down", "--eval_prompts", "prompts.txt"]
     words += ["--eval_strategy", "steps", "--eval_steps", "1", "--eval_on_start", "--max_steps", "3"]
-    words += ["--num_generations_eval", "2", "--save_steps", "1", "--reward_hacking", action]
-    assert main(words) == 0
+    assert main([*words, "--num_generations_eval", "1", "--save_steps", "3", "--reward_hacking", "stop"]) == 0
     found = [record.message for record in caplog.records if "eward hacking at step" in record.message]
     assert len(found) == 1 and found[0].startswith("Reward hacking at step 1: trained `down` fell")
-    assert (workplace / "run" / "checkpoint-1").is_dir()
-    assert (workplace / "run" / "checkpoint-3").is_dir() == (action == "warn")
-    caplog.clear()
-    with (workplace / "run.yaml").open("a") as file:
-        file.write("reward_hacking: off\n")
-    assert main([*words[:-2], "--overwrite_output_dir"]) == 0
-    assert "eward hacking" not in caplog.text
+    assert (workplace / "run" / "checkpoint-1").is_dir() and not (workplace / "run" / "checkpoint-3").exists()
 
 
 def test_another_word_for_what_to_do_about_reward_hacking_is_refused(workplace, capsys):
