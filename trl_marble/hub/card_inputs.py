@@ -17,6 +17,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from ..evaluation.results import to_json
 from ..evaluation.summary import BalanceSummary
+from ..evaluation.worst_gain import WorstGain
 
 
 INPUTS_FILE = "model_card.json"
@@ -114,6 +115,13 @@ class CardInputs:
             Whether this package trained the adapter. If not, the card says nothing about its training.
         edits_images (`bool`, *optional*, defaults to `False`):
             Whether it was trained to edit images, so that the usage example passes an image to the pipeline.
+        adapter_step (`int`, *optional*):
+            The optimizer step that the adapter is from.
+        best_evaluation (`WorstGain`, *optional*):
+            The evaluation of the training whose worst reward gained most, see
+            [`~trl_marble.evaluation.best_evaluation`].
+        adapter_evaluation (`WorstGain`, *optional*):
+            The latest evaluation up to `adapter_step`.
     """
 
     repo_name: str
@@ -133,6 +141,9 @@ class CardInputs:
     evaluated_on: str | None = None
     trained_here: bool = True
     edits_images: bool = False
+    adapter_step: int | None = None
+    best_evaluation: WorstGain | None = None
+    adapter_evaluation: WorstGain | None = None
 
     def public(self) -> "CardInputs":
         """
@@ -188,6 +199,9 @@ class CardInputs:
                 content["balance"] = BalanceSummary(**content["balance"])
             if content["diversity"] is not None:
                 content["diversity"] = RewardRow(**content["diversity"])
+            for name in ("best_evaluation", "adapter_evaluation"):
+                if content.get(name) is not None:
+                    content[name] = WorstGain(**content[name])
             content["rewards"] = [RewardRow(**row) for row in content["rewards"]]
             content["gallery"] = [GalleryItem(**item) for item in content["gallery"]]
             content["sources"] = {

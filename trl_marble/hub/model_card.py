@@ -96,6 +96,7 @@ def build_model_card(inputs: CardInputs) -> ModelCard:
         any_paired=any(_measured(row.change_se) for row in everything),
         evaluated_on=_sentence(inputs.evaluated_on or "the evaluation prompts"),
         sources=_sources_table(inputs.sources),
+        better_evaluation=_better_evaluation(inputs),
         before_after=None if inputs.before_after is None else _relative_url(inputs.before_after),
         balance=None if inputs.balance is None else _balance_cells(inputs.balance),
         balance_plot=None if inputs.balance_plot is None else _relative_url(inputs.balance_plot),
@@ -177,6 +178,19 @@ def _sources_table(sources: Mapping[str, Sequence[RewardRow]]) -> str:
         found = [next((row for row in rows if row.name == name), RewardRow(name)) for rows in sources.values()]
         lines.append("| " + " | ".join([_text(name), *map(_before_to_after, found)]) + " |")
     return "\n".join(lines)
+
+
+def _better_evaluation(inputs: CardInputs) -> str | None:
+    """That training had a better evaluation than the adapter's; `None` if it had not, or nobody knows."""
+    best, own = inputs.best_evaluation, inputs.adapter_evaluation
+    if best is None or own is None or best.step == own.step:
+        return None
+    return (
+        f"The best evaluation in training was that of step {best.step}, where the least gain of a reward was "
+        f"{best.gain:+.2f} ({_text(best.reward)}); the adapter is from step {inputs.adapter_step}, whose latest "
+        f"evaluation, of step {own.step}, had {own.gain:+.2f} ({_text(own.reward)}). Gains are in standard deviations "
+        "between the images of the first evaluation."
+    )
 
 
 def _before_to_after(row: RewardRow) -> str:
