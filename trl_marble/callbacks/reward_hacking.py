@@ -57,8 +57,8 @@ class RewardHackingCallback(MarbleCallback):
         min_diversity (`float`, *optional*, defaults to `0.7`):
             Fraction, in `[0, 1)`, of its first value below which diversity is a signal. `0.0` leaves it alone.
         max_drift (`float`, *optional*, defaults to `0.08`):
-            Largest KL, greater than 0, relative to the mean square of the velocity. Measured on ShapeWorld only, where
-            drift up to .07 bought every reward, and runs that ended at .09 and above had lost of their worst reward.
+            Largest KL, greater than 0, relative to the mean square of the velocity. Measured on ShapeWorld only: the
+            worst reward gained .22 to .37 standard deviations in runs that ended at .07 or less, .15 above .09.
         max_velocity_growth (`float`, *optional*, defaults to `1.25`):
             Largest growth of the velocity, greater than 1. On ShapeWorld runs with a KL penalty reached 1.12, and
             those that lost two of five rewards 1.4.
