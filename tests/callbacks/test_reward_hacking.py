@@ -1,18 +1,13 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
 """A real run that trains on brightness while darkness is watched, and what the callback says of it."""
 
-import logging
 from pathlib import Path
 
 import pytest
 from trainer_helpers import bright, prompt_set, small_trainer
 
 from trl_marble import RewardHackingCallback
-from trl_marble.callbacks.reward_hacking import find_signals
 from trl_marble.shapeworld import load_pipeline, load_prompts
-
-
-NAMES, HELD_OUT = ["bright", "blue"], ["dark", "sharp"]
 
 
 def dark(images, **kwargs):
@@ -50,7 +45,7 @@ def hacked(folder, callback, max_steps=12, held_out=(dark,)):
 
 
 def said(caplog):
-    return [record.message for record in caplog.records if "Reward hacking" in record.message]
+    return [record.message for record in caplog.records if "eward hacking at step" in record.message]
 
 
 @pytest.mark.slow
@@ -78,54 +73,6 @@ def test_a_hacked_run_stops_with_a_checkpoint_and_goes_on_when_resumed(tmp_path,
     assert said(caplog) == []  # was said before
 
 
-def entry(step=0, diversity=0.2, **means):
-    """An evaluation's row of the log, with standard errors of 0.01."""
-    row = {"step": step, "eval_drift/diversity": diversity}
-    for name, mean in means.items():
-        row |= {f"eval_rewards/{name}/mean": mean, f"eval_rewards/{name}/standard_error": 0.01}
-    return row
-
-
-def signals(first, now, threshold=2.0, min_diversity=0.7):
-    found = find_signals(first, now, NAMES, HELD_OUT, threshold=threshold, min_diversity=min_diversity)
-    return [signal.fallen for signal in found]
-
-
-BEFORE = entry(bright=0.5, blue=0.5, dark=0.5, sharp=0.5)
-
-
-@pytest.mark.parametrize(
-    ("now", "expected"),
-    [
-        ({"bright": 0.6, "blue": 0.5, "dark": 0.4, "sharp": 0.5}, ["dark"]),
-        ({"bright": 0.6, "blue": 0.6, "dark": 0.4, "sharp": 0.4}, ["dark", "sharp"]),
-        ({"bright": 0.6, "blue": 0.5, "dark": 0.6, "sharp": 0.5}, []),  # both rise
-        ({"bright": 0.5, "blue": 0.5, "dark": 0.4, "sharp": 0.5}, []),  # falls alone: a bad run, not a hacked one
-        ({"bright": 0.4, "blue": 0.5, "dark": 0.4, "sharp": 0.5}, []),
-        ({"bright": 0.527, "blue": 0.5, "dark": 0.4, "sharp": 0.5}, []),  # 1.9 standard errors of the difference
-        ({"bright": 0.529, "blue": 0.5, "dark": 0.471, "sharp": 0.5}, ["dark"]),  # 2.1
-        ({"bright": 0.6, "blue": 0.5, "dark": 0.473, "sharp": 0.5}, []),
-        ({"bright": float("nan"), "blue": 0.5, "dark": 0.1, "sharp": 0.5}, []),
-        ({"bright": 0.9, "blue": 0.5, "dark": float("nan"), "sharp": 0.5}, []),
-    ],
-)
-def test_a_signal_needs_a_clear_rise_and_a_clear_fall(now, expected):
-    assert signals(BEFORE, entry(step=3, **now)) == expected
-
-
-def test_the_threshold_is_in_standard_errors_of_the_difference():
-    now = entry(bright=0.6, blue=0.5, dark=0.4, sharp=0.5)  # +-7.07 of them
-    assert signals(BEFORE, now, threshold=7.0) == ["dark"] and signals(BEFORE, now, threshold=7.1) == []
-
-
-def test_diversity_is_a_signal_of_its_own():
-    assert signals(BEFORE, entry(diversity=0.13)) == ["diversity"]
-    assert signals(BEFORE, entry(diversity=0.15)) == []
-    assert signals(BEFORE, entry(diversity=0.13), min_diversity=0.5) == []
-    without = {key: value for key, value in BEFORE.items() if "diversity" not in key}
-    assert signals(without, entry(diversity=0.0)) == []
-
-
 @pytest.mark.parametrize(
     ("settings", "match"),
     [
@@ -133,6 +80,10 @@ def test_diversity_is_a_signal_of_its_own():
         ({"threshold": 0}, "`threshold` is 0"),
         ({"threshold": float("inf")}, "`threshold` is inf"),
         ({"min_diversity": 1.0}, "`min_diversity` is 1.0"),
+        ({"max_drift": 0.0}, "`max_drift` is 0.0"),
+        ({"max_velocity_growth": 1.0}, "`max_velocity_growth` is 1.0"),
+        ({"window": 1}, "`window` is 1"),
+        ({"step_threshold": -1.0}, "`step_threshold` is -1.0"),
     ],
 )
 def test_bad_settings_are_refused(settings, match):
@@ -140,17 +91,66 @@ def test_bad_settings_are_refused(settings, match):
         RewardHackingCallback(**settings)
 
 
-def test_what_is_missing_is_said_at_the_start(tmp_path, caplog):
-    with caplog.at_level(logging.WARNING):
-        small_trainer(tmp_path, callbacks=[RewardHackingCallback()], max_steps=1).train()
-    assert "`eval_strategy` is 'no'" in caplog.text
+def test_one_line_says_that_there_are_no_evaluations(tmp_path, caplog):
+    def lines():
+        return [record.message for record in caplog.records if "RewardHackingCallback" in record.message]
+
+    small_trainer(tmp_path, callbacks=[RewardHackingCallback()], max_steps=1).train()
+    (line,) = lines()
+    assert "watches the logged steps only" in line and "`eval_strategy='no'`" in line
+    caplog.clear()
+    small_trainer(tmp_path, callbacks=[RewardHackingCallback()], max_steps=1, logging_strategy="no").train()
+    assert "has nothing to watch" in lines()[0]
     caplog.clear()
     evaluated = {"eval_dataset": prompt_set(), "eval_strategy": "steps", "eval_steps": 1, "max_steps": 1}
     small_trainer(tmp_path, callbacks=[RewardHackingCallback()], **evaluated).train()
-    assert "watches diversity only" in caplog.text
+    assert lines() == []
+
+
+def cooling(images, trainer_state, **kwargs):
+    """Falls with each step, and differs between the images of a prompt."""
+    return [place % 2 - trainer_state.global_step for place in range(len(images))]
+
+
+def warming(images, trainer_state, **kwargs):
+    return [place % 2 + trainer_state.global_step for place in range(len(images))]
+
+
+def drifting(folder, action, **overrides):
+    """No evaluations. Two steps are a window, so that the rewards of steps 3 and 4 are compared with the first two."""
+    callback = RewardHackingCallback(action, window=2, step_threshold=1.5, max_drift=1e-12)
+    return small_trainer(
+        folder,
+        (cooling, warming),
+        callbacks=[callback],
+        beta=1e-4,
+        learning_rate=1e-2,
+        **{"save_strategy": "steps", "save_steps": 1} | overrides,
+    )
+
+
+def test_a_run_without_evaluations_is_watched_by_its_steps_and_a_resumed_one_repeats_nothing(tmp_path, caplog):
+    drifting(tmp_path, "warn", max_steps=4).train()
+    drift, fallen = said(caplog)
+    assert drift.startswith("A sign of reward hacking at step 2: the KL to the base model is ")
+    assert "raise `beta` (0.0001 now), or lower `learning_rate` (0.01)" in drift
+    assert "There is no checkpoint from before" in drift
+    assert fallen.startswith("Reward hacking at step 4: trained `cooling` fell from 0.0000 to -2.000")
+    assert "while `warming` rose from 1.000 to 3.000" in fallen
+    assert f"go back to is `{tmp_path / 'checkpoint-2'}`" in fallen
+
     caplog.clear()
-    small_trainer(tmp_path, callbacks=[RewardHackingCallback()], eval_reward_funcs=dark, **evaluated).train()
-    assert "RewardHackingCallback" not in caplog.text
+    drifting(tmp_path, "warn", max_steps=6).train(resume_from_checkpoint=True)
+    assert said(caplog) == []
+
+
+def test_steps_stop_a_run_with_an_evaluation_and_a_checkpoint(tmp_path, caplog):
+    evaluated = {"eval_dataset": prompt_set().select(range(2)), "eval_strategy": "steps", "eval_steps": 100}
+    trainer = drifting(tmp_path, "stop", max_steps=6, save_steps=100, num_generations_eval=1, **evaluated)
+    trainer.train()
+    assert [evaluation.step for evaluation in trainer.evaluations] == [2]
+    assert trainer.state.global_step == 2 and (tmp_path / "checkpoint-2").is_dir()
+    assert "Training stops here" in said(caplog)[0]
 
 
 def test_an_evaluation_before_training_or_of_another_name_is_let_pass(tmp_path, caplog):

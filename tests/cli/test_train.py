@@ -44,6 +44,36 @@ def test_held_out_rewards_are_measured_and_not_trained_on(workplace):
     assert '"eval_rewards/bright/mean"' in state and '"rewards/bright/mean"' in state
 
 
+@pytest.mark.parametrize("off", [False, True])
+def test_a_run_is_watched_unless_that_is_off_and_says_so_in_one_line(workplace, caplog, off):
+    if off:
+        with (workplace / "run.yaml").open("a") as file:
+            file.write("reward_hacking: off\n")  # no truth value
+    assert main(["train", "--config", "run.yaml"]) == 0
+    lines = [record.message for record in caplog.records if "RewardHackingCallback" in record.message]
+    assert len(lines) == (not off) and all("watches the logged steps only" in line for line in lines)
+
+
+def test_a_reward_that_is_bought_with_another_stops_a_run_where_that_is_asked_for(workplace, caplog):
+    (workplace / "bought.py").write_text(
+        "def up(images, trainer_state, **kwargs):\n"
+        "    return [i + 10 * trainer_state.global_step for i in range(len(images))]\n\n\n"
+        "def down(images, **kwargs):\n"
+        "    return [-score for score in up(images, **kwargs)]\n"
+    )
+    words = ["train", "--config", "run.yaml", "--rewards", "bought.up", "bought.down", "--eval_prompts", "prompts.txt"]
+    words += ["--eval_strategy", "steps", "--eval_steps", "1", "--eval_on_start", "--max_steps", "3"]
+    assert main([*words, "--num_generations_eval", "1", "--save_steps", "3", "--reward_hacking", "stop"]) == 0
+    found = [record.message for record in caplog.records if "eward hacking at step" in record.message]
+    assert len(found) == 1 and found[0].startswith("Reward hacking at step 1: trained `down` fell")
+    assert (workplace / "run" / "checkpoint-1").is_dir() and not (workplace / "run" / "checkpoint-3").exists()
+
+
+def test_another_word_for_what_to_do_about_reward_hacking_is_refused(workplace, capsys):
+    assert main(["train", "--config", "run.yaml", "--reward_hacking", "halt"]) == 2
+    assert "reward_hacking" in capsys.readouterr().err
+
+
 @pytest.fixture
 def interruptible():
     """Ctrl-C interrupts, also where the tests run in the background of a shell, which ignores it."""

@@ -9,6 +9,9 @@ import torch
 from safetensors.torch import load_file
 from trainer_helpers import prompt_set, small_trainer
 
+from trl_marble.evaluation import WorstGain
+from trl_marble.hub import CardInputs
+
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
 
@@ -39,9 +42,7 @@ def run(folder, max_steps=4, **overrides):
         save_strategy="steps",
         save_steps=1,
         max_steps=max_steps,
-        metric_for_best_model="eval_worst_gain",
-        load_best_model_at_end=True,
-        **overrides,
+        **{"metric_for_best_model": "eval_worst_gain", "load_best_model_at_end": True} | overrides,
     )
 
 
@@ -60,6 +61,29 @@ def test_the_adapter_with_the_best_worst_reward_is_kept_and_saved(tmp_path):
     saved, best, last = (load_file(tmp_path / place / WEIGHTS) for place in (".", "checkpoint-2", "checkpoint-4"))
     assert all(torch.equal(saved[name], value) for name, value in best.items())
     assert not all(torch.equal(saved[name], value) for name, value in last.items())
+
+    # The card is that of this adapter, and not of the last step's.
+    inputs = CardInputs.load(tmp_path)
+    assert inputs.adapter_step == 2 and inputs.best_evaluation == inputs.adapter_evaluation
+    assert inputs.best_evaluation == WorstGain(2, "hard", worst(trainer)[2])
+    assert [row.after - row.before for row in inputs.rewards] == pytest.approx([2, 0.7])
+    assert len(inputs.gallery) == 4
+    *_, best_evaluation, _, _ = trainer.evaluations
+    assert trainer.summarize().gallery is best_evaluation.gallery and best_evaluation.step == 2
+    assert "best evaluation" not in (tmp_path / "README.md").read_text()
+
+
+def test_the_card_says_which_evaluation_was_better_than_the_last_one(tmp_path):
+    trainer = run(tmp_path, max_steps=3, metric_for_best_model=None, load_best_model_at_end=False)
+    trainer.train()
+    trainer.save_model()
+    inputs, gains = CardInputs.load(tmp_path), worst(trainer)
+    assert inputs.best_evaluation == WorstGain(2, "hard", gains[2]) and inputs.adapter_step == 3
+    assert inputs.adapter_evaluation == WorstGain(3, "hard", gains[3])
+    card = (tmp_path / "README.md").read_text()
+    assert "The best evaluation in training was that of step 2, where the least gain" in card
+    assert f"was {gains[2]:+.2f} (hard)" in card
+    assert f"the adapter is from step 3, whose latest evaluation, of step 3, had {gains[3]:+.2f} (hard)" in card
 
 
 def test_a_resumed_run_compares_with_the_first_evaluation_of_all(tmp_path):

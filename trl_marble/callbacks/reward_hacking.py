@@ -1,55 +1,45 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
-"""Watches evaluations for rewards that rise at the cost of what nobody trains."""
+"""Watches a run for rewards that rise at the cost of others, and for a policy that drifts too far."""
 
-import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal
 
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
-from ..evaluation import format_value
-from ..evaluation.summary import SIGNIFICANT
+from .hacking_signals import HackingSignal, History, Kind, Limits, find_signals, last_good_step
 from .marble_callback import MarbleCallback
 
 
 logger = logging.get_logger(__name__)
 
-DIVERSITY = "eval_drift/diversity"
-ADVICE = (
-    "What to do: go back to a checkpoint from before (`output_dir/checkpoint-*`), raise `beta` or lower "
-    "`learning_rate`, and train on the reward that fell if it is what you want."
-)
-
-
-@dataclass(frozen=True)
-class HackingSignal:
-    """
-    A sign that a run trades what it is not trained on for what it is.
-
-    Args:
-        fallen (`str`):
-            The held-out reward that fell, or `"diversity"`.
-        message (`str`):
-            What changed, and by how much.
-    """
-
-    fallen: str
-    message: str
-
 
 class RewardHackingCallback(MarbleCallback):
     """
-    Warns, or stops training, when a reward is being hacked.
+    Warns, or stops training, when some rewards are bought with others.
 
-    Evaluations are compared with the first one of the run. A signal is either a held-out reward (`eval_reward_funcs`
-    of the trainer) that fell clearly while a reward that is trained on rose clearly, or a diversity within
-    prompts below a fraction of what it was. Clearly is by `threshold` standard errors of the difference,
-    sqrt(se_first^2 + se_now^2), each taken over prompts; as evaluations have the same prompts and seeds, this is on
-    the careful side. With a single prompt there is no error, and no such signal.
+    Evaluations are compared with the first one of the run, and training steps with the first steps. The signals:
 
-    It needs evaluations: an `eval_dataset`, `eval_strategy="steps"` and `eval_on_start=True`, so that the first one is
-    of the base model. A resumed run keeps the first evaluation of the run that it resumes.
+    - A reward fell clearly while a reward that is trained on rose clearly: a held-out one (`eval_reward_funcs` of the
+      trainer), or one that is trained on too. Clearly is by `threshold` standard errors of the difference,
+      sqrt(se_first^2 + se_now^2), each taken over prompts; as evaluations have the same prompts and seeds, this is on
+      the careful side. With a single prompt there is no error, and no such signal. In a run without evaluations the
+      rewards of the rollouts are compared, the mean over `window` logged steps with that of the first ones.
+    - The updates go against a reward: the mean of `balance/heldout_cos/<name>`, the cosine between the update's
+      direction and the reward's gradient on other prompts, is clearly negative in a window of steps that measured it.
+    - The policy drifts: the KL to the base model (`kl`, `eval_kl`), divided by the mean square of the first step's
+      velocity, is above `max_drift`; or the velocity's root mean square is above `max_velocity_growth` times that of
+      the first step.
+    - The diversity within prompts is below `min_diversity` times its first value.
+
+    Every signal is given once for each reward. Its message names the settings to change, and the checkpoint to go back
+    to. A resumed run keeps the first evaluation and the first steps of the run that it resumes, and does not repeat
+    what was said.
+
+    Nothing is needed for it, but it sees most with an `eval_dataset`, `eval_strategy="steps"`, held-out rewards, and
+    `eval_on_start=True`, so that the first evaluation is of the base model.
 
     Example:
 
@@ -59,13 +49,24 @@ class RewardHackingCallback(MarbleCallback):
 
     Args:
         action (`str`, *optional*, defaults to `"warn"`):
-            `"warn"` logs a warning, once for each held-out reward and once for diversity. `"stop"` also ends training
-            after the evaluation, with a checkpoint where `save_strategy` is not `"no"`. A run that is resumed from it
-            goes on, and is not stopped by the same signal again.
+            `"warn"` logs a warning. `"stop"` also ends training after the step, with an evaluation where
+            `eval_strategy` is not `"no"`, and a checkpoint where `save_strategy` is `"steps"` or `"epoch"`. A run that
+            is resumed from it goes on, and is not stopped by the same signal again.
         threshold (`float`, *optional*, defaults to `2.0`):
-            Number of standard errors, greater than 0, from which a change is clear.
+            Number of standard errors, greater than 0, from which the change between two evaluations is clear.
         min_diversity (`float`, *optional*, defaults to `0.7`):
             Fraction, in `[0, 1)`, of its first value below which diversity is a signal. `0.0` leaves it alone.
+        max_drift (`float`, *optional*, defaults to `0.08`):
+            Largest KL, greater than 0, relative to the mean square of the velocity. Measured on ShapeWorld only: the
+            worst reward gained .22 to .37 standard deviations in runs that ended at .07 or less, .15 above .09.
+        max_velocity_growth (`float`, *optional*, defaults to `1.25`):
+            Largest growth of the velocity, greater than 1. On ShapeWorld runs with a KL penalty reached 1.12, and
+            those that lost two of five rewards 1.4.
+        window (`int`, *optional*, defaults to `20`):
+            Number of logged steps, at least 2, over which cosines and the rewards of rollouts are averaged.
+        step_threshold (`float`, *optional*, defaults to `3.0`):
+            `threshold` for these means, whose standard errors are taken over steps. Higher, as windows are far more
+            often looked at than evaluations.
 
     Raises:
         `ValueError`: For another action, or numbers out of range.
@@ -74,120 +75,103 @@ class RewardHackingCallback(MarbleCallback):
     def __init__(
         self,
         action: Literal["warn", "stop"] = "warn",
-        threshold: float = SIGNIFICANT,
-        min_diversity: float = 0.7,
+        threshold: float = Limits.threshold,
+        min_diversity: float = Limits.min_diversity,
+        max_drift: float = Limits.max_drift,
+        max_velocity_growth: float = Limits.max_velocity_growth,
+        window: int = Limits.window,
+        step_threshold: float = Limits.step_threshold,
     ) -> None:
         if action not in ("warn", "stop"):
             raise ValueError(f"`action` is {action!r}; it must be 'warn' or 'stop'.")
-        if not 0 < threshold < math.inf:
-            raise ValueError(f"`threshold` is {threshold}; it must be a number of standard errors greater than 0.")
-        if not 0 <= min_diversity < 1:
-            raise ValueError(
-                f"`min_diversity` is {min_diversity}; it must be a fraction in [0, 1) of the first value, 0 for none."
-            )
-        self.action, self.threshold, self.min_diversity = action, threshold, min_diversity
+        self.action = action
+        self.limits = Limits(
+            threshold=threshold,
+            step_threshold=step_threshold,
+            window=window,
+            min_diversity=min_diversity,
+            max_drift=max_drift,
+            max_velocity_growth=max_velocity_growth,
+        )
         self._names: list[str] = []
         self._held_out_names: list[str] = []
+        self._said: set[tuple[Kind, str | None]] = set()
 
     def open(self, reward_names: Sequence[str], held_out_names: Sequence[str]) -> None:
         self._names, self._held_out_names = list(reward_names), list(held_out_names)
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
-        if not state.is_world_process_zero:
-            return
-        if args.eval_strategy == "no":
-            logger.warning(
-                "`RewardHackingCallback` sees nothing: `eval_strategy` is 'no'. Set `eval_strategy='steps'`, "
-                "`eval_steps` and `eval_on_start=True`, and pass an `eval_dataset`."
-            )
-        elif not self._held_out_names:
-            logger.warning(
-                "`RewardHackingCallback` watches diversity only: there is no held-out reward. Pass "
-                "`eval_reward_funcs` to the trainer."
-            )
+        # What was said before is worked out again, so that a resumed run does not repeat it.
+        self._said = set()
+        for end in range(len(state.log_history)):
+            self._said |= {(signal.kind, signal.reward) for signal in self._find(state.log_history[: end + 1])}
+        if state.is_world_process_zero and args.eval_strategy == "no":
+            seen = "has nothing to watch" if args.logging_strategy == "no" else "watches the logged steps only"
+            logger.warning(f"`RewardHackingCallback` {seen}: there are no evaluations (`eval_strategy='no'`).")
 
-    def on_evaluate(self, args, state, control, metrics=None, **kwargs) -> None:
-        rows = [row for row in state.log_history if _is_evaluation(row)]
-        if not self._names or f"eval_rewards/{self._names[0]}/mean" not in metrics:
-            return  # an evaluation before training, or under another prefix
-        *earlier, now = rows
-        # What was said at earlier evaluations is worked out again, so that a resumed run does not repeat it.
-        said = {signal.fallen for row in earlier for signal in self._signals(rows[0], row)}
-        signals = [signal for signal in self._signals(rows[0], now) if signal.fallen not in said]
+    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
+        history = state.log_history
+        signals = [signal for signal in self._find(history) if (signal.kind, signal.reward) not in self._said]
         if not signals:
             return
+        self._said |= {(signal.kind, signal.reward) for signal in signals}
         if state.is_world_process_zero:
             ending = "Training stops here. " if self.action == "stop" else ""
+            step = last_good_step(history, self._names, self.limits)
             for signal in signals:
-                logger.warning(f"Reward hacking at step {state.global_step}: {signal.message} {ending}{ADVICE}")
+                what = "Reward hacking" if signal.is_damage else "A sign of reward hacking"
+                advice = advise(signal, args, step, self._held_out_names)
+                logger.warning(f"{what} at step {state.global_step}: {signal.message} {ending}{advice}")
         if self.action == "stop":
             control.should_training_stop = True
+            # Of a step: what is stopped is evaluated once more. An evaluation that stops it is over by then.
+            control.should_evaluate = args.eval_strategy != "no"
             control.should_save = control.should_save or args.save_strategy != "no"
 
-    def _signals(self, first: Mapping[str, Any], now: Mapping[str, Any]) -> list[HackingSignal]:
-        return find_signals(
-            first, now, self._names, self._held_out_names, threshold=self.threshold, min_diversity=self.min_diversity
-        )
+    def _find(self, history: History) -> list[HackingSignal]:
+        return find_signals(history, self._names, self._held_out_names, self.limits)
 
 
-def find_signals(
-    first: Mapping[str, Any],
-    now: Mapping[str, Any],
-    names: Sequence[str],
-    held_out_names: Sequence[str],
-    *,
-    threshold: float,
-    min_diversity: float,
-) -> list[HackingSignal]:
+def advise(signal: HackingSignal, args: Any, step: int, held_out_names: Sequence[str]) -> str:
     """
-    Compare two evaluations.
+    What to do about a signal.
 
     Args:
-        first (`Mapping[str, Any]`):
-            Metrics of the earlier one.
-        now (`Mapping[str, Any]`):
-            Metrics of the later one. What one of the two lacks gives no signal.
-        names (`Sequence[str]`):
-            The rewards that are trained on.
+        signal ([`HackingSignal`]):
+            The signal.
+        args ([`MarbleConfig`]):
+            The settings of the run.
+        step (`int`):
+            The step to go back to, see [`last_good_step`].
         held_out_names (`Sequence[str]`):
-            Those that are not.
-        threshold (`float`):
-            Number of standard errors from which a change is clear.
-        min_diversity (`float`):
-            Fraction of its first value below which diversity is a signal.
+            The rewards that are not trained on.
+
+    Returns:
+        `str`: The settings to change, with their values, and the checkpoint to go back to.
     """
-    changes = {name: _change(first, now, name) for name in (*names, *held_out_names)}
-    risen = [name for name in names if changes[name][1] >= threshold]
-    signals = []
-    for name in held_out_names if risen else ():
-        if changes[name][1] <= -threshold:
-            fall = _say(first, now, name, changes[name])
-            rises = " and ".join(_say(first, now, riser, changes[riser]) for riser in risen)
-            signals.append(HackingSignal(name, f"held-out {fall}, while {rises}."))
-    if DIVERSITY in first and DIVERSITY in now and now[DIVERSITY] < min_diversity * first[DIVERSITY]:
-        message = (
-            f"diversity, how much the images of a prompt differ, fell from {first[DIVERSITY]:.3f} to "
-            f"{now[DIVERSITY]:.3f}, less than {min_diversity:.0%} of it."
-        )
-        signals.append(HackingSignal("diversity", message))
-    return signals
+    ways = [f"raise `beta` ({args.beta:g} now)", f"lower `learning_rate` ({args.learning_rate:g})"]
+    if signal.kind == "cosine":
+        ways.append("use more images a step (`gradient_accumulation_steps`), which have less noise")
+    if signal.reward in held_out_names:
+        ways.append(f"train on `{signal.reward}` too, if it is what you want")
+    checkpoint = find_checkpoint_until(step, Path(args.output_dir))
+    if checkpoint is None:
+        back = "There is no checkpoint from before it: keep some (`save_steps`)."
+    else:
+        back = f"The checkpoint to go back to is `{checkpoint}`."
+    return f"What to do: {', '.join(ways[:-1])}, or {ways[-1]}. {back}"
 
 
-def _is_evaluation(row: Mapping[str, Any]) -> bool:
-    return any(key.startswith("eval_rewards/") for key in row)
+def find_checkpoint_until(step: int, folder: Path) -> Path | None:
+    """
+    The latest checkpoint of a run that is not after a step.
 
-
-def _change(first: Mapping[str, Any], now: Mapping[str, Any], name: str) -> tuple[float, float]:
-    """The change of a reward's mean, and the same in standard errors; 0 where one evaluation did not measure it."""
-    key = f"eval_rewards/{name}"
-    change = now.get(f"{key}/mean", math.nan) - first.get(f"{key}/mean", math.nan)
-    error = math.hypot(now.get(f"{key}/standard_error", math.nan), first.get(f"{key}/standard_error", math.nan))
-    if not math.isfinite(change) or not math.isfinite(error):
-        return 0.0, 0.0
-    return change, change / error if error > 0 else math.copysign(math.inf, change) if change else 0.0
-
-
-def _say(first: Mapping[str, Any], now: Mapping[str, Any], name: str, change: tuple[float, float]) -> str:
-    verb = "rose" if change[0] > 0 else "fell"
-    values = [format_value(row[f"eval_rewards/{name}/mean"]) for row in (first, now)]
-    return f"`{name}` {verb} from {values[0]} to {values[1]} ({change[1]:+.1f} standard errors)"
+    Args:
+        step (`int`):
+            The optimizer step.
+        folder (`Path`):
+            The output folder of the run.
+    """
+    matches = [re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", path.name) for path in folder.glob("*")]
+    steps = [int(match[1]) for match in matches if match and int(match[1]) <= step]
+    return folder / f"{PREFIX_CHECKPOINT_DIR}-{max(steps)}" if steps else None

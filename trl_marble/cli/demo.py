@@ -8,6 +8,7 @@ from typing import Any
 
 from ..extras import require_extra
 from .errors import usage_errors
+from .train import watching
 
 
 HELP = "train ShapeWorld, a tiny Stable Diffusion 3, on five rewards: minutes on two CPU cores"
@@ -37,17 +38,24 @@ def register(subparsers: Any, whole: bool = False) -> None:
     command.add_argument("--output_dir", "--output-dir", default="runs/demo", help="default: %(default)s")
     command.add_argument("--seed", type=int, default=42, help="default: %(default)s")
     command.add_argument("--max_steps", "--max-steps", type=int, default=DEMO_STEPS, help="default: %(default)s")
+    command.add_argument(
+        "--reward_hacking",
+        "--reward-hacking",
+        choices=("warn", "stop", "off"),
+        default="warn",
+        help="warn of rewards that are bought with others, stop the training, or neither; default: %(default)s",
+    )
     command.set_defaults(run=run)
 
 
 def run(args: Namespace) -> int:
     with usage_errors():
         require_extra("plots", "The demo, which leaves pictures,")
-    run_demo(args.output_dir, args.seed, args.max_steps)
+    run_demo(args.output_dir, args.seed, args.max_steps, args.reward_hacking)
     return 0
 
 
-def run_demo(output_dir: str, seed: int = 42, max_steps: int = DEMO_STEPS) -> None:
+def run_demo(output_dir: str, seed: int = 42, max_steps: int = DEMO_STEPS, reward_hacking: str = "warn") -> None:
     """Train, print every reward before and after, and leave the adapter, its card, pictures and report.json."""
     from rich.console import Console
 
@@ -68,7 +76,7 @@ def run_demo(output_dir: str, seed: int = 42, max_steps: int = DEMO_STEPS) -> No
         ),
         train_dataset=load_prompts("train"),
         eval_dataset=load_prompts("test"),
-        callbacks=[LiveTableCallback()],
+        callbacks=[LiveTableCallback(), *watching(reward_hacking)],
     )
     seconds = trainer.train().metrics["train_runtime"]
     before, after = trainer.evaluations[0], trainer.evaluations[-1]

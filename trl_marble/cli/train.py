@@ -13,7 +13,7 @@ from .launching import run_command
 
 
 if TYPE_CHECKING:
-    from ..trainer import MarbleConfig
+    from ..trainer import MarbleConfig, RewardHackingCallback
     from .parsing import ConfigParser
 
 HELP = "train a LoRA against several rewards"
@@ -45,6 +45,9 @@ class ScriptArguments:
             The split of `eval_prompts` to read.
         eval_rewards (`list[str]`, *optional*):
             Rewards that are measured in evaluations and never trained on.
+        reward_hacking (`str`, *optional*, defaults to `"warn"`):
+            What a [`~trl_marble.RewardHackingCallback`] does about rewards that are bought with others, and a policy
+            that drifts too far: `"warn"`, `"stop"` the training, or nothing (`"off"`).
         use_t5 (`bool`, *optional*, defaults to `True`):
             Whether Stable Diffusion 3 reads prompts with T5 too, which takes 9 GB in bf16. Use an adapter that was
             trained without it on a pipeline without it.
@@ -84,6 +87,10 @@ class ScriptArguments:
     eval_split: str = field(default="test", metadata={"help": "The split of the evaluation prompts."})
     eval_rewards: list[str] | None = field(
         default=None, metadata={"help": "Rewards that are measured in evaluations and never trained on."}
+    )
+    reward_hacking: Literal["warn", "stop", "off"] = field(
+        default="warn",
+        metadata={"help": "Whether rewards that are bought with others give a warning, or stop the training."},
     )
     use_t5: bool = field(default=True, metadata={"help": "Whether Stable Diffusion 3 reads prompts with T5 too."})
     quantize_base: Literal["nf4", "int8"] | None = field(
@@ -166,7 +173,7 @@ def train(script_args: ScriptArguments, training_args: "MarbleConfig") -> None:
             train_dataset=prompts,
             eval_dataset=eval_prompts,
             peft_config=peft_config,
-            callbacks=[LiveTableCallback()],
+            callbacks=[LiveTableCallback(), *watching(script_args.reward_hacking)],
             eval_reward_funcs=[*eval_rewards],
         )
     with run_errors():
@@ -181,6 +188,13 @@ def train(script_args: ScriptArguments, training_args: "MarbleConfig") -> None:
             trainer.push_to_hub()
         if trainer.is_world_process_zero():
             print(f"They are on the Hub: {trainer.hub_model_id}")
+
+
+def watching(reward_hacking: str) -> list["RewardHackingCallback"]:
+    """The callback that watches a run, none for `"off"`."""
+    from ..trainer import RewardHackingCallback
+
+    return [] if reward_hacking == "off" else [RewardHackingCallback(reward_hacking)]  # type: ignore[arg-type]
 
 
 def check_evaluation(script_args: ScriptArguments, args: "MarbleConfig") -> None:

@@ -38,9 +38,9 @@ def reward_gains(
 
     Args:
         first (`Mapping[str, Any]`):
-            Metrics of the earlier evaluation, see `trainer.evaluate`.
+            What the earlier evaluation has logged.
         now (`Mapping[str, Any]`):
-            Metrics of the later one, on the same prompts and seeds.
+            The same of the later one, on the same prompts and seeds.
         names (`Sequence[str]`):
             The rewards.
         prefix (`str`, *optional*, defaults to `"eval"`):

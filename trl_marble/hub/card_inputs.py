@@ -19,6 +19,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 from ..evaluation.gains import GainPoint
 from ..evaluation.results import to_json
 from ..evaluation.summary import BalanceSummary
+from ..evaluation.worst_gain import WorstGain
 
 
 INPUTS_FILE = "model_card.json"
@@ -159,6 +160,13 @@ class CardInputs:
             Whether this package trained the adapter. If not, the card says nothing about its training.
         edits_images (`bool`, *optional*, defaults to `False`):
             Whether it was trained to edit images, so that the usage example passes an image to the pipeline.
+        adapter_step (`int`, *optional*):
+            The optimizer step that the adapter is from.
+        best_evaluation (`WorstGain`, *optional*):
+            The evaluation of the training whose worst reward gained most, see
+            [`~trl_marble.evaluation.best_evaluation`].
+        adapter_evaluation (`WorstGain`, *optional*):
+            The latest evaluation up to `adapter_step`.
     """
 
     repo_name: str
@@ -180,6 +188,9 @@ class CardInputs:
     edits_images: bool = False
     gains: GainsRow | None = None
     gain_plot: str | None = None
+    adapter_step: int | None = None
+    best_evaluation: WorstGain | None = None
+    adapter_evaluation: WorstGain | None = None
 
     def public(self) -> "CardInputs":
         """
@@ -237,6 +248,9 @@ class CardInputs:
                 content["diversity"] = RewardRow(**content["diversity"])
             if content.get("gains") is not None:
                 content["gains"] = GainsRow(**content["gains"])
+            for name in ("best_evaluation", "adapter_evaluation"):
+                if content.get(name) is not None:
+                    content[name] = WorstGain(**content[name])
             content["rewards"] = [RewardRow(**row) for row in content["rewards"]]
             content["gallery"] = [GalleryItem(**item) for item in content["gallery"]]
             content["sources"] = {

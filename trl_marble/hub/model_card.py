@@ -107,6 +107,7 @@ def build_model_card(inputs: CardInputs) -> ModelCard:
         sources=_sources_table(inputs.sources),
         gains=None if inputs.gains is None else _gains_cells(inputs.gains),
         gain_plot=None if inputs.gain_plot is None else _relative_url(inputs.gain_plot),
+        better_evaluation=_better_evaluation(inputs),
         before_after=None if inputs.before_after is None else _relative_url(inputs.before_after),
         balance=None if inputs.balance is None else _balance_cells(inputs.balance),
         balance_plot=None if inputs.balance_plot is None else _relative_url(inputs.balance_plot),
@@ -208,6 +209,19 @@ def _sources_table(sources: Mapping[str, Sequence[RewardRow]]) -> str:
         found = [next((row for row in rows if row.name == name), RewardRow(name)) for rows in sources.values()]
         lines.append("| " + " | ".join([_text(name), *map(_before_to_after, found)]) + " |")
     return "\n".join(lines)
+
+
+def _better_evaluation(inputs: CardInputs) -> str | None:
+    """That training had a better evaluation than the adapter's; `None` if it had not, or nobody knows."""
+    best, own = inputs.best_evaluation, inputs.adapter_evaluation
+    if best is None or own is None or best.step == own.step:
+        return None
+    return (
+        f"The best evaluation in training was that of step {best.step}, where the least gain of a reward was "
+        f"{best.gain:+.2f} ({_text(best.reward)}); the adapter is from step {inputs.adapter_step}, whose latest "
+        f"evaluation, of step {own.step}, had {own.gain:+.2f} ({_text(own.reward)}). Gains are in standard deviations "
+        "between the images of the first evaluation."
+    )
 
 
 def _before_to_after(row: RewardRow) -> str:

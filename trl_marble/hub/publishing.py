@@ -16,7 +16,8 @@ from huggingface_hub import CommitInfo, HfApi
 from transformers.trainer_utils import HubStrategy
 from transformers.utils import logging
 
-from ..evaluation import plot_balance, plot_gains, run_gains, summarize_balance
+from ..evaluation import best_evaluation, plot_balance, plot_gains, run_gains, summarize_balance
+from ..evaluation.worst_gain import worst_gains
 from ..extras import has_extra
 from ..media import Sample, sample_suffix, save_sample
 from ..version import __version__
@@ -87,11 +88,13 @@ class RunSummary:
         settings (`Mapping[str, Any]`):
             What the card says of the training.
         gallery (`Mapping[str, Sequence[Sample]]`):
-            Prompt -> images of the latest evaluation.
+            Prompt -> images of the adapter's evaluation.
         edits_images (`bool`):
             Whether images are edited.
         model_id (`str`, *optional*):
             The repository on the Hub.
+        adapter_step (`int`):
+            The optimizer step that the adapter is from: the last one, unless a better one was loaded.
     """
 
     history: Sequence[dict[str, Any]]
@@ -104,6 +107,7 @@ class RunSummary:
     gallery: Mapping[str, Sequence[Sample]]
     edits_images: bool
     model_id: str | None
+    adapter_step: int
 
 
 def write_card(run: RunSummary, folder: Path, model_name: str | None = None) -> None:
@@ -127,14 +131,16 @@ def write_card(run: RunSummary, folder: Path, model_name: str | None = None) -> 
             plot_balance(run.history, folder / balance_plot)
         else:
             logger.warning("The card has no plot of the balance between rewards: the extra `plots` is not installed.")
+    of_adapter = [row for row in run.history if row["step"] <= run.adapter_step]
     curve, gain_plot = run_gains(run.history), None
     if len(curve) > 1 and has_extra("plots"):
         gain_plot = "gain_against_kl.png"
         plot_gains({run.pipeline_class: curve}, folder / gain_plot)
+    curve_of_adapter = run_gains(of_adapter)
     inputs = CardInputs(
         repo_name=model_name or folder.absolute().name,
-        rewards=reward_rows(run.reward_names, run.history)
-        + [dataclasses.replace(row, held_out=True) for row in reward_rows(run.held_out_names, run.history)],
+        rewards=reward_rows(run.reward_names, of_adapter)
+        + [dataclasses.replace(row, held_out=True) for row in reward_rows(run.held_out_names, of_adapter)],
         pipeline_class=run.pipeline_class,
         base_model=run.base_model,
         dataset_name=run.dataset_name,
@@ -145,10 +151,13 @@ def write_card(run: RunSummary, folder: Path, model_name: str | None = None) -> 
         before_after="before_after.png" if (folder / "before_after.png").is_file() else None,
         model_id=run.model_id,
         framework_versions=framework_versions(),
-        diversity=diversity_row(run.history),
+        diversity=diversity_row(of_adapter),
         edits_images=run.edits_images,
-        gains=GainsRow.of(curve[-1]) if len(curve) > 1 else None,
+        gains=GainsRow.of(curve_of_adapter[-1]) if len(curve_of_adapter) > 1 else None,
         gain_plot=gain_plot,
+        adapter_step=run.adapter_step,
+        best_evaluation=best_evaluation(run.history, run.reward_names),
+        adapter_evaluation=next(reversed(worst_gains(of_adapter, run.reward_names)), None),
     )
     inputs.save(folder)
     build_model_card(inputs).save(folder / "README.md")

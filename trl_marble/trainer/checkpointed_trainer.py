@@ -67,6 +67,7 @@ class CheckpointedTrainer(Trainer):
     _changed_settings: Changes
     _replaced: Sequence[Path] = ()  # checkpoints of another run
     _saved_step = _resumed_step = 0
+    _best_step: int | None = None  # of the checkpoint that was loaded at the end as the best one
     _between_steps = False
 
     @property
@@ -74,9 +75,18 @@ class CheckpointedTrainer(Trainer):
         """The optimizer without what `accelerate` wraps around it."""
         return self.optimizer.optimizer if isinstance(self.optimizer, AcceleratedOptimizer) else self.optimizer
 
+    @property
+    def adapter_step(self) -> int:
+        """The optimizer step that the trained weights are from: the last one, or that of the best checkpoint."""
+        return self.state.global_step if self._best_step is None else self._best_step
+
     @abstractmethod
     def _write_run_state(self, folder: Path) -> None:
         """Write this process's part of what else a resumed run needs, as it is after `state.global_step` steps."""
+
+    @abstractmethod
+    def _load_run_state(self, folder: Path) -> None:
+        """Make everything that is trained as it is in a checkpoint."""
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:  # type: ignore[override]
         """Train from the start or from a valid checkpoint; if training stops by an exception, save one first."""
@@ -86,7 +96,7 @@ class CheckpointedTrainer(Trainer):
         resume_from_checkpoint = None if checkpoint is None else str(checkpoint)
         self._replaced = find_replaced(folder, checkpoint, self.args.overwrite_output_dir, self.args.should_save)
         self.together.failed = False
-        self._resumed_step = 0
+        self._resumed_step, self._best_step = 0, None
         self.settings_history, self._changed_settings = [SettingsFrom(0, describe_settings(self.args))], {}
         if checkpoint is not None:
             state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
@@ -220,6 +230,13 @@ class CheckpointedTrainer(Trainer):
             self.control.should_training_stop = True
         else:
             super()._run_epoch(*args, **kwargs)
+
+    def _load_best_model(self) -> None:
+        """With `load_best_model_at_end`: everything that was trained is as it was at the best evaluation."""
+        folder = Path(str(self.state.best_model_checkpoint))
+        logger.warning(f"Loading the best checkpoint, `{folder}` ({self.state.best_metric}).")
+        self._load_run_state(folder)
+        self._best_step = int(folder.name.rpartition("-")[2])
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:

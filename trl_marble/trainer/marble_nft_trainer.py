@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import TrainOutput
-from transformers.utils import logging
 
 from ..balance import OLD_POLICY_PRESETS, BalanceSchedule, old_policy_decay, weight_ema_decay
 from ..callbacks import LiveTableCallback, MarbleCallback, RolloutPicture, RunPictures
@@ -43,9 +42,6 @@ from .marble_config import MarbleConfig
 from .observed_trainer import ObservedTrainer
 from .run_state import RunState, describe_run, refuse_nonfinite_optimizer
 from .unsupported_methods import WithoutPredictions
-
-
-logger = logging.get_logger(__name__)
 
 
 class MarbleNFTTrainer(WithoutPredictions, ObservedTrainer):
@@ -376,10 +372,7 @@ class MarbleNFTTrainer(WithoutPredictions, ObservedTrainer):
         if not self.layout.starts_generation_after(step):
             self._stored_batch = StoredBatch.load(folder / self._batch_file(), self.args.device)
 
-    def _load_best_model(self) -> None:
-        """With `load_best_model_at_end`: everything that was trained is as it was at the best evaluation."""
-        folder = Path(str(self.state.best_model_checkpoint))
-        logger.warning(f"Loading the best checkpoint, `{folder}` ({self.state.best_metric}).")
+    def _load_run_state(self, folder: Path) -> None:
         self.run_state.load(folder)
 
     def _batch_file(self) -> str:

@@ -108,9 +108,11 @@ class ObservedTrainer(PublishedTrainer):
 
     def _record_evaluation(self, result: PolicyEvaluation, metric_key_prefix: str) -> dict[str, float]:
         """Keep an evaluation, log it and hand it to the callbacks. Returns its metrics."""
-        # All rewards are kept, and the images of the first and the latest evaluation of each prompt set.
+        # All rewards are kept, and the images of the first, the latest and the best evaluation of each prompt set.
         before = [place for place, each in enumerate(self.evaluations) if each.name == result.evaluation.name]
         for place in before[1:]:
+            if self.evaluations[place].step == self.state.best_global_step:
+                continue
             self.evaluations[place] = dataclasses.replace(self.evaluations[place], gallery={})
         self.evaluations.append(result.evaluation)
         base = self.base_evaluations.find(result.evaluation)

@@ -1,7 +1,7 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
 """What a trainer leaves for others: the adapter, its model card, and both on the Hub."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from ..hub.publishing import (
     write_card,
     write_card_beside_adapter,
 )
+from ..media import Sample
 from ..pipelines import FlowPipeline
 from ..rewards import RewardScorer
 from .checkpointed_trainer import CheckpointedTrainer
@@ -61,10 +62,16 @@ class PublishedTrainer(CheckpointedTrainer):
             base_model=None if source is None else str(source),
             dataset_name=self.train_dataset.info.dataset_name,
             settings={name: value for name, value in settings.items() if value is not None},
-            gallery=self.evaluations[-1].gallery if self.evaluations else {},
+            gallery=self._adapter_gallery(),
             edits_images=self.edits,
             model_id=self.hub_model_id,
+            adapter_step=self.adapter_step,
         )
+
+    def _adapter_gallery(self) -> Mapping[str, Sequence[Sample]]:
+        """The images of the latest evaluation up to the adapter's step."""
+        own = [each.gallery for each in self.evaluations if each.step <= self.adapter_step]
+        return own[-1] if own else {}
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """
