@@ -104,7 +104,7 @@ class MarbleConfig(TrainingArguments):
             batch on all processes), `"group"` (standard deviation of the prompt's group) or `"none"`.
         multi_objective_aggregation (`str`, *optional*, defaults to `"marble"`):
             How several rewards become one update. `"marble"`: per-reward gradients, balanced so that the update goes
-            against none of them (MARBLE). `"equal"`: the same with fixed equal coefficients. `"sum_then_normalize"`:
+            against none of these sampled gradients (MARBLE). `"equal"`: the same with fixed equal coefficients. `"sum_then_normalize"`:
             weighted sum of the raw rewards, then one advantage (DiffusionNFT). `"normalize_then_sum"`: one advantage
             per reward, then their weighted sum, normalized again (GDPO).
         reward_failure (`str`, *optional*, defaults to `"raise"`):
