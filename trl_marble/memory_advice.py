@@ -63,7 +63,8 @@ def update_advice(micro_batch_size: int, micro_batches: int) -> Iterator[None]:
         "The update ran out of memory: set `activation_checkpointing=True`; or a smaller "
         f"`per_device_train_batch_size` (it is {micro_batch_size}) with as many times more "
         f"`gradient_accumulation_steps` (they are {micro_batches}), which gives the same gradient. "
-        "Rewards that are models leave the device during updates with `offload=True`."
+        "Rewards that are models leave the device during updates with `offload=True`. Where per-reward gradients are "
+        "balanced, there are 2 K + 1 gradients of the adapter for K rewards: a lower rank makes them smaller."
     ):
         yield
 

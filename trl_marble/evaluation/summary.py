@@ -38,8 +38,8 @@ class BalanceSummary:
             Reward name -> mean cosine with the reward's sampled gradient.
         heldout_cos (`dict[str, float | None]`, *optional*):
             Reward name -> mean cosine between the direction of one half of a step's prompts and the reward's gradient
-            in the other half, see [`~trl_marble.balance.heldout_cosines`]. Its sign says what the steps did to the
-            reward.
+            in the other half, see [`~trl_marble.balance.heldout_cosines`]. Its sign says whether the directions
+            raised the reward.
         heldout_cos_se (`dict[str, float | None]`, *optional*):
             Reward name -> standard error of `heldout_cos` over the logged steps.
         weighted_sum_heldout_cos (`dict[str, float | None]`, *optional*):

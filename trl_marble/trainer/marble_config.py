@@ -122,11 +122,12 @@ class MarbleConfig(TrainingArguments):
             batch on all processes), `"group"` (standard deviation of the prompt's group) or `"none"`.
         multi_objective_aggregation (`str`, *optional*, defaults to `"marble"`):
             How several rewards become one update. `"marble"`: per-reward gradients, balanced so that the update goes
-            against none of them (MARBLE). `"equal"`: the same with fixed equal coefficients. `"sum_then_normalize"`:
-            weighted sum of the raw rewards, then one advantage (DiffusionNFT). `"normalize_then_sum"`: one advantage
-            per reward, then their weighted sum, normalized again (GDPO). `"progress"`: a sum with weights that follow
-            how far each reward has come since the base model, then one advantage: needs no weights, does not depend
-            on the rewards' scales, and costs what a weighted sum costs, see [`~trl_marble.balance.ProgressWeights`].
+            against none of these sampled gradients (MARBLE). `"equal"`: the same with fixed equal coefficients.
+            `"sum_then_normalize"`: weighted sum of the raw rewards, then one advantage (DiffusionNFT).
+            `"normalize_then_sum"`: one advantage per reward, then their weighted sum, normalized again (GDPO).
+            `"progress"`: a sum with weights that follow how far each reward has come since the base model, then one
+            advantage: needs no weights, does not depend on the rewards' scales, and costs what a weighted sum costs,
+            see [`~trl_marble.balance.ProgressWeights`].
         reward_failure (`str`, *optional*, defaults to `"raise"`):
             What happens if a reward raises, takes too long, or returns an exception for an image. `"raise"`:
             training stops before the next images are sampled, with an error that names the reward, the prompt and the
