@@ -137,6 +137,18 @@ def test_where_all_targets_are_reached_only_what_keeps_the_policy_near_acts(make
     assert len(said) == 1
 
 
+def test_a_run_leaves_a_picture_and_a_card_of_its_weights(make_trainer):
+    trainer = build(make_trainer, log_images=True, reward_targets=[None, 0.9, None])
+    trainer.train()
+    trainer.save_model()
+    folder = Path(trainer.args.output_dir)
+    assert {path.name for path in (folder / "plots").iterdir()} == {"progress.png", "rewards.png"}
+    card = (folder / "README.md").read_text()
+    weight = logged(trainer, "progress/weight/darkness")[-1]
+    assert "Weight at the end" in card and f" | {weight:.3f} |" in card
+    assert "| `reward_targets` | `[None, 0.9, None]` |" in card and "`balance_every`" not in card
+
+
 def test_a_reward_at_its_target_leaves_the_sum_to_the_others(make_trainer, rewards):
     def run(folder, **settings):
         trainer = build(make_trainer, folder, max_steps=1, **settings)

@@ -17,7 +17,7 @@ from transformers import PrinterCallback
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 
 from ..evaluation import format_value
-from ..evaluation.summary import SIGNIFICANT
+from ..evaluation.summary import SIGNIFICANT, WEIGHT, summarize_progress
 from .marble_callback import MarbleCallback
 
 
@@ -30,7 +30,8 @@ History = Sequence[Mapping[str, Any]]
 class LiveTableCallback(MarbleCallback):
     """
     A live table in the terminal instead of progress bars and lines of numbers: each reward with its change and trend
-    since the run began, its weight, what evaluations say of it, the worst cosine, and the time left.
+    since the run began, its weight (and its progress, where weights follow it), what evaluations say of it, the worst
+    cosine, and the time left.
 
     It takes the place of the progress bars, `transformers`' own included, and of the printed log; messages and
     warnings appear above it. Where the output is no terminal, it prints a line at each logging step and at each
@@ -159,6 +160,9 @@ def run_table(history: History, names: Sequence[str], held_out_names: Sequence[s
         table.add_column(header, justify="right", no_wrap=True)
     table.add_column("Trend", no_wrap=True, style="cyan")
     table.add_column("Weight", justify="right", no_wrap=True)
+    weights = _weights_prefix(history)
+    if weights == WEIGHT:
+        table.add_column("Progress", justify="right", no_wrap=True)
     evaluated = any(key.startswith("eval_rewards/") for row in history for key in row)
     if evaluated:
         for header in ("Evaluation", "Change"):
@@ -168,7 +172,9 @@ def run_table(history: History, names: Sequence[str], held_out_names: Sequence[s
         series = _series(history, f"{'eval_' if held_out else ''}rewards/{name}/mean")
         cells: list[Any] = [Text(f"{name} (held out)" if held_out else name)]
         cells += ["", ""] if held_out else [_now(series), _change(series)]
-        cells += [sparkline(series), _last(history, f"balance/alpha/{name}", ".2f")]
+        cells += [sparkline(series), _last(history, weights + name, ".2f")]
+        if weights == WEIGHT:
+            cells.append(_last(history, f"progress/{name}", "+.2f"))
         if evaluated:
             cells += [_now(_series(history, f"eval_rewards/{name}/mean")), _eval_change(history, name)]
         table.add_row(*cells)
@@ -191,7 +197,8 @@ def status_line(history: History, names: Sequence[str], held_out_names: Sequence
         return None
     if prefix:
         return " | ".join(["evaluation", *parts])
-    weights = [f"{name} {row[f'balance/alpha/{name}']:.2f}" for name in names if f"balance/alpha/{name}" in row]
+    prefix = _weights_prefix([row])
+    weights = [f"{name} {row[prefix + name]:.2f}" for name in names if prefix + name in row]
     if weights:
         parts.append("weights " + ", ".join(weights))
     if math.isfinite(row.get("balance/cos_min", math.nan)):
@@ -239,6 +246,11 @@ def _in_brackets(text: str) -> str:
 def _last(history: History, key: str, form: str) -> str:
     series = _series(history, key)
     return format(series[-1], form) if series else ""
+
+
+def _weights_prefix(history: History) -> str:
+    """Of the names under which the rewards' weights are logged."""
+    return WEIGHT if summarize_progress(history) is not None else "balance/alpha/"
 
 
 def _eval_change(history: History, name: str) -> Text:

@@ -10,10 +10,10 @@ from .formatting import format_value
 from .grids import before_after_grid, image_grid
 from .measures import PromptDiversity, RewardMean, WinRate
 from .pipeline_evaluation import evaluate_pipeline
-from .plots import plot_balance, plot_rewards
+from .plots import plot_balance, plot_progress, plot_rewards
 from .results import EvaluationResults
 from .statistics import WinCount, clustered_mean, composite_scores, count_wins
-from .summary import BalanceSummary, rewards_table, summarize_balance
+from .summary import BalanceSummary, ProgressSummary, rewards_table, summarize_balance, summarize_progress
 
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "EvaluationComparison",
     "EvaluationConfig",
     "EvaluationResults",
+    "ProgressSummary",
     "PromptDiversity",
     "RewardMean",
     "WinCount",
@@ -36,8 +37,10 @@ __all__ = [
     "group_diversity",
     "image_grid",
     "plot_balance",
+    "plot_progress",
     "plot_rewards",
     "rewards_table",
     "summarize_balance",
+    "summarize_progress",
     "thumbnails",
 ]

@@ -16,7 +16,7 @@ from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
 from ..evaluation.results import to_json
-from ..evaluation.summary import BalanceSummary
+from ..evaluation.summary import BalanceSummary, ProgressSummary
 
 
 INPUTS_FILE = "model_card.json"
@@ -114,6 +114,9 @@ class CardInputs:
             Whether this package trained the adapter. If not, the card says nothing about its training.
         edits_images (`bool`, *optional*, defaults to `False`):
             Whether it was trained to edit images, so that the usage example passes an image to the pipeline.
+        progress (`ProgressSummary`, *optional*):
+            How far the rewards came, of a run whose weights follow that, see
+            [`~trl_marble.evaluation.summarize_progress`].
     """
 
     repo_name: str
@@ -133,6 +136,7 @@ class CardInputs:
     evaluated_on: str | None = None
     trained_here: bool = True
     edits_images: bool = False
+    progress: ProgressSummary | None = None
 
     def public(self) -> "CardInputs":
         """
@@ -186,6 +190,8 @@ class CardInputs:
             json.dumps(content, ensure_ascii=False).encode("utf-8")  # raises for half of a surrogate pair
             if content["balance"] is not None:
                 content["balance"] = BalanceSummary(**content["balance"])
+            if content.get("progress") is not None:
+                content["progress"] = ProgressSummary(**content["progress"])
             if content["diversity"] is not None:
                 content["diversity"] = RewardRow(**content["diversity"])
             content["rewards"] = [RewardRow(**row) for row in content["rewards"]]
