@@ -168,6 +168,14 @@ def test_held_out_cosines_are_means_over_the_latest_steps_beside_the_in_sample_o
     assert "worst cosine in-sample +0.40" in shown
 
 
+def test_weights_by_progress_are_shown_with_the_progress():
+    progress = {"progress/a": 0.3, "progress/b": float("nan"), "progress/weight/a": 0.2, "progress/weight/b": 0.8}
+    row = {"step": 1, "loss": 1.0, "rewards/a/mean": 0.5, "rewards/b/mean": 0.25} | progress
+    lines = [" ".join(line.split()) for line in rendered(run_table([row], ["a", "b"], ["h"])).splitlines()]
+    assert "│ a │ 0.5000 │ │ ▁ │ 0.20 │ +0.30 │" in lines and "│ b │ 0.2500 │ │ ▁ │ 0.80 │ │" in lines
+    assert status_line([row], ["a", "b"]) == "a 0.5000 | b 0.2500 | weights a 0.20, b 0.80"
+
+
 def test_lines_are_of_steps_and_evaluations_only():
     assert status_line(HISTORY[:2], ["a", "b"]) == "a 0.5000 | b - | weights a 1.00, b 0.00"
     assert status_line(HISTORY, ["a", "b"], ["h"]) == "evaluation | a 0.6000 (+0.1000) | h 2.500 (-0.5000)"

@@ -7,6 +7,7 @@ from typing import Literal
 
 import pytest
 
+from trl_marble import MarbleConfig
 from trl_marble.cli.errors import UsageError
 from trl_marble.cli.parsing import ConfigParser, read_config
 from trl_marble.cli.yaml_settings import Plain
@@ -191,3 +192,21 @@ def test_a_file_that_is_not_there_is_named():
         read_config(["--number", "3", "--config=nowhere.yaml"])
     with pytest.raises(UsageError, match="`--config` needs the path of a YAML file"):
         read_config(["--config"])
+
+
+def test_a_list_of_numbers_may_have_places_without_one(tmp_path):
+    file = tmp_path / "run.yaml"
+
+    def targets(written):
+        file.write_text(
+            f"output_dir: x\nuse_cpu: yes\nmulti_objective_aggregation: progress\nreward_targets: {written}\n"
+        )
+        config, words = read_config(["--config", str(file)])
+        parser = ConfigParser(MarbleConfig)
+        parser.take(words, config)
+        return parser.build(words)[0].reward_targets
+
+    assert targets("[0.9, null, ~, -1, none]") == [0.9, None, None, -1.0, None]
+    assert targets("") is None
+    with pytest.raises(UsageError, match="reward_targets.*'high'"):
+        targets("[0.9, high]")

@@ -6,7 +6,7 @@ import pytest
 from matplotlib.colors import to_rgb
 from PIL import Image
 
-from trl_marble.evaluation import before_after_grid, image_grid, plot_balance, plot_rewards, plots
+from trl_marble.evaluation import before_after_grid, image_grid, plot_balance, plot_progress, plot_rewards, plots
 from trl_marble.evaluation.figures import NOT_TAKEN, TAKEN
 from trl_marble.evaluation.plots import PALETTE, plot_histograms
 
@@ -132,6 +132,26 @@ def test_balance_shows_held_out_cosines_as_running_means_with_errors(tmp_path, m
 def area_color(color: str) -> np.ndarray:
     """The colour of an area that is slightly transparent."""
     return np.array([round(255 * (0.88 * part + 0.12)) for part in to_rgb(color)])
+
+
+def progress(steps: int = 12) -> list[dict]:
+    """A log of weights by progress, with a reward that does not apply at first."""
+    rows: list[dict] = [{"step": 0, "eval_rewards/reader/mean": 0.5}]
+    for step in range(1, steps + 1):
+        row = {"progress/reader": 0.02 * step, "progress/big": 0.05 * step if step > 3 else math.nan}
+        rows.append({"step": step} | row | {"progress/weight/reader": 0.5 + 0.03 * step, "progress/weight/big": 0.1})
+    return rows
+
+
+@pytest.mark.parametrize("steps", [1, 12])
+def test_progress_shows_every_reward(steps, tmp_path):
+    path = plot_progress(progress(steps), tmp_path / "new" / "progress.png")
+    assert all(has_color(path, color) for color in PALETTE[:2])
+
+
+def test_a_log_without_progress_is_refused_with_what_to_log(tmp_path):
+    with pytest.raises(ValueError, match="no `progress/weight/<reward>`. Log it.*logging_steps"):
+        plot_progress(history(), tmp_path / "progress.png")
 
 
 @pytest.mark.parametrize("rows", [history(steps=1), history(weighted_sum=False)], ids=["one step", "no weighted sum"])

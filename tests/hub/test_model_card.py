@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from local_hub import card_errors, local_hub
 
-from trl_marble.evaluation import BalanceSummary
+from trl_marble.evaluation import BalanceSummary, ProgressSummary, summarize_progress
 from trl_marble.hub import CardInputs, GalleryItem, RewardRow, build_model_card, save_adapter
 
 
@@ -158,6 +158,25 @@ def test_balance_of_the_update_and_of_the_weighted_sum():
     assert "| +0.0120 | -0.2900 |" in text
     assert "| 0% | 83% |" in text
     assert "(balance.png)" in text
+
+
+def test_progress_and_the_weights_at_the_end():
+    progress = summarize_progress(
+        [{"progress/a": 0.1, "progress/weight/a": 1.0}]
+        + [{"progress/a": 0.3, "progress/b|": math.nan, "progress/weight/a": 0.25, "progress/weight/b|": 0.75}]
+        + [{"train_runtime": 3.0}]
+    )
+    changes = {"balance": None, "balance_plot": None, "settings": {"multi_objective_aggregation": "progress"}}
+    card = full_card(progress=progress, **changes)
+    text = section(card, "How the rewards were balanced")
+    assert "| a | +0.3000 | 0.250 |\n| b\\| | not measured | 0.750 |" in text
+    assert "those that lag weigh most" in card.content and "without MARBLE's balancing" not in card.content
+
+
+def test_progress_is_in_the_inputs_that_are_saved(tmp_path):
+    inputs = full_inputs(progress=ProgressSummary({"a": 0.5}, {"a": 1.0}))
+    inputs.save(tmp_path)
+    assert CardInputs.load(tmp_path).progress == inputs.progress
 
 
 def test_missing_values_are_not_measured():

@@ -20,6 +20,9 @@ from trl_marble.setting_names import OTHER_TRAINERS, TRAINER_ARGUMENTS
 from trl_marble.world_size import check_world_size
 
 
+PROGRESS = {"multi_objective_aggregation": "progress"}
+
+
 def config(**settings) -> MarbleConfig:
     return MarbleConfig("runs/test", **({"use_cpu": True} | settings))
 
@@ -168,6 +171,19 @@ def test_notebooks_and_inspect_see_the_settings() -> None:
         ({"reward_weights": [1.0, math.inf]}, ["[1.0, inf]", "one finite number for each reward"]),
         ({"reward_weights": 0.5}, ["0.5", "pass a list"]),
         ({"reward_weights": [1.0, "2"]}, ["[1.0, '2']", "pass a list"]),
+        ({"progress_temperature": 0.0}, ["is 0.0", "greater than 0"]),
+        ({"progress_ema": 1.0}, ["is 1.0", "[0, 1)"]),
+        ({"progress_base_images": 0}, ["is 0", "at least 1"]),
+        ({"progress_ema": 0.5}, ["=0.5`", "no effect", "'marble'"]),
+        ({"reward_targets": [None, 0.5]}, ["=[None, 0.5]`", "no effect", "'marble'"]),
+        ({"reward_bounds": [0.5], "multi_objective_aggregation": "equal"}, ["=[0.5]`", "no effect", "'equal'"]),
+        ({"reward_weights": [1.0, 2.0]} | PROGRESS, ["=[1.0, 2.0]`", "no effect", "'progress'", "finds the weights"]),
+        ({"balance_every": 10} | PROGRESS, ["=10`", "no effect", "'progress'"]),
+        ({"reward_targets": [None, math.nan]} | PROGRESS, ["[None, nan]", "one finite number, or `None`"]),
+        ({"reward_targets": 0.5} | PROGRESS, ["0.5", "pass a list"]),
+        ({"reward_bounds": "12"} | PROGRESS, ["'12'", "pass a list"]),
+        ({"reward_bounds": [None, None]} | PROGRESS, ["[None, None]", "no effect; leave it out"]),
+        ({"reward_targets": [2, 0.9], "reward_bounds": [None, 0.8]} | PROGRESS, ["0.9", "0.8", "never reached"]),
         ({"steps_per_generation": 150}, ["(150)", "multiple of `gradient_accumulation_steps` (144)"]),
         ({"num_generations": 25}, ["1152 images", "`num_generations` (25)", "8 x 1", "Change one of them"]),
         ({"fp16": True}, ["`fp16=True`", "`bf16=True`"]),
@@ -195,6 +211,7 @@ def test_settings_that_cannot_work_are_refused_with_the_value_and_how_to_fix_it(
         {"num_generations": 2, "balance_every": 1, "num_inference_steps": 1},
         {"reward_weights": [0, -1.5]},
         {"bf16": True},
+        {"reward_targets": [None, 0, -2.5], "reward_bounds": [1, 0, None], "progress_ema": 0.0} | PROGRESS,
     ],
 )
 def test_settings_at_the_edge_are_taken(settings) -> None:
@@ -220,6 +237,12 @@ def test_the_command_line_sets_every_kind_of_setting() -> None:
         steps_per_generation=288,
     ).to_dict()
     assert parsed.to_dict() == expected | {"output_dir": "out"}
+
+
+def test_a_list_on_the_command_line_may_have_places_without_a_number() -> None:
+    words = "--output_dir out --use_cpu --multi_objective_aggregation progress --reward_targets 0.5 none -1 Null"
+    (parsed,) = HfArgumentParser(MarbleConfig).parse_args_into_dataclasses(words.split())
+    assert parsed.reward_targets == [0.5, None, -1.0, None]
 
 
 def test_the_help_of_the_command_line_renders(capsys) -> None:

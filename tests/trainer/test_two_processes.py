@@ -31,6 +31,15 @@ EQUAL = {
     "every step": {},
     "every other step": {"balance_every": 2, "balance_on": "loss", "max_steps": 4},
     "weighted sum": {"multi_objective_aggregation": "sum_then_normalize", "kl_target": 1e-4},
+    # Steps with three new prompts, one and none, and nine base images for two processes.
+    "progress": {
+        "multi_objective_aggregation": "progress",
+        "per_device_train_batch_size": 6,
+        "prompts": [*scenarios.PROMPTS, "sea"],
+        "progress_base_images": 3,
+        "max_steps": 4,
+        "rollout_batch_size": 2,
+    },
     # Three prompts a step, the middle one on both processes, and an epoch that is filled up from its beginning.
     "a group on both": {
         "per_device_train_batch_size": 6,
@@ -153,7 +162,8 @@ def test_two_processes_are_one(two, tmp_path, name) -> None:
     assert first.keys() == second.keys() == alone.keys()
     steps = sum(key.startswith("gradient/") for key in alone)
     assert steps >= 3 and alone["change"].norm() > 0 and alone["gradient/2"].norm() > 0
-    solved = {"every other step": steps // 2, "weighted sum": 0}.get(name, steps)
+    balances = "multi_objective_aggregation" not in EQUAL[name]
+    solved = {"every other step": steps // 2}.get(name, steps) if balances else 0
     assert sum(key.startswith("gram/") for key in alone) == solved
     for step in range(steps):  # each process has its samples, together they are those of one
         both = torch.cat([first[f"advantages/{step}"], second[f"advantages/{step}"]], dim=1)
@@ -174,13 +184,14 @@ def test_two_processes_are_one(two, tmp_path, name) -> None:
     for found, entry in zip(on_first["log"], expected["log"], strict=True):
         timeless = {key: value for key, value in entry.items() if "runtime" not in key and "second" not in key}
         assert {key: found[key] for key in timeless} == pytest.approx(timeless, rel=1e-5, abs=1e-6, nan_ok=True)
-        assert name == "weighted sum" or "loss" not in entry or "balance/alpha/left" in entry
+        assert not balances or "loss" not in entry or "balance/alpha/left" in entry
     if name == "every step":  # of two prompts: each is a half, and `red_only` applies to one of them
         solves = [row for row in expected["log"] if "balance/cos_min" in row]
         assert len(solves) == steps
         for kind in ("heldout_cos", "signal"):
             assert all(math.isfinite(row[f"balance/{kind}/left"]) for row in solves)
             assert all(math.isnan(row[f"balance/{kind}/red_only"]) for row in solves)
+        assert name != "progress" or "loss" not in entry or 0 < entry["progress/weight/left"] < 1
 
 
 def test_a_reward_may_apply_on_one_process_only(two) -> None:

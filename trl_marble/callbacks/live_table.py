@@ -17,7 +17,7 @@ from transformers import PrinterCallback
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 
 from ..evaluation import format_value
-from ..evaluation.summary import SIGNIFICANT, mean_with_error
+from ..evaluation.summary import SIGNIFICANT, WEIGHT, mean_with_error, summarize_progress
 from .marble_callback import MarbleCallback
 
 
@@ -32,8 +32,8 @@ History = Sequence[Mapping[str, Any]]
 class LiveTableCallback(MarbleCallback):
     """
     A live table in the terminal instead of progress bars and lines of numbers: each reward with its change and trend
-    since the run began, its weight, its held-out cosine (averaged over the latest steps), what evaluations say of it,
-    the worst in-sample cosine, and the time left.
+    since the run began, its weight (and its progress, where weights follow it), its held-out cosine (averaged over the
+    latest steps), what evaluations say of it, the worst in-sample cosine, and the time left.
 
     It takes the place of the progress bars, `transformers`' own included, and of the printed log; messages and
     warnings appear above it. Where the output is no terminal, it prints a line at each logging step and at each
@@ -166,6 +166,9 @@ def run_table(history: History, names: Sequence[str], held_out_names: Sequence[s
     measured = any(key.startswith("balance/heldout_cos/") for row in history for key in row)
     if measured:
         table.add_column("Held-out cos", justify="right", no_wrap=True)
+    weights = _weights_prefix(history)
+    if weights == WEIGHT:
+        table.add_column("Progress", justify="right", no_wrap=True)
     evaluated = any(key.startswith("eval_rewards/") for row in history for key in row)
     if evaluated:
         for header in ("Evaluation", "Change"):
@@ -175,9 +178,11 @@ def run_table(history: History, names: Sequence[str], held_out_names: Sequence[s
         series = _series(history, f"{'eval_' if held_out else ''}rewards/{name}/mean")
         cells: list[Any] = [Text(f"{name} (held out)" if held_out else name)]
         cells += ["", ""] if held_out else [_now(series), _change(series)]
-        cells += [sparkline(series), _last(history, f"balance/alpha/{name}", ".2f")]
+        cells += [sparkline(series), _last(history, weights + name, ".2f")]
         if measured:
             cells.append(_heldout_cosine(history, name))
+        if weights == WEIGHT:
+            cells.append(_last(history, f"progress/{name}", "+.2f"))
         if evaluated:
             cells += [_now(_series(history, f"eval_rewards/{name}/mean")), _eval_change(history, name)]
         table.add_row(*cells)
@@ -200,7 +205,8 @@ def status_line(history: History, names: Sequence[str], held_out_names: Sequence
         return None
     if prefix:
         return " | ".join(["evaluation", *parts])
-    weights = [f"{name} {row[f'balance/alpha/{name}']:.2f}" for name in names if f"balance/alpha/{name}" in row]
+    prefix = _weights_prefix([row])
+    weights = [f"{name} {row[prefix + name]:.2f}" for name in names if prefix + name in row]
     if weights:
         parts.append("weights " + ", ".join(weights))
     if math.isfinite(row.get("balance/cos_min", math.nan)):
@@ -264,6 +270,11 @@ def _worst_held_out(history: History, names: Sequence[str]) -> str:
     means = [mean_with_error(history, f"balance/heldout_cos/{name}", HELDOUT_WINDOW)[0] for name in names]
     measured = [mean for mean in means if not math.isnan(mean)]
     return f", held-out {min(measured):+.2f}" if measured else ""
+
+
+def _weights_prefix(history: History) -> str:
+    """Of the names under which the rewards' weights are logged."""
+    return WEIGHT if summarize_progress(history) is not None else "balance/alpha/"
 
 
 def _eval_change(history: History, name: str) -> Text:

@@ -11,7 +11,15 @@ import pandas as pd
 from torch import Tensor
 from transformers import TrainerCallback
 
-from ..evaluation import format_value, image_grid, plot_balance, plot_rewards, summarize_balance
+from ..evaluation import (
+    format_value,
+    image_grid,
+    plot_balance,
+    plot_progress,
+    plot_rewards,
+    summarize_balance,
+    summarize_progress,
+)
 from ..evaluation.plots import plot_histograms
 from ..evaluation.policy_evaluation import PolicyEvaluation
 from ..media import Sample
@@ -159,6 +167,8 @@ class RunPictures:
         balance = summarize_balance(history)
         if balance is not None and balance.cos_min is not None:  # some step had a reward to balance
             plots["plots/balance"] = plot_balance(history, self.folder / "plots" / "balance.png")
+        if summarize_progress(history) is not None:
+            plots["plots/progress"] = plot_progress(history, self.folder / "plots" / "progress.png")
         if any(key.startswith(("rewards/", "eval_rewards/")) for row in history for key in row):
             plots["plots/rewards"] = plot_rewards(history, self.folder / "plots" / "rewards.png")
         if plots:

@@ -12,10 +12,10 @@ from .gains import GainPoint, gains_at_kl, gains_in_deviations, interpolate_at_k
 from .grids import before_after_grid, image_grid
 from .measures import PromptDiversity, RewardMean, WinRate
 from .pipeline_evaluation import evaluate_pipeline
-from .plots import plot_balance, plot_rewards
+from .plots import plot_balance, plot_progress, plot_rewards
 from .results import EvaluationResults
 from .statistics import JointGain, WinCount, clustered_mean, composite_scores, count_wins, joint_gain
-from .summary import BalanceSummary, rewards_table, summarize_balance
+from .summary import BalanceSummary, ProgressSummary, rewards_table, summarize_balance, summarize_progress
 from .worst_gain import WorstGain, best_evaluation
 
 
@@ -34,6 +34,7 @@ __all__ = [
     "EvaluationComparison",
     "EvaluationConfig",
     "EvaluationResults",
+    "ProgressSummary",
     "PromptDiversity",
     "RewardMean",
     "WinCount",
@@ -50,8 +51,10 @@ __all__ = [
     "group_diversity",
     "image_grid",
     "plot_balance",
+    "plot_progress",
     "plot_rewards",
     "rewards_table",
     "summarize_balance",
+    "summarize_progress",
     "thumbnails",
 ]

@@ -11,7 +11,7 @@ import numpy as np
 
 from ..media import PAPER
 from .figures import CONFLICT, FAINT, INK, NOT_TAKEN, RULE, TAKEN, new_figure, save_figure
-from .summary import mean_with_error
+from .summary import WEIGHT, mean_with_error
 
 
 if TYPE_CHECKING:
@@ -179,6 +179,50 @@ def plot_rewards(history: Sequence[Mapping[str, Any]], path: str | os.PathLike) 
     if evaluated:
         note = "line: rollouts · points: evaluations ± standard error over prompts"
         figure.suptitle(note, x=0.02, ha="left", fontsize=9, color=FAINT)
+    return save_figure(figure, path)
+
+
+def plot_progress(history: Sequence[Mapping[str, Any]], path: str | os.PathLike) -> Path:
+    """
+    Plot how far each reward has come since the base model over the steps, and below it what it weighed.
+
+    Args:
+        history (`Sequence[Mapping[str, Any]]`):
+            `trainer.state.log_history`. Used are `step`, `progress/<reward>` and `progress/weight/<reward>`. A NaN,
+            for a reward that has not applied yet, is a gap.
+        path (`str` or `os.PathLike`):
+            The file to write, in the format of its suffix; folders are made.
+
+    Returns:
+        `Path`: the file.
+
+    Raises:
+        `ValueError`: no row has weights.
+    """
+    names = _names(history, WEIGHT, "")
+    if not names:
+        raise ValueError(
+            f"The history has no `{WEIGHT}<reward>`. Log it: train with `multi_objective_aggregation='progress'`, and "
+            "with `logging_steps` small enough that a generation batch is logged."
+        )
+    rows = [row for row in history if WEIGHT + names[0] in row]
+    steps = _steps(rows)
+    figure = new_figure(9.0, 5.4)
+    top, bottom = figure.subplots(2, 1, sharex=True)
+    for axes, prefix, title, unit, form in (
+        (top, "progress/", "Progress of each reward since the base model", "gain / scale", "+.2f"),
+        (bottom, WEIGHT, "Weight of each reward", "share", ".2f"),
+    ):
+        handles, labels = [], []
+        for index, name in enumerate(names):
+            values = np.array([row.get(prefix + name, math.nan) for row in rows], dtype=float)
+            handles += _line(axes, steps, values, _color(index))
+            labels.append(f"{name}  ({values[-1]:{form}})" if math.isfinite(values[-1]) else name)
+        _style(axes, title, unit)
+        _side_legend(axes, handles, labels, "reward (at the end)")
+    top.axhline(0, color=INK, linewidth=0.9, zorder=1)
+    bottom.set_ylim(bottom=0)
+    bottom.set_xlabel("optimizer step", color=FAINT, fontsize=9)
     return save_figure(figure, path)
 
 

@@ -15,6 +15,8 @@ from .formatting import format_value, format_with_error
 # A change is called significant from this many standard errors on (a two-sided 5% test).
 SIGNIFICANT = 2.0
 
+WEIGHT = "progress/weight/"
+
 
 @dataclass(frozen=True)
 class BalanceSummary:
@@ -136,6 +138,43 @@ def _measured(figures: Mapping[str, tuple[float, float]], place: int) -> dict[st
     """One of both figures of every reward, `None` where it is NaN; empty if all are."""
     values = {name: None if math.isnan(pair[place]) else pair[place] for name, pair in figures.items()}
     return values if any(value is not None for value in values.values()) else {}
+
+
+@dataclass(frozen=True)
+class ProgressSummary:
+    """
+    How far each reward had come at the end of a run whose weights follow the progress, and what it weighed then.
+
+    Args:
+        progress (`dict[str, float]`):
+            Reward name -> its gain since the base model on the training prompts, in units of its scale; NaN if it
+            never applied. See [`~trl_marble.balance.ProgressWeights`].
+        weight (`dict[str, float]`):
+            Reward name -> its weight in the sum of the scaled rewards, in [0, 1], with sum 1; all 0 if all rewards had
+            reached their targets.
+    """
+
+    progress: dict[str, float]
+    weight: dict[str, float]
+
+
+def summarize_progress(history: Sequence[Mapping[str, Any]]) -> ProgressSummary | None:
+    """
+    Summarize the weights by progress of a run from its log.
+
+    Args:
+        history (`Sequence[Mapping[str, Any]]`):
+            `trainer.state.log_history`. Used are `progress/<reward>` and `progress/weight/<reward>` of the last row
+            that has them.
+
+    Returns:
+        `ProgressSummary`, or `None` if no row has a weight.
+    """
+    for row in reversed(history):
+        weight = {key.removeprefix(WEIGHT): value for key, value in row.items() if key.startswith(WEIGHT)}
+        if weight:
+            return ProgressSummary({name: row[f"progress/{name}"] for name in weight}, weight)
+    return None
 
 
 def _cosine_figures(history: Sequence[Mapping[str, Any]], prefix: str) -> tuple[float | None, float | None]:

@@ -18,7 +18,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from ..evaluation.gains import GainPoint
 from ..evaluation.results import to_json
-from ..evaluation.summary import BalanceSummary
+from ..evaluation.summary import BalanceSummary, ProgressSummary
 from ..evaluation.worst_gain import WorstGain
 
 
@@ -167,6 +167,9 @@ class CardInputs:
             [`~trl_marble.evaluation.best_evaluation`].
         adapter_evaluation (`WorstGain`, *optional*):
             The latest evaluation up to `adapter_step`.
+        progress (`ProgressSummary`, *optional*):
+            How far the rewards came, of a run whose weights follow that, see
+            [`~trl_marble.evaluation.summarize_progress`].
     """
 
     repo_name: str
@@ -191,6 +194,7 @@ class CardInputs:
     adapter_step: int | None = None
     best_evaluation: WorstGain | None = None
     adapter_evaluation: WorstGain | None = None
+    progress: ProgressSummary | None = None
 
     def public(self) -> "CardInputs":
         """
@@ -244,6 +248,8 @@ class CardInputs:
             json.dumps(content, ensure_ascii=False).encode("utf-8")  # raises for half of a surrogate pair
             if content["balance"] is not None:
                 content["balance"] = BalanceSummary(**content["balance"])
+            if content.get("progress") is not None:
+                content["progress"] = ProgressSummary(**content["progress"])
             if content["diversity"] is not None:
                 content["diversity"] = RewardRow(**content["diversity"])
             if content.get("gains") is not None:

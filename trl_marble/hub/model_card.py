@@ -17,7 +17,7 @@ from urllib.parse import quote
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..evaluation.formatting import NOT_MEASURED, format_value
-from ..evaluation.summary import BalanceSummary
+from ..evaluation.summary import BalanceSummary, ProgressSummary
 from ..pipelines import FAMILIES, Family
 from .card_inputs import (
     ACCESS_TOKEN,
@@ -110,6 +110,7 @@ def build_model_card(inputs: CardInputs) -> ModelCard:
         better_evaluation=_better_evaluation(inputs),
         before_after=None if inputs.before_after is None else _relative_url(inputs.before_after),
         balance=None if inputs.balance is None else _balance_cells(inputs.balance),
+        progress=None if inputs.progress is None else _progress_cells(inputs.progress),
         balance_plot=None if inputs.balance_plot is None else _relative_url(inputs.balance_plot),
         gallery=_gallery_table(inputs.gallery),
         settings=[(_code(name), _code(value)) for name, value in inputs.settings.items()],
@@ -258,6 +259,14 @@ def _balance_cells(balance: BalanceSummary) -> dict[str, Any]:
         "weighted_sum_cos_min": format_value(balance.weighted_sum_cos_min, sign=True),
         "weighted_sum_conflict": percent(balance.weighted_sum_conflict),
     }
+
+
+def _progress_cells(progress: ProgressSummary) -> list[tuple[str, str, str]]:
+    """Name, progress and weight of each reward."""
+    return [
+        (_text(name), format_value(progress.progress[name], sign=True), f"{weight:.3f}")
+        for name, weight in progress.weight.items()
+    ]
 
 
 def _gallery_table(gallery: Sequence[GalleryItem]) -> str:

@@ -16,7 +16,14 @@ from huggingface_hub import CommitInfo, HfApi
 from transformers.trainer_utils import HubStrategy
 from transformers.utils import logging
 
-from ..evaluation import best_evaluation, plot_balance, plot_gains, run_gains, summarize_balance
+from ..evaluation import (
+    best_evaluation,
+    plot_balance,
+    plot_gains,
+    run_gains,
+    summarize_balance,
+    summarize_progress,
+)
 from ..evaluation.worst_gain import worst_gains
 from ..extras import has_extra
 from ..media import Sample, sample_suffix, save_sample
@@ -43,6 +50,11 @@ CARD_SETTINGS = (
     "balance_on",
     "balance_every",
     "balance_ema",
+    "progress_temperature",
+    "progress_ema",
+    "progress_base_images",
+    "reward_targets",
+    "reward_bounds",
     "scale_rewards",
     "reward_weights",
     "policy_loss",
@@ -145,6 +157,7 @@ def write_card(run: RunSummary, folder: Path, model_name: str | None = None) -> 
         base_model=run.base_model,
         dataset_name=run.dataset_name,
         balance=balance,
+        progress=summarize_progress(run.history),
         settings=run.settings,
         gallery=_save_gallery(run.gallery, folder),
         balance_plot=balance_plot,
