@@ -51,7 +51,7 @@ def plot_gains(
     if not shown:
         raise ValueError("No evaluation has a KL to the base model. Evaluate pipelines with a LoRA adapter.")
     rewards = list(dict.fromkeys(name for points in shown.values() for point in points for name in point.gains))
-    panels: dict[str, str | None] = {"Worst gain": None, "Mean gain": None, "Prompts on which all rewards rose": None}
+    panels: dict[str, str | None] = {"Worst gain": None, "Mean gain": None, "All rewards rose": None}
     titles = [*panels, *rewards]
     lines = math.ceil(len(titles) / COLUMNS)
     figure = new_figure(3.3 * COLUMNS, 0.9 + 2.3 * lines)
@@ -78,7 +78,10 @@ def plot_gains(
         panel.tick_params(labelbottom=True)
         panel.set_xlabel("KL to the base model", color=FAINT, fontsize=9)
     axes[0].set_xlim(left=0)
-    note = "gains in standard deviations of the base's images · bars: one standard error over prompts"
+    note = (
+        "gains in standard deviations of the base's images · all rewards rose: share of the prompts · "
+        "bars: one standard error over prompts"
+    )
     figure.suptitle(note, x=0.02, ha="left", fontsize=9, color=FAINT)
     if len(shown) > 1:
         figure.legend(
