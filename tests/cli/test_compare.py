@@ -13,17 +13,13 @@ from trl_marble.cli.main import main
 def runs(tmp_path):
     """Two runs, the second of which drifts twice as far."""
     for name, scale in (("sum", 1.0), ("marble", 2.0)):
-        rows = [
-            {
-                "step": step,
-                "eval_kl": scale * step / 1000,
-                "eval_joint_gain": step / 200,
-                "eval_rewards/calm/mean": 0.5 + step / 1000,
-                "eval_rewards/calm/standard_error": 0.01,
-                "eval_rewards/calm/std": 0.1,
-            }
-            for step in (0, 50, 100)
-        ]
+        rows = []
+        for step in (0, 50, 100):
+            pairs = {"kl": scale * step / 1000, "gain_worst": step / 100, "gain_mean": step / 100}
+            pairs |= {"joint_gain": step / 200, "joint_fall": 0.0}
+            row = {"step": step, "eval_gain/calm/mean": step / 100, "eval_gain/calm/standard_error": 0.1}
+            row |= {f"eval_{name}": value for name, value in pairs.items()}
+            rows.append(row | {f"eval_{name}_standard_error": 0.1 for name in pairs})
         folder = tmp_path / name / "checkpoint-100"
         folder.mkdir(parents=True)
         (folder / "trainer_state.json").write_text(json.dumps({"log_history": rows}))

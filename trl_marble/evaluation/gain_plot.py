@@ -13,7 +13,7 @@ from rich.text import Text
 
 from ..media import PAPER
 from .figures import FAINT, INK, RULE, new_figure, save_figure
-from .formatting import NOT_MEASURED, format_value, format_with_error
+from .formatting import format_gain, format_kl, format_share
 from .gains import GainPoint, Measured, gains_at_kl
 from .plots import PALETTE
 
@@ -21,6 +21,7 @@ from .plots import PALETTE
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+GAINS_FILE = "gain_against_kl.png"
 COLUMNS = 3
 
 
@@ -160,21 +161,10 @@ def gains_table(curves: Mapping[str, Sequence[GainPoint]], at_kl: Sequence[float
         for kl in at_kl if len(points) > 1 else ():
             found = gains_at_kl(points, kl)
             label = f"{name} at KL {kl:g}"
-            table.add_row(Text(label), *([format_value(kl), "not reached"] if found is None else _cells(found)))
+            table.add_row(Text(label), *([f"{kl:.3g}", "not reached"] if found is None else _cells(found)))
     return table
 
 
 def _cells(point: GainPoint) -> list[str]:
-    shares = [
-        NOT_MEASURED if math.isnan(share) else f"{share:.0%}" + ("" if math.isnan(error) else f" ± {error:.0%}")
-        for share, error in (point.joint_gain, point.joint_fall)
-    ]
-    gains = [_format_gain(gain) for gain in (point.worst, point.mean)]
-    return [format_with_error(point.kl), *gains, *shares]
-
-
-def _format_gain(gain: Measured) -> str:
-    value, error = gain
-    if math.isnan(value):
-        return NOT_MEASURED
-    return f"{value:+.2f}" + ("" if math.isnan(error) else f" ± {error:.2f}")
+    gains = [format_gain(gain) for gain in (point.worst, point.mean)]
+    return [format_kl(point.kl), *gains, *map(format_share, (point.joint_gain, point.joint_fall))]

@@ -83,7 +83,7 @@ def check_best_metric(
         f"{prefix}rewards/{name}/{what}"
         for prefix in prefixes
         for name in reward_names
-        for what in ("mean", "standard_error", "std", "valid")
+        for what in ("mean", "standard_error", "valid")
     ]
     if metric.removeprefix("eval_") not in known:
         shown = ", ".join(name for name in known if name.endswith("/mean"))

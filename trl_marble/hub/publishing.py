@@ -17,6 +17,7 @@ from transformers.trainer_utils import HubStrategy
 from transformers.utils import logging
 
 from ..evaluation import plot_balance, plot_gains, run_gains, summarize_balance
+from ..evaluation.gain_plot import GAINS_FILE
 from ..extras import has_extra
 from ..media import Sample, sample_suffix, save_sample
 from ..version import __version__
@@ -128,9 +129,12 @@ def write_card(run: RunSummary, folder: Path, model_name: str | None = None) -> 
         else:
             logger.warning("The card has no plot of the balance between rewards: the extra `plots` is not installed.")
     curve, gain_plot = run_gains(run.history), None
-    if len(curve) > 1 and has_extra("plots"):
-        gain_plot = "gain_against_kl.png"
-        plot_gains({run.pipeline_class: curve}, folder / gain_plot)
+    if len(curve) > 1:
+        if has_extra("plots"):
+            gain_plot = GAINS_FILE
+            plot_gains({run.pipeline_class: curve}, folder / gain_plot)
+        else:
+            logger.warning("The card has no plot of gains against KL: the extra `plots` is not installed.")
     inputs = CardInputs(
         repo_name=model_name or folder.absolute().name,
         rewards=reward_rows(run.reward_names, run.history)

@@ -14,7 +14,19 @@ from .reward_value import to_number
 LOG_KEYWORDS = ("log_metric", "log_extra")
 # Names of the trainer's own metrics, which a metric of a reward would replace.
 OWN_METRICS = frozenset({"loss", "grad_norm", "learning_rate", "epoch", "step", "kl", "num_input_tokens_seen"})
-OWN_PREFIXES = ("rewards/", "balance/", "drift/", "joint_", "nonfinite/", "train_", "eval_", "test_")
+OWN_PREFIXES = (
+    "rewards/",
+    "balance/",
+    "drift/",
+    "gain/",
+    "gain_",
+    "joint_",
+    "kl_",
+    "nonfinite/",
+    "train_",
+    "eval_",
+    "test_",
+)
 
 LogKey = tuple[str, str]
 """Name of the reward, and of the metric or the column."""
