@@ -104,6 +104,9 @@ def test_version_and_bare_command(capsys):
         (["compare", "x=y", "a=empty"], "there is no folder 'y'"),
         (["compare", "x=y=empty", "a=empty"], "there is no folder 'y=empty'"),
         (["compare", "x=cfg=1", "cfg=1"], "`x=cfg=1` has no finished evaluation"),
+        (["compare", "checkpoint", "empty"], "'checkpoint' is a training run and 'empty' is not"),
+        (["compare", "checkpoint", "b=checkpoint"], "'checkpoint' has no gains: its log has no evaluation before"),
+        (["compare", "empty", "b=empty", "--at_kl", "0.1"], "`--at_kl` needs training runs"),
         (["push", "empty", "me/x"], "has no adapter"),
         (["push", "empty", "me/x", "me/y"], "unexpected 'me/y'"),
     ],
@@ -111,6 +114,8 @@ def test_version_and_bare_command(capsys):
 def test_mistakes_are_one_message_and_status_2(workplace, capsys, words, message):
     (workplace / "empty").mkdir()
     (workplace / "cfg=1").mkdir()
+    (workplace / "checkpoint").mkdir()
+    (workplace / "checkpoint" / "trainer_state.json").write_text('{"log_history": []}')
     (workplace / "x=cfg=1").mkdir()
     (workplace / "typo.yaml").write_text((workplace / "run.yaml").read_text().replace("max_steps", "max_step"))
     (workplace / "hyphen.yaml").write_text((workplace / "run.yaml").read_text().replace("max_steps", "max-steps"))

@@ -44,7 +44,9 @@ def test_every_step_leaves_what_the_next_one_needs(finished):
     assert "Compared with base" in done.stdout and "ours" in done.stdout
 
     comparison = json.loads((folder / "evals" / "compare" / "comparison.json").read_text())
-    assert "ours" in json.dumps(comparison)
+    assert comparison["gains"]["ours"]["kl"]["mean"] > comparison["gains"]["base"]["kl"]["mean"] == 0
+    assert Image.open(folder / "evals" / "compare" / "gain_against_kl.png").width > 1000
+    assert "Gains against KL to the base model" in done.stdout
     for evaluation in ("base", "marble"):
         assert len(list((folder / "evals" / evaluation / "images").iterdir())) == 12
         assert (folder / "evals" / evaluation / "contact_sheet.html").is_file()

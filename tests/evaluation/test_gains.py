@@ -127,11 +127,14 @@ def history(kls=(0.0, 0.04, 0.1), **means):
     """The log of a run with an evaluation every ten steps, training rows between."""
     rows = []
     for place, kl in enumerate(kls):
-        row = {"step": 10 * place, "eval_kl": kl, "eval_joint_gain": place / 4}
-        row |= {"eval_joint_gain_standard_error": 0.05}
+        gains = {name: 2 * (values[place] - values[0]) for name, values in means.items()}
+        pairs = {"kl": kl, "gain_worst": min(gains.values()), "gain_mean": float(np.mean(list(gains.values())))}
+        pairs |= {"joint_gain": place / 4, "joint_fall": 0.1 * place}
+        row = {"step": 10 * place} | {f"eval_{name}": value for name, value in pairs.items()}
+        row |= {f"eval_{name}_standard_error": 0.08 for name in pairs}
         for name, values in means.items():
-            key = f"eval_rewards/{name}"
-            row |= {f"{key}/mean": values[place], f"{key}/standard_error": 0.03, f"{key}/std": 0.5}
+            row |= {f"eval_rewards/{name}/mean": values[place], f"eval_rewards/{name}/standard_error": 0.03}
+            row |= {f"eval_gain/{name}/mean": gains[name], f"eval_gain/{name}/standard_error": 0.05}
         rows += [row, {"step": 10 * place + 1, "loss": 1.0, "kl": 9.0, "rewards/a/std": 1.0}]
     return rows
 
@@ -139,13 +142,28 @@ def history(kls=(0.0, 0.04, 0.1), **means):
 def test_a_run_is_a_curve_of_its_evaluations():
     points = run_gains(history(a=[0.5, 0.6, 0.8], b=[1.0, 1.1, 0.9]))
     assert [point.step for point in points] == [0, 10, 20]
-    assert [point.kl[0] for point in points] == [0, 0.04, 0.1]
-    assert points[0].worst == points[0].mean == (0, 0)
-    assert points[2].gains["a"] == pytest.approx((0.6, math.hypot(0.06, 0.06)))
-    assert points[2].worst[0] == pytest.approx(-0.2) and points[2].mean[0] == pytest.approx(0.2)
-    assert points[2].joint_gain == (0.5, 0.05) and math.isnan(points[2].joint_fall[0])
+    assert [point.kl for point in points] == [(0, 0.08), (0.04, 0.08), (0.1, 0.08)]
+    assert points[2].gains == {"a": (pytest.approx(0.6), 0.05), "b": (pytest.approx(-0.2), 0.05)}
+    assert points[2].worst == (pytest.approx(-0.2), 0.08) and points[2].mean == (pytest.approx(0.2), 0.08)
+    assert points[2].joint_gain == (0.5, 0.08) and points[2].joint_fall == (0.2, 0.08)
     assert run_gains(history(a=[0.5, 0.6, 0.8])[2:]) == []  # nobody evaluated the base
     assert run_gains([{"step": 0, "eval_rewards/a/mean": 1.0}]) == []
+
+
+def test_a_log_without_gains_needs_the_deviations():
+    logged = run_gains(history(a=[0.5, 0.6, 0.8], b=[1.0, 1.1, 0.9]))
+    rows = [
+        {key: value for key, value in row.items() if "gain" not in key and "joint" not in key}
+        for row in history(a=[0.5, 0.6, 0.8], b=[1.0, 1.1, 0.9])
+    ]
+    assert run_gains(rows) == []
+    points = run_gains(rows, {"a": 0.5, "b": 0.5})
+    for point, expected in zip(points, logged, strict=True):
+        assert point.step == expected.step and point.kl[0] == expected.kl[0]
+        assert point.worst[0] == pytest.approx(expected.worst[0])
+        assert point.mean[0] == pytest.approx(expected.mean[0])
+    assert points[0].worst == points[0].mean == (0, 0)
+    assert points[2].gains["a"] == pytest.approx((0.6, math.hypot(0.06, 0.06))) and math.isnan(points[2].joint_gain[0])
 
 
 def test_gains_at_a_kl_lie_between_two_evaluations():
@@ -214,7 +232,7 @@ def test_pictures_and_tables_show_them(tmp_path):
     path = plot_gains(curves, tmp_path / "new" / "gains.png", at_kl=[0.05])
     assert Image.open(path).size[0] > 1000
     text = show(gains_table(curves, [0.05, 0.08]))
-    assert "sum, step 20" in text and "-0.20 ± 0.08" in text and "50% ± 5%" in text
+    assert "sum, step 20" in text and "-0.20 ± 0.08" in text and "50% ± 8%" in text
     assert "sum at KL 0.08" in text and "_$other at KL 0.08" in text and text.count("not reached") == 1
     with pytest.raises(ValueError, match="No evaluation has a KL"):
         plot_gains({"a": []}, path)

@@ -1,13 +1,16 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
 """What the trainer's evaluations say of rewards, and which of their images are kept."""
 
+import dataclasses
 import math
 
+import one_evaluator
 import pytest
 from datasets import Dataset
+from one_evaluator import partly
 from trainer_helpers import bright, small_trainer
 
-from trl_marble.evaluation import evaluator
+from trl_marble.evaluation import EvaluationConfig, compare_evaluations, evaluate_pipeline, evaluator, run_gains
 from trl_marble.evaluation.evaluator import EvaluationPlan
 
 
@@ -57,3 +60,64 @@ def test_processes_that_call_the_transformer_together_sample_equally_many_images
         delivered.append(mine)
     assert sampled[0] == sampled[1] == sampled[2]
     assert delivered == shares
+
+
+def run(folder, **settings):
+    dataset = Dataset.from_dict({"prompt": PROMPTS})
+    schedule = {"eval_strategy": "steps", "eval_steps": 1, "eval_on_start": True, "num_generations_eval": 3}
+    saving = {"save_strategy": "steps", "save_steps": 1, "max_steps": 2, "learning_rate": 0.05}
+    return small_trainer(folder, [bright, partly], eval_dataset=dataset, **(schedule | saving | settings))
+
+
+def evaluations(trainer):
+    return [row for row in trainer.state.log_history if "eval_kl" in row]
+
+
+def test_joint_gains_are_since_the_evaluation_before_the_first_step_also_when_resumed(tmp_path):
+    whole = run(tmp_path / "run")
+    whole.train()
+    first, _, last = evaluations(whole)
+    assert first["eval_joint_gain"] == first["eval_joint_fall"] == 0
+    found = whole.evaluations[-1].gains_since(whole.evaluations[0])
+    assert (last["eval_joint_gain"], last["eval_joint_gain_standard_error"]) == found.joint_gain
+    assert last["eval_joint_fall"] == found.joint_fall[0] and last["eval_joint_gain"] + last["eval_joint_fall"] > 0
+    changes = whole.evaluations[-1].change_since(whole.evaluations[0])
+    for row, (name, (change, error)) in zip(whole.evaluations[0].rewards, changes.items(), strict=True):
+        deviation = row[~row.isnan()].std(correction=0).item()
+        assert last[f"eval_gain/{name}/mean"] == pytest.approx(change / deviation, rel=1e-5)
+        assert last[f"eval_gain/{name}/standard_error"] == pytest.approx(error / deviation, rel=1e-5)
+    other = whole.evaluate(Dataset.from_dict({"prompt": PROMPTS[:2]}))
+    assert "eval_joint_gain" not in other and other["eval_kl"] > 0  # these prompts were not evaluated before
+
+    resumed = run(tmp_path / "run")
+    resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-1"))
+    timing = ("eval_runtime", "epoch")
+    assert {k: v for k, v in evaluations(resumed)[-1].items() if k not in timing} == {
+        k: v for k, v in last.items() if k not in timing
+    }
+
+
+@pytest.mark.filterwarnings("ignore:Reward `partly` applied to none")
+def test_a_runs_own_gains_are_those_of_a_comparison_of_files(tmp_path):
+    trainer = run(tmp_path / "run")
+    trainer.train()
+    trainer.save_model()
+    results = {
+        name: evaluate_pipeline(
+            one_evaluator.make_pipeline(),
+            [bright, partly],
+            Dataset.from_dict({"prompt": PROMPTS}),
+            EvaluationConfig(
+                str(tmp_path / name),
+                adapter=adapter,
+                num_generations=3,
+                seed=42,
+                num_inference_steps=2,
+                max_sequence_length=16,
+                batch_size=trainer.args.per_device_eval_batch_size,
+            ),
+        )
+        for name, adapter in (("base", None), ("ours", str(tmp_path / "run")))
+    }
+    ours, last = compare_evaluations(results).gains["ours"], run_gains(trainer.state.log_history)[-1]
+    assert dataclasses.replace(ours, step=2) == last and last.kl[0] > 0

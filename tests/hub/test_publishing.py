@@ -13,6 +13,7 @@ import pytest
 import torch
 import yaml
 from local_hub import TOKEN, LocalHub, card_errors, local_hub
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny import tiny_sd3
 from trainer_helpers import blue, bright, prompt_set, small_config, small_trainer
@@ -325,6 +326,12 @@ def test_held_out_rewards_and_diversity_are_in_the_card(tmp_path) -> None:
     (line,) = re.findall(r"^\| blue \(held out\) \|.*$", card, re.MULTILINE)
     (diversity,) = re.findall(r"^\| \*diversity within a prompt\* \|.*$", card, re.MULTILINE)
     assert "not measured" not in line + diversity and card_errors(card) == []
+    (gains,) = re.findall(r"All rewards fell \|\n.*\n(\| .*)$", card, re.MULTILINE)
+    assert "not measured" not in gains and "%" in gains
+    assert "(gain_against_kl.png)" in card and Image.open(tmp_path / "gain_against_kl.png").width > 1000
+    row = CardInputs.load(tmp_path).gains
+    last = [logged for logged in trainer.state.log_history if "eval_kl" in logged][-1]
+    assert row.kl == last["eval_kl"] > 0 and row.joint_gain == last["eval_joint_gain"]
 
 
 def test_the_card_names_the_weighting_that_the_trainer_was_given(tmp_path) -> None:

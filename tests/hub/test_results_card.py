@@ -13,7 +13,7 @@ from huggingface_hub import ModelCard
 from local_hub import card_errors
 from PIL import Image
 
-from trl_marble.evaluation import EvaluationConfig, EvaluationResults, evaluate_pipeline
+from trl_marble.evaluation import EvaluationConfig, EvaluationResults, compare_evaluations, evaluate_pipeline
 from trl_marble.hub import CardInputs, RewardRow, card_from_evaluations, save_adapter
 
 
@@ -94,6 +94,19 @@ def test_the_numbers_are_those_of_the_evaluations(adapter):
     assert {r.metric_type: r.metric_value for r in card.data.eval_results} == pytest.approx(
         {name: mean for name, (mean, _) in results["after"].summary().items()}, rel=1e-5
     )
+
+
+def test_the_gains_are_those_of_the_comparison(adapter):
+    folder, results = adapter
+    card_from_evaluations(folder, results)
+    row, point = CardInputs.load(folder).gains, compare_evaluations(results).gains["after"]
+    assert (row.kl, row.kl_se) == point.kl == results["after"].kl_to_base() and row.kl > 0
+    assert (row.worst, row.mean, row.joint_gain) == (point.worst[0], point.mean[0], point.joint_gain[0])
+    card_from_evaluations(folder, {"after": results["after"]})
+    row = CardInputs.load(folder).gains
+    assert row.kl == point.kl[0] and row.worst is row.joint_gain is None
+    text = (folder / "README.md").read_text()
+    assert "## Gains against drift" in text and "| not measured | not measured |" in text
 
 
 def test_each_source_has_its_own_averages(adapter):

@@ -63,7 +63,7 @@ def compare_results(folders: dict[str, Path], output_dir: str | None) -> int:
     from rich.console import Console
 
     from ..evaluation import EvaluationResults, compare_evaluations
-    from ..evaluation.compare import GAINS_FILE
+    from ..evaluation.gain_plot import GAINS_FILE
 
     with usage_errors():
         results = {name: EvaluationResults.load(folder) for name, folder in folders.items()}
@@ -86,7 +86,7 @@ def compare_runs(folders: dict[str, Path], output_dir: str | None, at_kl: list[f
     from rich.console import Console
 
     from ..evaluation import gains_at_kl, gains_table, plot_gains, run_gains
-    from ..evaluation.compare import GAINS_FILE
+    from ..evaluation.gain_plot import GAINS_FILE
     from ..evaluation.gains import read_history
     from ..evaluation.records import write_atomically
     from ..evaluation.results import to_json

@@ -7,22 +7,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from transformers.utils import logging
 
 from ..extras import has_extra
 from .comparison import EvaluationComparison
 from .contact_sheet import write_contact_sheet
-from .gain_plot import plot_gains
-from .gains import GainPoint, gains_in_deviations
+from .gain_plot import GAINS_FILE, plot_gains
+from .gains import GainPoint, measure_gains
 from .records import write_atomically
 from .results import CONTACT_SHEET_FILE, EvaluationResults, to_json
-from .statistics import WinCount, clustered_mean, composite_scores, count_wins, joint_gain
+from .statistics import WinCount, clustered_mean, composite_scores, count_wins
 
+
+logger = logging.get_logger(__name__)
 
 # Settings that say which pipeline was evaluated, or change the images by rounding errors only.
 FREE_SETTINGS = ("pipeline", "pipeline_digest", "base_digest", "adapter", "adapter_digest", "batch_size")
-
-
-GAINS_FILE = "gain_against_kl.png"
 
 
 def compare_evaluations(
@@ -114,16 +114,7 @@ def _gain_point(before: EvaluationResults, after: EvaluationResults) -> GainPoin
         {name: results.table[name].to_numpy(dtype=float) for name in before.reward_names}
         for results in (before, after)
     )
-    gains, worst, mean = gains_in_deviations(first, second, before.groups)
-    joint = joint_gain(np.array(list(first.values())), np.array(list(second.values())), before.groups)
-    return GainPoint(
-        kl=_kl_to_base(before, after),
-        gains=gains,
-        worst=worst,
-        mean=mean,
-        joint_gain=(joint.gain, joint.gain_error),
-        joint_fall=(joint.fall, joint.fall_error),
-    )
+    return measure_gains(first, second, before.groups, _kl_to_base(before, after))
 
 
 def _kl_to_base(before: EvaluationResults, results: EvaluationResults) -> tuple[float, float]:
@@ -163,6 +154,8 @@ def _save(comparison: EvaluationComparison, folder: Path) -> None:
     curves = comparison.measured_gains()
     if curves and has_extra("plots"):
         plot_gains(curves, folder / GAINS_FILE)
+    elif curves:
+        logger.warning(f"There is no `{GAINS_FILE}`: the extra `plots` is not installed.")
 
 
 def _named_errors(values: Mapping[str, tuple[float, float]]) -> dict[str, dict[str, float]]:

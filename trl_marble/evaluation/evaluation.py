@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from ..media import Sample
-from .statistics import JointGain, clustered_mean, joint_gain
+from .gains import GainPoint, measure_gains
+from .statistics import clustered_mean
 
 
 @dataclass(frozen=True)
@@ -81,9 +82,10 @@ class Evaluation:
         self._check_same_images(before)
         return self._means_and_errors(self.rewards.double() - before.rewards.double())
 
-    def joint_gain_since(self, before: "Evaluation") -> JointGain:
+    def gains_since(self, before: "Evaluation") -> GainPoint:
         """
-        On how many prompts all rewards that apply rose, held-out ones included.
+        How far the rewards came on the same prompts and seeds, on how many prompts all of them rose, and the KL to the
+        base model that it was paid with. All rewards count, held-out ones included.
 
         Args:
             before ([`Evaluation`]):
@@ -93,7 +95,10 @@ class Evaluation:
             `ValueError`: If the two evaluations are not of the same images and rewards.
         """
         self._check_same_images(before)
-        return joint_gain(before.rewards.numpy(), self.rewards.numpy(), self.groups.numpy())
+        first, second = (
+            dict(zip(self.reward_names, each.rewards.double().numpy(), strict=True)) for each in (before, self)
+        )
+        return measure_gains(first, second, self.groups.numpy(), self.kl_to_base())
 
     def _check_same_images(self, before: "Evaluation") -> None:
         if self.reward_names != before.reward_names or self.rewards.shape != before.rewards.shape:

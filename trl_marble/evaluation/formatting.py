@@ -36,6 +36,30 @@ def format_with_error(value: tuple[float, float], sign: bool = False) -> str:
     return format_value(mean, sign) + ("" if math.isnan(error) else f" ± {format_value(error)}")
 
 
+def format_kl(value: tuple[float, float]) -> str:
+    """A KL and its standard error with three and two significant digits, as small as they may be."""
+    kl, error = value
+    if math.isnan(kl):
+        return NOT_MEASURED
+    return f"{kl:.3g}" + ("" if math.isnan(error) else f" ± {error:.2g}")
+
+
+def format_gain(value: tuple[float, float]) -> str:
+    """A gain in standard deviations, with its standard error."""
+    gain, error = value
+    if math.isnan(gain):
+        return NOT_MEASURED
+    return f"{gain:+.2f}" + ("" if math.isnan(error) else f" ± {error:.2f}")
+
+
+def format_share(value: tuple[float, float]) -> str:
+    """A share of the prompts in percent, with its standard error."""
+    share, error = value
+    if math.isnan(share):
+        return NOT_MEASURED
+    return f"{share:.0%}" + ("" if math.isnan(error) else f" ± {error:.0%}")
+
+
 def format_percentage(share: float) -> str:
     """A share in [0, 1] as a percentage; "-" for NaN."""
     return "-" if math.isnan(share) else f"{share:.1%}"

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from ..media import PAPER
 from .figures import FAINT, INK, RULE, new_figure, save_figure
-from .formatting import NOT_MEASURED, format_value, format_with_error
+from .formatting import format_gain, format_kl, format_share
 from .gains import GainPoint, Measured, gains_at_kl
 from .plots import PALETTE
 
@@ -21,6 +21,7 @@ from .plots import PALETTE
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+GAINS_FILE = "gain_against_kl.png"
 COLUMNS = 3
 
 
@@ -51,7 +52,7 @@ def plot_gains(
     if not shown:
         raise ValueError("No evaluation has a KL to the base model. Evaluate pipelines with a LoRA adapter.")
     rewards = list(dict.fromkeys(name for points in shown.values() for point in points for name in point.gains))
-    panels: dict[str, str | None] = {"Worst gain": None, "Mean gain": None, "Prompts on which all rewards rose": None}
+    panels: dict[str, str | None] = {"Worst gain": None, "Mean gain": None, "All rewards rose": None}
     titles = [*panels, *rewards]
     lines = math.ceil(len(titles) / COLUMNS)
     figure = new_figure(3.3 * COLUMNS, 0.9 + 2.3 * lines)
@@ -78,7 +79,10 @@ def plot_gains(
         panel.tick_params(labelbottom=True)
         panel.set_xlabel("KL to the base model", color=FAINT, fontsize=9)
     axes[0].set_xlim(left=0)
-    note = "gains in standard deviations of the base's images · bars: one standard error over prompts"
+    note = (
+        "gains in standard deviations of the base's images · all rewards rose: share of the prompts · "
+        "bars: one standard error over prompts"
+    )
     figure.suptitle(note, x=0.02, ha="left", fontsize=9, color=FAINT)
     if len(shown) > 1:
         figure.legend(
@@ -157,21 +161,10 @@ def gains_table(curves: Mapping[str, Sequence[GainPoint]], at_kl: Sequence[float
         for kl in at_kl if len(points) > 1 else ():
             found = gains_at_kl(points, kl)
             label = f"{name} at KL {kl:g}"
-            table.add_row(Text(label), *([format_value(kl), "not reached"] if found is None else _cells(found)))
+            table.add_row(Text(label), *([f"{kl:.3g}", "not reached"] if found is None else _cells(found)))
     return table
 
 
 def _cells(point: GainPoint) -> list[str]:
-    shares = [
-        NOT_MEASURED if math.isnan(share) else f"{share:.0%}" + ("" if math.isnan(error) else f" ± {error:.0%}")
-        for share, error in (point.joint_gain, point.joint_fall)
-    ]
-    gains = [_format_gain(gain) for gain in (point.worst, point.mean)]
-    return [format_with_error(point.kl), *gains, *shares]
-
-
-def _format_gain(gain: Measured) -> str:
-    value, error = gain
-    if math.isnan(value):
-        return NOT_MEASURED
-    return f"{value:+.2f}" + ("" if math.isnan(error) else f" ± {error:.2f}")
+    gains = [format_gain(gain) for gain in (point.worst, point.mean)]
+    return [format_kl(point.kl), *gains, *map(format_share, (point.joint_gain, point.joint_fall))]

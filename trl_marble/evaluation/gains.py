@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from .statistics import clustered_mean, clustered_mean_of_means
+from .statistics import clustered_mean, clustered_mean_of_means, joint_gain
 
 
 Measured = tuple[float, float]
@@ -95,61 +95,81 @@ def gains_in_deviations(
     return gains, _worst(gains), clustered_mean_of_means(measured, groups)
 
 
-def run_gains(history: Sequence[Mapping[str, Any]]) -> list[GainPoint]:
+def measure_gains(
+    before: Mapping[str, np.ndarray], after: Mapping[str, np.ndarray], groups: np.ndarray, kl: Measured
+) -> GainPoint:
+    """
+    The gains of images over a baseline's images of the same prompts and seeds.
+
+    Args:
+        before (`Mapping[str, np.ndarray]`):
+            Reward name -> rewards of the baseline's N images; NaN where there is none.
+        after (`Mapping[str, np.ndarray]`):
+            The same for the other images.
+        groups (`np.ndarray` of shape `[N]`, integers):
+            The prompt of each pair.
+        kl (`tuple[float, float]`):
+            KL of the other images' policy to the base model, and its standard error.
+    """
+    gains, worst, mean = gains_in_deviations(before, after, groups)
+    joint = joint_gain(np.array(list(before.values())), np.array([after[name] for name in before]), groups)
+    return GainPoint(kl, gains, worst, mean, (joint.gain, joint.gain_error), (joint.fall, joint.fall_error))
+
+
+def run_gains(history: Sequence[Mapping[str, Any]], deviations: Mapping[str, float] | None = None) -> list[GainPoint]:
     """
     The evaluations of a run as gains against KL, with the first one as the base.
 
     Args:
         history (`Sequence[Mapping[str, Any]]`):
-            `trainer.state.log_history`, of which the evaluations of all prompts (`eval_...`) are used. Errors are
-            those of two separate means, and so are upper limits: the log has no pairs of images.
+            `trainer.state.log_history`. Used are `eval_kl`, `eval_gain/<reward>/...`, `eval_gain_worst`,
+            `eval_gain_mean`, `eval_joint_gain` and `eval_joint_fall`, each with its standard error.
+        deviations (`Mapping[str, float]`, *optional*):
+            Reward name -> standard deviation over the base's images, for a log with means and without gains. The
+            errors are then those of two separate means, and upper limits, since the log has no pairs of images.
 
     Returns:
         `list[GainPoint]`: in the order of the steps, the first of them with gains of 0; empty if the run was not
         evaluated before its first step (`eval_on_start=True`), or its evaluations have no KL.
     """
-    rows: dict[int, Mapping[str, Any]] = {}
-    for row in history:
-        if "eval_kl" in row and any(key.startswith("eval_rewards/") and key.endswith("/std") for key in row):
-            rows[row["step"]] = row  # the latest of several at one step
+    needed = "eval_gain_worst" if deviations is None else "eval_kl"
+    # The latest of several evaluations at one step.
+    rows = {row["step"]: row for row in history if "eval_kl" in row and needed in row}
     if 0 not in rows:
         return []
-    base = rows[0]
-    pattern = re.compile(r"eval_rewards/(.+)/std")
-    names = [match[1] for key in base if (match := pattern.fullmatch(key))]
-    return [_point_of_row(base, rows[step], names) for step in sorted(rows)]
+    ordered = [rows[step] for step in sorted(rows)]
+    if deviations is None:
+        return [_logged_point(row) for row in ordered]
+    return [_point_of_means(rows[0], row, deviations) for row in ordered]
 
 
-def _point_of_row(base: Mapping[str, Any], row: Mapping[str, Any], names: Sequence[str]) -> GainPoint:
-    gains: dict[str, Measured] = {}
-    for name in names:
-        key = f"eval_rewards/{name}"
-        deviation = base[f"{key}/std"]
-        mean, error = (
-            [each.get(f"{key}/{what}", math.nan) for each in (base, row)] for what in ("mean", "standard_error")
-        )
-        is_known = deviation is not None and deviation > 0
-        scale = 1 / deviation if is_known else math.nan
-        gains[name] = ((mean[1] - mean[0]) * scale, 0.0 if row is base else math.hypot(*error) * scale)
+def _logged_point(row: Mapping[str, Any]) -> GainPoint:
+    def pair(name: str) -> Measured:
+        return row[f"eval_{name}"], row[f"eval_{name}_standard_error"]
 
-    def share(name: str) -> Measured:
-        return row.get(f"eval_{name}", math.nan), row.get(f"eval_{name}_standard_error", math.nan)
-
+    names = [match[1] for key in row if (match := re.fullmatch(r"eval_gain/(.+)/mean", key))]
     return GainPoint(
-        kl=(row["eval_kl"], math.nan),
-        gains=gains,
-        worst=_worst(gains),
-        mean=_average(gains),
-        joint_gain=share("joint_gain"),
-        joint_fall=share("joint_fall"),
+        kl=pair("kl"),
+        gains={name: (row[f"eval_gain/{name}/mean"], row[f"eval_gain/{name}/standard_error"]) for name in names},
+        worst=pair("gain_worst"),
+        mean=pair("gain_mean"),
+        joint_gain=pair("joint_gain"),
+        joint_fall=pair("joint_fall"),
         step=row["step"],
     )
 
 
-def _average(gains: Mapping[str, Measured]) -> Measured:
-    """The mean of the gains that are known, with the error that it has at most: errors that all go one way."""
+def _point_of_means(base: Mapping[str, Any], row: Mapping[str, Any], deviations: Mapping[str, float]) -> GainPoint:
+    gains: dict[str, Measured] = {}
+    for name, deviation in deviations.items():
+        key = f"eval_rewards/{name}"
+        gain = (row[f"{key}/mean"] - base[f"{key}/mean"]) / deviation
+        errors = [each[f"{key}/standard_error"] / deviation for each in (base, row)]
+        gains[name] = gain, 0.0 if row is base else math.hypot(*errors)
     measured = np.array([gain for gain in gains.values() if not math.isnan(gain[0])])
-    return (float(measured[:, 0].mean()), float(measured[:, 1].mean())) if len(measured) else _NOT_MEASURED
+    # Errors of rewards of the same images: at most all of them go one way.
+    mean = (float(measured[:, 0].mean()), float(measured[:, 1].mean())) if len(measured) else _NOT_MEASURED
+    return GainPoint((row["eval_kl"], math.nan), gains, _worst(gains), mean, step=row["step"])
 
 
 def _worst(gains: Mapping[str, Measured]) -> Measured:

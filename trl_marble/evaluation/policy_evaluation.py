@@ -21,6 +21,7 @@ from ..rollout.diversity import group_diversity, thumbnails
 from .drift import DriftMeter
 from .evaluation import Evaluation
 from .evaluator import EvaluationPlan, digest_evaluation, evaluate_batches
+from .gains import GainPoint
 from .statistics import clustered_mean, number_prompts
 
 
@@ -68,20 +69,13 @@ class PolicyEvaluation:
             shows_failures (`bool`):
                 Whether failed rewards are counted.
             base ([`~trl_marble.evaluation.Evaluation`], *optional*):
-                The evaluation of the same images before training, for the joint gain.
+                The evaluation of the same prompts and seeds before training, for the gains since.
         """
-        metrics = {
-            f"{prefix}_kl": self.evaluation.kl_to_base()[0],
-            f"{prefix}_drift/velocity_norm": self.velocity_norm,
-        }
+        kl, kl_error = self.evaluation.kl_to_base()
+        metrics = {f"{prefix}_kl": kl, f"{prefix}_kl_standard_error": kl_error}
         if base is not None:
-            joint = self.evaluation.joint_gain_since(base)
-            metrics |= {
-                f"{prefix}_joint_gain": joint.gain,
-                f"{prefix}_joint_gain_standard_error": joint.gain_error,
-                f"{prefix}_joint_fall": joint.fall,
-                f"{prefix}_joint_fall_standard_error": joint.fall_error,
-            }
+            metrics |= _log_gains(self.evaluation.gains_since(base), prefix)
+        metrics[f"{prefix}_drift/velocity_norm"] = self.velocity_norm
         if not math.isnan(self.diversity):
             metrics[f"{prefix}_drift/diversity"] = self.diversity
         if self.nonfinite_latents is not None:
@@ -96,6 +90,22 @@ class PolicyEvaluation:
             if shows_failures:
                 metrics[f"{key}/failed"] = self.failed[name]
         return metrics
+
+
+def _log_gains(point: GainPoint, prefix: str) -> dict[str, float]:
+    """Gains by the names that [`~trl_marble.evaluation.run_gains`] reads."""
+    pairs = {
+        f"{prefix}_gain_worst": point.worst,
+        f"{prefix}_gain_mean": point.mean,
+        f"{prefix}_joint_gain": point.joint_gain,
+        f"{prefix}_joint_fall": point.joint_fall,
+    }
+    logged: dict[str, float] = {}
+    for name, pair in pairs.items():
+        logged[name], logged[f"{name}_standard_error"] = pair
+    for name, pair in point.gains.items():
+        logged[f"{prefix}_gain/{name}/mean"], logged[f"{prefix}_gain/{name}/standard_error"] = pair
+    return logged
 
 
 class _ScoredImage(NamedTuple):

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from .formatting import format_with_error
+from .formatting import format_kl, format_with_error
 from .records import is_within, write_atomically
 from .statistics import clustered_mean, number_prompts
 
@@ -244,7 +244,7 @@ class EvaluationResults:
         table.add_section()
         table.add_row("diversity within a prompt", format_with_error(self.diversity()), str(len(self.table)))
         if (kl := self.kl_to_base()) is not None:
-            table.add_row("KL to the base model", format_with_error(kl), str(self.table[KL_COLUMN].notna().sum()))
+            table.add_row("KL to the base model", format_kl(kl), str(self.table[KL_COLUMN].notna().sum()))
         return table
 
     def print_table(self) -> None:

@@ -16,7 +16,7 @@ from urllib.parse import quote
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from ..evaluation.formatting import NOT_MEASURED, format_value
+from ..evaluation.formatting import NOT_MEASURED, format_gain, format_kl, format_share, format_value
 from ..evaluation.summary import BalanceSummary, ProgressSummary
 from ..pipelines import FAMILIES, Family
 from .card_inputs import (
@@ -177,22 +177,15 @@ def _reward_cells(row: RewardRow) -> dict[str, str]:
 
 
 def _gains_cells(gains: GainsRow) -> dict[str, str]:
-    def percent(share: float | None, se: float | None) -> str:
-        if share is None or not _measured(share):
-            return NOT_MEASURED
-        return f"{share:.0%}" + (f" ± {se:.0%}" if se is not None and _measured(se) else "")
-
-    def gain(value: float | None, se: float | None) -> str:
-        if value is None or not _measured(value):
-            return NOT_MEASURED
-        return f"{value:+.2f}" + (f" ± {se:.2f}" if se is not None and _measured(se) else "")
+    def known(value: float | None, se: float | None) -> tuple[float, float]:
+        return math.nan if value is None else value, math.nan if se is None else se
 
     return {
-        "kl": _with_error(gains.kl, gains.kl_se),
-        "worst": gain(gains.worst, gains.worst_se),
-        "mean": gain(gains.mean, gains.mean_se),
-        "joint_gain": percent(gains.joint_gain, gains.joint_gain_se),
-        "joint_fall": percent(gains.joint_fall, gains.joint_fall_se),
+        "kl": format_kl(known(gains.kl, gains.kl_se)),
+        "worst": format_gain(known(gains.worst, gains.worst_se)),
+        "mean": format_gain(known(gains.mean, gains.mean_se)),
+        "joint_gain": format_share(known(gains.joint_gain, gains.joint_gain_se)),
+        "joint_fall": format_share(known(gains.joint_fall, gains.joint_fall_se)),
     }
 
 

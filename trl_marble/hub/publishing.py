@@ -24,6 +24,7 @@ from ..evaluation import (
     summarize_balance,
     summarize_progress,
 )
+from ..evaluation.gain_plot import GAINS_FILE
 from ..evaluation.worst_gain import worst_gains
 from ..extras import has_extra
 from ..media import Sample, sample_suffix, save_sample
@@ -145,9 +146,12 @@ def write_card(run: RunSummary, folder: Path, model_name: str | None = None) -> 
             logger.warning("The card has no plot of the balance between rewards: the extra `plots` is not installed.")
     of_adapter = [row for row in run.history if row["step"] <= run.adapter_step]
     curve, gain_plot = run_gains(run.history), None
-    if len(curve) > 1 and has_extra("plots"):
-        gain_plot = "gain_against_kl.png"
-        plot_gains({run.pipeline_class: curve}, folder / gain_plot)
+    if len(curve) > 1:
+        if has_extra("plots"):
+            gain_plot = GAINS_FILE
+            plot_gains({run.pipeline_class: curve}, folder / gain_plot)
+        else:
+            logger.warning("The card has no plot of gains against KL: the extra `plots` is not installed.")
     curve_of_adapter = run_gains(of_adapter)
     inputs = CardInputs(
         repo_name=model_name or folder.absolute().name,

@@ -16,7 +16,20 @@ LOG_KEYWORDS = ("log_metric", "log_extra")
 OWN_METRICS = frozenset(
     {"loss", "grad_norm", "learning_rate", "epoch", "step", "kl", "beta", "worst_gain", "num_input_tokens_seen"}
 )
-OWN_PREFIXES = ("rewards/", "balance/", "progress/", "drift/", "joint_", "nonfinite/", "train_", "eval_", "test_")
+OWN_PREFIXES = (
+    "rewards/",
+    "balance/",
+    "progress/",
+    "drift/",
+    "gain/",
+    "gain_",
+    "joint_",
+    "kl_",
+    "nonfinite/",
+    "train_",
+    "eval_",
+    "test_",
+)
 
 LogKey = tuple[str, str]
 """Name of the reward, and of the metric or the column."""

@@ -74,8 +74,9 @@ class ObservedTrainer(PublishedTrainer):
             the images of a prompt differ from each other (with at least two a prompt); and
             `<prefix>_drift/velocity_norm`, the norm of the velocity relative to the base model's; `<prefix>_kl`, the
             mean square distance of the two velocities; and, if these prompts were evaluated before the first step,
-            `<prefix>_joint_gain` and `<prefix>_joint_fall`, the shares of the prompts on which all rewards that apply
-            have risen and fallen since, with their `..._standard_error`. The images and rewards themselves are
+            what [`~trl_marble.evaluation.GainPoint`] has of the gains since: `<prefix>_gain/<name>/mean`,
+            `<prefix>_gain_worst`, `<prefix>_gain_mean`, `<prefix>_joint_gain` and `<prefix>_joint_fall`, with their
+            standard errors. The images and rewards themselves are
             appended to `trainer.evaluations`, which keeps the images of the first and the latest evaluation. With
             several sets each has its metrics under `<prefix>_<set>_...`, and those under `<prefix>_...` are of the
             prompts of all sets together.
