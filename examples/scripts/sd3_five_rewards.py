@@ -11,8 +11,9 @@
 Align Stable Diffusion 3.5 Medium with five rewards at once, as MARBLE does (huggingface.co/papers/2605.06507):
 PickScore, HPSv2.1 and CLIPScore on every prompt, the accuracy of written text and GenEval on their own prompts.
 
-With the paper's settings: the defaults of `MarbleConfig`, except `balance_every` and `balance_on`
-(`--gradient_accumulation_steps` is the default 144 divided by the number of processes):
+With the paper's settings: the defaults of `MarbleConfig`, except `beta`, `balance_every` and `balance_on`
+(`--gradient_accumulation_steps` is the default 144 divided by the number of processes). For more than some tens of
+steps leave `--beta` out: with the paper's, policies drift until rewards are lost.
 
 ```bash
 accelerate launch --num_processes 8 examples/scripts/sd3_five_rewards.py \\
@@ -23,6 +24,7 @@ accelerate launch --num_processes 8 examples/scripts/sd3_five_rewards.py \\
     --gradient_accumulation_steps 18 \\
     --balance_every 10 \\
     --balance_on loss \\
+    --beta 1e-4 \\
     --max_steps 1000 \\
     --push_to_hub
 ```

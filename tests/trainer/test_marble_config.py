@@ -38,7 +38,7 @@ def test_defaults_are_the_papers() -> None:
         "guidance_scale": 1.0,
         "nft_beta": 0.1,
         "advantage_clip": 5.0,
-        "beta": 1e-4,
+        "beta": 0.1,  # the paper: 1e-4
         "scale_rewards": "batch",
         "multi_objective_aggregation": "marble",
         "balance_on": "advantage",  # the paper: "loss"

@@ -161,9 +161,10 @@ class MarbleConfig(TrainingArguments):
             (DiffusionNFT, https://huggingface.co/papers/2509.16117). Greater than 0.
         advantage_clip (`float`, *optional*, defaults to `5.0`):
             Advantages are clipped to ± this value, reward by reward, before anything is mixed. Greater than 0.
-        beta (`float`, *optional*, defaults to `1e-4`):
-            Coefficient of the penalty `mean((v - v_ref)^2)` that keeps the policy near the base model. With `0.0` the
-            base model's forward pass is not run.
+        beta (`float`, *optional*, defaults to `0.1`):
+            Coefficient of the penalty `mean((v - v_ref)^2)` that keeps the policy near the base model (called KL). It
+            decides how far a policy drifts, and with that whether long runs keep every reward. The papers' `1e-4` is
+            next to no penalty. With `0.0` the base model's forward pass is not run.
         kl_target (`float`, *optional*):
             The KL to hold, as `kl` is logged: the mean over elements of `(v - v_ref)^2`. `beta` is then the first
             value of a coefficient that follows the KL, see [`~trl_marble.update.KLControl`]: begin high, with 0.5 for
@@ -370,7 +371,7 @@ class MarbleConfig(TrainingArguments):
     policy_loss: str = field(default="nft", metadata={"help": "The loss: 'nft' or 'awm'."})
     nft_beta: float = field(default=0.1, metadata={"help": "Mixing coefficient of the implicit policies."})
     advantage_clip: float = field(default=5.0, metadata={"help": "Advantages are clipped to ± this value."})
-    beta: float = field(default=1e-4, metadata={"help": "Coefficient of the KL penalty toward the base model."})
+    beta: float = field(default=0.1, metadata={"help": "Coefficient of the KL penalty toward the base model."})
     kl_target: float | None = field(
         default=None,
         metadata={"help": "KL to the base model to hold: `beta` then follows the KL, and is its first value."},

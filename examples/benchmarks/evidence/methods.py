@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from trl_marble.balance import mgda_weights
-from trl_marble.cli.demo import DEMO_SETTINGS
 from trl_marble.shapeworld import reward_funcs
 
 from .drift import DRIFT_CONTROLS, FIRST_BETA
@@ -25,6 +24,19 @@ REWARDS = tuple(reward.__name__ for reward in reward_funcs())
 
 # Rewards for some prompts and for all prompts alternate, so that the first K of them are a mixed set.
 MIXED_ORDER = ("composition", "coverage", "reader", "centring", "calm")
+
+
+# What all methods share, whatever their own settings, in the runs of 25 steps.
+SHARED_SETTINGS: dict[str, Any] = {
+    "lr_scheduler_type": "linear",
+    "num_generations": 16,
+    "per_device_train_batch_size": 256,
+    "gradient_accumulation_steps": 1,
+    "rollout_batch_size": 128,
+    "num_inference_steps": 8,
+    "timestep_fraction": 0.75,
+    "beta": 0.0,
+}
 
 
 @dataclass(frozen=True)
@@ -110,10 +122,10 @@ def _few_rewards(count: int) -> dict[str, Method]:
     }
 
 
-# One forward pass of the demo's step: all of its images, each at one of its timesteps.
-FORWARD_PASSES = round(DEMO_SETTINGS["num_inference_steps"] * DEMO_SETTINGS["timestep_fraction"])
+# One forward pass of a step: all of its images, each at one of its timesteps.
+FORWARD_PASSES = round(SHARED_SETTINGS["num_inference_steps"] * SHARED_SETTINGS["timestep_fraction"])
 MICRO_BATCH = 32  # images; the published code had 9 on each GPU
-MICRO_BATCHES = DEMO_SETTINGS["per_device_train_batch_size"] // MICRO_BATCH
+MICRO_BATCHES = SHARED_SETTINGS["per_device_train_batch_size"] // MICRO_BATCH
 
 # Groups of variants. Each changes one thing of a method of `METHODS`.
 ABLATIONS: dict[str, dict[str, Method]] = {

@@ -22,7 +22,7 @@ from trl_marble.shapeworld import load_pipeline, load_prompts, reward_funcs
 
 from .drift import DRIFT_CONTROLS
 from .experiments import EXPERIMENTS
-from .methods import BASE, METHODS, find_method, make_weighting
+from .methods import BASE, METHODS, SHARED_SETTINGS, find_method, make_weighting
 
 
 # Optimizer steps of a run, for every method: five for each stage of the sequential one.
@@ -31,30 +31,10 @@ LEARNING_RATES = (6e-4, 1.2e-3, 2.4e-3)
 SEEDS = (1, 2, 3)
 TUNING_SEED = 0
 
-# What all methods share, whatever their own settings.
-SHARED_SETTINGS: dict[str, Any] = {
-    key: DEMO_SETTINGS[key]
-    for key in (
-        "lr_scheduler_type",
-        "num_generations",
-        "per_device_train_batch_size",
-        "gradient_accumulation_steps",
-        "rollout_batch_size",
-        "num_inference_steps",
-        "timestep_fraction",
-        "beta",
-    )
-}
-# Long runs: on-policy, short rollouts, and half the images, at which 150 steps take about 20 minutes on one core.
+# Long runs are those of the demo.
 LONG_STEPS = 150
-LONG_SETTINGS = SHARED_SETTINGS | {
-    "num_generations": 8,
-    "per_device_train_batch_size": 128,
-    "num_inference_steps": 5,
-    "timestep_fraction": 0.8,
-    "old_policy_preset": 0,
-}
-# Solver steps of the last evaluation of a long run: those of the demo.
+LONG_SETTINGS: dict[str, Any] = {key: DEMO_SETTINGS[key] for key in (*SHARED_SETTINGS, "old_policy_preset")}
+# Solver steps of the last evaluation of a long run: more than those of the training.
 LONG_EVALUATION_STEPS = 8
 QUICK_SETTINGS = SHARED_SETTINGS | {
     "num_generations": 4,
