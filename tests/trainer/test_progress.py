@@ -1,6 +1,7 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
 """Runs whose weights follow the progress of the rewards since the base model."""
 
+import hashlib
 import math
 from pathlib import Path
 
@@ -8,6 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import TrainerCallback
+
+from trl_marble import MarbleConfig, MarbleNFTTrainer
+from trl_marble.shapeworld import load_pipeline, load_prompts
+from trl_marble.shapeworld.rewards import coverage
 
 
 RUN = {"multi_objective_aggregation": "progress", "progress_base_images": 2, "beta": 0.1}
@@ -26,6 +31,20 @@ STATE = "marble_state.safetensors"
 def build(make_trainer, *args, **settings):
     """`balance_every` of the fixture's settings has no effect here, and 1 is its default."""
     return make_trainer(*args, **RUN | settings)
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory):
+    """Where the uninterrupted run is, which tests look at and do not change."""
+    return tmp_path_factory.mktemp("kept")
+
+
+@pytest.fixture
+def whole(make_trainer, kept):
+    """The folder of an uninterrupted run."""
+    if not (kept / "whole").exists():
+        build(make_trainer, kept / "whole", **LONG).train()
+    return kept / "whole"
 
 
 def logged(trainer, key):
@@ -70,20 +89,18 @@ def test_each_prompt_gets_its_base_images_once_and_they_do_not_depend_on_when(ma
     assert not logged(first, "balance/alpha/brightness")
 
 
-@pytest.mark.parametrize("step", [3, 12, *(pytest.param(step, marks=pytest.mark.slow) for step in (1, 4, 5))])
-def test_a_resumed_run_ends_as_the_uninterrupted_one(make_trainer, step):
-    whole = build(make_trainer, "whole", **LONG)
-    whole.train()
+@pytest.mark.parametrize("step", [3, *(pytest.param(step, marks=pytest.mark.slow) for step in (1, 4, 5, 12))])
+def test_a_resumed_run_ends_as_the_uninterrupted_one(make_trainer, whole, step):
     resumed = build(make_trainer, "resumed", **LONG)
-    resumed.train(resume_from_checkpoint=f"{whole.args.output_dir}/checkpoint-{step}")
-    last = [Path(trainer.args.output_dir) / "checkpoint-14" / STATE for trainer in (whole, resumed)]
-    assert last[0].read_bytes() == last[1].read_bytes()
-    saved = load_file(last[0])
+    resumed.train(resume_from_checkpoint=str(whole / f"checkpoint-{step}"))
+    last = whole / "checkpoint-14" / STATE
+    assert (Path(resumed.args.output_dir) / "checkpoint-14" / STATE).read_bytes() == last.read_bytes()
+    saved = load_file(last)
     assert len(saved["progress/prompts"]) == 6 and saved["progress/gain_weight"][0] == pytest.approx(1 - 0.9**4)
 
 
 @pytest.mark.parametrize("step", [4, pytest.param(5, marks=pytest.mark.slow)])
-def test_a_batch_that_no_step_has_used_is_not_counted_twice(make_trainer, step):
+def test_a_batch_that_no_step_has_used_is_not_counted_twice(make_trainer, whole, step):
     """Step 4 ends with an error after the second generation batch was sampled; resumed, that one is sampled again."""
 
     class Interrupts(TrainerCallback):
@@ -91,19 +108,17 @@ def test_a_batch_that_no_step_has_used_is_not_counted_twice(make_trainer, step):
             if state.global_step == step:
                 raise KeyboardInterrupt
 
-    whole = build(make_trainer, "whole", **LONG | {"max_steps": 8})
-    whole.train()
-    broken = build(make_trainer, "broken", callbacks=[Interrupts()], **LONG | {"save_strategy": "no", "max_steps": 8})
+    broken = build(make_trainer, "broken", callbacks=[Interrupts()], **LONG | {"save_strategy": "no"})
     with pytest.raises(KeyboardInterrupt):
         broken.train()
     folder = Path(broken.args.output_dir)
     assert [path.name for path in folder.glob("checkpoint-*")] == [f"checkpoint-{step}"]
-    saved, expected = (folder / f"checkpoint-{step}", Path(whole.args.output_dir) / f"checkpoint-{step}")
-    assert (saved / STATE).read_bytes() == (expected / STATE).read_bytes()
+    name = f"checkpoint-{step}/{STATE}"
+    assert (folder / name).read_bytes() == (whole / name).read_bytes()
     repaired = build(make_trainer, "broken", **LONG | {"max_steps": 8})
     repaired.train(resume_from_checkpoint=True)
-    last = [Path(trainer.args.output_dir) / "checkpoint-8" / STATE for trainer in (whole, repaired)]
-    assert last[0].read_bytes() == last[1].read_bytes()
+    name = f"checkpoint-8/{STATE}"
+    assert (folder / name).read_bytes() == (whole / name).read_bytes()
 
 
 def test_a_run_may_change_to_weights_by_progress_and_back(make_trainer):
@@ -187,3 +202,36 @@ def test_one_value_for_each_reward(make_trainer):
     for setting in ("reward_targets", "reward_bounds"):
         with pytest.raises(ValueError, match=f"`{setting}` has 2 values .* for 3 rewards .*or `None`"):
             build(make_trainer, **{setting: [None, 0.9]})
+
+
+def luck(images, **kwargs):
+    """A reward that no training can raise: it depends on every pixel, and on nothing that can be learned."""
+    digests = [hashlib.sha256(image.tobytes()).digest() for image in images]
+    return [int.from_bytes(digest[:4], "big") / 2**32 for digest in digests]
+
+
+@pytest.mark.slow
+def test_a_reward_that_lags_behind_gets_the_weight(tmp_path):
+    args = MarbleConfig(
+        str(tmp_path),
+        multi_objective_aggregation="progress",
+        num_generations=8,
+        per_device_train_batch_size=96,
+        gradient_accumulation_steps=1,
+        rollout_batch_size=96,
+        num_inference_steps=5,
+        timestep_fraction=0.4,
+        learning_rate=2e-3,
+        beta=0.0,
+        old_policy_preset=0,
+        max_steps=8,
+        save_strategy="no",
+        log_images=False,
+        disable_tqdm=True,
+        use_cpu=True,
+    )
+    trainer = MarbleNFTTrainer(load_pipeline(), [coverage, luck], args, load_prompts("train"))
+    trainer.train()
+    last = trainer.state.log_history[-2]
+    assert last["progress/coverage"] > 0.1 + last["progress/luck"]
+    assert last["progress/weight/luck"] > 0.6
