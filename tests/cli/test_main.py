@@ -106,6 +106,7 @@ def test_version_and_bare_command(capsys):
         (["compare", "x=cfg=1", "cfg=1"], "`x=cfg=1` has no finished evaluation"),
         (["compare", "checkpoint", "empty"], "'checkpoint' is a training run and 'empty' is not"),
         (["compare", "checkpoint", "b=checkpoint"], "'checkpoint' has no gains: its log has no evaluation before"),
+        (["compare", "empty", "b=empty", "--at_kl", "0.1", "-1"], "`--at_kl` is -1; a KL is a finite number"),
         (["compare", "empty", "b=empty", "--at_kl", "0.1"], "`--at_kl` needs training runs"),
         (["push", "empty", "me/x"], "has no adapter"),
         (["push", "empty", "me/x", "me/y"], "unexpected 'me/y'"),

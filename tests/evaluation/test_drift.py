@@ -52,6 +52,19 @@ def test_it_is_the_distance_of_velocities_with_and_without_the_adapter(pipeline,
     assert (mean, error) == (pytest.approx(rows.mean()), pytest.approx(rows.std() / 2))
 
 
+def test_it_costs_two_passes_for_each_image(pipeline, tmp_path, tiny_sd3):
+    adapter = str(random_adapter(tiny_sd3(t5=False, num_layers=1), tmp_path / "adapter").parent)
+    sizes: list[int] = []
+    pipeline.transformer.register_forward_pre_hook(
+        lambda module, args, kwargs: sizes.append(len(kwargs["hidden_states"])), with_kwargs=True
+    )
+    evaluate(pipeline, tmp_path / "base")
+    assert sum(sizes) == 12 * 2  # solver steps
+    sizes.clear()
+    evaluate(pipeline, tmp_path / "ours", adapter=adapter)
+    assert sum(sizes) == 12 * (2 + 2)
+
+
 def test_times_are_spread_over_the_grid_within_a_prompt_and_over_prompts():
     plan = EvaluationPlan(Dataset.from_dict({"prompt": ["a"] * 60}), False, 4, 0, 8)
     places = np.array([plan.time_place(index) for index in range(240)]).reshape(60, 4)

@@ -111,7 +111,7 @@ def test_the_error_of_the_mean_gain_knows_that_rewards_go_together():
 
 def test_rewards_without_a_scale_or_an_image_are_not_measured():
     groups = np.array([0, 0, 1, 1])
-    before = {"a": np.array([0.0, 1, 0, 1]), "constant": np.ones(4), "none": np.full(4, NAN)}
+    before = {"a": np.array([0.0, 1, 0, 1]), "constant": np.full(4, 0.1), "none": np.full(4, NAN)}
     after = {name: values + 1 for name, values in before.items()}
     gains, worst, mean = gains_in_deviations(before, after, groups)
     assert gains["a"][0] == 2 and worst[0] == mean[0] == 2

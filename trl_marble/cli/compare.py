@@ -1,6 +1,7 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
 """`trl-marble compare`: what changed between evaluations of the same images, and gains of runs against KL."""
 
+import math
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,8 @@ def register(subparsers: Any, whole: bool = False) -> None:
 
 
 def run(args: Namespace) -> int:
+    if bad := [kl for kl in args.at_kl if not 0 <= kl < math.inf]:
+        raise UsageError(f"`--at_kl` is {bad[0]:g}; a KL is a finite number, 0 or greater")
     folders = named_folders(args.evaluations)
     runs = [name for name, folder in folders.items() if is_run(folder)]
     if runs and len(runs) < len(folders):

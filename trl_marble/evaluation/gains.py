@@ -85,7 +85,8 @@ def gains_in_deviations(
     scaled = {}
     for name, values in before.items():
         valid = values[~np.isnan(values)]
-        deviation = valid.std() if len(valid) else 0.0
+        # By the range: the deviation of equal numbers may be that of a rounding.
+        deviation = valid.std() if len(valid) and np.ptp(valid) > 0 else 0.0
         difference = np.asarray(after[name], dtype=float) - values
         scaled[name] = difference / deviation if deviation > 0 else np.full(len(values), math.nan)
     gains = {name: clustered_mean(values, groups) for name, values in scaled.items()}
