@@ -24,7 +24,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from evidence.long_report import write_long_report
-from evidence.methods import BASE, LONG_MAIN, LONG_TUNING, find_method
+from evidence.methods import BASE, LONG_MAIN, LONG_TUNING, long_method
 from evidence.runs import LONG, LONG_RATE, MAIN, QUICK_LONG, SEEDS, TUNING, TUNING_SEED, Run, base_run
 from evidence.workers import execute_all
 from rich.console import Console
@@ -51,7 +51,7 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     args.scale = QUICK_LONG if args.quick else LONG
     for entry in args.entries or ():
         try:
-            find_method(entry)
+            long_method(entry)
         except (KeyError, ValueError):
             parser.error(f"{entry!r} is no entry; write `<method>@<strength>`, such as {LONG_MAIN[0]}")
     return args
