@@ -59,7 +59,7 @@ def plain(made, temperature=0.15, ema=0.9):
         values = [r for _, r in own]
         mean = sum(values) / len(values)
         scale = math.sqrt(sum((r - mean) ** 2 for r in values) / len(values))
-        total = weight = 0.0
+        total = 0.0  # the policy begins as the base
         for ids, rewards in made:
             gains = []
             for prompt in set(ids.tolist()):
@@ -70,8 +70,7 @@ def plain(made, temperature=0.15, ema=0.9):
                     gains.append(sum(now) / len(now) - sum(of_base) / len(of_base))
             if gains:
                 total = ema * total + (1 - ema) * sum(gains) / len(gains)
-                weight = ema * weight + (1 - ema)
-        progress.append(total / weight / scale)
+        progress.append(total / scale)
         scales.append(scale)
     exponentials = [math.exp(-p / temperature) for p in progress]
     return progress, scales, [e / sum(exponentials) for e in exponentials]
@@ -95,7 +94,7 @@ def test_the_one_that_lags_weighs_most_and_temperature_says_how_much():
     base = torch.tensor([[0.0, 1.0, 0.0, 1.0]]).repeat(3, 1)
     now = torch.tensor([[0.8], [0.5], [0.65]]).repeat(1, 4)
     for temperature in (0.15, 1.0, 100.0):
-        progress = ProgressWeights(NAMES, temperature)
+        progress = ProgressWeights(NAMES, temperature, ema=0.0)
         progress.add_base(prompts, base)
         progress.observe(prompts, now)
         assert progress.progress.tolist() == pytest.approx([0.6, 0.0, 0.3], abs=1e-6)
@@ -195,9 +194,20 @@ def test_a_reward_at_its_target_weighs_nothing_until_it_falls_below():
     assert advantages.tolist() == [[0, 0]]
 
 
+def test_the_average_starts_at_the_base():
+    """The first images are the base model's own, so what differs is noise."""
+    prompts = torch.zeros(2, dtype=torch.int64)
+    progress = ProgressWeights(NAMES, ema=0.9)
+    progress.add_base(prompts, torch.tensor([[0.0, 1.0]]).repeat(3, 1))
+    assert progress.progress.isnan().all()
+    for expected in (0.1, 0.19):
+        progress.observe(prompts, torch.tensor([[1.0, 1.0]]).repeat(3, 1))
+        assert progress.progress.tolist() == pytest.approx([expected] * 3)
+
+
 def test_with_bounds_the_progress_is_the_share_of_the_way():
     prompts = torch.zeros(2, dtype=torch.int64)
-    progress = ProgressWeights(NAMES, bounds=[1.0, None, 4.5])
+    progress = ProgressWeights(NAMES, ema=0.0, bounds=[1.0, None, 4.5])
     progress.add_base(prompts, torch.tensor([[0.4, 0.6], [0.0, 1.0], [0.0, 1.0]]))
     progress.observe(prompts, torch.tensor([[0.75, 0.75], [0.75, 0.75], [2.5, 2.5]]))
     assert progress.scales.tolist() == pytest.approx([0.5, 0.5, 4.0])

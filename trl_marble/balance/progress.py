@@ -36,7 +36,8 @@ class ProgressWeights:
         temperature (`float`, *optional*, defaults to `0.15`):
             In units of the progress, above 0.
         ema (`float`, *optional*, defaults to `0.9`):
-            Decay in `[0, 1)` of the moving average over generation batches. It is corrected for its start.
+            Decay in `[0, 1)` of the moving average over generation batches. It starts at 0: the
+            first images are the base model's.
         targets (`Sequence[float | None]`, *optional*):
             One per reward, in the reward's own unit. `None`: the reward always counts.
         bounds (`Sequence[float | None]`, *optional*):
@@ -50,7 +51,7 @@ class ProgressWeights:
     ```python
     >>> import torch
     >>> from trl_marble.balance import ProgressWeights
-    >>> progress = ProgressWeights(["easy", "hard"])
+    >>> progress = ProgressWeights(["easy", "hard"], ema=0.0)
     >>> prompts = torch.tensor([7, 7])
     >>> progress.add_base(prompts, torch.tensor([[0.0, 1.0], [0.0, 10.0]]))
     >>> progress.observe(prompts, torch.tensor([[0.6, 0.6], [5.0, 5.0]]))
@@ -199,7 +200,7 @@ class ProgressWeights:
         self._state = state._replace(
             seen=_add(state.seen, values),
             gain=decay * state.gain + (1 - decay) * gain.nan_to_num(),
-            gain_weight=decay * state.gain_weight + (1 - decay),
+            measured=state.measured | found,
         )
 
     def commit(self) -> None:
@@ -239,7 +240,7 @@ class ProgressWeights:
     def _gains(self) -> Tensor:
         """The moving averages, NaN before the first value."""
         state = self._state
-        return torch.where(state.gain_weight > 0, state.gain / state.gain_weight, torch.nan)
+        return torch.where(state.measured, state.gain, torch.nan)
 
     def _checked(self, prompts: Tensor, rewards: Tensor) -> Tensor:
         if prompts.dtype != torch.int64 or rewards.shape != (len(self.names), *prompts.shape) or prompts.ndim != 1:
@@ -260,15 +261,17 @@ class _State(NamedTuple):
     means: Tensor  # [N, K], their mean rewards, NaN where none applies
     base: Tensor  # moments [4, K] of the base model's images
     seen: Tensor  # moments [4, K] of all images
-    gain: Tensor  # [K], moving sum
-    gain_weight: Tensor  # [K], of its terms
+    gain: Tensor  # [K], moving average
+    measured: Tensor  # [K], bool: whether it has any value yet
 
     @classmethod
     def empty(cls, num_rewards: int) -> "_State":
         moments = torch.zeros(4, num_rewards, dtype=torch.float64)
-        zeros = torch.zeros(num_rewards, dtype=torch.float64)
+        gain = torch.zeros(num_rewards, dtype=torch.float64)
         none = torch.empty(0, num_rewards, dtype=torch.float64)
-        return cls(torch.empty(0, dtype=torch.int64), none, moments, moments, zeros, zeros)
+        return cls(
+            torch.empty(0, dtype=torch.int64), none, moments, moments, gain, torch.zeros(num_rewards, dtype=torch.bool)
+        )
 
 
 def _optional_values(what: str, values: Sequence[float | None] | None, number: int) -> Tensor:
