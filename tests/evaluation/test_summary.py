@@ -61,8 +61,11 @@ def test_noisy_cosines_are_averaged_with_their_errors():
     summary = summarize_balance(measured)
     assert summary.heldout_cos == pytest.approx({"a": 0.1, "b": None})
     assert summary.heldout_cos_se == pytest.approx({"a": 0.2 / math.sqrt(3), "b": None})
-    assert (summary.cos["a"], summary.signal["a"]) == pytest.approx((0.4, 0.2))
+    assert summary.cos["a"] == pytest.approx(0.4)
     assert summary.weighted_sum_heldout_cos["a"] == pytest.approx(-0.1)
+    assert summary.signal == {}  # without norms there are no squared norms to divide by
+    rows = [row | {"balance/grad_norm/a": norm} for row, norm in zip(measured, (1, 2, 1, 3), strict=True)]
+    assert summarize_balance(rows).signal == pytest.approx({"a": (-0.2 + 0.2 + 9 * 0.6) / 11, "b": None})
     assert mean_with_error(measured, "balance/heldout_cos/a", last=2) == pytest.approx((0.2, 0.1))
     assert mean_with_error(measured, "balance/heldout_cos/a", last=1) == pytest.approx((0.3, math.nan), nan_ok=True)
     assert all(math.isnan(value) for value in mean_with_error(measured, "balance/heldout_cos/b"))

@@ -56,7 +56,9 @@ def signal_shares(gram: Tensor, first_share: Tensor, active: Tensor) -> Tensor:
 
     The halves' gradients `a_k` and `b_k`, which sum up to the step's `g_k`, have the expected values `f s_k` and
     `(1 - f) s_k` and independent noise. So `<a_k, b_k> / (f (1 - f))` is an unbiased estimate of `|s_k|^2`, where
-    `|g_k|^2` is too large by the noise. It may be negative, and must be averaged over steps as it is.
+    `|g_k|^2` is too large by the noise. It may be negative. `|g_k|^2` contains `2 <a_k, b_k>`, so it is small where
+    the estimate is, and a mean of several steps' shares is a little too low; the sum of their `share * |g_k|^2`
+    divided by the sum of their `|g_k|^2` is not.
 
     Args:
         gram (`torch.Tensor` of shape `(2K, 2K)`):
@@ -67,8 +69,8 @@ def signal_shares(gram: Tensor, first_share: Tensor, active: Tensor) -> Tensor:
             The rewards that have a signal in both halves.
 
     Returns:
-        `torch.Tensor` of shape `(K,)`, float64 on the CPU, with a mean of at most 1 (single values may be larger). NaN
-        for a reward that is not active or has a zero gradient in a half.
+        `torch.Tensor` of shape `(K,)`, float64 on the CPU. NaN for a reward that is not active or has a zero gradient
+        in a half.
 
     Raises:
         `ValueError`: if shapes do not agree.

@@ -47,7 +47,7 @@ class BalanceSummary:
         weighted_sum_heldout_cos (`dict[str, float | None]`, *optional*):
             Like `heldout_cos`, for the weighted sum.
         signal (`dict[str, float | None]`, *optional*):
-            Reward name -> mean share of the squared norm of the reward's gradient that is signal, see
+            Reward name -> share of the squared norm of the reward's gradient that is signal, summed over the run, see
             [`~trl_marble.balance.signal_shares`].
     """
 
@@ -73,7 +73,8 @@ def summarize_balance(history: Sequence[Mapping[str, Any]]) -> BalanceSummary | 
     Args:
         history (`Sequence[Mapping[str, Any]]`):
             `trainer.state.log_history`. Used are `balance/alpha/<reward>`, `balance/cos/<reward>`,
-            `balance/heldout_cos/<reward>`, `balance/signal/<reward>`, `balance/cos_min`, `balance/conflict`,
+            `balance/heldout_cos/<reward>`, `balance/signal/<reward>` with `balance/grad_norm/<reward>`,
+            `balance/cos_min`, `balance/conflict`,
             and of `balance/weighted_sum` the last two and `heldout_cos/<reward>`. Rows without them, such as those of
             evaluations, are ignored.
 
@@ -104,7 +105,7 @@ def summarize_balance(history: Sequence[Mapping[str, Any]]) -> BalanceSummary | 
         heldout_cos=_measured(held_out, 0),
         heldout_cos_se=_measured(held_out, 1),
         weighted_sum_heldout_cos=_measured(average("weighted_sum/heldout_cos"), 0),
-        signal=_measured(average("signal"), 0),
+        signal=_measured({name: (_signal_share(history, name), math.nan) for name in alpha}, 0),
     )
 
 
@@ -132,6 +133,18 @@ def mean_with_error(history: Sequence[Mapping[str, Any]], key: str, last: int | 
     if len(values) == 1:
         return mean, math.nan
     return mean, math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1) / len(values))
+
+
+def _signal_share(history: Sequence[Mapping[str, Any]], name: str) -> float:
+    """
+    The signal of all steps divided by the squared norms of all steps. (A mean of the steps' shares would be too low: a
+    step's squared norm is small where its estimate of the signal is.)
+    """
+    keys = f"balance/signal/{name}", f"balance/grad_norm/{name}"
+    pairs = [tuple(row.get(key, math.nan) for key in keys) for row in history]
+    known = [(share, norm**2) for share, norm in pairs if math.isfinite(share) and math.isfinite(norm)]
+    total = math.fsum(squared for _, squared in known)
+    return math.fsum(share * squared for share, squared in known) / total if total > 0 else math.nan
 
 
 def _measured(figures: Mapping[str, tuple[float, float]], place: int) -> dict[str, float | None]:
