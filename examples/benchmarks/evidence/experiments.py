@@ -11,8 +11,16 @@ import torch
 from torch import Tensor
 
 from trl_marble import MarbleNFTTrainer
-from trl_marble.balance import GradientRows, Harmonization, balance_diagnostics, gram_matrix, mgda_weights
+from trl_marble.balance import (
+    GradientRows,
+    Harmonization,
+    ProgressWeights,
+    balance_diagnostics,
+    gram_matrix,
+    mgda_weights,
+)
 from trl_marble.losses import StepCounts
+from trl_marble.rollout import BaseImageSettings, ProgressMeter
 from trl_marble.update import BalanceSettings, StepGradient
 
 
@@ -196,6 +204,34 @@ class OptimizersMetric(_OtherGram):
         return self._alpha.to(gram)
 
 
+class ProgressTimesMarble(_Experiment):
+    """MARBLE's alpha times the weights by progress: a direction between all gradients that leans to what lags."""
+
+    def __init__(self, trainer: MarbleNFTTrainer) -> None:
+        super().__init__(trainer)
+        self._solves_at_every_step()
+        args = trainer.args
+        self.progress = ProgressWeights(self.balance.names)
+        trainer.rollouts.progress_meter = ProgressMeter(
+            self.progress,
+            trainer.sampler,
+            trainer.scorer,
+            trainer.train_dataset,
+            BaseImageSettings(args.seed, args.progress_base_images, args.rollout_batch_size, trainer.edits),
+            trainer.accelerator,
+            trainer.metrics,
+        )
+        trainer.run_state.components["progress"] = self.progress
+
+    def _solve(self, gram: Tensor, active: Tensor, weighting: Callable[[Tensor], Tensor]) -> Harmonization:
+        solution = super()._solve(gram, active, weighting)
+        factors = self.progress.weights.to(solution.alpha)
+        total = (solution.alpha * factors).sum()
+        if total == 0:  # all that MARBLE weighs has reached its target
+            return solution
+        return solution._replace(alpha=solution.alpha * factors / total, weights=solution.weights * factors / total)
+
+
 def nearest_positive(matrix: Tensor) -> Tensor:
     """
     The nearest positive semidefinite matrix to a symmetric one: negative eigenvalues become 0. Estimated inner
@@ -214,4 +250,5 @@ EXPERIMENTS: Mapping[str, Callable[[MarbleNFTTrainer], StepGradient]] = {
     "raw_gram": RawGram,
     "cross_gram": CrossGram,
     "optimizers_metric": OptimizersMetric,
+    "progress_times_marble": ProgressTimesMarble,
 }

@@ -185,6 +185,7 @@ LONG_BASES: dict[str, Method] = {
     "equal": METHODS["equal"],
     "marble": METHODS["marble"],
     "progress": Method("weights by progress", settings={"multi_objective_aggregation": "progress"}),
+    "marble_progress": Method("MARBLE times progress", experiment="progress_times_marble"),
     # As a user has it who has not tuned the scale of one reward.
     **{
         f"weighted_sum_x{factor}": Method(
