@@ -116,7 +116,16 @@ def test_tables_have_every_entry_and_fractions_of_what_a_reward_reaches_alone():
     cosines = long_report.cosine_table({"marble@0.1": results["marble@0.1"]})
     assert "0.40 / 0.200 ± 0.058" in cosines  # four values of .1 and .3 over two seeds
     assert "–" in cosines  # `reader` was not measured
-    assert "KL 0.05" in long_report.equal_kl_table(results)
+    assert "KL 0.06" in long_report.equal_kl_table(results)
+
+
+def test_ends_at_equal_kl_lie_between_the_strengths_of_a_method():
+    weak = [BASE, point(20, 0.10, 0.5, 0.5, 0.5, 0.5, 0.1)]
+    strong = [BASE, point(20, 0.02, 0.3, 0.3, 0.3, 0.3, 0.3)]
+    results = {entry: result(entry, [curve]) for entry, curve in (("marble@0.05", weak), ("marble@0.1", strong))}
+    table = long_report.between_strengths_table(results | {"gdpo@0.2": result("gdpo@0.2", [weak])})
+    assert table.count("\n") == 3  # GDPO has one strength
+    assert "| MARBLE, N = 1 | 1 |" in table and "0.20 ± – / 0.36 ± –" in table  # half way, at 0.06
 
 
 # ---- Ways to limit the drift ----

@@ -10,18 +10,26 @@ from typing import Any
 
 import numpy as np
 
-from trl_marble.evaluation import GainPoint, gains_at_kl, gains_in_deviations, joint_gain, plot_gains, run_gains
+from trl_marble.evaluation import (
+    GainPoint,
+    gains_at_kl,
+    gains_in_deviations,
+    interpolate_at_kl,
+    joint_gain,
+    plot_gains,
+    run_gains,
+)
 from trl_marble.evaluation.records import write_atomically
 
 from .long_pictures import plot_steps
-from .methods import REWARDS, SPECIALISTS, find_method
+from .methods import LONG_BASES, REWARDS, SPECIALISTS, find_method
 from .runs import MAIN, TUNING, Run, Scale, base_run, load_report, load_scores
 from .statistics import Estimate, mean_over_seeds
 from .tables import ABSENT, estimate_text, table
 
 
 # KLs at which methods are compared: those that most runs pass.
-EQUAL_KL = (0.03, 0.05, 0.08)
+EQUAL_KL = (0.04, 0.06, 0.08)
 
 
 @dataclass(frozen=True)
@@ -175,6 +183,9 @@ def write_long_report(runs: Sequence[Run], scale: Scale, output_dir: Path) -> Pa
         parts.append(f"## {phase.capitalize()}: seeds {', '.join(map(str, seeds))}\n")
         parts += ["### At the end\n", _ENDS, end_table(results)]
         parts += ["### At equal KL\n", _EQUAL, equal_kl_table(results)]
+        between = between_strengths_table(results)
+        if between:
+            parts += ["### At equal KL and equal steps\n", _BETWEEN, between]
         cosines = cosine_table(results)
         if cosines:
             parts += ["### Cosines\n", _COSINES, cosines]
@@ -200,6 +211,10 @@ _ENDS = (
 _EQUAL = (
     "Worst / mean gain where a run's policy was at this KL, between two of its evaluations (8 images a prompt). "
     f"{ABSENT}: not all seeds came there.\n"
+)
+_BETWEEN = (
+    "Worst / mean gain at the end of the runs, interpolated linearly in KL between the two strengths of a method that "
+    f"this KL lies between, seed by seed. {ABSENT}: it lies outside.\n"
 )
 _COSINES = (
     "Mean over steps of the cosine between the update and each reward's gradient: on the prompts that the update was "
@@ -268,6 +283,39 @@ def equal_kl_table(results: Mapping[str, LongResult]) -> str:
             )
         rows.append([result.label, *cells])
     return table(["", *(f"KL {kl:g}" for kl in EQUAL_KL)], rows)
+
+
+def between_strengths_table(results: Mapping[str, LongResult]) -> str:
+    """Where the methods end at equal KL: the same steps, and the strength with which they would end there."""
+    methods: dict[str, list[LongResult]] = {}
+    for result in results.values():
+        methods.setdefault(result.entry.partition("@")[0], []).append(result)
+    rows = []
+    for method, own in methods.items():
+        seeds = sorted(set.intersection(*(set(result.seeds) for result in own)))
+        if len(own) < 2 or not seeds:
+            continue
+        cells = []
+        for kl in EQUAL_KL:
+            pairs = [_ends_at_kl(own, seed, kl) for seed in seeds]
+            found = [pair for pair in pairs if pair is not None]
+            whole = len(found) == len(seeds)
+            estimates = [mean_over_seeds(np.array(values)) for values in zip(*found, strict=True)] if whole else []
+            cells.append(" / ".join(estimate_text(each, digits=2) for each in estimates) or ABSENT)
+        rows.append([LONG_BASES[method].label, ", ".join(map(str, seeds)), *cells])
+    return table(["", "seeds", *(f"KL {kl:g}" for kl in EQUAL_KL)], rows) if rows else ""
+
+
+def _ends_at_kl(results: Sequence[LongResult], seed: int, kl: float) -> tuple[float, float] | None:
+    """Worst and mean gain of one seed, between the strengths whose ends are nearest to the KL."""
+    ends = sorted((own.ends[own.seeds.index(seed)] for own in results), key=lambda point: point.kl[0])
+    kls = [point.kl[0] for point in ends]
+    values = (
+        interpolate_at_kl(kls, [value(point) for point in ends], kl)
+        for value in (lambda point: point.worst[0], lambda point: point.mean[0])
+    )
+    worst, mean = values
+    return None if worst is None or mean is None else (worst, mean)
 
 
 def cosine_table(results: Mapping[str, LongResult]) -> str:

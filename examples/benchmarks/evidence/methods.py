@@ -218,12 +218,19 @@ def long_method(name: str) -> Method:
     return replace(method, label=f"{method.label}, {kind or 'beta'} {value:g}", settings=settings, drift=drift)
 
 
-# What is compared at several strengths, then every method without a limit, and what each reward reaches alone.
-LONG_COMPARED = ("weighted_sum", "progress", "marble", "gdpo", "equal")
+# Two strengths for each method, between whose ends lies a KL of about 0.06: at equal `beta` methods drift differently
+# far.
+LONG_STRENGTHS = {
+    "weighted_sum": ("0.1", "0.2"),
+    "progress": ("0.05", "0.1"),
+    "marble": ("0.05", "0.1"),
+    "gdpo": ("0.2", "0.4"),
+    "equal": ("0.1", "0.2"),
+}
 LONG_MAIN = (
-    *(f"{method}@{beta}" for beta in ("0.1", "0.2") for method in LONG_COMPARED),
+    *(f"{method}@{beta}" for method, strengths in LONG_STRENGTHS.items() for beta in strengths),
     *(f"{method}@0.1" for method in LONG_BASES if method.startswith("weighted_sum_x")),
-    *(f"{method}@0" for method in LONG_COMPARED[:4]),
+    *(f"{method}@0" for method in LONG_STRENGTHS if method != "equal"),
     *(f"{method}@0.1" for method in SPECIALISTS.values()),
 )
 LONG_TUNING = (
