@@ -15,13 +15,15 @@ AUDIT := build/audit
 
 # The comparison of methods, from nothing; an interrupted one goes on where it was.
 EVIDENCE := runs/compare
+LONG := runs/long
 
-.PHONY: demo evidence ablations test slow fuzz audit docs lint clean help
+.PHONY: demo evidence ablations long test slow fuzz audit docs lint clean help
 
 help:
 	@echo "make demo   train ShapeWorld against five rewards; results in runs/demo/"
 	@echo "make evidence  compare methods on ShapeWorld, 4.1 hours on two cores; tables and pictures in $(EVIDENCE)/report/"
 	@echo "make ablations  the same, and what else was tried: 4.2 hours more"
+	@echo "make long   runs of 150 steps at several strengths of the KL: about 20 hours on two cores; results in $(LONG)/report/"
 	@echo "make test   lint rules and the tests"
 	@echo "make slow   the tests that are left out of 'make test' because they take long"
 	@echo "make fuzz   many more examples for the tests that feed the parsers with anybody's bytes"
@@ -41,6 +43,9 @@ ablations: evidence
 	$(BIN)/python -m pip install --disable-pip-version-check "torchjd[cagrad,nash_mtl]" qpsolvers \
 		-c constraints.txt -c examples/benchmarks/ablations_constraints.txt
 	$(BIN)/python examples/benchmarks/compare.py --stages ablations report --output_dir $(EVIDENCE)
+
+long: $(INSTALLED)
+	$(BIN)/python examples/benchmarks/long_runs.py --output_dir $(LONG)
 
 test: $(INSTALLED)
 	$(BIN)/ruff check
