@@ -23,7 +23,7 @@ help:
 	@echo "make demo   train ShapeWorld against five rewards; results in runs/demo/"
 	@echo "make evidence  compare methods on ShapeWorld, 4.1 hours on two cores; tables and pictures in $(EVIDENCE)/report/"
 	@echo "make ablations  the same, and what else was tried: 4.2 hours more"
-	@echo "make long   runs of 150 steps at several strengths of the KL: about 20 hours on two cores; results in $(LONG)/report/"
+	@echo "make long   runs of 150 steps at several strengths of the KL: about 8 hours on two cores; results in $(LONG)/report/"
 	@echo "make test   lint rules and the tests"
 	@echo "make slow   the tests that are left out of 'make test' because they take long"
 	@echo "make fuzz   many more examples for the tests that feed the parsers with anybody's bytes"

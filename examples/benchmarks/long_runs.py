@@ -11,7 +11,8 @@ python examples/benchmarks/long_runs.py
 
 An entry is a method and how its drift is limited, `<method>@<strength>`: `marble@0.1` is MARBLE with `beta=0.1`. The
 stage `tune` tries ways to limit the drift with a separate seed, and scores them on prompts of the train split. `main`
-trains the methods with three seeds and scores them on held-out prompts, every 10 steps and at the end. `report` writes
+trains the methods with three seeds (what else is compared with one) and scores them on held-out
+prompts, every 10 steps and at the end. `report` writes
 tables and pictures of what is finished to `OUTPUT_DIR/report`.
 
 Every run has its own folder and is a process with one thread; as many run at once as there are cores. A run takes
@@ -24,7 +25,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from evidence.long_report import write_long_report
-from evidence.methods import BASE, LONG_MAIN, LONG_TUNING, long_method
+from evidence.methods import BASE, LONG_MAIN, LONG_ONCE, LONG_TUNING, long_method
 from evidence.runs import LONG, LONG_RATE, MAIN, QUICK_LONG, SEEDS, TUNING, TUNING_SEED, Run, base_run
 from evidence.workers import execute_all
 from rich.console import Console
@@ -64,6 +65,8 @@ def planned_runs(args: argparse.Namespace) -> dict[str, list[Run]]:
     tuning = [Run(TUNING, entry, LONG_RATE, TUNING_SEED, args.scale) for entry in tuned]
     # All methods with one seed first: what is finished can be looked at on the way.
     trained = [Run(MAIN, entry, LONG_RATE, seed, args.scale) for seed in args.seeds for entry in main]
+    if not args.entries and not args.quick:
+        trained += [Run(MAIN, entry, LONG_RATE, args.seeds[0], args.scale) for entry in LONG_ONCE]
     return {
         "tune": [base_run(TUNING, args.scale), *tuning],
         "main": [base_run(MAIN, args.scale), *trained],

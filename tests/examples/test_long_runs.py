@@ -47,7 +47,7 @@ def test_what_is_no_entry_is_said_before_anything_is_run(entry, capsys):
 
 
 def test_every_entry_has_its_settings():
-    for entry in (*methods.LONG_MAIN, *methods.LONG_TUNING):
+    for entry in (*methods.LONG_MAIN, *methods.LONG_ONCE, *methods.LONG_TUNING):
         plan = Run(MAIN, entry, 1.2e-3, 1, LONG).plan()
         assert plan["settings"]["num_inference_steps"] == 5 and plan["scale"]["steps"] == 150
         json.dumps(plan)

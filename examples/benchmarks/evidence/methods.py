@@ -227,8 +227,9 @@ LONG_STRENGTHS = {
     "gdpo": ("0.2", "0.4"),
     "equal": ("0.1", "0.2"),
 }
-LONG_MAIN = (
-    *(f"{method}@{beta}" for method, strengths in LONG_STRENGTHS.items() for beta in strengths),
+LONG_MAIN = tuple(f"{method}@{beta}" for method, strengths in LONG_STRENGTHS.items() for beta in strengths)
+# With the first seed only: a reward's scale that is off, no limit at all, and what each reward reaches alone.
+LONG_ONCE = (
     *(f"{method}@0.1" for method in LONG_BASES if method.startswith("weighted_sum_x")),
     *(f"{method}@0" for method in LONG_STRENGTHS if method != "equal"),
     *(f"{method}@0.1" for method in SPECIALISTS.values()),
