@@ -4,7 +4,7 @@
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ class GainPoint:
             images. NaN for a reward that applies to no image, or is the same for all of the baseline's images.
         worst (`tuple[float, float]`):
             The smallest gain. A minimum of noisy numbers is a little too low, the more so the more rewards there are.
+            This and the following are of the rewards that are trained on, where others are held out.
         mean (`tuple[float, float]`):
             The mean over the rewards' gains.
         joint_gain (`tuple[float, float]`):
@@ -65,7 +66,10 @@ class GainPoint:
 
 
 def gains_in_deviations(
-    before: Mapping[str, np.ndarray], after: Mapping[str, np.ndarray], groups: np.ndarray
+    before: Mapping[str, np.ndarray],
+    after: Mapping[str, np.ndarray],
+    groups: np.ndarray,
+    held_out: Collection[str] = (),
 ) -> tuple[dict[str, Measured], Measured, Measured]:
     """
     Gains of rewards in standard deviations of the baseline's images, with which rewards of any scale can be compared.
@@ -77,6 +81,8 @@ def gains_in_deviations(
             The same for other images of the same prompts and seeds.
         groups (`np.ndarray` of shape `[N]`, integers):
             The prompt of each pair.
+        held_out (`Collection[str]`, *optional*, defaults to `()`):
+            Rewards that have a gain and do not count in what is said of all rewards together.
 
     Returns:
         `tuple`: the gains by reward, the worst and the mean gain, see [`GainPoint`]. The standard deviation counts as
@@ -90,14 +96,18 @@ def gains_in_deviations(
         difference = np.asarray(after[name], dtype=float) - values
         scaled[name] = difference / deviation if deviation > 0 else np.full(len(values), math.nan)
     gains = {name: clustered_mean(values, groups) for name, values in scaled.items()}
-    measured = [scaled[name] for name, (gain, _) in gains.items() if not math.isnan(gain)]
-    if not measured:
+    counted = {name: pair for name, pair in gains.items() if name not in held_out and not math.isnan(pair[0])}
+    if not counted:
         return gains, _NOT_MEASURED, _NOT_MEASURED
-    return gains, _worst(gains), clustered_mean_of_means(measured, groups)
+    return gains, _worst(counted), clustered_mean_of_means([scaled[name] for name in counted], groups)
 
 
 def measure_gains(
-    before: Mapping[str, np.ndarray], after: Mapping[str, np.ndarray], groups: np.ndarray, kl: Measured
+    before: Mapping[str, np.ndarray],
+    after: Mapping[str, np.ndarray],
+    groups: np.ndarray,
+    kl: Measured,
+    held_out: Collection[str] = (),
 ) -> GainPoint:
     """
     The gains of images over a baseline's images of the same prompts and seeds.
@@ -111,9 +121,15 @@ def measure_gains(
             The prompt of each pair.
         kl (`tuple[float, float]`):
             KL of the other images' policy to the base model, and its standard error.
+        held_out (`Collection[str]`, *optional*, defaults to `()`):
+            Rewards that have a gain and do not count in what is said of all rewards together.
     """
-    gains, worst, mean = gains_in_deviations(before, after, groups)
-    joint = joint_gain(np.array(list(before.values())), np.array([after[name] for name in before]), groups)
+    gains, worst, mean = gains_in_deviations(before, after, groups, held_out)
+    nothing = np.full(len(groups), math.nan)  # has no say
+    first, second = (
+        np.array([nothing if name in held_out else part[name] for name in before]) for part in (before, after)
+    )
+    joint = joint_gain(first, second, groups)
     return GainPoint(kl, gains, worst, mean, (joint.gain, joint.gain_error), (joint.fall, joint.fall_error))
 
 
