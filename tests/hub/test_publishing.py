@@ -140,7 +140,7 @@ def without_samples(files: dict[str, bytes]) -> set[str]:
     return {path for path in files if not re.fullmatch(r"images/sample_\d+\.png", path)}
 
 
-ALWAYS = {"README.md", "model_card.json", "pytorch_lora_weights.safetensors", "balance.png"}
+ALWAYS = {"README.md", "model_card.json", "pytorch_lora_weights.safetensors", "balance.png", "gain_against_kl.png"}
 CHECKPOINT = {
     "manifest.json",
     "marble_state.json",
