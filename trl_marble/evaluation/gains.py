@@ -66,10 +66,7 @@ class GainPoint:
 
 
 def gains_in_deviations(
-    before: Mapping[str, np.ndarray],
-    after: Mapping[str, np.ndarray],
-    groups: np.ndarray,
-    held_out: Collection[str] = (),
+    before: Mapping[str, np.ndarray], after: Mapping[str, np.ndarray], groups: np.ndarray
 ) -> tuple[dict[str, Measured], Measured, Measured]:
     """
     Gains of rewards in standard deviations of the baseline's images, with which rewards of any scale can be compared.
@@ -81,8 +78,6 @@ def gains_in_deviations(
             The same for other images of the same prompts and seeds.
         groups (`np.ndarray` of shape `[N]`, integers):
             The prompt of each pair.
-        held_out (`Collection[str]`, *optional*, defaults to `()`):
-            Rewards that have a gain and do not count in what is said of all rewards together.
 
     Returns:
         `tuple`: the gains by reward, the worst and the mean gain, see [`GainPoint`]. The standard deviation counts as
@@ -96,10 +91,10 @@ def gains_in_deviations(
         difference = np.asarray(after[name], dtype=float) - values
         scaled[name] = difference / deviation if deviation > 0 else np.full(len(values), math.nan)
     gains = {name: clustered_mean(values, groups) for name, values in scaled.items()}
-    counted = {name: pair for name, pair in gains.items() if name not in held_out and not math.isnan(pair[0])}
-    if not counted:
+    measured = [scaled[name] for name, (gain, _) in gains.items() if not math.isnan(gain)]
+    if not measured:
         return gains, _NOT_MEASURED, _NOT_MEASURED
-    return gains, _worst(counted), clustered_mean_of_means([scaled[name] for name in counted], groups)
+    return gains, _worst(gains), clustered_mean_of_means(measured, groups)
 
 
 def measure_gains(
@@ -124,12 +119,10 @@ def measure_gains(
         held_out (`Collection[str]`, *optional*, defaults to `()`):
             Rewards that have a gain and do not count in what is said of all rewards together.
     """
-    gains, worst, mean = gains_in_deviations(before, after, groups, held_out)
-    nothing = np.full(len(groups), math.nan)  # has no say
-    first, second = (
-        np.array([nothing if name in held_out else part[name] for name in before]) for part in (before, after)
-    )
-    joint = joint_gain(first, second, groups)
+    gains, _, _ = gains_in_deviations(before, after, groups)
+    counted = {name: values * math.nan if name in held_out else values for name, values in before.items()}
+    _, worst, mean = gains_in_deviations(counted, after, groups)
+    joint = joint_gain(np.array(list(counted.values())), np.array([after[name] for name in before]), groups)
     return GainPoint(kl, gains, worst, mean, (joint.gain, joint.gain_error), (joint.fall, joint.fall_error))
 
 
