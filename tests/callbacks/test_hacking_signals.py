@@ -12,11 +12,11 @@ NAN = float("nan")
 
 
 def entry(step=0, diversity=0.2, **means):
-    """An evaluation's row of the log, with standard errors of 0.01."""
+    """An evaluation's row of the log, with standard errors of 0.01, and gains over means of 0.5."""
     row = {"step": step, "eval_drift/diversity": diversity}
     for name, mean in means.items():
         row |= {f"eval_rewards/{name}/mean": mean, f"eval_rewards/{name}/standard_error": 0.01}
-        row[f"eval_rewards/{name}/std"] = 0.1
+        row[f"eval_gain/{name}/mean"] = 10 * (mean - 0.5)
     return row
 
 
@@ -170,5 +170,7 @@ def test_the_best_evaluation_before_is_the_one_to_go_back_to():
     assert last_good_step([BEFORE, *better, bad], NAMES, Limits()) == 40
     assert last_good_step([BEFORE, bad], NAMES, Limits()) == 0
     assert last_good_step([BEFORE, entry(20, bright=0.9, blue=0.4), bad], NAMES, Limits()) == 0  # the base was best
+    without_base = [{key: row[key] for key in row if "gain" not in key} for row in [*better, bad]]
+    assert last_good_step(without_base, NAMES, Limits()) == 60  # the latest one
     assert last_good_step(steps(velocity=[1.0] * 30), NAMES, Limits(window=20)) == 10
     assert last_good_step(steps(velocity=[1.0] * 20), NAMES, Limits(window=20)) == 0

@@ -4,9 +4,11 @@
 from pathlib import Path
 
 import pytest
-from trainer_helpers import bright, prompt_set, small_trainer
+from trainer_helpers import bright, prompt_set, small_config, small_trainer
 
 from trl_marble import RewardHackingCallback
+from trl_marble.callbacks.hacking_signals import HackingSignal
+from trl_marble.callbacks.reward_hacking import advise
 from trl_marble.shapeworld import load_pipeline, load_prompts
 
 
@@ -71,6 +73,13 @@ def test_a_hacked_run_stops_with_a_checkpoint_and_goes_on_when_resumed(tmp_path,
     again = [row for row in resumed.state.log_history if "eval_rewards/dark/mean" in row]
     assert again[0] == first and len(again) == step // 2 + 3  # one more at the start of the resumed run
     assert said(caplog) == []  # was said before
+
+
+def test_the_advice_is_about_the_setting_that_decides_the_drift(tmp_path):
+    signal = HackingSignal("drift", None, "")
+    assert "raise `beta` (0.2 now), or" in advise(signal, small_config(tmp_path, beta=0.2), 0, [])
+    advice = advise(signal, small_config(tmp_path, beta=0.2, kl_target=0.03), 0, [])
+    assert "lower `kl_target` (0.03 now; `beta` follows it), or" in advice and "raise" not in advice
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
 """Joint gains, gains in standard deviations, and what a run had gained at a given KL."""
 
+import dataclasses
 import json
 import math
 
@@ -22,7 +23,7 @@ from trl_marble.evaluation import (
     plot_gains,
     run_gains,
 )
-from trl_marble.evaluation.gains import read_history
+from trl_marble.evaluation.gains import measure_gains, read_history
 
 
 NAN = math.nan
@@ -116,8 +117,18 @@ def test_rewards_without_a_scale_or_an_image_are_not_measured():
     gains, worst, mean = gains_in_deviations(before, after, groups)
     assert gains["a"][0] == 2 and worst[0] == mean[0] == 2
     assert math.isnan(gains["constant"][0]) and math.isnan(gains["none"][0])
-    del before["a"]
-    assert math.isnan(gains_in_deviations(before, after, groups)[1][0])
+    held_out = measure_gains(before, after, groups, (0.0, 0.0), held_out=["a"])
+    assert held_out.gains["a"][0] == 2 and held_out.joint_gain[0] == 1  # that of `constant`
+    assert math.isnan(held_out.worst[0]) and math.isnan(held_out.mean[0])
+
+
+def test_held_out_rewards_have_a_gain_and_do_not_count():
+    before, after, groups = random_rewards()
+    first, second = (dict(zip("abc", values, strict=True)) for values in (before, after))
+    alone = measure_gains({name: first[name] for name in "ac"}, second, groups, (0.1, 0.0))
+    found = measure_gains(first, second, groups, (0.1, 0.0), held_out=["b"])
+    assert found.gains == measure_gains(first, second, groups, (0.1, 0.0)).gains
+    assert dataclasses.replace(found, gains={name: found.gains[name] for name in "ac"}) == alone
 
 
 # ---- Runs ----

@@ -72,7 +72,7 @@ def test_every_evaluation_knows_its_set_and_the_last_one_is_of_all(trained):
 def test_metrics_are_of_each_set_and_of_all(trained):
     per_set = [list(metrics) for metrics in trained.events.metrics[:3]]
     for keys, prefix in zip(per_set, ["eval_general", "eval_ocr", "eval"], strict=True):
-        assert all(re.match(f"{prefix}_(rewards/|drift/|gain[/_]|worst_gain|joint_|kl)", key) for key in keys)
+        assert all(re.match(f"{prefix}_(rewards/|drift/|gain[/_]|joint_|kl)", key) for key in keys)
     metrics = {key: value for part in trained.events.metrics[3:] for key, value in part.items()}
     general, ocr, together = trained.evaluations[3:]
     for row, name in enumerate(["bright", "signs", "blue"]):
@@ -81,6 +81,10 @@ def test_metrics_are_of_each_set_and_of_all(trained):
             expected = values.double().nanmean().item()
             assert metrics[f"{prefix}_rewards/{name}/mean"] == pytest.approx(expected, nan_ok=True)
             assert metrics[f"{prefix}_rewards/{name}/valid"] == pytest.approx((~values.isnan()).float().mean().item())
+    gains = [metrics[f"eval_gain/{name}/mean"] for name in ("bright", "signs", "blue")]
+    assert metrics["eval_gain_worst"] == min(gains[:2]) and metrics["eval_gain_mean"] == pytest.approx(
+        sum(gains[:2]) / 2
+    )
     kl = torch.cat([evaluation.kl for evaluation in trained.evaluations[3:5]])
     assert kl.mean() > 0 and metrics["eval_kl"] == pytest.approx(kl.mean().item())
     diversities = [metrics[f"eval_{name}_drift/diversity"] for name in SETS]

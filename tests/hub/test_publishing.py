@@ -140,7 +140,7 @@ def without_samples(files: dict[str, bytes]) -> set[str]:
     return {path for path in files if not re.fullmatch(r"images/sample_\d+\.png", path)}
 
 
-ALWAYS = {"README.md", "model_card.json", "pytorch_lora_weights.safetensors", "balance.png"}
+ALWAYS = {"README.md", "model_card.json", "pytorch_lora_weights.safetensors", "balance.png", "gain_against_kl.png"}
 CHECKPOINT = {
     "manifest.json",
     "marble_state.json",
@@ -332,6 +332,7 @@ def test_held_out_rewards_and_diversity_are_in_the_card(tmp_path) -> None:
     row = CardInputs.load(tmp_path).gains
     last = [logged for logged in trainer.state.log_history if "eval_kl" in logged][-1]
     assert row.kl == last["eval_kl"] > 0 and row.joint_gain == last["eval_joint_gain"]
+    assert row.worst == row.mean == last["eval_gain/bright/mean"] and "Held-out rewards are not counted" in card
 
 
 def test_the_card_names_the_weighting_that_the_trainer_was_given(tmp_path) -> None:

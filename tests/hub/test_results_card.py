@@ -177,6 +177,8 @@ def test_inputs_of_the_trainer_are_kept_and_other_rewards_are_held_out(adapter):
     assert cells(card, r"only\_signs (held out)") and cells(card, "bright")
     assert cells(card, "unmeasured") == ["not measured"] * 3  # not the value of an earlier evaluation
     assert "old" not in [row.name for row in CardInputs.load(folder).rewards]
+    of_bright = CardInputs.load(folder).gains
+    assert of_bright.worst == of_bright.mean == compare_evaluations(results).gains["after"].gains["bright"][0]
     # Again, and nothing changes.
     assert str(card_from_evaluations(folder, results)) == str(card)
 

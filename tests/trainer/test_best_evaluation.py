@@ -33,7 +33,6 @@ def run(folder, max_steps=4, **overrides):
     return small_trainer(
         folder,
         (easy, hard),
-        eval_dataset=prompt_set().select(range(4)),
         num_generations_eval=1,
         per_device_eval_batch_size=4,
         eval_strategy="steps",
@@ -42,13 +41,14 @@ def run(folder, max_steps=4, **overrides):
         save_strategy="steps",
         save_steps=1,
         max_steps=max_steps,
-        **{"metric_for_best_model": "eval_worst_gain", "load_best_model_at_end": True} | overrides,
+        **{"eval_dataset": prompt_set().select(range(4))}
+        | {"metric_for_best_model": "eval_gain_worst", "load_best_model_at_end": True}
+        | overrides,
     )
 
 
-def worst(trainer):
-    rows = [row for row in trainer.state.log_history if "eval_worst_gain" in row]
-    return {row["step"]: row["eval_worst_gain"] for row in rows}
+def worst(trainer, metric="eval_gain_worst"):
+    return {row["step"]: row[metric] for row in trainer.state.log_history if metric in row}
 
 
 def test_the_adapter_with_the_best_worst_reward_is_kept_and_saved(tmp_path):
@@ -86,25 +86,23 @@ def test_the_card_says_which_evaluation_was_better_than_the_last_one(tmp_path):
     assert f"the adapter is from step 3, whose latest evaluation, of step 3, had {gains[3]:+.2f} (hard)" in card
 
 
-def test_a_resumed_run_compares_with_the_first_evaluation_of_all(tmp_path):
-    whole, begun = run(tmp_path / "whole", max_steps=3), run(tmp_path / "begun", max_steps=2)
+def test_a_resumed_run_compares_with_the_evaluation_before_the_first_step(tmp_path):
+    sets = {"all": prompt_set().select(range(4)), "few": prompt_set().select(range(2))}
+    settings = {"eval_dataset": sets, "metric_for_best_model": "few_gain_worst"}
+    whole, begun = (run(tmp_path / name, steps, **settings) for name, steps in (("whole", 3), ("begun", 2)))
     whole.train()
     begun.train()
-    resumed = run(tmp_path / "begun", max_steps=3)
+    resumed = run(tmp_path / "begun", 3, **settings)
     resumed.train(resume_from_checkpoint=True)
-    assert worst(resumed) == worst(whole)
+    for metric in {key for row in whole.state.log_history for key in row if key.startswith("eval_")}:
+        assert worst(resumed, metric) == worst(whole, metric), metric
+    of_few = worst(whole, "eval_few_gain_worst")
+    assert of_few == pytest.approx({0: 0, 1: 1, 2: 1.4, 3: -2})
+    assert 0 < worst(whole)[2] < of_few[2]  # of more images, which differ more
     assert resumed.state.best_global_step == whole.state.best_global_step == 2
     state = json.loads(Path(tmp_path, "begun", "checkpoint-3", "trainer_state.json").read_text())
     assert state["best_model_checkpoint"] == str(tmp_path / "begun" / "checkpoint-2")
 
-
-def test_each_prompt_set_has_a_worst_gain_of_its_own(tmp_path):
-    sets = {"all": prompt_set().select(range(4)), "few": prompt_set().select(range(2))}
-    trainer = run(tmp_path, max_steps=1)
-    trainer.eval_dataset = sets
-    trainer.train()
-    first, last = (
-        [row[f"eval_{kind}worst_gain"] for row in trainer.state.log_history if f"eval_{kind}worst_gain" in row]
-        for kind in ("few_", "")
-    )
-    assert first == [0, pytest.approx(0.5 / 0.5)] and last[0] == 0 and 0 < last[1] < first[1]
+    other = run(tmp_path / "begun", 4, **settings | {"eval_dataset": {"few": prompt_set().select([4, 5])}})
+    with pytest.raises(ValueError, match="'few_gain_worst', and the run that is resumed did not evaluate these"):
+        other.train(resume_from_checkpoint=True)

@@ -338,10 +338,17 @@ def test_the_best_checkpoint_is_loaded_at_the_end(make_trainer, prompts):
 
 def test_a_metric_that_no_evaluation_has_is_refused_at_once(make_trainer, prompts):
     settings = {"eval_strategy": "steps", "eval_steps": 1, "eval_dataset": {"one": prompts, "two": prompts}}
-    for known in ("rewards/brightness/mean", "eval_one_rewards/redness/valid", "my_own_metric"):
-        make_trainer(metric_for_best_model=known, **settings)
-    with pytest.raises(ValueError, match="'rewards/beauty/mean', which no evaluation has.* two_rewards/redness/mean"):
-        make_trainer(metric_for_best_model="rewards/beauty/mean", **settings)
+    gains = ("eval_gain_worst", "two_joint_fall", "gain/redness/mean")
+    for known in ("rewards/brightness/mean", "eval_one_rewards/redness/valid", "my_own_gain_worst", *gains):
+        args = make_trainer(metric_for_best_model=known, eval_on_start=True, **settings).args
+        assert args.greater_is_better == (known != "two_joint_fall")
+    for unknown in ("rewards/beauty/mean", "gain_wrost", "one_gain/redness"):
+        match = f"'{unknown}', which no evaluation has.* two_gain_worst, .* two_rewards/redness/mean"
+        with pytest.raises(ValueError, match=match):
+            make_trainer(metric_for_best_model=unknown, eval_on_start=True, **settings)
+    for gain in gains:
+        with pytest.raises(ValueError, match=f"'{gain}', which is measured from .* set `eval_on_start=True`"):
+            make_trainer(metric_for_best_model=gain, **settings)
 
 
 def test_half_an_update_is_not_saved(make_trainer, caplog):

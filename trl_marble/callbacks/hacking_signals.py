@@ -9,7 +9,6 @@ from typing import Any, Literal, NamedTuple
 
 from ..evaluation import best_evaluation, format_value
 from ..evaluation.summary import SIGNIFICANT
-from ..evaluation.worst_gain import is_evaluation
 
 
 History = Sequence[Mapping[str, Any]]
@@ -109,6 +108,11 @@ class _Change(NamedTuple):
         return f"`{name}` {verb} from {values} ({self.in_errors:+.1f} standard errors)"
 
 
+def is_evaluation(row: Mapping[str, Any]) -> bool:
+    """Whether a row of a log is that of an evaluation, of all prompt sets together."""
+    return any(key.startswith("eval_rewards/") for key in row)
+
+
 def find_signals(
     history: History, names: Sequence[str], held_out_names: Sequence[str], limits: Limits
 ) -> list[HackingSignal]:
@@ -137,8 +141,8 @@ def find_signals(
 
 def last_good_step(history: History, names: Sequence[str], limits: Limits) -> int:
     """
-    The step to go back to: that of the best evaluation before the latest row; without any, that before the window of
-    steps which the latest row ends.
+    The step to go back to: that of the best evaluation before the latest row, or of the latest one if none has gains
+    (`eval_on_start=False`); without any, that before the window of steps which the latest row ends.
 
     Args:
         history (`Sequence[Mapping[str, Any]]`):
@@ -149,9 +153,11 @@ def last_good_step(history: History, names: Sequence[str], limits: Limits) -> in
             For the window.
     """
     earlier = history[:-1]
-    if any(is_evaluation(row) for row in earlier):
+    if evaluated := [row["step"] for row in earlier if is_evaluation(row)]:
         best = best_evaluation(earlier, names)
-        return 0 if best is None or best.gain < 0 else best.step
+        if best is None:
+            return evaluated[-1]
+        return best.step if best.gain >= 0 else 0
     steps = [row["step"] for row in history if "loss" in row]
     return steps[-limits.window - 1] if len(steps) > limits.window else 0
 

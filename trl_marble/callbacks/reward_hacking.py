@@ -149,7 +149,11 @@ def advise(signal: HackingSignal, args: Any, step: int, held_out_names: Sequence
     Returns:
         `str`: The settings to change, with their values, and the checkpoint to go back to.
     """
-    ways = [f"raise `beta` ({args.beta:g} now)", f"lower `learning_rate` ({args.learning_rate:g})"]
+    if args.kl_target is None:
+        less_drift = f"raise `beta` ({args.beta:g} now)"
+    else:
+        less_drift = f"lower `kl_target` ({args.kl_target:g} now; `beta` follows it)"
+    ways = [less_drift, f"lower `learning_rate` ({args.learning_rate:g})"]
     if signal.kind == "cosine":
         ways.append("use more images a step (`gradient_accumulation_steps`), which have less noise")
     if signal.reward in held_out_names:

@@ -65,7 +65,7 @@ def compare_evaluations(
             win_rates[name][reward] = count_wins(first, second, before.groups)
         difference = np.array(after.prompt_diversity) - np.array(before.prompt_diversity)
         diversity_changes[name] = clustered_mean(difference, np.arange(len(difference)))
-    gains = {name: _gain_point(before, after) for name, after in evaluations.items()}
+    gains = {name: compare_gains(before, after) for name, after in evaluations.items()}
     means = {
         name: {reward: mean for reward, (mean, _) in results.summary().items()}
         for name, results in evaluations.items()
@@ -108,13 +108,16 @@ def _check_comparable(
         )
 
 
-def _gain_point(before: EvaluationResults, after: EvaluationResults) -> GainPoint:
-    """The gains of an evaluation over the baseline, which has none, and its KL to the baseline's base model."""
+def compare_gains(before: EvaluationResults, after: EvaluationResults, held_out: Collection[str] = ()) -> GainPoint:
+    """
+    The gains of an evaluation over the baseline, which has none, and its KL to the baseline's base model. Rewards that
+    are held out do not count in what is said of all together.
+    """
     first, second = (
         {name: results.table[name].to_numpy(dtype=float) for name in before.reward_names}
         for results in (before, after)
     )
-    return measure_gains(first, second, before.groups, _kl_to_base(before, after))
+    return measure_gains(first, second, before.groups, _kl_to_base(before, after), held_out)
 
 
 def _kl_to_base(before: EvaluationResults, results: EvaluationResults) -> tuple[float, float]:

@@ -37,6 +37,8 @@ class Evaluation:
         digest (`str`, *optional*):
             Of the prompts, the seeds and the names of the rewards: evaluations with the same one can be compared image
             by image.
+        held_out_names (`list[str]`, *optional*):
+            Those of the rewards that are not trained on.
     """
 
     step: int
@@ -47,6 +49,7 @@ class Evaluation:
     name: str | None = None
     kl: Tensor | None = None
     digest: str = ""
+    held_out_names: list[str] = field(default_factory=list)
 
     def summary(self) -> dict[str, tuple[float, float]]:
         """
@@ -85,7 +88,8 @@ class Evaluation:
     def gains_since(self, before: "Evaluation") -> GainPoint:
         """
         How far the rewards came on the same prompts and seeds, on how many prompts all of them rose, and the KL to the
-        base model that it was paid with. All rewards count, held-out ones included.
+        base model that it was paid with. Held-out rewards have a gain, and do not count in the worst and mean gain and
+        in the shares of prompts.
 
         Args:
             before ([`Evaluation`]):
@@ -98,7 +102,7 @@ class Evaluation:
         first, second = (
             dict(zip(self.reward_names, each.rewards.double().numpy(), strict=True)) for each in (before, self)
         )
-        return measure_gains(first, second, self.groups.numpy(), self.kl_to_base())
+        return measure_gains(first, second, self.groups.numpy(), self.kl_to_base(), self.held_out_names)
 
     def _check_same_images(self, before: "Evaluation") -> None:
         if self.reward_names != before.reward_names or self.rewards.shape != before.rewards.shape:

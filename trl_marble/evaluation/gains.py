@@ -4,7 +4,7 @@
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ class GainPoint:
             images. NaN for a reward that applies to no image, or is the same for all of the baseline's images.
         worst (`tuple[float, float]`):
             The smallest gain. A minimum of noisy numbers is a little too low, the more so the more rewards there are.
+            This and the following are of the rewards that are trained on, where others are held out.
         mean (`tuple[float, float]`):
             The mean over the rewards' gains.
         joint_gain (`tuple[float, float]`):
@@ -97,7 +98,11 @@ def gains_in_deviations(
 
 
 def measure_gains(
-    before: Mapping[str, np.ndarray], after: Mapping[str, np.ndarray], groups: np.ndarray, kl: Measured
+    before: Mapping[str, np.ndarray],
+    after: Mapping[str, np.ndarray],
+    groups: np.ndarray,
+    kl: Measured,
+    held_out: Collection[str] = (),
 ) -> GainPoint:
     """
     The gains of images over a baseline's images of the same prompts and seeds.
@@ -111,9 +116,13 @@ def measure_gains(
             The prompt of each pair.
         kl (`tuple[float, float]`):
             KL of the other images' policy to the base model, and its standard error.
+        held_out (`Collection[str]`, *optional*, defaults to `()`):
+            Rewards that have a gain and do not count in what is said of all rewards together.
     """
-    gains, worst, mean = gains_in_deviations(before, after, groups)
-    joint = joint_gain(np.array(list(before.values())), np.array([after[name] for name in before]), groups)
+    gains, _, _ = gains_in_deviations(before, after, groups)
+    counted = {name: values * math.nan if name in held_out else values for name, values in before.items()}
+    _, worst, mean = gains_in_deviations(counted, after, groups)
+    joint = joint_gain(np.array(list(counted.values())), np.array([after[name] for name in before]), groups)
     return GainPoint(kl, gains, worst, mean, (joint.gain, joint.gain_error), (joint.fall, joint.fall_error))
 
 

@@ -81,12 +81,10 @@ class PolicyEvaluation:
         if self.nonfinite_latents is not None:
             metrics[f"{prefix}_nonfinite/latents"] = self.nonfinite_latents
         metrics |= {f"{prefix}_{name}": value for name, value in self.logged.items()}
-        for row, (name, (mean, error)) in zip(self.evaluation.rewards, self.evaluation.summary().items(), strict=True):
+        valid = (~self.evaluation.rewards.isnan()).double().mean(dim=1).tolist()
+        for share, (name, (mean, error)) in zip(valid, self.evaluation.summary().items(), strict=True):
             key = f"{prefix}_rewards/{name}"
-            scored = row[~row.isnan()]
-            std = scored.std(correction=0).item() if len(scored) else math.nan
-            valid = len(scored) / len(row)
-            metrics |= {f"{key}/mean": mean, f"{key}/std": std, f"{key}/standard_error": error, f"{key}/valid": valid}
+            metrics |= {f"{key}/mean": mean, f"{key}/standard_error": error, f"{key}/valid": share}
             if shows_failures:
                 metrics[f"{key}/failed"] = self.failed[name]
         return metrics
@@ -203,6 +201,7 @@ class PolicyEvaluator:
                 name,
                 drift[:, 0],
                 digest_evaluation(plan, self.names),
+                [name for scorer in self.scorers[1:] for name in scorer.names],
             ),
             gallery_rewards=gallery_rewards,
             gallery_extras=gallery_extras,

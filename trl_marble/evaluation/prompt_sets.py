@@ -19,6 +19,7 @@ from ..metrics import nan_aware_mean
 from .policy_evaluation import PolicyEvaluation
 
 
+GAINS = ("gain_worst", "gain_mean", "joint_gain", "joint_fall")  # of all rewards that are trained on
 SET_NAME = re.compile(r"[\w.-]+")  # a part of metrics' and files' names
 
 
@@ -59,11 +60,20 @@ def set_label(name: str | None) -> str:
     return "eval_dataset" if name is None else f'eval_dataset["{name}"]'
 
 
+def is_gain(metric: str, prepared: Dataset | dict[str, Dataset] | None) -> bool:
+    """Whether a metric, with or without `eval_` before it, is measured from the evaluation before the first step."""
+    starts = tuple(prefix + start for prefix in _set_prefixes(prepared) for start in ("gain/", "gain_", "joint_"))
+    return metric.removeprefix("eval_").startswith(starts)
+
+
 def check_best_metric(
-    metric: str | None, reward_names: Sequence[str], prepared: Dataset | dict[str, Dataset] | None
+    metric: str | None,
+    reward_names: Sequence[str],
+    prepared: Dataset | dict[str, Dataset] | None,
+    evaluates_base: bool,
 ) -> None:
     """
-    Refuse a `metric_for_best_model` that no evaluation will have, before anything is trained.
+    Refuse a `metric_for_best_model` that no evaluation will have, before anything is loaded or trained.
 
     Args:
         metric (`str`, *optional*):
@@ -72,22 +82,30 @@ def check_best_metric(
             The rewards that evaluations measure.
         prepared ([`~datasets.Dataset`] or `dict[str, Dataset]`, *optional*):
             The evaluation sets.
+        evaluates_base (`bool`):
+            Whether the run is evaluated before its first step.
 
     Raises:
-        `ValueError`: With the metrics that there are.
+        `ValueError`: With the metrics that there are; or for a gain, if there is nothing to measure it from.
     """
-    if metric is None or "rewards/" not in metric:
+    if metric is None or ("rewards/" not in metric and not is_gain(metric, prepared)):
         return
-    prefixes = ["", *(f"{name}_" for name in evaluation_sets(prepared) if name is not None)]
-    known = [
-        f"{prefix}rewards/{name}/{what}"
-        for prefix in prefixes
-        for name in reward_names
-        for what in ("mean", "std", "standard_error", "valid")
-    ]
+    of_each = ("rewards/{}/mean", "gain/{}/mean", "rewards/{}/valid", "rewards/{}/standard_error")
+    names = [*GAINS, *(pattern.format(name) for pattern in of_each for name in reward_names)]
+    known = [prefix + name for prefix in _set_prefixes(prepared) for name in names]
     if metric.removeprefix("eval_") not in known:
-        shown = ", ".join(name for name in known if name.endswith("/mean"))
+        shown = ", ".join(name for name in known if not name.endswith(("/valid", "error")))
         raise ValueError(f"`metric_for_best_model` is {metric!r}, which no evaluation has; choose one of {shown}.")
+    if is_gain(metric, prepared) and not evaluates_base:
+        raise ValueError(
+            f"`metric_for_best_model` is {metric!r}, which is measured from the evaluation before the first step, and "
+            "there is none; set `eval_on_start=True`."
+        )
+
+
+def _set_prefixes(prepared: Dataset | dict[str, Dataset] | None) -> list[str]:
+    """What the metrics of all sets together, and those of each, begin with."""
+    return ["", *(f"{name}_" for name in evaluation_sets(prepared) if name is not None)]
 
 
 def pool_evaluations(results: Mapping[str, PolicyEvaluation]) -> PolicyEvaluation:

@@ -63,8 +63,8 @@ class RewardRow:
 @dataclass(frozen=True)
 class GainsRow:
     """
-    How far the rewards rose together, and how far the adapter drifted from its base model, see
-    [`~trl_marble.evaluation.GainPoint`]. `None` and NaN mean not measured.
+    How far the rewards rose together, held-out ones not counted, and how far the adapter drifted from its base model,
+    see [`~trl_marble.evaluation.GainPoint`]. `None` and NaN mean not measured.
 
     Args:
         kl (`float`, *optional*): KL to the base model.

@@ -214,7 +214,7 @@ def _better_evaluation(inputs: CardInputs) -> str | None:
         f"The best evaluation in training was that of step {best.step}, where the least gain of a reward was "
         f"{best.gain:+.2f} ({_text(best.reward)}); the adapter is from step {inputs.adapter_step}, whose latest "
         f"evaluation, of step {own.step}, had {own.gain:+.2f} ({_text(own.reward)}). Gains are in standard deviations "
-        "between the images of the first evaluation."
+        "of the reward over the base pipeline's images."
     )
 
 

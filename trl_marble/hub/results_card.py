@@ -4,7 +4,7 @@
 import dataclasses
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from huggingface_hub import ModelCard
 
 from ..evaluation import EvaluationComparison, EvaluationResults, before_after_grid, compare_evaluations
+from ..evaluation.compare import compare_gains
 from ..evaluation.records import file_digest
 from ..extras import require_extra
 from ..media import Sample, open_sample, save_sample
@@ -78,18 +79,16 @@ def card_from_evaluations(
     inputs = _known_inputs(folder, after)
     trained = [row.name for row in inputs.rewards if inputs.trained_here and not row.held_out]
     measured = _rows(after, comparison)
-    order = [*trained, *(name for name in measured if name not in trained)]
+    others = [name for name in measured if name not in trained]
+    order, held_out = [*trained, *others], others if inputs.trained_here else []
     inputs = dataclasses.replace(
         inputs,
         base_model=base_model or inputs.base_model,
         rewards=[
-            dataclasses.replace(
-                measured.get(name, RewardRow(name)), held_out=inputs.trained_here and name not in trained
-            )
-            for name in order
+            dataclasses.replace(measured.get(name, RewardRow(name)), held_out=name in held_out) for name in order
         ],
         diversity=_diversity(after, comparison),
-        gains=_gains(after, last, comparison),
+        gains=_gains(after, comparison, held_out),
         sources=_sources(after, comparison),
         evaluated_on=_evaluated_on(after),
         **_save_pictures(folder, after, comparison),
@@ -151,10 +150,12 @@ def _diversity(after: EvaluationResults, comparison: EvaluationComparison | None
     return _row("diversity within a prompt", None if before is None else before.diversity(), after.diversity(), change)
 
 
-def _gains(after: EvaluationResults, name: str, comparison: EvaluationComparison | None) -> GainsRow | None:
+def _gains(
+    after: EvaluationResults, comparison: EvaluationComparison | None, held_out: Sequence[str]
+) -> GainsRow | None:
     """The gains over the evaluation before; without one the KL alone, if it was measured."""
     if comparison is not None:
-        return GainsRow.of(comparison.gains[name])
+        return GainsRow.of(compare_gains(comparison.evaluations[comparison.baseline], after, held_out))
     kl = after.kl_to_base()
     return None if kl is None else GainsRow(kl=kl[0], kl_se=kl[1])
 

@@ -20,7 +20,7 @@ from ..balance import (
     get_weighting,
     weighted_sum_weights,
 )
-from ..evaluation.prompt_sets import check_best_metric, evaluation_sets, set_label
+from ..evaluation.prompt_sets import evaluation_sets, set_label
 from ..losses import LOSSES, PolicyLoss, build_loss
 from ..metrics import MetricBuffer
 from ..pipelines import FlowPipeline, PolicyWeights, edits_images, measured_linears, place_base
@@ -123,7 +123,6 @@ def check_prompts(
     scorers: Sequence[RewardScorer],
     train_dataset: Dataset,
     eval_dataset: Dataset | dict[str, Dataset] | None,
-    args: MarbleConfig,
 ) -> bool:
     """
     See that the pipeline, the rewards and the prompt sets fit together.
@@ -147,8 +146,6 @@ def check_prompts(
             f"Held-out rewards ({', '.join(scorers[1].names)}) are scored in evaluations only, and there is no "
             "`eval_dataset`: pass one to the trainer, or to `evaluate`."
         )
-    names = [name for scorer in scorers for name in scorer.names]
-    check_best_metric(args.metric_for_best_model, names, eval_dataset)
     return edits
 
 

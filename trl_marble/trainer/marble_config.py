@@ -447,6 +447,8 @@ class MarbleConfig(TrainingArguments):
     def __post_init__(self) -> None:
         self._check_launch()
         check_arguments(self)
+        if self.greater_is_better is None and (self.metric_for_best_model or "").endswith("joint_fall"):
+            self.greater_is_better = False
         super().__post_init__()
         self._check_choices()
         self._check_ranges()

@@ -26,7 +26,7 @@ from ..checkpoint.run_state import base_fingerprint
 from ..data import RepeatPromptSampler, prepare_prompts, source_weights
 from ..evaluation.base_evaluations import BaseEvaluations
 from ..evaluation.policy_evaluation import PolicyEvaluator
-from ..evaluation.prompt_sets import prepare_evaluation_sets
+from ..evaluation.prompt_sets import check_best_metric, prepare_evaluation_sets
 from ..hub import save_adapter
 from ..memory_advice import update_advice
 from ..metrics import MetricBuffer
@@ -140,10 +140,12 @@ class MarbleNFTTrainer(WithoutPredictions, ObservedTrainer):
         # Rewards, then the base model, the adapter that is trained, and the other sets of weights for it.
         self.scorers = construction.build_scorers(reward_funcs, eval_reward_funcs, args)
         self.scorer = self.scorers[0]
+        names = [*self.scorer.names, *self.held_out_names]
+        check_best_metric(args.metric_for_best_model, names, eval_dataset, args.eval_on_start)
         set_seed(args.seed)  # the adapter is initialized here, before `Trainer` sets the seed
         self.pipeline = load_pipeline(pipeline)
         self.flow = construction.build_flow(self.pipeline, args)
-        self.edits = construction.check_prompts(self.flow, self.scorers, train_dataset, eval_dataset, args)
+        self.edits = construction.check_prompts(self.flow, self.scorers, train_dataset, eval_dataset)
         trainable = dict(add_trainable_adapter(self.pipeline, peft_config or lora_config(self.pipeline)))
         fingerprint = base_fingerprint(self.flow.transformer)
         construction.place_pipeline(self.flow, trainable, args)

@@ -2,7 +2,6 @@
 """What a trainer shows of itself: evaluations, logs, pictures and progress bars."""
 
 import dataclasses
-import math
 from typing import Any
 
 from datasets import Dataset
@@ -13,8 +12,7 @@ from ..evaluation import Evaluation
 from ..evaluation.base_evaluations import BaseEvaluations
 from ..evaluation.evaluator import EvaluationPlan
 from ..evaluation.policy_evaluation import PolicyEvaluation, PolicyEvaluator
-from ..evaluation.prompt_sets import pool_evaluations, prepare_evaluation_sets
-from ..evaluation.worst_gain import is_evaluation, reward_gains, worst_gain
+from ..evaluation.prompt_sets import is_gain, pool_evaluations, prepare_evaluation_sets
 from ..memory_advice import rollout_advice
 from ..metrics import MetricBuffer
 from ..pipelines import PolicyWeights
@@ -67,17 +65,15 @@ class ObservedTrainer(PublishedTrainer):
                 Put before the metrics' names.
 
         Returns:
-            `dict[str, float]`: For each reward `<prefix>_rewards/<name>/mean`, `/std`, `/standard_error` and `/valid`
-            (fraction of the images that it applies to), held-out ones included; `<prefix>_worst_gain`, the least gain
-            of a reward that is trained on since the run's first evaluation under the same prefix, in standard
-            deviations of its images; `<prefix>_drift/diversity`, how much
-            the images of a prompt differ from each other (with at least two a prompt); and
+            `dict[str, float]`: For each reward `<prefix>_rewards/<name>/mean`, `/standard_error` and `/valid`
+            (fraction of the images that it applies to), held-out ones included; `<prefix>_drift/diversity`, how much
+            the images of a prompt differ from each other (with at least two a prompt);
             `<prefix>_drift/velocity_norm`, the norm of the velocity relative to the base model's; `<prefix>_kl`, the
             mean square distance of the two velocities; and, if these prompts were evaluated before the first step,
-            what [`~trl_marble.evaluation.GainPoint`] has of the gains since: `<prefix>_gain/<name>/mean`,
-            `<prefix>_gain_worst`, `<prefix>_gain_mean`, `<prefix>_joint_gain` and `<prefix>_joint_fall`, with their
-            standard errors. The images and rewards themselves are
-            appended to `trainer.evaluations`, which keeps the images of the first and the latest evaluation. With
+            the gains since, see [`~trl_marble.evaluation.GainPoint`]: `<prefix>_gain/<name>/mean` of each reward, and
+            of those that are trained on together `<prefix>_gain_worst`, `<prefix>_gain_mean`, `<prefix>_joint_gain`
+            and `<prefix>_joint_fall`, with their standard errors. The images and rewards themselves are appended to
+            `trainer.evaluations`, which keeps the images of the first, the latest and the best evaluation. With
             several sets each has its metrics under `<prefix>_<set>_...`, and those under `<prefix>_...` are of the
             prompts of all sets together.
 
@@ -95,6 +91,18 @@ class ObservedTrainer(PublishedTrainer):
             results[name] = self._evaluate_on(prompts, name)
             metrics |= self._record_evaluation(results[name], f"{metric_key_prefix}_{name}")
         return metrics | self._record_evaluation(pool_evaluations(results), metric_key_prefix)
+
+    def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Evaluate in training, where the gain that the best checkpoint is chosen by must be known."""
+        metrics = super()._evaluate(*args, **kwargs)
+        best = self.args.metric_for_best_model
+        if best and is_gain(best, self.eval_dataset) and f"eval_{best.removeprefix('eval_')}" not in metrics:
+            raise ValueError(
+                f"`metric_for_best_model` is {best!r}, and the run that is resumed did not evaluate these prompts, "
+                "seeds and rewards before its first step. Resume with the `eval_dataset`, `num_generations_eval`, "
+                "`eval_reward_funcs` and `seed` that it began with, or choose the mean of a reward."
+            )
+        return metrics
 
     def _evaluate_on(self, dataset: Dataset, name: str | None = None) -> PolicyEvaluation:
         """Evaluate the averaged weights on one prompt set."""
@@ -118,19 +126,12 @@ class ObservedTrainer(PublishedTrainer):
         self.evaluations.append(result.evaluation)
         base = self.base_evaluations.find(result.evaluation)
         metrics = result.metrics(metric_key_prefix, self.sampler.failures.leaves_out, base)
-        metrics[f"{metric_key_prefix}_worst_gain"] = self._worst_gain(metrics, metric_key_prefix)
         with self.together.phase():
             super().log(dict(metrics))
             if self.args.log_images and result.gallery_rewards and self.is_world_process_zero():
                 self.pictures.log_evaluation(self.state.global_step, metric_key_prefix, result)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
-
-    def _worst_gain(self, metrics: dict[str, float], prefix: str) -> float:
-        """The least gain since the run's first evaluation of its kind, which a resumed run has in its log."""
-        first = next((row for row in self.state.log_history if is_evaluation(row, prefix)), metrics)
-        worst = worst_gain(reward_gains(first, metrics, self.scorers[0].names, prefix), self.state.global_step)
-        return math.nan if worst is None else worst.gain
 
     # ---- Logging ----
 
