@@ -142,5 +142,5 @@ def test_another_run_is_refused_with_both_values(checkpoint, name, value) -> Non
 def test_another_format_is_refused(checkpoint) -> None:
     identity = json.loads((checkpoint / IDENTITY_FILE).read_text())
     (checkpoint / IDENTITY_FILE).write_text(json.dumps(identity | {"format_version": 999}))
-    with pytest.raises(ValueError, match="its format is 999, this version reads 2"):
+    with pytest.raises(ValueError, match="its format is 999, this version reads 3"):
         load_state(checkpoint, IDENTITY)

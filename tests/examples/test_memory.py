@@ -94,7 +94,8 @@ def test_settings_save_what_they_say():
     assert single.update < nf4.update
     # A LoRA of rank 32 on the attention of two blocks, the last of which gives no text.
     adapter = 4 * 32 * (32 + 32) * (8 + 7)
-    assert plain.training == adapter * (1 + 2 + 2 + 3)
+    # Weights, two copies, two moments; the gradients of two rewards in both halves and of what they share.
+    assert plain.training == adapter * (1 + 2 + 2 + 5)
     assert plain.peak == max(plain.encode, plain.rollout, plain.decode, plain.update)
 
 

@@ -36,7 +36,7 @@ class ToyLoss:
 @pytest.mark.parametrize("balance_fraction", [1.0, 0.5])
 def test_a_toy_loss_trains_under_exact_balancing(tmp_path, monkeypatch, balance_fraction):
     monkeypatch.setitem(LOSSES, "toy", ToyLoss)
-    settings = {"beta": 1e-4, "balance_every": 1, "balance_fraction": balance_fraction, "learning_rate": 0.05}
+    settings = {"beta": 0.1, "balance_every": 1, "balance_fraction": balance_fraction, "learning_rate": 0.05}
     trainer = small_trainer(tmp_path / "run", policy_loss="toy", **settings)
     before = {name: weight.detach().clone() for name, weight in trainer.weights.trained.items()}
     trainer.train()

@@ -178,8 +178,11 @@ def _fill_up(plan: EvaluationPlan, numbers: Sequence[int]) -> list[int]:
 
 def digest_evaluation(plan: EvaluationPlan, reward_names: Sequence[str]) -> str:
     """Of the prompts, the seeds and the rewards of an evaluation."""
-    content = [digest_prompts(plan.prompts), plan.num_generations, plan.seed, *reward_names]
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+    digest = hashlib.sha256(json.dumps([plan.num_generations, plan.seed, *reward_names]).encode())
+    for rows in plan.prompts.with_format("arrow").iter(1000):  # as they are stored: no image is decoded for it
+        for row in rows.to_pylist():
+            digest.update(json.dumps(row, sort_keys=True, default=repr).encode() + b"\n")
+    return digest.hexdigest()
 
 
 def digest_prompts(prompts: Dataset) -> str:
