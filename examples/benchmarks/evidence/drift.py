@@ -23,12 +23,17 @@ FIRST_BETA = 0.5
 GATE_SHARE = 0.1
 
 
-def adapt_to_target(trainer: MarbleNFTTrainer, target: float, falling: float = 0.2) -> None:
+def adapt_to_target(trainer: MarbleNFTTrainer, target: float, rising: float = 0.2, falling: float = 0.2) -> None:
     """
-    Let `beta` follow the KL: `log beta += rate clip(log(KL / target), -1, 1)` at each step, KL as a running mean, and
-    the rate 0.2 where `beta` rises, `falling` where it falls.
+    Let `beta` follow the KL: `log beta += rate clip(log(KL / target), -1, 1)` at each step, KL as a running mean, with
+    one rate where `beta` rises and one where it falls.
     """
-    trainer.add_callback(_FollowTarget(trainer, target, falling))
+    trainer.add_callback(_FollowTarget(trainer, target, rising, falling))
+
+
+def adapt_slowly(trainer: MarbleNFTTrainer, target: float) -> None:
+    """The same at half of the rate."""
+    adapt_to_target(trainer, target, rising=0.1, falling=0.1)
 
 
 def lower_slowly(trainer: MarbleNFTTrainer, target: float) -> None:
@@ -37,8 +42,8 @@ def lower_slowly(trainer: MarbleNFTTrainer, target: float) -> None:
 
 
 class _FollowTarget(TrainerCallback):
-    def __init__(self, trainer: MarbleNFTTrainer, target: float, falling: float) -> None:
-        self.trainer, self.target, self.falling = trainer, target, falling
+    def __init__(self, trainer: MarbleNFTTrainer, target: float, rising: float, falling: float) -> None:
+        self.trainer, self.target, self.rising, self.falling = trainer, target, rising, falling
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
         self._set(state.log_history)
@@ -52,7 +57,7 @@ class _FollowTarget(TrainerCallback):
             if "kl" in row:
                 mean = row["kl"] if mean is None else 0.8 * mean + 0.2 * row["kl"]
                 excess = min(max(math.log(max(mean, 1e-9) / self.target), -1), 1)
-                log_beta += (0.2 if excess > 0 else self.falling) * excess
+                log_beta += (self.rising if excess > 0 else self.falling) * excess
         loss = dataclasses.replace(self.trainer.policy_loss, beta=math.exp(log_beta))
         self.trainer.policy_loss = self.trainer.update.loss = loss
 
@@ -174,6 +179,7 @@ class _MoveReference(TrainerCallback):
 DRIFT_CONTROLS: Mapping[str, Callable[[MarbleNFTTrainer, float], None]] = {
     "target": adapt_to_target,
     "hold": lower_slowly,
+    "steer": adapt_slowly,
     "norm": limit_norms,
     "gate": gate_by_disagreement,
     "move": move_reference,

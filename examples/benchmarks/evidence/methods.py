@@ -178,7 +178,7 @@ TORCHJD: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
 
 # How far a policy drifts, more than how it balances, decides where a long run ends: every method is run at several
 # strengths of the KL to the base.
-DRIFT_BETAS = {"target": FIRST_BETA, "hold": FIRST_BETA, "move": 0.1}
+DRIFT_BETAS = {"target": FIRST_BETA, "hold": FIRST_BETA, "steer": FIRST_BETA, "move": 0.1}
 LONG_BASES: dict[str, Method] = {
     "weighted_sum": METHODS["weighted_sum"],
     "gdpo": METHODS["gdpo"],
@@ -242,6 +242,8 @@ LONG_TUNING = (
     "weighted_sum@0.3",
     "weighted_sum@hold0.06",
     "weighted_sum@target0.06",
+    "weighted_sum@steer0.06",
+    "marble_progress@0.1",
     "weighted_sum@gate0.1",
     "weighted_sum@move0.05",
     "weighted_sum@norm0.3",
