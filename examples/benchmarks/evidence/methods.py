@@ -185,6 +185,10 @@ LONG_BASES: dict[str, Method] = {
     "equal": METHODS["equal"],
     "marble": METHODS["marble"],
     "progress": Method("weights by progress", settings={"multi_objective_aggregation": "progress"}),
+    "progress_cold": Method(
+        "weights by progress, temperature 0.05",
+        settings={"multi_objective_aggregation": "progress", "progress_temperature": 0.05},
+    ),
     "marble_progress": Method("MARBLE times progress", experiment="progress_times_marble"),
     # As a user has it who has not tuned the scale of one reward.
     **{
@@ -244,6 +248,7 @@ LONG_TUNING = (
     "weighted_sum@target0.06",
     "weighted_sum@steer0.06",
     "marble_progress@0.1",
+    "progress_cold@0.1",
     "weighted_sum@gate0.1",
     "weighted_sum@move0.05",
     "weighted_sum@norm0.3",
