@@ -426,7 +426,7 @@ def run_server(arguments: list[str]) -> None:
     def stop_when_serving(*text: Any, **how: Any) -> None:
         say(*text, **how)
         if str(text[0]).startswith("Serving"):
-            os.kill(os.getpid(), signal.SIGINT)
+            raise KeyboardInterrupt  # not the signal, which is ignored in the background of a shell
 
     server.print = stop_when_serving  # type: ignore[attr-defined]
     sys.argv = ["server", *arguments, "--device", "cpu", "--port", "0"]
