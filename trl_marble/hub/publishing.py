@@ -152,7 +152,7 @@ def write_card(run: RunSummary, folder: Path, model_name: str | None = None) -> 
             plot_gains({run.pipeline_class: curve}, folder / gain_plot)
         else:
             logger.warning("The card has no plot of gains against KL: the extra `plots` is not installed.")
-    curve_of_adapter = run_gains(of_adapter)
+    curve_of_adapter = [point for point in curve if point.step is not None and point.step <= run.adapter_step]
     inputs = CardInputs(
         repo_name=model_name or folder.absolute().name,
         rewards=reward_rows(run.reward_names, of_adapter)

@@ -102,7 +102,7 @@ class RolloutSource:
         metrics ([`~trl_marble.metrics.MetricBuffer`]):
             Where to record.
         progress_meter ([`ProgressMeter`], *optional*):
-            Told of each generation batch before its advantages are computed.
+            Takes in the rewards of each generation batch before its advantages are computed.
     """
 
     def __init__(

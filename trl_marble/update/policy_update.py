@@ -166,7 +166,8 @@ class PolicyUpdate:
             self.metrics.record("drift/velocity_rms", mean_rms(velocity))
             if frozen.reference is not None:
                 kl = mean_square_distance(velocity, frozen.reference)
-                self._kls.append(kl)
+                if self.kl_control is not None:
+                    self._kls.append(kl)
                 self.metrics.record("kl", finite_mean(kl))
             num_rewards = (self._counts.valid > 0).sum().clamp(min=1)
             total = torch.stack([(own * term).sum() for term, own in zip(acting, coefficients, strict=True)]).sum()

@@ -62,13 +62,13 @@ class _FollowTarget(TrainerCallback):
         self.trainer.policy_loss = self.trainer.update.loss = loss
 
 
-def limit_norms(trainer: MarbleNFTTrainer, strength: float) -> None:
-    """A hinge on the velocity's norm above the base's, in place of the KL (NormGuard)."""
-    loss = trainer.policy_loss
-    trainer.policy_loss = trainer.update.loss = _NormLimited(**{**vars(loss), "beta": strength})
+class _OtherPenalty(NFTLoss):
+    """DiffusionNFT's loss with another penalty in the place of the KL."""
 
+    def penalty(self, velocity: Tensor, reference: Tensor, counts: StepCounts) -> Tensor:
+        """Of each sample, `(B,)`."""
+        raise NotImplementedError
 
-class _NormLimited(NFTLoss):
     def shared(
         self,
         velocity: Tensor,
@@ -79,9 +79,20 @@ class _NormLimited(NFTLoss):
     ) -> Tensor | None:
         assert frozen.reference is not None
         without = super().shared(velocity, terms, frozen._replace(reference=None), scored, counts)
+        return add_shared(without, self.penalty(velocity, frozen.reference, counts))
+
+
+def limit_norms(trainer: MarbleNFTTrainer, strength: float) -> None:
+    """A hinge on the velocity's norm above the base's, in place of the KL (NormGuard)."""
+    loss = trainer.policy_loss
+    trainer.policy_loss = trainer.update.loss = _NormLimited(**{**vars(loss), "beta": strength})
+
+
+class _NormLimited(_OtherPenalty):
+    def penalty(self, velocity: Tensor, reference: Tensor, counts: StepCounts) -> Tensor:
         size = velocity.float().square().flatten(1).mean(dim=1)
-        base = frozen.reference.float().square().flatten(1).mean(dim=1)
-        return add_shared(without, self.beta / counts.total * torch.relu(size - base))
+        base = reference.float().square().flatten(1).mean(dim=1)
+        return self.beta / counts.total * torch.relu(size - base)
 
 
 def gate_by_disagreement(trainer: MarbleNFTTrainer, strength: float) -> None:
@@ -105,29 +116,20 @@ def gate_by_disagreement(trainer: MarbleNFTTrainer, strength: float) -> None:
     trainer.policy_loss = trainer.update.loss = loss
 
 
-class _Gated(NFTLoss):
+class _Gated(_OtherPenalty):
     trainer: MarbleNFTTrainer
     gated: set[int]
 
     def __setattr__(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)
 
-    def shared(
-        self,
-        velocity: Tensor,
-        terms: Sequence[Tensor],
-        frozen: FrozenVelocities,
-        scored: Tensor,
-        counts: StepCounts,
-    ) -> Tensor | None:
-        assert frozen.reference is not None
-        without = super().shared(velocity, terms, frozen._replace(reference=None), scored, counts)
+    def penalty(self, velocity: Tensor, reference: Tensor, counts: StepCounts) -> Tensor:
         trainer = self.trainer
         part = trainer.layout.samples_of(trainer.layout.locate(trainer._micro_step).micro_batch)
         inside = torch.tensor([int(i) in self.gated for i in trainer._batch.sample_ids[part]]).to(velocity)
-        distance = (velocity.float() - frozen.reference.float()).square().flatten(1).mean(dim=1)
+        distance = (velocity.float() - reference.float()).square().flatten(1).mean(dim=1)
         share = len(self.gated) / len(trainer._batch.sample_ids)
-        return add_shared(without, self.beta / (counts.total * share) * inside * distance)
+        return self.beta / (counts.total * share) * inside * distance
 
 
 def rank_disagreement(rewards: Tensor) -> Tensor:

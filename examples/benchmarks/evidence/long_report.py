@@ -10,19 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from trl_marble.evaluation import (
-    GainPoint,
-    gains_at_kl,
-    gains_in_deviations,
-    interpolate_at_kl,
-    joint_gain,
-    plot_gains,
-    run_gains,
-)
+from trl_marble.evaluation import GainPoint, gains_at_kl, interpolate_at_kl, plot_gains, run_gains
+from trl_marble.evaluation.gains import measure_gains
 from trl_marble.evaluation.records import write_atomically
 
 from .long_pictures import plot_steps
 from .methods import LONG_BASES, REWARDS, SPECIALISTS, find_method
+from .report import without_nan
 from .runs import MAIN, TUNING, Run, Scale, base_run, load_report, load_scores
 from .statistics import Estimate, mean_over_seeds
 from .tables import ABSENT, estimate_text, table
@@ -135,12 +129,9 @@ def collect_long(runs: Sequence[Run], phase: str, scale: Scale, output_dir: Path
         ends = []
         for after in scores:
             first, second = ({name: each.table[name].to_numpy() for name in trained} for each in (before, after))
-            gains, worst, mean = gains_in_deviations(first, second, before.groups)
-            shares = joint_gain(*(np.stack(list(each.values())) for each in (first, second)), before.groups)
             kl = after.kl_to_base()
             assert kl is not None  # the adapter is beside the base
-            joint = (shares.gain, shares.gain_error), (shares.fall, shares.fall_error)
-            ends.append(GainPoint(kl, gains, worst, mean, *joint))
+            ends.append(measure_gains(first, second, before.groups, kl))
         results[entry] = LongResult(
             entry=entry,
             seeds=[run.seed for run in own],
@@ -198,7 +189,7 @@ def write_long_report(runs: Sequence[Run], scale: Scale, output_dir: Path) -> Pa
             parts.append(f"![Gains over the steps]({phase}_steps.png)\n")
     write_atomically(folder / "report.md", "\n".join(parts).encode())
     content = {phase: {name: _as_json(own) for name, own in results.items()} for phase, results in phases.items()}
-    write_atomically(folder / "results.json", json.dumps(_without_nan(content), indent=1).encode())
+    write_atomically(folder / "results.json", json.dumps(without_nan(content), indent=1).encode())
     return folder / "report.md"
 
 
@@ -348,12 +339,3 @@ def _as_json(result: LongResult) -> dict[str, Any]:
             for own in [result.cosines(key)]
         },
     }
-
-
-def _without_nan(value: Any) -> Any:
-    """JSON has no NaN."""
-    if isinstance(value, Mapping):
-        return {str(key): _without_nan(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_without_nan(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
