@@ -3,6 +3,8 @@
 
 import inspect
 import json
+import runpy
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -11,6 +13,7 @@ from trl_marble.cli.demo import DEMO_SETTINGS, run_demo
 from trl_marble.cli.main import main
 
 
+TABLE_TOOL = Path(__file__).parents[2] / "docs" / "_tools" / "demo_table.py"
 REWARDS = {"composition", "reader", "coverage", "centring", "calm"}
 
 
@@ -30,12 +33,10 @@ def make_small(monkeypatch, **settings):
         monkeypatch.setitem(DEMO_SETTINGS, name, value)
 
 
-def check_pictures(folder, names):
+def check_pictures(folder, *names):
     card = (folder / "README.md").read_text()
     for name in names:
-        assert min(Image.open(folder / name).size) > 300
-    for name in ("before_after.png", "gain_against_kl.png"):
-        assert name in names and name in card
+        assert min(Image.open(folder / name).size) > 300 and f"({name})" in card
     assert str(folder.parent) not in card
 
 
@@ -54,9 +55,11 @@ def test_the_demo_leaves_what_it_promises(tmp_path, monkeypatch, capsys):
     assert end["worst"]["mean"] == min(gain["mean"] for gain in end["gains"].values())
     assert set(report["progress"]["weight"]) == REWARDS and "balance" not in report
     assert (folder / "pytorch_lora_weights.safetensors").stat().st_size > 10_000
-    check_pictures(folder, ["before_after.png", "gain_against_kl.png", "plots/progress.png", "plots/rewards.png"])
+    check_pictures(folder, "before_after.png", "gain_against_kl.png", "progress.png")
     printed = capsys.readouterr().out
-    assert "Change / SE" in printed and "Worst gain" in printed
+    assert "Change / SE" in printed and "Gains in standard deviations" in printed
+    runpy.run_path(str(TABLE_TOOL))["main"]([str(folder), str(folder)])
+    assert f"| {report['rewards']['calm']['change']['mean']:+.4f} |" in capsys.readouterr().out
 
 
 def test_the_demo_shows_the_balance_where_gradients_are_balanced(tmp_path, monkeypatch):
@@ -64,8 +67,7 @@ def test_the_demo_shows_the_balance_where_gradients_are_balanced(tmp_path, monke
     report = run(tmp_path / "demo", "--max_steps", "1")
     assert report["balance"]["cos_min"] >= 0 and set(report["balance"]["alpha"]) == REWARDS
     assert "progress" not in report
-    check_pictures(tmp_path / "demo", ["before_after.png", "gain_against_kl.png", "balance.png"])
-    assert "balance.png" in (tmp_path / "demo" / "README.md").read_text()
+    check_pictures(tmp_path / "demo", "before_after.png", "gain_against_kl.png", "balance.png")
 
 
 def test_the_demo_is_short():

@@ -10,6 +10,8 @@ import pytest
 import torch
 from example_scripts import EXAMPLES
 
+from trl_marble import MarbleConfig
+from trl_marble.cli.demo import DEMO_SETTINGS
 from trl_marble.evaluation import GainPoint
 from trl_marble.losses import FrozenVelocities, NFTLoss, StepCounts
 
@@ -18,7 +20,7 @@ sys.path.append(str(EXAMPLES / "benchmarks"))
 import long_runs  # noqa: E402
 from evidence import drift, long_report, methods  # noqa: E402
 from evidence.long_report import LongResult  # noqa: E402
-from evidence.runs import LONG, MAIN, QUICK_LONG, Run  # noqa: E402
+from evidence.runs import LONG, LONG_RATE, MAIN, QUICK_LONG, Run  # noqa: E402
 
 
 NAN = math.nan
@@ -51,6 +53,15 @@ def test_every_entry_has_its_settings():
         plan = Run(MAIN, entry, 1.2e-3, 1, LONG).plan()
         assert plan["settings"]["num_inference_steps"] == 5 and plan["scale"]["steps"] == 150
         json.dumps(plan)
+
+
+def test_the_demo_is_a_long_run():
+    demo = MarbleConfig("demo", **DEMO_SETTINGS)
+    run = Run(MAIN, f"{demo.multi_objective_aggregation}@{demo.beta:g}", LONG_RATE, 1, LONG)
+    settings = run.plan()["settings"] | {"learning_rate": run.learning_rate, "num_generations_eval": run.scale.images}
+    assert {name: getattr(demo, name) for name in settings} == settings
+    shared = [Run(MAIN, entry, LONG_RATE, 1, LONG).plan()["settings"] for entry in ("base", "gdpo@0.2")]
+    assert shared[0] | {"beta": 0.2, **methods.GDPO} == shared[1] and shared[0]["beta"] == 0
 
 
 def test_how_a_run_is_watched_is_no_part_of_its_plan():

@@ -67,7 +67,7 @@ def run_demo(output_dir: str, seed: int = 42, max_steps: int = DEMO_STEPS, rewar
     from rich.console import Console
 
     from .. import LiveTableCallback, MarbleConfig, MarbleNFTTrainer
-    from ..evaluation import before_after_grid, gains_table, rewards_table, run_gains
+    from ..evaluation import before_after_grid, evaluations_table, rewards_table, run_gains
     from ..evaluation.results import to_json
     from ..shapeworld import load_pipeline, load_prompts, reward_funcs
 
@@ -89,7 +89,7 @@ def run_demo(output_dir: str, seed: int = 42, max_steps: int = DEMO_STEPS, rewar
     errors = {name: error for name, (_, error) in after.change_since(before).items()}
     console, history = Console(), trainer.state.log_history
     console.print(rewards_table(before.summary(), after.summary(), errors))
-    console.print(gains_table({"demo": run_gains(history)}))
+    console.print(evaluations_table(run_gains(history)))
     Path(output_dir, "report.json").write_bytes(to_json(make_report(before, after, history, seconds)))
     print(f"The adapter, its card (README.md) and the pictures are in {Path(output_dir).absolute()}")
 

@@ -170,6 +170,8 @@ class CardInputs:
         progress (`ProgressSummary`, *optional*):
             How far the rewards came, of a run whose weights follow that, see
             [`~trl_marble.evaluation.summarize_progress`].
+        progress_plot (`str`, *optional*):
+            Path, relative to the card, of the picture made by [`~trl_marble.evaluation.plot_progress`].
     """
 
     repo_name: str
@@ -195,6 +197,7 @@ class CardInputs:
     best_evaluation: WorstGain | None = None
     adapter_evaluation: WorstGain | None = None
     progress: ProgressSummary | None = None
+    progress_plot: str | None = None
 
     def public(self) -> "CardInputs":
         """

@@ -111,6 +111,7 @@ def build_model_card(inputs: CardInputs) -> ModelCard:
         before_after=None if inputs.before_after is None else _relative_url(inputs.before_after),
         balance=None if inputs.balance is None else _balance_cells(inputs.balance),
         progress=None if inputs.progress is None else _progress_cells(inputs.progress),
+        progress_plot=None if inputs.progress_plot is None else _relative_url(inputs.progress_plot),
         balance_plot=None if inputs.balance_plot is None else _relative_url(inputs.balance_plot),
         gallery=_gallery_table(inputs.gallery),
         settings=[(_code(name), _code(value)) for name, value in inputs.settings.items()],
