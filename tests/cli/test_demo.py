@@ -28,6 +28,7 @@ def make_small(monkeypatch, **settings):
         "num_generations_eval": 1,
         "per_device_train_batch_size": 16,
         "num_inference_steps": 2,
+        "num_images_to_log": 2,
     }
     for name, value in (small | settings).items():
         monkeypatch.setitem(DEMO_SETTINGS, name, value)
@@ -63,7 +64,7 @@ def test_the_demo_leaves_what_it_promises(tmp_path, monkeypatch, capsys):
 
 
 def test_the_demo_shows_the_balance_where_gradients_are_balanced(tmp_path, monkeypatch):
-    make_small(monkeypatch, multi_objective_aggregation="marble")
+    make_small(monkeypatch, multi_objective_aggregation="marble", log_images=False)
     report = run(tmp_path / "demo", "--max_steps", "1")
     assert report["balance"]["cos_min"] >= 0 and set(report["balance"]["alpha"]) == REWARDS
     assert "progress" not in report

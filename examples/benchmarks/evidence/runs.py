@@ -31,8 +31,8 @@ LEARNING_RATES = (6e-4, 1.2e-3, 2.4e-3)
 SEEDS = (1, 2, 3)
 TUNING_SEED = 0
 
-# Long runs have the demo's settings, with which 150 steps take about 20 minutes on one core. `beta` and how rewards are
-# combined are each method's own.
+# Long runs have the demo's settings, with which 150 steps take about 20 minutes on one core. `beta` and how rewards
+# are combined are each method's own.
 LONG_STEPS = 150
 LONG_SETTINGS = {name: DEMO_SETTINGS[name] for name in (*SHARED_SETTINGS, "old_policy_preset")} | {"beta": 0.0}
 # Solver steps of the last evaluation of a long run: more than those of the training.
