@@ -30,8 +30,12 @@ NAN = math.nan
 def test_an_entry_is_a_method_and_a_strength():
     method = methods.find_method("marble@0.2")
     assert method.settings["beta"] == 0.2 and method.drift is None and method.label == "MARBLE, N = 1, beta 0.2"
-    held = methods.find_method("weighted_sum@hold0.06")
-    assert held.drift == ("hold", 0.06) and held.settings["beta"] == drift.FIRST_BETA
+    held = methods.find_method("weighted_sum@target0.06")
+    assert held.drift is None and (held.settings["beta"], held.settings["kl_target"]) == (0.5, 0.06)
+    moved = methods.find_method("weighted_sum@move0.05")
+    assert moved.drift == ("move", 0.05) and moved.settings["beta"] == 0.1
+    with pytest.raises(ValueError, match="`hold`"):
+        methods.find_method("weighted_sum@hold0.06")
     assert methods.find_method("gdpo@lag0.1").settings["old_policy_preset"] == 1
     assert methods.find_method("gdpo@average0.1").settings["weight_ema_decay"] == 0.98
     off = methods.find_method("weighted_sum_x10@0.1")
