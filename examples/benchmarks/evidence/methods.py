@@ -226,21 +226,24 @@ def long_method(name: str) -> Method:
     return replace(method, label=f"{method.label}, {kind or 'beta'} {value:g}", settings=settings, drift=drift)
 
 
-# Two strengths for each method, between whose ends lies a KL of about 0.06: at equal `beta` methods drift differently
-# far.
+# What is recommended, and what the demo does.
+RECIPE = "progress@0.1"
+# Two strengths for each other method, between whose ends lies the recipe's KL: at equal `beta` methods drift
+# differently far.
 LONG_STRENGTHS = {
+    "progress": ("0.1",),
     "weighted_sum": ("0.1", "0.2"),
-    "progress": ("0.05", "0.1"),
-    "marble": ("0.05", "0.1"),
     "gdpo": ("0.2", "0.4"),
-    "equal": ("0.1", "0.2"),
+    "marble": ("0.05", "0.1"),
 }
 LONG_MAIN = tuple(f"{method}@{beta}" for method, strengths in LONG_STRENGTHS.items() for beta in strengths)
-# With the first seed only: a reward's scale that is off, no limit at all, and what each reward reaches alone.
+# With the first seed only: what each reward reaches alone, a reward's scale that is off, and no limit at all.
 LONG_ONCE = (
-    *(f"{method}@0.1" for method in LONG_BASES if method.startswith("weighted_sum_x")),
-    *(f"{method}@0" for method in LONG_STRENGTHS if method != "equal"),
     *(f"{method}@0.1" for method in SPECIALISTS.values()),
+    *(f"{method}@0.1" for method in LONG_BASES if method.startswith("weighted_sum_x")),
+    "progress@0.05",
+    "equal@0.1",
+    *(f"{method}@0" for method in LONG_STRENGTHS),
 )
 LONG_TUNING = (
     "weighted_sum@0.1",
