@@ -131,13 +131,14 @@ def test_other_methods_end_beside_the_recipe_at_its_kl_between_their_strengths()
         methods.RECIPE: result(methods.RECIPE, [recipe, recipe]),
         "marble@0.05": result("marble@0.05", [weak, weak]),
         "marble@0.1": result("marble@0.1", [strong, weak]),  # the second seed drifts too far
-        "gdpo@0.2": result("gdpo@0.2", [weak]),  # one strength
+        "gdpo@0.2": result("gdpo@0.2", [weak]),
     }
     table = long_report.beside_recipe_table(results)
-    assert table.count("\n") == 3
+    assert table.count("\n") == 4
     # Half way between the strengths of the first seed.
-    row = "| MARBLE, N = 1 | 1 (1 outside) | 0.20 ± – | 0.36 ± – | 0.10 ± – | 0.04 ± – |"
+    row = "| MARBLE, N = 1, beta 0.05 to 0.1 | 1 (1 outside) | 0.060 | 0.20 ± – | 0.36 ± – | 0.10 ± – | 0.04 ± – |"
     assert row in table
+    assert "| GDPO, beta 0.2 | 1 | 0.100 | 0.10 ± – | 0.42 ± – | 0.20 ± – | -0.02 ± – |" in table  # as it is
 
 
 def test_a_run_shorter_than_the_early_step_has_no_change_since_then():

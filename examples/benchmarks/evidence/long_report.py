@@ -225,8 +225,8 @@ _EQUAL = (
 )
 _BESIDE = (
     f"Worst / mean gain at the end of the runs, at the KL where the recipe ({RECIPE}) ended: interpolated linearly in "
-    "KL between the two strengths of a method that this KL lies between, seed by seed. Then the difference from the "
-    "recipe with the same seed. Outside: seeds whose KL does not lie between them.\n"
+    "KL between two strengths of a method, seed by seed; a method with one strength as it is. Then the difference "
+    "from the recipe with the same seed. Outside: seeds whose KL does not lie between the strengths.\n"
 )
 _COSINES = (
     "Mean over steps of the cosine between the update and each reward's gradient: on the prompts that the update was "
@@ -301,37 +301,41 @@ def equal_kl_table(results: Mapping[str, LongResult]) -> str:
 
 def beside_recipe_table(results: Mapping[str, LongResult]) -> str:
     """
-    Where the methods end beside the recipe, at its KL and after the same steps: seed by seed between the two strengths
-    of a method that this KL lies between. Empty while nothing can be compared.
+    Where the methods end beside the recipe, at its KL and after the same steps. Empty while nothing can be compared.
     """
     recipe = results.get(RECIPE)
-    if recipe is None:
-        return ""
     rows = []
     for method in LONG_STRENGTHS:
         own = [result for entry, result in results.items() if entry.partition("@")[0] == method]
-        seeds = [seed for seed in recipe.seeds if own and all(seed in result.seeds for result in own)]
-        pairs = [(_ends_at_kl(own, seed, recipe.end_of(seed).kl[0]), recipe.end_of(seed)) for seed in seeds]
-        found = [(values, end) for values, end in pairs if values is not None]
-        if recipe in own or not found:
+        if recipe is None or not own or recipe in own:
             continue
-        values = np.array([other for other, _ in found])
-        ours = np.array([(end.worst[0], end.mean[0]) for _, end in found])
-        estimates = [mean_over_seeds(column) for column in np.stack([*values.T, *(ours - values).T])]
-        cells = [estimate_text(estimate, digits=2) for estimate in estimates]
+        seeds = [seed for seed in recipe.seeds if all(seed in result.seeds for result in own)]
+        pairs = [(_end_at_kl(own, seed, recipe.end_of(seed).kl[0]), recipe.end_of(seed)) for seed in seeds]
+        found = [(other, (end.worst[0], end.mean[0])) for other, end in pairs if other is not None]
+        if not found:
+            continue
+        others, ours = np.array([other for other, _ in found]), np.array([end for _, end in found])
+        columns = [*others.T[1:], *(ours - others[:, 1:]).T]
+        cells = [estimate_text(mean_over_seeds(column), digits=2) for column in columns]
         outside = f" ({len(seeds) - len(found)} outside)" if len(found) < len(seeds) else ""
-        rows.append([LONG_BASES[method].label, f"{len(found)}{outside}", *cells])
-    header = ["", "seeds", "worst", "mean", "worst of the recipe, minus this", "mean of the recipe, minus this"]
+        label = f"{LONG_BASES[method].label}, beta {' to '.join(result.entry.partition('@')[2] for result in own)}"
+        rows.append([label, f"{len(found)}{outside}", f"{others[:, 0].mean():.3f}", *cells])
+    header = ["", "seeds", "KL", "worst", "mean", "worst of the recipe, minus this", "mean of the recipe, minus this"]
     return table(header, rows) if rows else ""
 
 
-def _ends_at_kl(results: Sequence[LongResult], seed: int, kl: float) -> tuple[float, float] | None:
-    """Worst and mean gain of one seed, between the strengths whose ends are nearest to the KL."""
+def _end_at_kl(results: Sequence[LongResult], seed: int, kl: float) -> tuple[float, float, float] | None:
+    """
+    KL, worst and mean gain of one seed: of the only strength as it is, of several between those whose ends are nearest
+    to the KL.
+    """
     ends = sorted((own.end_of(seed) for own in results), key=lambda point: point.kl[0])
+    if len(ends) == 1:
+        return ends[0].kl[0], ends[0].worst[0], ends[0].mean[0]
     kls = [point.kl[0] for point in ends]
     worst = interpolate_at_kl(kls, [point.worst[0] for point in ends], kl)
     mean = interpolate_at_kl(kls, [point.mean[0] for point in ends], kl)
-    return None if worst is None or mean is None else (worst, mean)
+    return None if worst is None or mean is None else (kl, worst, mean)
 
 
 def cosine_table(results: Mapping[str, LongResult]) -> str:

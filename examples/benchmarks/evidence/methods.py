@@ -228,13 +228,13 @@ def long_method(name: str) -> Method:
 
 # What is recommended, and what the demo does.
 RECIPE = "progress@0.1"
-# Two strengths for each other method, between whose ends lies the recipe's KL: at equal `beta` methods drift
-# differently far.
+# At equal `beta` methods drift differently far. These are the strengths with which each ends near the recipe's KL, or
+# with more and with less.
 LONG_STRENGTHS = {
     "progress": ("0.1",),
     "weighted_sum": ("0.1", "0.2"),
-    "gdpo": ("0.2", "0.4"),
-    "marble": ("0.05", "0.1"),
+    "gdpo": ("0.4",),
+    "marble": ("0.1",),
 }
 LONG_MAIN = tuple(f"{method}@{beta}" for method, strengths in LONG_STRENGTHS.items() for beta in strengths)
 # With the first seed only: what each reward reaches alone, a reward's scale that is off, and no limit at all.
