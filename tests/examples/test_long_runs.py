@@ -32,8 +32,12 @@ NAN = math.nan
 def test_an_entry_is_a_method_and_a_strength():
     method = methods.find_method("marble@0.2")
     assert method.settings["beta"] == 0.2 and method.drift is None and method.label == "MARBLE, N = 1, beta 0.2"
-    held = methods.find_method("weighted_sum@hold0.06")
-    assert held.drift == ("hold", 0.06) and held.settings["beta"] == drift.FIRST_BETA
+    held = methods.find_method("weighted_sum@target0.06")
+    assert held.drift is None and (held.settings["beta"], held.settings["kl_target"]) == (0.5, 0.06)
+    moved = methods.find_method("weighted_sum@move0.05")
+    assert moved.drift == ("move", 0.05) and moved.settings["beta"] == 0.1
+    with pytest.raises(ValueError, match="`hold`"):
+        methods.find_method("weighted_sum@hold0.06")
     assert methods.find_method("gdpo@lag0.1").settings["old_policy_preset"] == 1
     assert methods.find_method("gdpo@average0.1").settings["weight_ema_decay"] == 0.98
     off = methods.find_method("weighted_sum_x10@0.1")
@@ -130,13 +134,29 @@ def test_tables_have_every_entry_and_fractions_of_what_a_reward_reaches_alone():
     assert "KL 0.06" in long_report.equal_kl_table(results)
 
 
-def test_ends_at_equal_kl_lie_between_the_strengths_of_a_method():
+def test_other_methods_end_beside_the_recipe_at_its_kl_between_their_strengths():
+    recipe = [BASE, point(20, 0.06, 0.5, 0.4, 0.4, 0.4, 0.3)]
     weak = [BASE, point(20, 0.10, 0.5, 0.5, 0.5, 0.5, 0.1)]
     strong = [BASE, point(20, 0.02, 0.3, 0.3, 0.3, 0.3, 0.3)]
-    results = {entry: result(entry, [curve]) for entry, curve in (("marble@0.05", weak), ("marble@0.1", strong))}
-    table = long_report.between_strengths_table(results | {"gdpo@0.2": result("gdpo@0.2", [weak])})
-    assert table.count("\n") == 3  # GDPO has one strength
-    assert "| MARBLE, N = 1 | 1 |" in table and "0.20 ± – / 0.36 ± –" in table  # half way, at 0.06
+    results = {
+        methods.RECIPE: result(methods.RECIPE, [recipe, recipe]),
+        "marble@0.05": result("marble@0.05", [weak, weak]),
+        "marble@0.1": result("marble@0.1", [strong, weak]),  # the second seed drifts too far
+        "gdpo@0.2": result("gdpo@0.2", [weak]),
+    }
+    table = long_report.beside_recipe_table(results)
+    assert table.count("\n") == 4
+    # Half way between the strengths of the first seed.
+    row = "| MARBLE, N = 1, beta 0.05 to 0.1 | 1 (1 outside) | 0.060 | 0.20 ± – | 0.36 ± – | 0.10 ± – | 0.04 ± – |"
+    assert row in table
+    assert "| GDPO, beta 0.2 | 1 | 0.100 | 0.10 ± – | 0.42 ± – | 0.20 ± – | -0.02 ± – |" in table  # as it is
+
+
+def test_a_run_shorter_than_the_early_step_has_no_change_since_then():
+    assert result("marble@0.1", [FIRST]).least_rise is None
+    early = point(long_report.EARLY_STEP, 0.04, 0.2, 0.1, 0.3, 0.2, 0.2)
+    late = point(40, 0.04, 0.3, 0.0, 0.4, 0.3, 0.3)
+    assert result("marble@0.1", [[BASE, early, late], [BASE, early, early]]).least_rise == (-0.1, "reader")
 
 
 # ---- Ways to limit the drift ----

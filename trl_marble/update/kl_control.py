@@ -8,22 +8,25 @@ import torch
 from torch import Tensor
 
 
-RISING, FALLING = 0.2, 0.05  # most that `log(beta)` changes in one step
-DECAY = 0.8  # of the running mean of the KL
+RATE = 0.05  # most that `log(beta)` changes in one step
+DECAY = 0.9  # of the running mean of the KL
+# The policy answers a change of `beta` some 20 steps later, and the mean is behind by 9. A control that looks at the
+# KL of now changes `beta` for so long that the KL swings to two times its target and back.
+STEPS_AHEAD = 30
 
 
 class KLControl:
     """
     Adapts `beta` so that the KL to the base model stays near a target.
 
-    After each optimizer step `log(beta)` changes by `rate * clip(log(mean / target), -1, 1)`, where `mean` is a
-    running mean of the KL over steps. The idea is that of PPO's adaptive penalty
-    (https://huggingface.co/papers/1707.06347, section 4). `beta` rises four times faster than it falls: a coefficient
-    that falls quickly while the KL is still small spends all of the drift on the noise of the first steps.
+    After each optimizer step `log(beta)` changes by `0.05 * clip(log(expected / target), -1, 1)`, where `expected` is
+    a running mean of the KL, continued by 30 steps at the rate at which it changes. The idea is that of PPO's adaptive
+    penalty (https://huggingface.co/papers/1707.06347, section 4), with a look ahead.
 
     Args:
         beta (`float`):
-            The first coefficient, above 0. Begin with a high one.
+            The first coefficient, above 0. Begin with a high one: one that is low while the KL is still small spends
+            all of the drift on the noise of the first steps.
         target (`float`):
             The KL to hold, above 0: the mean over elements of `(v - v_base)^2`.
     """
@@ -48,9 +51,11 @@ class KLControl:
         """
         if not math.isfinite(kl):
             return
-        self._mean = kl if math.isnan(self._mean) else DECAY * self._mean + (1 - DECAY) * kl
-        excess = math.log(self._mean / self.target) if self._mean > 0 else -1.0
-        self._log_beta += RISING * min(excess, 1.0) if excess > 0 else FALLING * max(excess, -1.0)
+        before = kl if math.isnan(self._mean) else self._mean
+        self._mean = DECAY * before + (1 - DECAY) * kl
+        expected = self._mean + STEPS_AHEAD * (self._mean - before)
+        excess = math.log(expected / self.target) if expected > 0 else -1.0
+        self._log_beta += RATE * min(max(excess, -1.0), 1.0)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Everything that a resumed run needs, as float64 tensors of shape `[]`."""

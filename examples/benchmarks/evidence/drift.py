@@ -1,8 +1,6 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
-"""Ways to limit how far a policy drifts from its base, other than a fixed coefficient of the KL."""
+"""Ways to limit how far a policy drifts from its base that are not settings of the package."""
 
-import dataclasses
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -16,50 +14,8 @@ from trl_marble.losses.forward_process import add_shared
 from trl_marble.pipelines.weight_shadow import WeightShadow
 
 
-# Strength of the KL with which an adaptive coefficient begins: one that begins low spends the drift on the noise of
-# the first steps.
-FIRST_BETA = 0.5
 # GARDO's share of samples that the KL acts on.
 GATE_SHARE = 0.1
-
-
-def adapt_to_target(trainer: MarbleNFTTrainer, target: float, rising: float = 0.2, falling: float = 0.2) -> None:
-    """
-    Let `beta` follow the KL: `log beta += rate clip(log(KL / target), -1, 1)` at each step, KL as a running mean, with
-    one rate where `beta` rises and one where it falls.
-    """
-    trainer.add_callback(_FollowTarget(trainer, target, rising, falling))
-
-
-def adapt_slowly(trainer: MarbleNFTTrainer, target: float) -> None:
-    """The same at half of the rate."""
-    adapt_to_target(trainer, target, rising=0.1, falling=0.1)
-
-
-def lower_slowly(trainer: MarbleNFTTrainer, target: float) -> None:
-    """The same, with a `beta` that falls four times slower than it rises."""
-    adapt_to_target(trainer, target, falling=0.05)
-
-
-class _FollowTarget(TrainerCallback):
-    def __init__(self, trainer: MarbleNFTTrainer, target: float, rising: float, falling: float) -> None:
-        self.trainer, self.target, self.rising, self.falling = trainer, target, rising, falling
-
-    def on_train_begin(self, args, state, control, **kwargs) -> None:
-        self._set(state.log_history)
-
-    def on_log(self, args, state, control, **kwargs) -> None:
-        self._set(state.log_history)
-
-    def _set(self, history: Sequence[Mapping[str, Any]]) -> None:
-        log_beta, mean = math.log(FIRST_BETA), None
-        for row in history:  # from the log, so that a resumed run finds it again
-            if "kl" in row:
-                mean = row["kl"] if mean is None else 0.8 * mean + 0.2 * row["kl"]
-                excess = min(max(math.log(max(mean, 1e-9) / self.target), -1), 1)
-                log_beta += (self.rising if excess > 0 else self.falling) * excess
-        loss = dataclasses.replace(self.trainer.policy_loss, beta=math.exp(log_beta))
-        self.trainer.policy_loss = self.trainer.update.loss = loss
 
 
 class _OtherPenalty(NFTLoss):
@@ -179,9 +135,6 @@ class _MoveReference(TrainerCallback):
 
 
 DRIFT_CONTROLS: Mapping[str, Callable[[MarbleNFTTrainer, float], None]] = {
-    "target": adapt_to_target,
-    "hold": lower_slowly,
-    "steer": adapt_slowly,
     "norm": limit_norms,
     "gate": gate_by_disagreement,
     "move": move_reference,

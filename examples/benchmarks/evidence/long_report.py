@@ -15,7 +15,7 @@ from trl_marble.evaluation.gains import measure_gains
 from trl_marble.evaluation.records import write_atomically
 
 from .long_pictures import plot_steps
-from .methods import LONG_BASES, REWARDS, SPECIALISTS, find_method
+from .methods import LONG_BASES, LONG_STRENGTHS, RECIPE, REWARDS, SPECIALISTS, find_method
 from .report import without_nan
 from .runs import MAIN, TUNING, Run, Scale, base_run, load_report, load_scores
 from .statistics import Estimate, mean_over_seeds
@@ -24,6 +24,8 @@ from .tables import ABSENT, estimate_text, table
 
 # KLs at which methods are compared: those that most runs pass.
 EQUAL_KL = (0.04, 0.06, 0.08)
+# The first evaluation after the 25 steps of the other tables.
+EARLY_STEP = 30
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,10 @@ class LongResult:
         """Its name in tables and pictures."""
         return find_method(self.entry).label
 
+    def end_of(self, seed: int) -> GainPoint:
+        """The last evaluation of one seed."""
+        return self.ends[self.seeds.index(seed)]
+
     def at_end(self, value: Callable[[GainPoint], float]) -> Estimate:
         """Mean and error over seeds of a value of the last evaluations."""
         return mean_over_seeds(np.array([value(point) for point in self.ends]))
@@ -78,6 +84,19 @@ class LongResult:
         points = [point for curve in self.curves for point in curve[1:]]
         gains = [(point.gains[name][0], name, point.step or 0) for point in points for name in trained]
         return min(gains, key=lambda gain: math.inf if math.isnan(gain[0]) else gain[0])
+
+    @property
+    def least_rise(self) -> tuple[float, str] | None:
+        """The least change of a gain since `EARLY_STEP`, of any reward and seed; `None` for shorter runs."""
+        trained = find_method(self.entry).rewards
+        changes = [
+            (curve[-1].gains[name][0] - early.gains[name][0], name)
+            for curve in self.curves
+            for early in curve
+            if early.step == EARLY_STEP
+            for name in trained
+        ]
+        return min(changes, default=None)
 
     @property
     def mean_curve(self) -> list[GainPoint]:
@@ -174,9 +193,9 @@ def write_long_report(runs: Sequence[Run], scale: Scale, output_dir: Path) -> Pa
         parts.append(f"## {phase.capitalize()}: seeds {', '.join(map(str, seeds))}\n")
         parts += ["### At the end\n", _ENDS, end_table(results)]
         parts += ["### At equal KL\n", _EQUAL, equal_kl_table(results)]
-        between = between_strengths_table(results)
-        if between:
-            parts += ["### At equal KL and equal steps\n", _BETWEEN, between]
+        beside = beside_recipe_table(results)
+        if beside:
+            parts += ["### At equal KL and equal steps\n", _BESIDE, beside]
         cosines = cosine_table(results)
         if cosines:
             parts += ["### Cosines\n", _COSINES, cosines]
@@ -196,16 +215,18 @@ def write_long_report(runs: Sequence[Run], scale: Scale, output_dir: Path) -> Pa
 _ENDS = (
     "KL: mean of (v - v_base)^2. Gains in standard deviations of the untrained pipeline's images, mean over seeds ± "
     "standard error over seeds. Worst: of the reward that gained least. Joint: share of the held-out prompts on which "
-    "all rewards that apply rose. Lowest: the lowest gain of any reward in any evaluation on the way, and its step. "
-    "Of its bound: the lowest share of what the reward gains when it is trained alone with the same `beta`.\n"
+    "all rewards that apply rose. Lowest: the lowest gain of any reward and seed in any evaluation on the way, and "
+    f"its step. Since: the least change of any reward of any seed between step {EARLY_STEP} and the end, in the same "
+    "evaluations. Bound: the lowest share of what a reward gains when it is trained alone with the same `beta`.\n"
 )
 _EQUAL = (
     "Worst / mean gain where a run's policy was at this KL, between two of its evaluations (8 images a prompt). "
     f"{ABSENT}: not all seeds came there.\n"
 )
-_BETWEEN = (
-    "Worst / mean gain at the end of the runs, interpolated linearly in KL between the two strengths of a method that "
-    f"this KL lies between, seed by seed. {ABSENT}: it lies outside.\n"
+_BESIDE = (
+    f"Worst / mean gain at the end of the runs, at the KL where the recipe ({RECIPE}) ended: interpolated linearly in "
+    "KL between two strengths of a method, seed by seed; a method with one strength as it is. Then the difference "
+    "from the recipe with the same seed. Outside: seeds whose KL does not lie between the strengths.\n"
 )
 _COSINES = (
     "Mean over steps of the cosine between the update and each reward's gradient: on the prompts that the update was "
@@ -216,12 +237,13 @@ _COSINES = (
 
 def end_table(results: Mapping[str, LongResult]) -> str:
     """Where the runs ended."""
-    header = ["", "seeds", "KL", *REWARDS, "worst", "mean", "joint", "lowest", "diversity", "of its bound", "CPU"]
+    header = ["", "seeds", "KL", *REWARDS, "worst", "mean", "joint", "lowest", "since", "diversity", "bound", "CPU"]
     rows = []
     cheapest = min(np.mean(own.cpu_seconds) for own in results.values())
     for result in results.values():
         worst = _worst_fraction(result, results)
         gain, name, step = result.lowest
+        rise = result.least_rise
         rows.append(
             [
                 result.label,
@@ -237,6 +259,7 @@ def end_table(results: Mapping[str, LongResult]) -> str:
                 estimate_text(result.at_end(lambda point: point.mean[0]), digits=2),
                 f"{result.at_end(lambda point: point.joint_gain[0]).mean:.2f}",
                 f"{gain:+.2f} ({name}, {step})",
+                ABSENT if rise is None else f"{rise[0]:+.2f} ({rise[1]})",
                 f"{np.mean(result.diversity):.2f}",
                 ABSENT if worst is None else f"{worst[1]:.2f} ({worst[0]})",
                 f"{np.mean(result.cpu_seconds) / cheapest:.2f}x",
@@ -276,37 +299,43 @@ def equal_kl_table(results: Mapping[str, LongResult]) -> str:
     return table(["", *(f"KL {kl:g}" for kl in EQUAL_KL)], rows)
 
 
-def between_strengths_table(results: Mapping[str, LongResult]) -> str:
-    """Where the methods end at equal KL: the same steps, and the strength with which they would end there."""
-    methods: dict[str, list[LongResult]] = {}
-    for result in results.values():
-        methods.setdefault(result.entry.partition("@")[0], []).append(result)
+def beside_recipe_table(results: Mapping[str, LongResult]) -> str:
+    """
+    Where the methods end beside the recipe, at its KL and after the same steps. Empty while nothing can be compared.
+    """
+    recipe = results.get(RECIPE)
     rows = []
-    for method, own in methods.items():
-        seeds = sorted(set.intersection(*(set(result.seeds) for result in own)))
-        if len(own) < 2 or not seeds:
+    for method in LONG_STRENGTHS:
+        own = [result for entry, result in results.items() if entry.partition("@")[0] == method]
+        if recipe is None or not own or recipe in own:
             continue
-        cells = []
-        for kl in EQUAL_KL:
-            pairs = [_ends_at_kl(own, seed, kl) for seed in seeds]
-            found = [pair for pair in pairs if pair is not None]
-            whole = len(found) == len(seeds)
-            estimates = [mean_over_seeds(np.array(values)) for values in zip(*found, strict=True)] if whole else []
-            cells.append(" / ".join(estimate_text(each, digits=2) for each in estimates) or ABSENT)
-        rows.append([LONG_BASES[method].label, ", ".join(map(str, seeds)), *cells])
-    return table(["", "seeds", *(f"KL {kl:g}" for kl in EQUAL_KL)], rows) if rows else ""
+        seeds = [seed for seed in recipe.seeds if all(seed in result.seeds for result in own)]
+        pairs = [(_end_at_kl(own, seed, recipe.end_of(seed).kl[0]), recipe.end_of(seed)) for seed in seeds]
+        found = [(other, (end.worst[0], end.mean[0])) for other, end in pairs if other is not None]
+        if not found:
+            continue
+        others, ours = np.array([other for other, _ in found]), np.array([end for _, end in found])
+        columns = [*others.T[1:], *(ours - others[:, 1:]).T]
+        cells = [estimate_text(mean_over_seeds(column), digits=2) for column in columns]
+        outside = f" ({len(seeds) - len(found)} outside)" if len(found) < len(seeds) else ""
+        label = f"{LONG_BASES[method].label}, beta {' to '.join(result.entry.partition('@')[2] for result in own)}"
+        rows.append([label, f"{len(found)}{outside}", f"{others[:, 0].mean():.3f}", *cells])
+    header = ["", "seeds", "KL", "worst", "mean", "worst of the recipe, minus this", "mean of the recipe, minus this"]
+    return table(header, rows) if rows else ""
 
 
-def _ends_at_kl(results: Sequence[LongResult], seed: int, kl: float) -> tuple[float, float] | None:
-    """Worst and mean gain of one seed, between the strengths whose ends are nearest to the KL."""
-    ends = sorted((own.ends[own.seeds.index(seed)] for own in results), key=lambda point: point.kl[0])
+def _end_at_kl(results: Sequence[LongResult], seed: int, kl: float) -> tuple[float, float, float] | None:
+    """
+    KL, worst and mean gain of one seed: of the only strength as it is, of several between those whose ends are nearest
+    to the KL.
+    """
+    ends = sorted((own.end_of(seed) for own in results), key=lambda point: point.kl[0])
+    if len(ends) == 1:
+        return ends[0].kl[0], ends[0].worst[0], ends[0].mean[0]
     kls = [point.kl[0] for point in ends]
-    values = (
-        interpolate_at_kl(kls, [value(point) for point in ends], kl)
-        for value in (lambda point: point.worst[0], lambda point: point.mean[0])
-    )
-    worst, mean = values
-    return None if worst is None or mean is None else (worst, mean)
+    worst = interpolate_at_kl(kls, [point.worst[0] for point in ends], kl)
+    mean = interpolate_at_kl(kls, [point.mean[0] for point in ends], kl)
+    return None if worst is None or mean is None else (kl, worst, mean)
 
 
 def cosine_table(results: Mapping[str, LongResult]) -> str:
@@ -331,6 +360,7 @@ def _as_json(result: LongResult) -> dict[str, Any]:
         "ends": [point.numbers() for point in result.ends],
         "curves": [[point.numbers() for point in curve] for curve in result.curves],
         "lowest": {"gain": gain, "reward": name, "step": step},
+        "least_rise": result.least_rise,
         "diversity": result.diversity,
         "cpu_seconds": result.cpu_seconds,
         "cosines": {

@@ -17,7 +17,7 @@ from torch import Tensor
 from trl_marble.balance import mgda_weights
 from trl_marble.shapeworld import reward_funcs
 
-from .drift import DRIFT_CONTROLS, FIRST_BETA
+from .drift import DRIFT_CONTROLS
 
 
 REWARDS = tuple(reward.__name__ for reward in reward_funcs())
@@ -178,7 +178,7 @@ TORCHJD: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
 
 # How far a policy drifts, more than how it balances, decides where a long run ends: every method is run at several
 # strengths of the KL to the base.
-DRIFT_BETAS = {"target": FIRST_BETA, "hold": FIRST_BETA, "steer": FIRST_BETA, "move": 0.1}
+DRIFT_BETAS = {"target": 0.5, "move": 0.1}
 LONG_BASES: dict[str, Method] = {
     "weighted_sum": METHODS["weighted_sum"],
     "gdpo": METHODS["gdpo"],
@@ -206,37 +206,44 @@ def long_method(name: str) -> Method:
     A method of long runs: `<method>@<strength>`, such as `marble@0.1`.
 
     The strength is the `beta` of the KL, or another way to limit the drift and its strength: `lag` (`beta`, with the
-    paper's old policy, which lags behind), `average` (`beta`, with weights averaged over about 50 steps), or one of
-    `DRIFT_CONTROLS`, such as `target0.05`.
+    paper's old policy, which lags behind), `average` (`beta`, with weights averaged over about 50 steps), `target` (a
+    `kl_target`, such as `target0.05`), or one of `DRIFT_CONTROLS`.
     """
     base, _, strength = name.partition("@")
     method = LONG_BASES[base]
     kind = strength.rstrip("0123456789.")
+    if kind not in ("", "lag", "average", "target", *DRIFT_CONTROLS):
+        raise ValueError(f"`{name}`: there is no way to limit the drift that is called `{kind}`.")
     value = float(strength.removeprefix(kind))
     settings: dict[str, Any] = {**method.settings, "beta": DRIFT_BETAS.get(kind, value)}
     if kind == "lag":
         settings["old_policy_preset"] = 1
     if kind == "average":
         settings["weight_ema_decay"] = 0.98
+    if kind == "target":
+        settings["kl_target"] = value
     drift = (kind, value) if kind in DRIFT_CONTROLS else None
     return replace(method, label=f"{method.label}, {kind or 'beta'} {value:g}", settings=settings, drift=drift)
 
 
-# Two strengths for each method, between whose ends lies a KL of about 0.06: at equal `beta` methods drift differently
-# far.
+# What is recommended, and what the demo does.
+RECIPE = "progress@0.1"
+# At equal `beta` methods drift differently far. These are the strengths with which each ends near the recipe's KL, or
+# with more and with less.
 LONG_STRENGTHS = {
+    "progress": ("0.1",),
     "weighted_sum": ("0.1", "0.2"),
-    "progress": ("0.05", "0.1"),
-    "marble": ("0.05", "0.1"),
-    "gdpo": ("0.2", "0.4"),
-    "equal": ("0.1", "0.2"),
+    "gdpo": ("0.4",),
+    "marble": ("0.1",),
 }
 LONG_MAIN = tuple(f"{method}@{beta}" for method, strengths in LONG_STRENGTHS.items() for beta in strengths)
-# With the first seed only: a reward's scale that is off, no limit at all, and what each reward reaches alone.
+# With the first seed only: what each reward reaches alone, a reward's scale that is off, and no limit at all.
 LONG_ONCE = (
-    *(f"{method}@0.1" for method in LONG_BASES if method.startswith("weighted_sum_x")),
-    *(f"{method}@0" for method in LONG_STRENGTHS if method != "equal"),
     *(f"{method}@0.1" for method in SPECIALISTS.values()),
+    *(f"{method}@0.1" for method in LONG_BASES if method.startswith("weighted_sum_x")),
+    "progress@0.05",
+    "equal@0.1",
+    *(f"{method}@0" for method in LONG_STRENGTHS),
 )
 LONG_TUNING = (
     "weighted_sum@0.1",
@@ -244,9 +251,7 @@ LONG_TUNING = (
     "progress@0.1",
     "weighted_sum@0.03",
     "weighted_sum@0.3",
-    "weighted_sum@hold0.06",
     "weighted_sum@target0.06",
-    "weighted_sum@steer0.06",
     "marble_progress@0.1",
     "progress_cold@0.1",
     "weighted_sum@gate0.1",
