@@ -42,7 +42,7 @@ def check_pictures(folder, *names):
 
 
 def test_the_demo_leaves_what_it_promises(tmp_path, monkeypatch, capsys):
-    make_small(monkeypatch)
+    make_small(monkeypatch, multi_objective_aggregation="progress")
     folder = tmp_path / "demo"
     report = run(folder, "--max_steps", "1")
     assert report["seconds"] > 0 and set(report["rewards"]) == REWARDS
