@@ -233,7 +233,7 @@ RECIPE = "progress@0.1"
 LONG_STRENGTHS = {
     "progress": ("0.1",),
     "weighted_sum": ("0.1", "0.2"),
-    "gdpo": ("0.4",),
+    "gdpo": ("0.2", "0.4"),
     "marble": ("0.1",),
 }
 LONG_MAIN = tuple(f"{method}@{beta}" for method, strengths in LONG_STRENGTHS.items() for beta in strengths)
