@@ -36,9 +36,9 @@ class FrozenVelocities(NamedTuple):
     Args:
         old (`torch.Tensor` of shape `(B, ...)`, *optional*):
             The old policy's. `None` where the old policy has the weights of the trained one (the detached velocity
-            stands for it then), or where the loss does not need it.
+            stands for it then), or where the micro-step does not need it.
         reference (`torch.Tensor` of shape `(B, ...)`, *optional*):
-            The base model's. `None` where the loss does not need it.
+            The base model's. `None` where the micro-step does not need it.
     """
 
     old: Tensor | None = None
