@@ -67,7 +67,7 @@ def test_holds_a_kl_that_follows_it_with_a_lag(lag, falling_rate):
 
 @pytest.mark.parametrize(("noise", "above"), [(0.1, 0.03), (0.2, 0.1)])
 def test_a_kl_with_noise_is_held_somewhat_above_the_target(noise, above):
-    """As where it is taken from a part of each step. The policy is the one above; docs/long_runs.md has the numbers."""
+    """As where a part of each step gives it. The policy is the one above; docs/long_runs.md has the numbers."""
     ends = []
     for seed in range(100):
         generator, control, distance, reached = random.Random(seed), KLControl(0.5, target=0.06), 0.0, []
