@@ -170,6 +170,7 @@ class Bench:
             trainer.schedule,
             None,
             trainer.scorer.names,
+            trainer.layout,
             trainer.edits,
             *shared,
             trainer.progress,

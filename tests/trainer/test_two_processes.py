@@ -28,9 +28,13 @@ FAST = ("every step", "uninterrupted", "resumed", "reward")
 
 # What has to be the same with one process.
 EQUAL = {
-    "every step": {},
+    "every step": {"regularizer_fraction": 0.5},
     "every other step": {"balance_every": 2, "balance_on": "loss", "max_steps": 4},
-    "weighted sum": {"multi_objective_aggregation": "sum_then_normalize", "kl_target": 1e-4},
+    "weighted sum": {
+        "multi_objective_aggregation": "sum_then_normalize",
+        "kl_target": 1e-4,
+        "regularizer_fraction": 0.5,
+    },
     # Steps with three new prompts, one and none, and nine base images for two processes.
     "progress": {
         "multi_objective_aggregation": "progress",

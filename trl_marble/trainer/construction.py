@@ -40,6 +40,7 @@ from ..rollout import (
     RolloutSource,
 )
 from ..update import BalanceSettings, KLControl, NonFiniteGuard, PolicyUpdate, StepGradient, TimeGrid
+from ..update.micro_steps import draw_micro_steps
 from .marble_config import MarbleConfig
 
 
@@ -299,16 +300,34 @@ def build_update(
         balance = BalanceSettings(schedule, chosen, args.balance_fraction, reward_names)
         linears = measured_linears(weights.flow, weights.trained, edits, args.per_device_train_batch_size)
     times = weights.flow.training_times(args.num_inference_steps)
+    grid = TimeGrid(times, max(1, int(len(times) * args.timestep_fraction)))
+    _check_regularizer_fraction(args, layout.micro_batches_per_update * grid.per_sample)
     return PolicyUpdate(
         loss,
         weights,
         StepGradient(accelerator, weights.parameters, linears, balance, args.seed, guard, metrics),
         guard,
         layout,
-        TimeGrid(times, max(1, int(len(times) * args.timestep_fraction))),
+        grid,
+        args.regularizer_fraction,
         args.seed,
         args.world_size,
         metrics,
         make_bar,
         None if args.kl_target is None else KLControl(args.beta, args.kl_target),
+    )
+
+
+def _check_regularizer_fraction(args: MarbleConfig, num_micro_steps: int) -> None:
+    """Refuse a fraction of an optimizer step's micro-steps that is all of them."""
+    fraction = args.regularizer_fraction
+    if fraction in (1.0, MarbleConfig.regularizer_fraction):  # the default need not fit every step
+        return
+    if len(draw_micro_steps(fraction, num_micro_steps, seed=0)) < num_micro_steps:
+        return
+    steps = "1 micro-step" if num_micro_steps == 1 else f"{num_micro_steps} micro-steps"
+    raise ValueError(
+        f"`regularizer_fraction={fraction}` has no effect: an optimizer step has {steps} (one for each timestep of "
+        "each micro-batch), and that part of them, rounded, is all of them. Leave it out, or choose a smaller "
+        "`per_device_train_batch_size` and more `gradient_accumulation_steps`."
     )

@@ -14,7 +14,7 @@ from transformers import TrainingArguments
 
 from ..balance import OLD_POLICY_PRESETS, WEIGHTINGS
 from ..extras import EXTRAS, require_extra
-from ..losses import LOSSES, settings_of
+from ..losses import LOSSES, build_loss, settings_of
 from ..losses.awm import AWMWeighting
 from ..setting_names import suggest_name
 from ..world_size import check_world_size
@@ -169,6 +169,12 @@ class MarbleConfig(TrainingArguments):
             The KL to hold, as `kl` is logged: the mean over elements of `(v - v_ref)^2`. `beta` is then the first
             value of a coefficient that follows the KL, see [`~trl_marble.update.KLControl`]: begin high, with 0.5 for
             example. By default `beta` stays as it is.
+        regularizer_fraction (`float`, *optional*, defaults to `1.0`):
+            In `(0, 1]`: the fraction of an optimizer step's forward passes (timesteps of micro-batches, the same ones
+            on all processes) in which the penalties are evaluated: that of `beta`, and AWM's trust region. They are
+            drawn anew for each step; their number is rounded to a whole one, at least 1. The penalty is the mean over
+            them, so that on average over the draws its gradient is that of all forward passes. The others cost no
+            forward pass of the base model (for AWM, nor of the old policy) and no backward pass of the penalties.
 
         awm_weighting (`str`, *optional*, defaults to `"ghuber"`):
             How AWM weights the matching error over timesteps and sizes: `"ghuber"`, `"huber"`, `"t"`, `"t2"` or
@@ -376,6 +382,10 @@ class MarbleConfig(TrainingArguments):
         default=None,
         metadata={"help": "KL to the base model to hold: `beta` then follows the KL, and is its first value."},
     )
+    regularizer_fraction: float = field(
+        default=1.0,
+        metadata={"help": "Fraction of a step's forward passes in which the KL and AWM's trust region are evaluated."},
+    )
     awm_weighting: Literal["ghuber", "huber", "t", "t2", "uniform"] = field(
         default="ghuber", metadata={"help": "How AWM weights the matching error."}
     )
@@ -527,7 +537,7 @@ class MarbleConfig(TrainingArguments):
         for name in ("balance_ema", "weight_ema_decay", "progress_ema"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"`{name}` is {getattr(self, name)}; a decay must be in [0, 1).")
-        for name in ("timestep_fraction", "balance_fraction", "awm_power"):
+        for name in ("timestep_fraction", "balance_fraction", "regularizer_fraction", "awm_power"):
             if not 0 < getattr(self, name) <= 1:
                 raise ValueError(f"`{name}` is {getattr(self, name)}; it must be in (0, 1].")
         if self.reward_weights is not None and not _are_finite_numbers(self.reward_weights):
@@ -584,6 +594,8 @@ class MarbleConfig(TrainingArguments):
             unused["weighting"] = f"`multi_objective_aggregation={self.multi_objective_aggregation!r}`"
         if "beta" not in settings_of(LOSSES[self.policy_loss]):
             unused["kl_target"] = f"`policy_loss={self.policy_loss!r}`, which has no KL"
+        if not any(build_loss(LOSSES[self.policy_loss], vars(self)).penalties):
+            unused["regularizer_fraction"] = self._why_no_penalties()
         if self.multi_objective_aggregation == "progress":
             unused["reward_weights"] = "`multi_objective_aggregation='progress'`, which finds the weights"
         else:
@@ -595,6 +607,11 @@ class MarbleConfig(TrainingArguments):
         if not self.log_images:
             unused["log_images_steps"] = "`log_images=False`"
         return unused
+
+    def _why_no_penalties(self) -> str:
+        known = settings_of(LOSSES[self.policy_loss])
+        zero = " and ".join(f"`{name}=0.0`" for name in ("beta", "awm_ema_beta") if name in known)
+        return f"{zero or f'`policy_loss={self.policy_loss!r}`'}, which leaves no penalty"
 
     @property
     def unused_settings(self) -> list[str]:

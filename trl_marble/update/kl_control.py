@@ -47,7 +47,8 @@ class KLControl:
 
         Args:
             kl (`float`):
-                The mean KL of its samples on all processes. One that is not finite leaves everything as it is.
+                The mean KL on all processes, over the samples that it was evaluated for. One that is not finite leaves
+                everything as it is.
         """
         if not math.isfinite(kl):
             return

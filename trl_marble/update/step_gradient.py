@@ -30,6 +30,7 @@ from ..balance import (
 from ..balance.weightings import Weighting
 from ..metrics import MetricBuffer
 from ..seeding import Draw, derive_seed
+from .micro_steps import draw_micro_steps
 from .nonfinite import NonFiniteGuard, drop_gradients
 
 
@@ -156,9 +157,7 @@ class StepGradient:
         assert self.balance is not None
         if self._solves:
             return frozenset(range(total))
-        generator = torch.Generator().manual_seed(derive_seed(self.seed, Draw.MEASURED, step))
-        drawn = torch.randperm(total, generator=generator)[: max(1, round(self.balance.fraction * total))]
-        return frozenset(drawn.tolist())
+        return draw_micro_steps(self.balance.fraction, total, derive_seed(self.seed, Draw.MEASURED, step))
 
     # ---- Micro-steps ----
 
