@@ -2,10 +2,13 @@
 """A coefficient of the KL that follows the KL."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
+import torch
+from accelerate import Accelerator
 
-from trl_marble.update import KLControl
+from trl_marble.update import KLControl, PolicyUpdate
 
 
 def test_rises_when_the_kl_is_above_its_target_and_falls_below_it():
@@ -62,6 +65,34 @@ def test_holds_a_kl_that_follows_it_with_a_lag(lag, falling_rate):
     assert max(reached) < 1.15 * 0.06
     assert reached[-1] == pytest.approx(0.06, rel=0.15)
     assert min(reached[75:]) > 0.8 * 0.06
+
+
+@pytest.mark.parametrize(("kl", "factor"), [(0.0, 1e-4), (1e3, 1e4)])
+def test_stays_near_its_first_value_where_the_target_is_out_of_reach(kl, factor):
+    """Else 15000 steps end at a `beta` of 0, with which no KL is measured, or at one that overflows."""
+    control = KLControl(0.5, target=0.1)
+    for _ in range(20_000):
+        control.update(kl)
+    assert control.beta == pytest.approx(0.5 * factor)
+
+
+def test_what_processes_add_up_is_of_a_type_that_every_device_has():
+    """MPS has no float64."""
+    accelerator, added = Accelerator(cpu=True), []
+
+    def reduce(values, reduction):
+        added.append(values)
+        return accelerator.reduce(values, reduction=reduction)
+
+    processes = SimpleNamespace(device=accelerator.device, reduce=reduce)
+    gradient = SimpleNamespace(finish=lambda: None, commit=lambda: None, accelerator=processes)
+    control = KLControl(0.5, target=0.1)
+    update = PolicyUpdate(None, None, gradient, None, None, None, 0, 1, None, None, control)
+    update._kls = [torch.tensor([0.1, math.nan]), torch.tensor([0.3])]
+    update.finish()
+    update.commit()
+    assert [values.dtype for values in added] == [torch.float32]
+    assert control.beta == pytest.approx(0.5 * 2**0.05)
 
 
 def test_goes_on_from_a_saved_state():
