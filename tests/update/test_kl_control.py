@@ -80,6 +80,15 @@ def test_a_kl_with_noise_is_held_somewhat_above_the_target(noise, above):
     assert sum(ends) / len(ends) == pytest.approx((1 + above) * 0.06, rel=0.01)
 
 
+@pytest.mark.parametrize(("kl", "factor"), [(0.0, 1e-4), (1e3, 1e4)])
+def test_stays_near_its_first_value_where_the_target_is_out_of_reach(kl, factor):
+    """Else 15000 steps end at a `beta` of 0, with which no KL is measured, or at one that overflows."""
+    control = KLControl(0.5, target=0.1)
+    for _ in range(20_000):
+        control.update(kl)
+    assert control.beta == pytest.approx(0.5 * factor)
+
+
 def test_goes_on_from_a_saved_state():
     control, other = KLControl(0.5, target=0.1), KLControl(0.1, target=0.1)
     control.update(0.3)

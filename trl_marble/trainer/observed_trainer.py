@@ -99,8 +99,9 @@ class ObservedTrainer(PublishedTrainer):
         if best and is_gain(best, self.eval_dataset) and f"eval_{best.removeprefix('eval_')}" not in metrics:
             raise ValueError(
                 f"`metric_for_best_model` is {best!r}, and the run that is resumed did not evaluate these prompts, "
-                "seeds and rewards before its first step. Resume with the `eval_dataset`, `num_generations_eval`, "
-                "`eval_reward_funcs` and `seed` that it began with, or choose the mean of a reward."
+                "seeds and rewards, with these settings of sampling, before its first step. Resume with the "
+                "`eval_dataset`, `num_generations_eval`, `eval_reward_funcs`, `seed`, `num_inference_steps`, "
+                "`guidance_scale` and image size that it began with, or choose the mean of a reward."
             )
         return metrics
 

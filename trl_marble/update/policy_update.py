@@ -218,10 +218,11 @@ class PolicyUpdate:
         """
         self.gradient.finish()
         if self.kl_control is not None:
-            finite = torch.cat(self._kls).double()
+            accelerator = self.gradient.accelerator
+            finite = torch.cat(self._kls).cpu().double()  # some devices have no float64
             finite = finite[finite.isfinite()]
-            sums = torch.stack([finite.sum(), torch.tensor(len(finite)).to(finite)])
-            total, number = self.gradient.accelerator.reduce(sums, reduction="sum").tolist()
+            sums = torch.tensor([finite.sum().item(), len(finite)], dtype=torch.float32, device=accelerator.device)
+            total, number = accelerator.reduce(sums, reduction="sum").tolist()
             self._kl = total / number if number else math.nan
 
     def commit(self) -> None:
