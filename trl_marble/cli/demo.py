@@ -8,7 +8,7 @@ from typing import Any
 
 from ..extras import require_extra
 from .errors import usage_errors
-from .train import watching
+from .train import print_times, watching
 
 
 HELP = "train ShapeWorld, a tiny Stable Diffusion 3, on five rewards: minutes on two CPU cores"
@@ -87,6 +87,7 @@ def run_demo(output_dir: str, seed: int = 42, max_steps: int = DEMO_STEPS, rewar
     errors = {name: error for name, (_, error) in after.change_since(before).items()}
     first, last = before.summary(), after.summary()
     Console().print(rewards_table(first, last, errors))
+    print_times(trainer.state.log_history)
     rewards = {
         name: {"before": first[name][0], "after": last[name][0], "standard_error": error}
         for name, error in errors.items()

@@ -181,6 +181,7 @@ def train(script_args: ScriptArguments, training_args: "MarbleConfig") -> None:
     trainer.save_model()  # and its card
     folder = Path(training_args.output_dir).absolute()
     if trainer.is_world_process_zero():
+        print_times(trainer.state.log_history)
         print(f"The adapter and its card (README.md) are in {folder}")
     if training_args.push_to_hub:
         again = f"the adapter is in {folder}, to be pushed by `trl-marble push`, but now nothing was pushed"
@@ -188,6 +189,16 @@ def train(script_args: ScriptArguments, training_args: "MarbleConfig") -> None:
             trainer.push_to_hub()
         if trainer.is_world_process_zero():
             print(f"They are on the Hub: {trainer.hub_model_id}")
+
+
+def print_times(history: list[dict[str, Any]]) -> None:
+    """Print where the time of a run went, if its log says so."""
+    from rich.console import Console
+
+    from ..evaluation.time_summary import summarize_times, times_table
+
+    if (times := summarize_times(history)) is not None:
+        Console().print(times_table(times))
 
 
 def watching(reward_hacking: str) -> list["RewardHackingCallback"]:

@@ -19,6 +19,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 from ..evaluation.gains import GainPoint
 from ..evaluation.results import to_json
 from ..evaluation.summary import BalanceSummary, ProgressSummary
+from ..evaluation.time_summary import TimeSummary
 from ..evaluation.worst_gain import WorstGain
 
 
@@ -170,6 +171,8 @@ class CardInputs:
         progress (`ProgressSummary`, *optional*):
             How far the rewards came, of a run whose weights follow that, see
             [`~trl_marble.evaluation.summarize_progress`].
+        times (`TimeSummary`, *optional*):
+            Where the time of the training went.
     """
 
     repo_name: str
@@ -195,6 +198,7 @@ class CardInputs:
     best_evaluation: WorstGain | None = None
     adapter_evaluation: WorstGain | None = None
     progress: ProgressSummary | None = None
+    times: TimeSummary | None = None
 
     def public(self) -> "CardInputs":
         """
@@ -250,6 +254,8 @@ class CardInputs:
                 content["balance"] = BalanceSummary(**content["balance"])
             if content.get("progress") is not None:
                 content["progress"] = ProgressSummary(**content["progress"])
+            if content.get("times") is not None:
+                content["times"] = TimeSummary(**content["times"])
             if content["diversity"] is not None:
                 content["diversity"] = RewardRow(**content["diversity"])
             if content.get("gains") is not None:

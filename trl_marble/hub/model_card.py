@@ -18,6 +18,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..evaluation.formatting import NOT_MEASURED, format_gain, format_kl, format_share, format_value
 from ..evaluation.summary import BalanceSummary, ProgressSummary
+from ..evaluation.time_summary import TimeSummary
 from ..pipelines import FAMILIES, Family
 from .card_inputs import (
     ACCESS_TOKEN,
@@ -111,6 +112,7 @@ def build_model_card(inputs: CardInputs) -> ModelCard:
         before_after=None if inputs.before_after is None else _relative_url(inputs.before_after),
         balance=None if inputs.balance is None else _balance_cells(inputs.balance),
         progress=None if inputs.progress is None else _progress_cells(inputs.progress),
+        times=None if inputs.times is None else _times_cells(inputs.times),
         balance_plot=None if inputs.balance_plot is None else _relative_url(inputs.balance_plot),
         gallery=_gallery_table(inputs.gallery),
         settings=[(_code(name), _code(value)) for name, value in inputs.settings.items()],
@@ -260,6 +262,15 @@ def _progress_cells(progress: ProgressSummary) -> list[tuple[str, str, str]]:
         (_text(name), format_value(progress.progress[name], sign=True), f"{weight:.3f}")
         for name, weight in progress.weight.items()
     ]
+
+
+def _times_cells(times: TimeSummary) -> dict[str, Any]:
+    """The step as a whole, and the parts of it."""
+    return {
+        "step": format_value(times.step),
+        "rate_and_memory": times.rate_and_memory,
+        "rows": [(_text(row.label), format_value(row.seconds), f"{row.share:.0%}") for row in times.rows()],
+    }
 
 
 def _gallery_table(gallery: Sequence[GalleryItem]) -> str:

@@ -25,6 +25,7 @@ from ..evaluation import (
     summarize_progress,
 )
 from ..evaluation.gain_plot import GAINS_FILE
+from ..evaluation.time_summary import summarize_times
 from ..evaluation.worst_gain import worst_gains
 from ..extras import has_extra
 from ..media import Sample, sample_suffix, save_sample
@@ -162,6 +163,7 @@ def write_card(run: RunSummary, folder: Path, model_name: str | None = None) -> 
         dataset_name=run.dataset_name,
         balance=balance,
         progress=summarize_progress(run.history),
+        times=summarize_times(run.history),
         settings=run.settings,
         gallery=_save_gallery(run.gallery, folder),
         balance_plot=balance_plot,

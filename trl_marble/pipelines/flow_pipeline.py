@@ -16,6 +16,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor, nn
 
 from ..media import to_rgb
+from ..step_times import StepTimes
 from .assumed_family import assume_family
 from .conditioning import Conditioning, Rows
 from .families import find_family
@@ -198,6 +199,7 @@ class FlowPipeline:
         num_inference_steps: int,
         output_type: Literal["pil", "pt"] = "pil",
         scheduler: SchedulerMixin | None = None,
+        times: StepTimes | None = None,
     ) -> Rollout:
         """
         Sample one image or video per row of the conditioning.
@@ -217,6 +219,8 @@ class FlowPipeline:
                 Images as PIL images or as one tensor.
             scheduler ([`~diffusers.SchedulerMixin`], *optional*):
                 Another flow-matching solver. Defaults to the pipeline's scheduler. It is copied, never changed.
+            times ([`~trl_marble.step_times.StepTimes`], *optional*):
+                What is added to: from the last solver step to the images is `"decode"`. Defaults to measuring nothing.
 
         Returns:
             `Rollout`: the clean latents and the images.
@@ -231,10 +235,10 @@ class FlowPipeline:
         self.transformer.eval()
         try:
             if not self._takes_one_sample(conditioning):
-                return self._sample(conditioning, seeds, num_inference_steps, output_type, scheduler)
+                return self._sample(conditioning, seeds, num_inference_steps, output_type, scheduler, times)
             rollouts = [
                 self._sample(
-                    conditioning.select(torch.tensor([i])), [seed], num_inference_steps, output_type, scheduler
+                    conditioning.select(torch.tensor([i])), [seed], num_inference_steps, output_type, scheduler, times
                 )
                 for i, seed in enumerate(seeds)
             ]
@@ -368,10 +372,12 @@ class FlowPipeline:
         num_inference_steps: int,
         output_type: Literal["pil", "pt"],
         scheduler: SchedulerMixin | None,
+        times: StepTimes | None,
     ) -> Rollout:
         """Call the pipeline as its users do."""
         solver = self._fresh_solver(num_inference_steps, scheduler)
-        latents = keep_samples(solver)
+        # Each step begins the decoding anew, the last one for good.
+        latents = keep_samples(solver, lambda: times.begin("decode") if times is not None else None)
         with self.precision():
             output = self._driver(solver, conditioning)(
                 **self.call_arguments(conditioning, guided=self._is_guided),
@@ -379,6 +385,8 @@ class FlowPipeline:
                 num_inference_steps=num_inference_steps,
                 output_type=output_type,
             )
+        if times is not None:
+            times.end("decode")
         return Rollout(latents=latents[0], images=output[0])  # `images` or `frames`
 
     def _velocity_at(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:

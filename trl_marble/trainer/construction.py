@@ -39,6 +39,7 @@ from ..rollout import (
     RolloutSettings,
     RolloutSource,
 )
+from ..step_times import StepTimes
 from ..update import BalanceSettings, KLControl, NonFiniteGuard, PolicyUpdate, StepGradient, TimeGrid
 from .marble_config import MarbleConfig
 
@@ -184,9 +185,9 @@ def place_pipeline(flow: FlowPipeline, trainable: Mapping[str, Any], args: Marbl
 
 
 def build_sampler(
-    flow: FlowPipeline, together: FailingTogether, make_bar: MakeBar, args: MarbleConfig
+    flow: FlowPipeline, together: FailingTogether, make_bar: MakeBar, times: StepTimes | None, args: MarbleConfig
 ) -> RolloutSampler:
-    """What samples and scores, for rollouts and for evaluations."""
+    """What samples and scores: in training, where it is timed, or in evaluations."""
     return RolloutSampler(
         flow,
         together,
@@ -195,6 +196,7 @@ def build_sampler(
         reward_timeout=args.reward_timeout,
         calls_together=args.base_is_sharded,
         make_bar=make_bar,
+        times=times,
     )
 
 
@@ -288,6 +290,7 @@ def build_update(
     accelerator: Accelerator,
     metrics: MetricBuffer,
     make_bar: MakeBar,
+    times: StepTimes,
     args: MarbleConfig,
 ) -> PolicyUpdate:
     """What turns a generation batch into directions."""
@@ -298,17 +301,18 @@ def build_update(
         chosen = get_weighting("equal" if is_equal else weighting or args.weighting)
         balance = BalanceSettings(schedule, chosen, args.balance_fraction, reward_names)
         linears = measured_linears(weights.flow, weights.trained, edits, args.per_device_train_batch_size)
-    times = weights.flow.training_times(args.num_inference_steps)
+    grid = weights.flow.training_times(args.num_inference_steps)
     return PolicyUpdate(
         loss,
         weights,
         StepGradient(accelerator, weights.parameters, linears, balance, args.seed, guard, metrics),
         guard,
         layout,
-        TimeGrid(times, max(1, int(len(times) * args.timestep_fraction))),
+        TimeGrid(grid, max(1, int(len(grid) * args.timestep_fraction))),
         args.seed,
         args.world_size,
         metrics,
         make_bar,
+        times,
         None if args.kl_target is None else KLControl(args.beta, args.kl_target),
     )

@@ -16,6 +16,7 @@ from ..pipelines import Conditioning, PolicyWeights
 from ..progress import MakeBar
 from ..rollout import BatchLayout, Position, RolloutBatch
 from ..seeding import Draw, derive_seed
+from ..step_times import StepTimes
 from .kl_control import KLControl
 from .nonfinite import NonFiniteGuard
 from .step_gradient import StepGradient
@@ -69,6 +70,8 @@ class PolicyUpdate:
             Where to record.
         make_bar (`Callable[[str, int], ProgressBar]`):
             Makes the progress bars.
+        times ([`~trl_marble.step_times.StepTimes`]):
+            What the passes and the balancing take is added to.
         kl_control ([`KLControl`], *optional*):
             Adapts the loss's `beta`. By default it stays as it is.
     """
@@ -85,11 +88,12 @@ class PolicyUpdate:
         num_processes: int,
         metrics: MetricBuffer,
         make_bar: MakeBar,
+        times: StepTimes,
         kl_control: KLControl | None = None,
     ) -> None:
         self.loss, self.weights, self.gradient, self.guard = loss, weights, gradient, guard
         self.layout, self.grid, self.seed, self.num_processes = layout, grid, seed, num_processes
-        self.metrics, self.make_bar, self.kl_control = metrics, make_bar, kl_control
+        self.metrics, self.make_bar, self.times, self.kl_control = metrics, make_bar, times, kl_control
 
     def begin(self, step: int, batch: RolloutBatch, position: Position) -> None:
         """
@@ -147,10 +151,12 @@ class PolicyUpdate:
             for place, drawn in enumerate(draws, start=first_place):
                 frozen = self._frozen_velocities(drawn.x_t, drawn.t, conditioning)
                 with self.gradient.recording(place, batch.first_half[part]):
-                    velocity = self.weights.velocity(drawn.x_t, drawn.t, conditioning)
-                    terms = self.loss.terms(velocity, drawn, frozen)
+                    with self.times.measure("forward"):
+                        velocity = self.weights.velocity(drawn.x_t, drawn.t, conditioning)
+                        terms = self.loss.terms(velocity, drawn, frozen)
                     self.guard.note(drawn.t, sample_ids, prompts, terms)
-                    loss += self._backward(velocity, terms, frozen, batch.advantages[:, part])
+                    with self.times.measure("backward"):
+                        loss += self._backward(velocity, terms, frozen, batch.advantages[:, part])
                 bar.update()
         return loss
 
@@ -175,9 +181,14 @@ class PolicyUpdate:
 
     def _frozen_velocities(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> FrozenVelocities:
         """The velocities that the loss needs of policies that are not trained: before the trained policy's."""
-        old = self.weights.old_velocity(x_t, t, conditioning) if self._needs_old else None
-        needs_base = "reference" in self.loss.needs
-        return FrozenVelocities(old, self.weights.base_velocity(x_t, t, conditioning) if needs_base else None)
+        old = reference = None
+        if self._needs_old:
+            with self.times.measure("old"):
+                old = self.weights.old_velocity(x_t, t, conditioning)
+        if "reference" in self.loss.needs:
+            with self.times.measure("reference"):
+                reference = self.weights.base_velocity(x_t, t, conditioning)
+        return FrozenVelocities(old, reference)
 
     def finish(self) -> None:
         """
@@ -186,7 +197,8 @@ class PolicyUpdate:
         Raises:
             `FloatingPointError`: See [`NonFiniteGuard`].
         """
-        self.gradient.finish()
+        with self.times.measure("balance"):
+            self.gradient.finish()
         if self.kl_control is not None:
             finite = torch.cat(self._kls).double()
             finite = finite[finite.isfinite()]
