@@ -83,7 +83,6 @@ def run_demo(output_dir: str, seed: int = 42, max_steps: int = DEMO_STEPS, rewar
     old, new = ([row[:4] for row in evaluation.gallery.values()] for evaluation in (before, after))
     before_after_grid(list(before.gallery), old, new, Path(output_dir, "before_after.png"))
     trainer.save_model()  # and README.md, with balance.png
-
     errors = {name: error for name, (_, error) in after.change_since(before).items()}
     first, last = before.summary(), after.summary()
     Console().print(rewards_table(first, last, errors))
