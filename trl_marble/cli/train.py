@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from ..trainer import MarbleConfig, RewardHackingCallback
     from .parsing import ConfigParser
 
+SAMPLING_OF_EVALUATIONS = ("eval_num_inference_steps", "eval_height", "eval_width")
 HELP = "train a LoRA against several rewards"
 USAGE = "trl-marble train --model MODEL --prompts SOURCE ... --rewards REWARD ... [options]"
 DESCRIPTION = """Train a LoRA of a diffusers pipeline on several rewards at once. Every option can also be set in a
@@ -224,8 +225,12 @@ def check_evaluation(script_args: ScriptArguments, args: "MarbleConfig") -> None
     if script_args.eval_prompts:
         if args.eval_strategy == "no" and not args.eval_on_start:
             raise UsageError("`eval_prompts` are never evaluated; set `eval_strategy` to steps, and `eval_steps`")
-    elif script_args.eval_rewards or script_args.eval_split != "test":
-        name = "eval_rewards" if script_args.eval_rewards else "eval_split"
+    elif unused := [
+        *(["eval_rewards"] if script_args.eval_rewards else []),
+        *(["eval_split"] if script_args.eval_split != "test" else []),
+        *(name for name in SAMPLING_OF_EVALUATIONS if getattr(args, name) is not None),
+    ]:
+        name = unused[0]
         raise UsageError(f"`{name}` has no effect without `eval_prompts`; name the prompts to evaluate on")
     elif args.eval_strategy != "no" or args.eval_on_start:
         name = "eval_on_start" if args.eval_strategy == "no" else "eval_strategy"

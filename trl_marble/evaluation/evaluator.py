@@ -176,9 +176,10 @@ def _fill_up(plan: EvaluationPlan, numbers: Sequence[int]) -> list[int]:
     return full if len(plan.batches[last]) == size else [*full, last]
 
 
-def digest_evaluation(plan: EvaluationPlan, reward_names: Sequence[str]) -> str:
-    """Of the prompts, the seeds and the rewards of an evaluation."""
-    digest = hashlib.sha256(json.dumps([plan.num_generations, plan.seed, *reward_names]).encode())
+def digest_evaluation(plan: EvaluationPlan, sampler: RolloutSampler, reward_names: Sequence[str]) -> str:
+    """Of the prompts, the seeds, how they are sampled, and the rewards of an evaluation."""
+    sampling = [sampler.num_inference_steps, sampler.flow.height, sampler.flow.width]
+    digest = hashlib.sha256(json.dumps([plan.num_generations, plan.seed, *sampling, *reward_names]).encode())
     for rows in plan.prompts.with_format("arrow").iter(1000):  # as they are stored: no image is decoded for it
         for row in rows.to_pylist():
             digest.update(json.dumps(row, sort_keys=True, default=repr).encode() + b"\n")

@@ -134,7 +134,8 @@ class CardInputs:
             The run's balancing diagnostics, see [`~trl_marble.evaluation.summarize_balance`].
         settings (`Mapping[str, Any]`, *optional*):
             Training settings by name. `num_inference_steps`, `guidance_scale`, `height`, `width`, `num_frames` and
-            `max_sequence_length`, if present, are also in the usage example. `multi_objective_aggregation` says how
+            `max_sequence_length`, if present, are also in the usage example, or the evaluations' own
+            (`eval_num_inference_steps`, ...) where there are. `multi_objective_aggregation` says how
             the rewards were combined. Settings whose name ends in `token` are left out.
         gallery (`Sequence[GalleryItem]`, *optional*):
             Sample images, or videos.

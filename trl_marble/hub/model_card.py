@@ -291,7 +291,9 @@ def _gallery_table(gallery: Sequence[GalleryItem]) -> str:
 def _call(inputs: CardInputs) -> str:
     """The arguments of the pipeline's call in the usage example."""
     prompt = inputs.gallery[0].prompt if inputs.gallery else "your prompt"
-    arguments = {name: inputs.settings[name] for name in CALL_SETTINGS if inputs.settings.get(name) is not None}
+    # As in evaluations, whose rewards the card has.
+    chosen = {name: inputs.settings.get(f"eval_{name}", inputs.settings.get(name)) for name in CALL_SETTINGS}
+    arguments = {name: value for name, value in chosen.items() if value is not None}
     for name, value in arguments.items():
         if not isinstance(value, int | float):
             raise ValueError(f"The setting {name!r} is {str(value)[:80]!r}; the example needs a number.")

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..media import Sample
 from ..memory_advice import reward_advice
 from ..nonfinite import CAUSES
-from ..pipelines import Conditioning, FlowPipeline
+from ..pipelines import Acceleration, Conditioning, FlowPipeline
 from ..processes import FailingTogether
 from ..progress import MakeBar
 from ..rewards import RewardScorer, Scores
@@ -97,6 +97,8 @@ class RolloutSampler:
             Whether all processes must call the transformer equally often, as with a sharded base.
         make_bar (`Callable[[str, int], ProgressBar]`):
             Makes the progress bars.
+        acceleration ([`~trl_marble.pipelines.Acceleration`], *optional*):
+            How to sample faster. Defaults to the pipeline as it is.
         times ([`~trl_marble.step_times.StepTimes`], *optional*):
             What decoding, waiting for rewards and the rewards take is added to. Defaults to measuring nothing.
     """
@@ -111,11 +113,12 @@ class RolloutSampler:
         reward_timeout: float | None = None,
         calls_together: bool = False,
         make_bar: MakeBar,
+        acceleration: Acceleration | None = None,
         times: StepTimes | None = None,
     ) -> None:
         self.flow, self.together, self.num_inference_steps = flow, together, num_inference_steps
         self.failures, self.reward_timeout, self.calls_together = failures, reward_timeout, calls_together
-        self.make_bar, self.times = make_bar, times
+        self.make_bar, self.acceleration, self.times = make_bar, acceleration, times
 
     @torch.no_grad()
     def sample_and_score(
@@ -251,7 +254,11 @@ class RolloutSampler:
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(derive_seed(batch.seeds[0], Draw.SOLVER))
             rollout = self.flow.rollout(
-                batch.conditioning, batch.seeds, self.num_inference_steps, times=self.times
+                batch.conditioning,
+                batch.seeds,
+                self.num_inference_steps,
+                times=self.times,
+                acceleration=self.acceleration,
             )
         is_finite = rollout.latents.flatten(1).isfinite().all(dim=1)
         keep = is_finite.view(-1, *[1] * (rollout.latents.ndim - 1))

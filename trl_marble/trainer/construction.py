@@ -20,10 +20,19 @@ from ..balance import (
     get_weighting,
     weighted_sum_weights,
 )
+from ..evaluation.policy_evaluation import PolicyEvaluator
 from ..evaluation.prompt_sets import evaluation_sets, set_label
 from ..losses import LOSSES, PolicyLoss, build_loss
 from ..metrics import MetricBuffer
-from ..pipelines import FlowPipeline, PolicyWeights, edits_images, measured_linears, place_base
+from ..pipelines import (
+    Acceleration,
+    FlowPipeline,
+    PolicyWeights,
+    edits_images,
+    measured_linears,
+    place_base,
+    verify_acceleration,
+)
 from ..processes import FailingTogether
 from ..progress import MakeBar
 from ..rewards import RewardScorer
@@ -108,10 +117,16 @@ def build_scorers(reward_funcs: Any, eval_reward_funcs: Any, args: MarbleConfig)
 
 def build_flow(pipeline: DiffusionPipeline, args: MarbleConfig) -> FlowPipeline:
     """The pipeline with the settings of the rollouts."""
+    return _build_flow(pipeline, args.height, args.width, args)
+
+
+def _build_flow(
+    pipeline: DiffusionPipeline, height: int | None, width: int | None, args: MarbleConfig
+) -> FlowPipeline:
     return FlowPipeline(
         pipeline,
-        args.height,
-        args.width,
+        height,
+        width,
         args.guidance_scale,
         args.max_sequence_length,
         num_frames=args.num_frames,
@@ -165,7 +180,8 @@ def place_pipeline(flow: FlowPipeline, trainable: Mapping[str, Any], args: Marbl
     Bring a pipeline with its adapter to where it is trained, see [`~trl_marble.pipelines.place_base`].
 
     Raises:
-        `ValueError`: If it cannot be sharded, or is of an unknown class and its velocities are wrong.
+        `ValueError`: If it cannot be sharded, is of an unknown class and its velocities are wrong, or cannot sample
+            with `rollout_attention_backend` or `rollout_cache`.
     """
     if args.shard_base and flow.splits_batches:
         raise ValueError(
@@ -182,20 +198,54 @@ def place_pipeline(flow: FlowPipeline, trainable: Mapping[str, Any], args: Marbl
         compile_backend=args.torch_compile_backend,  # `torch_compile` sets it, and is set by it
         compile_mode=args.torch_compile_mode,
     )
+    if (acceleration := args.build_acceleration()) is not None:
+        verify_acceleration(flow, acceleration, args.num_inference_steps)
 
 
 def build_sampler(
-    flow: FlowPipeline, together: FailingTogether, make_bar: MakeBar, times: StepTimes | None, args: MarbleConfig
+    flow: FlowPipeline, together: FailingTogether, make_bar: MakeBar, times: StepTimes, args: MarbleConfig
 ) -> RolloutSampler:
-    """What samples and scores: in training, where it is timed, or in evaluations."""
+    """What samples and scores in training."""
+    acceleration = args.build_acceleration()
+    return _build_sampler(flow, args.num_inference_steps, together, make_bar, args, acceleration, times)
+
+
+def build_evaluator(
+    flow: FlowPipeline,
+    scorers: Sequence[RewardScorer],
+    accelerator: Accelerator,
+    together: FailingTogether,
+    make_bar: MakeBar,
+    args: MarbleConfig,
+) -> PolicyEvaluator:
+    """What evaluates, with steps and a size of its own where the settings have them."""
+    size = args.evaluation_size
+    if size != (args.height, args.width):
+        family = flow.family
+        flow = _build_flow(flow.pipeline, *size, args)
+        flow.family = family  # that of an unknown class was found by calling it
+    sampler = _build_sampler(flow, args.evaluation_steps, together, make_bar, args)
+    return PolicyEvaluator(sampler, scorers, accelerator, args.num_images_to_log)
+
+
+def _build_sampler(
+    flow: FlowPipeline,
+    num_inference_steps: int,
+    together: FailingTogether,
+    make_bar: MakeBar,
+    args: MarbleConfig,
+    acceleration: Acceleration | None = None,
+    times: StepTimes | None = None,
+) -> RolloutSampler:
     return RolloutSampler(
         flow,
         together,
-        args.num_inference_steps,
+        num_inference_steps,
         FailurePolicy(args.reward_failure, args.on_nonfinite),
         reward_timeout=args.reward_timeout,
         calls_together=args.base_is_sharded,
         make_bar=make_bar,
+        acceleration=acceleration,
         times=times,
     )
 

@@ -25,7 +25,6 @@ from ..checkpoint.folder import check_writable
 from ..checkpoint.run_state import base_fingerprint
 from ..data import RepeatPromptSampler, prepare_prompts, source_weights
 from ..evaluation.base_evaluations import BaseEvaluations
-from ..evaluation.policy_evaluation import PolicyEvaluator
 from ..evaluation.prompt_sets import check_best_metric, prepare_evaluation_sets
 from ..hub import save_adapter
 from ..memory_advice import update_advice
@@ -104,7 +103,8 @@ class MarbleNFTTrainer(WithoutPredictions, ObservedTrainer):
         `ValueError`: For a pipeline that is not flow matching, a prompt set without prompts or without the images that
             the pipeline edits, the wrong number of reward weights, a held-out reward that is trained on, rewards that
             cannot be called with the columns of the prompt set, rewards of images for a pipeline of videos (see
-            [`~trl_marble.rewards.FrameReward`]) or the other way round, or settings that do not fit together.
+            [`~trl_marble.rewards.FrameReward`]) or the other way round, or settings that do not fit together or that
+            the pipeline cannot be sampled with.
         `OSError`: If the output folder cannot be written.
     """
 
@@ -201,8 +201,9 @@ class MarbleNFTTrainer(WithoutPredictions, ObservedTrainer):
             self.base_evaluations,
             identity,
         )
-        evaluation_sampler = construction.build_sampler(self.flow, self.together, self.progress, None, args)
-        self.evaluator = PolicyEvaluator(evaluation_sampler, self.scorers, self.accelerator, args.num_images_to_log)
+        self.evaluator = construction.build_evaluator(
+            self.flow, self.scorers, self.accelerator, self.together, self.progress, args
+        )
         self.pictures = RunPictures(args.output_dir, self.callback_handler.callbacks)
         self.evaluations = []
         self._batch: RolloutBatch  # from the first micro-batch on

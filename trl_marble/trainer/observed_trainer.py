@@ -101,7 +101,8 @@ class ObservedTrainer(PublishedTrainer):
         if best and is_gain(best, self.eval_dataset) and f"eval_{best.removeprefix('eval_')}" not in metrics:
             raise ValueError(
                 f"`metric_for_best_model` is {best!r}, and the run that is resumed did not evaluate these prompts, "
-                "seeds and rewards before its first step. Resume with the `eval_dataset`, `num_generations_eval`, "
+                "seeds, steps, size and rewards before its first step. Resume with the `eval_dataset`, "
+                "`num_generations_eval`, `eval_num_inference_steps`, `eval_height`, `eval_width`, "
                 "`eval_reward_funcs` and `seed` that it began with, or choose the mean of a reward."
             )
         return metrics
