@@ -5,6 +5,7 @@ import pytest
 import torch
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 from tiny import tiny_flux, tiny_sd3
+from tiny_families import tiny_chroma
 
 from trl_marble.pipelines import Acceleration, FlowPipeline, verify_acceleration
 
@@ -22,7 +23,7 @@ TAYLOR = {"type": "TaylorSeerCacheConfig", "cache_interval": 2, "disable_cache_b
 
 @pytest.fixture(scope="module")
 def flow():
-    return FlowPipeline(tiny_flux())
+    return FlowPipeline(tiny_flux(), 16, 16, max_sequence_length=16)
 
 
 def sample(flow, **options):
@@ -122,8 +123,10 @@ def test_stable_diffusion_3_has_neither(acceleration, reason):
 def test_what_does_not_work_is_refused_with_the_reason(flow):
     with pytest.raises(ValueError, match="`rollout_attention_backend='flash'` cannot be used: .*flash-attn"):
         verify_acceleration(flow, Acceleration("flash"), STEPS)
-    with pytest.raises(ValueError, match="cannot sample with .*SeaCacheConfig"):
-        verify_acceleration(flow, Acceleration(cache={"type": "SeaCacheConfig"}), STEPS)
+    chroma = FlowPipeline(tiny_chroma(), 16, 16, max_sequence_length=24)
+    with pytest.raises(ValueError, match=r"ChromaPipeline cannot sample with .*FirstBlockCacheConfig.*cache context"):
+        verify_acceleration(chroma, Acceleration(cache=FIRST_BLOCK), STEPS)
+    assert not hooks(chroma.transformer) and not chroma.transformer.is_cache_enabled
     nowhere = BROADCAST | {"spatial_attention_block_identifiers": ["no_such_block"]}
     with pytest.raises(ValueError, match="has no effect: it fits no layer of FluxTransformer2DModel"):
         verify_acceleration(flow, Acceleration(cache=nowhere), STEPS)
@@ -153,6 +156,7 @@ def test_trying_it_draws_no_random_numbers(flow):
         ("FirstBlockCacheConfig", "it must be a mapping such as"),
         ({"threshold": 0.1}, "one of the types FirstBlockCacheConfig"),
         ({"type": "FirstBlock"}, "one of the types FirstBlockCacheConfig"),
+        ({"type": "SeaCacheConfig"}, "one of the types FirstBlockCacheConfig"),
         ({"type": "FirstBlockCacheConfig", "treshold": 0.1}, "'treshold', which is no setting .* it has threshold"),
         ({"type": "MagCacheConfig"}, "diffusers refuses: .*mag_ratios"),
         ({"type": "MagCacheConfig", "num_inference_steps": 4}, "'num_inference_steps', which is no setting"),

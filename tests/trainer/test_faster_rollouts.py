@@ -2,6 +2,7 @@
 """Rollouts that are sampled faster, and evaluations that are sampled in another way than rollouts."""
 
 import contextlib
+import json
 
 import pytest
 import torch
@@ -9,6 +10,8 @@ from tiny import tiny_flux, tiny_sd3
 from trainer_helpers import prompt_set, small_config, small_trainer
 
 from trl_marble import MarbleConfig
+from trl_marble.cli.parsing import ConfigParser
+from trl_marble.cli.yaml_settings import Plain
 from trl_marble.evaluation import EvaluationConfig
 from trl_marble.pipelines import Acceleration
 
@@ -18,15 +21,12 @@ STEPS = 3
 
 
 def flux_trainer(folder, **settings):
-    prompts = prompt_set().select([0, 1])
-    return small_trainer(
-        folder, pipeline=tiny_flux(), eval_dataset=prompts, num_inference_steps=STEPS, max_steps=1, **settings
-    )
+    settings |= {"height": 16, "width": 16, "num_inference_steps": STEPS, "max_steps": 1}
+    return small_trainer(folder, pipeline=tiny_flux(), eval_dataset=prompt_set().select([0]), **settings)
 
 
 def test_a_cache_is_in_rollouts_and_nowhere_else(tmp_path, monkeypatch):
-    """The cache is replaced by one that does nothing after the trainer is made: then all must be as without it."""
-    plain = flux_trainer(tmp_path / "plain", max_grad_norm=1.0)
+    plain = flux_trainer(tmp_path / "plain")
     cached = flux_trainer(tmp_path / "cached", rollout_cache=CACHE, rollout_attention_backend="_native_math")
     assert cached.sampler.acceleration == Acceleration("_native_math", CACHE)
     assert cached.evaluator.sampler.acceleration is None
@@ -47,8 +47,9 @@ def test_a_cache_is_in_rollouts_and_nowhere_else(tmp_path, monkeypatch):
     assert inside and not any(inside)
     assert not torch.equal(plain._batch.latents, cached._batch.latents)  # rollouts differ
 
-    monkeypatch.setattr(Acceleration, "applied", lambda *_: contextlib.nullcontext())
+    # All but what the rollouts themselves do is as without the settings.
     without = flux_trainer(tmp_path / "without", rollout_cache=CACHE, rollout_attention_backend="_native_math")
+    monkeypatch.setattr(Acceleration, "applied", lambda *_: contextlib.nullcontext())
     without.train()
     assert torch.equal(plain._batch.latents, without._batch.latents)
     for mine, theirs in zip(plain.weights.parameters, without.weights.parameters, strict=True):
@@ -100,6 +101,14 @@ def test_a_cache_may_be_given_as_json(tmp_path):
     args = small_config(tmp_path, rollout_cache='{"type": "FirstBlockCacheConfig", "threshold": 0.1}')
     assert args.build_acceleration() == Acceleration(None, {"type": "FirstBlockCacheConfig", "threshold": 0.1})
     assert args.to_dict()["rollout_cache"] == {"type": "FirstBlockCacheConfig", "threshold": 0.1}
+    words = ["--output_dir", str(tmp_path), "--use_cpu", "True", "--rollout_cache", json.dumps(CACHE)]
+    parser = ConfigParser((MarbleConfig,))
+    parser.take(words, {})
+    assert parser.build(words)[0].build_acceleration() == Acceleration(None, CACHE)
+    parser.take(
+        words[:4], {"rollout_cache": {"type": Plain("MagCacheConfig"), "mag_ratios": [Plain("1.5"), Plain("1")]}}
+    )
+    assert parser.build(words[:4])[0].rollout_cache == {"type": "MagCacheConfig", "mag_ratios": [1.5, 1]}
     assert MarbleConfig(str(tmp_path), use_cpu=True).build_acceleration() is None
 
 
@@ -118,11 +127,11 @@ def test_evaluations_have_steps_and_a_size_of_their_own(tmp_path):
         [note],
         pipeline,
         eval_dataset=prompts,
-        height=32,
-        width=32,
+        height=16,
+        width=16,
         eval_num_inference_steps=4,
-        eval_height=48,
-        eval_width=64,
+        eval_height=24,
+        eval_width=32,
         num_generations_eval=1,
         max_steps=1,
         beta=0.0,
@@ -132,13 +141,12 @@ def test_evaluations_have_steps_and_a_size_of_their_own(tmp_path):
     assert len(calls) == 4 + 2  # and the two velocities of the KL
     where = "rollout"
     trainer.train()
-    assert sizes == {"evaluation": {(64, 48)}, "rollout": {(32, 32)}}
-    assert trainer._batch.latents.shape[-2:] != (6, 8)
+    assert sizes == {"evaluation": {(32, 24)}, "rollout": {(16, 16)}}
     settings = trainer.summarize().settings
-    assert (settings["eval_num_inference_steps"], settings["eval_height"], settings["eval_width"]) == (4, 48, 64)
+    assert (settings["eval_num_inference_steps"], settings["eval_height"], settings["eval_width"]) == (4, 24, 32)
     trainer.create_model_card()
     card = (tmp_path / "README.md").read_text()
-    assert "num_inference_steps=4, guidance_scale=1.0, height=48, width=64" in card
+    assert "num_inference_steps=4, guidance_scale=1.0, height=24, width=32" in card
 
     same = small_trainer(tmp_path / "same", [note], eval_dataset=prompts, num_generations_eval=1)
     more = small_trainer(

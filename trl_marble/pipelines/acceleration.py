@@ -18,18 +18,13 @@ from torch import nn
 
 ATTENTION_CLASSES = (Attention, MochiAttention, AttentionModuleMixin)  # those of `ModelMixin.set_attention_backend`
 BACKENDS = tuple(backend.value for backend in AttentionBackendName)
-CACHES = tuple(
-    name
-    for name in (
-        "FirstBlockCacheConfig",
-        "TaylorSeerCacheConfig",
-        "MagCacheConfig",
-        "PyramidAttentionBroadcastConfig",
-        "FasterCacheConfig",
-        "SeaCacheConfig",
-        "TextKVCacheConfig",
-    )
-    if name in dir(diffusers.hooks)  # not every version has them all
+# Not SeaCache and TextKVCache, which are for transformers that are not trained here, and do nothing in others.
+CACHES = (
+    "FirstBlockCacheConfig",
+    "TaylorSeerCacheConfig",
+    "MagCacheConfig",
+    "PyramidAttentionBroadcastConfig",
+    "FasterCacheConfig",
 )
 # These keep one state for a sample, so that with guidance each prediction would be made from the other's.
 ONE_STATE = ("PyramidAttentionBroadcastConfig", "FasterCacheConfig")

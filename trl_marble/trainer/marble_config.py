@@ -102,6 +102,7 @@ class MarbleConfig(TrainingArguments):
             A cache of diffusers for rollouts, which leaves out layers where they change little from one solver step to
             the next: under `"type"` the class of its settings, and the settings by their names, such as
             `{"type": "FirstBlockCacheConfig", "threshold": 0.1}`; also as JSON. The update and evaluations do without.
+            Some caches decide for all images of a call at once, so that these depend on `rollout_batch_size`.
             Refused where diffusers has no caches for the transformer, as for Stable Diffusion 3.
         offload_components (`bool`, *optional*, defaults to `False`):
             Whether text encoders, image encoders and the VAE are on the device only while they are used, and on the
