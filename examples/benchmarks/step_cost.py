@@ -174,6 +174,7 @@ class Bench:
             trainer.edits,
             *shared,
             trainer.progress,
+            trainer.times,
             args,
         )
         if mode == "naive":

@@ -186,7 +186,12 @@ def test_two_processes_are_one(two, tmp_path, name) -> None:
     assert on_first["evaluation"] == pytest.approx(expected["evaluation"], rel=1e-5, abs=1e-6, nan_ok=True)
     assert len(on_first["log"]) == len(expected["log"])
     for found, entry in zip(on_first["log"], expected["log"], strict=True):
-        timeless = {key: value for key, value in entry.items() if "runtime" not in key and "second" not in key}
+        timeless = {
+            key: value
+            for key, value in entry.items()
+            if not key.startswith(("time/", "memory/")) and "runtime" not in key and "second" not in key
+        }
+        assert ("loss" in entry) == ("time/rollout" in entry) == ("time/rollout" in found)
         assert {key: found[key] for key in timeless} == pytest.approx(timeless, rel=1e-5, abs=1e-6, nan_ok=True)
         assert not balances or "loss" not in entry or "balance/alpha/left" in entry
     if name == "every step":  # of two prompts: each is a half, and `red_only` applies to one of them

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..extras import require_extra
 from .errors import usage_errors
-from .train import watching
+from .train import print_times, watching
 
 
 if TYPE_CHECKING:
@@ -90,6 +90,7 @@ def run_demo(output_dir: str, seed: int = 42, max_steps: int = DEMO_STEPS, rewar
     console, history = Console(), trainer.state.log_history
     console.print(rewards_table(before.summary(), after.summary(), errors))
     console.print(evaluations_table(run_gains(history)))
+    print_times(history)
     Path(output_dir, "report.json").write_bytes(to_json(make_report(before, after, history, seconds)))
     print(f"The adapter, its card (README.md) and the pictures are in {Path(output_dir).absolute()}")
 

@@ -176,13 +176,12 @@ def _fill_up(plan: EvaluationPlan, numbers: Sequence[int]) -> list[int]:
     return full if len(plan.batches[last]) == size else [*full, last]
 
 
-def digest_evaluation(
-    plan: EvaluationPlan, reward_names: Sequence[str], num_inference_steps: int, flow: FlowPipeline
-) -> str:
-    """Of the prompts, the seeds, the rewards and the settings of sampling of an evaluation."""
+def digest_evaluation(plan: EvaluationPlan, sampler: RolloutSampler, reward_names: Sequence[str]) -> str:
+    """Of the prompts, the seeds, how they are sampled, and the rewards of an evaluation."""
+    flow = sampler.flow
     size = (flow.height, flow.width, flow.num_frames)
-    sampling = [num_inference_steps, flow.guidance_scale, size, flow.max_sequence_length, str(flow.autocast_dtype)]
-    settings = [plan.num_generations, plan.seed, *reward_names, sampling]
+    sampling = [sampler.num_inference_steps, flow.guidance_scale, size, flow.max_sequence_length]
+    settings = [plan.num_generations, plan.seed, *reward_names, sampling, str(flow.autocast_dtype)]
     digest = hashlib.sha256(json.dumps(settings).encode())
     for rows in plan.prompts.with_format("arrow").iter(1000):  # as they are stored: no image is decoded for it
         for row in rows.to_pylist():

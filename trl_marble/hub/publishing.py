@@ -27,6 +27,7 @@ from ..evaluation import (
     summarize_progress,
 )
 from ..evaluation.gain_plot import GAINS_FILE
+from ..evaluation.time_summary import summarize_times
 from ..evaluation.worst_gain import worst_gains
 from ..extras import has_extra
 from ..media import Sample, sample_suffix, save_sample
@@ -46,6 +47,11 @@ CARD_SETTINGS = (
     "width",
     "num_frames",
     "max_sequence_length",
+    "rollout_attention_backend",
+    "rollout_cache",
+    "eval_num_inference_steps",
+    "eval_height",
+    "eval_width",
     "num_generations",
     "timestep_fraction",
     "multi_objective_aggregation",
@@ -158,6 +164,7 @@ def write_card(run: RunSummary, folder: Path, model_name: str | None = None) -> 
         dataset_name=run.dataset_name,
         balance=balance,
         progress=progress,
+        times=summarize_times(run.history),
         settings=run.settings,
         gallery=_save_gallery(run.gallery, folder),
         balance_plot=balance_plot,

@@ -16,6 +16,7 @@ from ..balance import OLD_POLICY_PRESETS, WEIGHTINGS
 from ..extras import EXTRAS, require_extra
 from ..losses import LOSSES, build_loss, settings_of
 from ..losses.awm import AWMWeighting
+from ..pipelines import Acceleration
 from ..setting_names import suggest_name
 from ..world_size import check_world_size
 from .inherited_arguments import check_arguments, check_combinations
@@ -93,11 +94,27 @@ class MarbleConfig(TrainingArguments):
         rollout_batch_size (`int`, *optional*):
             Number of images that one call of the pipeline samples on each device. Defaults to `num_generations`.
             Images depend on it only by rounding.
+        rollout_attention_backend (`str`, *optional*):
+            The attention backend of diffusers for the transformer in rollouts, such as `"flash"` or `"sage"`: fewer
+            bits for faster images. The update and evaluations keep the transformer's own. Refused where the
+            transformer computes attention by itself, as that of Stable Diffusion 3.
+        rollout_cache (`dict` or `str`, *optional*):
+            A cache of diffusers for rollouts, which leaves out layers where they change little from one solver step to
+            the next: under `"type"` the class of its settings, and the settings by their names, such as
+            `{"type": "FirstBlockCacheConfig", "threshold": 0.1}`; also as JSON. The update and evaluations do without.
+            Some caches decide for all images of a call at once, so that these depend on `rollout_batch_size`.
+            Refused where diffusers has no caches for the transformer, as for Stable Diffusion 3.
         offload_components (`bool`, *optional*, defaults to `False`):
             Whether text encoders, image encoders and the VAE are on the device only while they are used, and on the
             CPU otherwise. The transformer stays on the device.
         num_generations_eval (`int`, *optional*, defaults to `4`):
             Number of images sampled for each prompt of `eval_dataset`. Seeds are the same at every evaluation.
+        eval_num_inference_steps (`int`, *optional*):
+            Number of solver steps in evaluations. Defaults to `num_inference_steps`.
+        eval_height (`int`, *optional*):
+            Height of the images or videos in evaluations, in pixels. Defaults to `height`.
+        eval_width (`int`, *optional*):
+            Width of the images or videos in evaluations, in pixels. Defaults to `width`.
 
         > Parameters that control how often samples are used
 
@@ -278,6 +295,8 @@ class MarbleConfig(TrainingArguments):
         `ValueError`: For settings that cannot work, alone or together.
     """
 
+    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "rollout_cache"]  # noqa: RUF012  (read from JSON)
+
     # Parameters whose types or default values are overridden from TrainingArguments
     output_dir: str = field(
         default="trainer_output", metadata={"help": "Where the adapter, its card, checkpoints and pictures go."}
@@ -329,10 +348,26 @@ class MarbleConfig(TrainingArguments):
     rollout_batch_size: int = field(  # type: ignore[assignment]
         default=None, metadata={"help": "Images sampled at once on each device. Defaults to `num_generations`."}
     )
+    rollout_attention_backend: str | None = field(
+        default=None,
+        metadata={"help": "Attention backend of diffusers in rollouts ('flash', 'sage', ...), not in updates."},
+    )
+    rollout_cache: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Cache of diffusers in rollouts, not in updates: "
+            """'{"type": "FirstBlockCacheConfig", "threshold": 0.1}'."""
+        },
+    )
     offload_components: bool = field(
         default=False, metadata={"help": "Whether text encoders and VAE are on the CPU while they are not used."}
     )
     num_generations_eval: int = field(default=4, metadata={"help": "Number of images for each evaluation prompt."})
+    eval_num_inference_steps: int | None = field(
+        default=None, metadata={"help": "Solver steps in evaluations. Defaults to `num_inference_steps`."}
+    )
+    eval_height: int | None = field(default=None, metadata={"help": "Height in evaluations. Defaults to `height`."})
+    eval_width: int | None = field(default=None, metadata={"help": "Width in evaluations. Defaults to `width`."})
 
     # Parameters that control how often samples are used
     steps_per_generation: int = field(  # type: ignore[assignment]
@@ -460,6 +495,7 @@ class MarbleConfig(TrainingArguments):
         if self.greater_is_better is None and (self.metric_for_best_model or "").endswith("joint_fall"):
             self.greater_is_better = False
         super().__post_init__()
+        self.build_acceleration()
         self._check_choices()
         self._check_ranges()
         self._check_batches()
@@ -506,6 +542,9 @@ class MarbleConfig(TrainingArguments):
             "width": (1, "leave it out to use the pipeline's own"),
             "num_frames": (1, "leave it out to use the pipeline's own number"),
             "max_sequence_length": (1, "leave it out to use the pipeline's own"),
+            "eval_num_inference_steps": (1, "leave it out to use `num_inference_steps`"),
+            "eval_height": (1, "leave it out to use `height`"),
+            "eval_width": (1, "leave it out to use `width`"),
         }
         for name, (minimum, why) in at_least.items():
             if not isinstance(getattr(self, name), Integral | None):
@@ -670,8 +709,35 @@ class MarbleConfig(TrainingArguments):
             )
         if self.shard_base and self.torch_compile:
             raise ValueError("`shard_base=True` and `torch_compile=True` do not work together; leave one of them out.")
+        if self.rollout_cache is not None and self.shard_base:
+            raise ValueError(
+                "`rollout_cache` and `shard_base=True` do not work together: processes that leave out different "
+                "layers would wait for each other without end. Leave one of them out."
+            )
+        if self.rollout_cache is not None and self.torch_compile:
+            raise ValueError(
+                "`rollout_cache` and `torch_compile=True` do not work together: the compiled layers would be compiled "
+                "anew when the cache comes and goes. Leave one of them out."
+            )
         if self.shard_base and is_torch_version("<", "2.7"):
             raise ValueError("`shard_base=True` needs PyTorch 2.7 or newer.")
+
+    def build_acceleration(self) -> Acceleration | None:
+        """How rollouts are sampled faster; `None` where they are not."""
+        if self.rollout_attention_backend is None and self.rollout_cache is None:
+            return None
+        return Acceleration(self.rollout_attention_backend, self.rollout_cache)  # type: ignore[arg-type]
+
+    @property
+    def evaluation_steps(self) -> int:
+        """Number of solver steps in evaluations."""
+        return self.num_inference_steps if self.eval_num_inference_steps is None else self.eval_num_inference_steps
+
+    @property
+    def evaluation_size(self) -> tuple[int | None, int | None]:
+        """Height and width of the images in evaluations; `None` for the pipeline's own."""
+        height = self.height if self.eval_height is None else self.eval_height
+        return height, self.width if self.eval_width is None else self.eval_width
 
     @property
     def base_is_sharded(self) -> bool:

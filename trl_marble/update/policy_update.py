@@ -16,6 +16,7 @@ from ..pipelines import Conditioning, PolicyWeights
 from ..progress import MakeBar
 from ..rollout import BatchLayout, Position, RolloutBatch
 from ..seeding import Draw, derive_seed
+from ..step_times import StepTimes
 from .kl_control import KLControl
 from .micro_steps import draw_micro_steps
 from .nonfinite import NonFiniteGuard
@@ -73,6 +74,8 @@ class PolicyUpdate:
             Where to record.
         make_bar (`Callable[[str, int], ProgressBar]`):
             Makes the progress bars.
+        times ([`~trl_marble.step_times.StepTimes`]):
+            What the passes and the balancing take is added to.
         kl_control ([`KLControl`], *optional*):
             Adapts the loss's `beta`. By default it stays as it is.
     """
@@ -90,12 +93,13 @@ class PolicyUpdate:
         num_processes: int,
         metrics: MetricBuffer,
         make_bar: MakeBar,
+        times: StepTimes,
         kl_control: KLControl | None = None,
     ) -> None:
         self.loss, self.weights, self.gradient, self.guard = loss, weights, gradient, guard
         self.layout, self.grid, self.regularizer_fraction = layout, grid, regularizer_fraction
         self.seed, self.num_processes = seed, num_processes
-        self.metrics, self.make_bar, self.kl_control = metrics, make_bar, kl_control
+        self.metrics, self.make_bar, self.times, self.kl_control = metrics, make_bar, times, kl_control
 
     def begin(self, step: int, batch: RolloutBatch, position: Position) -> None:
         """
@@ -162,10 +166,12 @@ class PolicyUpdate:
                 penalties = self._penalties if place in self._regularized else Penalties()
                 frozen = self._frozen_velocities(drawn.x_t, drawn.t, conditioning, penalties)
                 with self.gradient.recording(place, batch.first_half[part]):
-                    velocity = self.weights.velocity(drawn.x_t, drawn.t, conditioning)
-                    terms = self.loss.terms(velocity, drawn, frozen)
+                    with self.times.measure("forward"):
+                        velocity = self.weights.velocity(drawn.x_t, drawn.t, conditioning)
+                        terms = self.loss.terms(velocity, drawn, frozen)
                     self.guard.note(drawn.t, sample_ids, prompts, terms)
-                    loss += self._backward(velocity, terms, frozen, penalties, batch.advantages[:, part])
+                    with self.times.measure("backward"):
+                        loss += self._backward(velocity, terms, frozen, penalties, batch.advantages[:, part])
                 bar.update()
         return loss
 
@@ -204,9 +210,11 @@ class PolicyUpdate:
         """The velocities that a micro-step needs of policies that are not trained: before the trained policy's."""
         old = base = None
         if self._old_differs and ("old" in self.loss.needs or penalties.old > 0):
-            old = self.weights.old_velocity(x_t, t, conditioning)
+            with self.times.measure("old"):
+                old = self.weights.old_velocity(x_t, t, conditioning)
         if "reference" in self.loss.needs or penalties.reference > 0:
-            base = self.weights.base_velocity(x_t, t, conditioning)
+            with self.times.measure("reference"):
+                base = self.weights.base_velocity(x_t, t, conditioning)
         return FrozenVelocities(old, base)
 
     def finish(self) -> None:
@@ -216,7 +224,8 @@ class PolicyUpdate:
         Raises:
             `FloatingPointError`: See [`NonFiniteGuard`].
         """
-        self.gradient.finish()
+        with self.times.measure("balance"):
+            self.gradient.finish()
         if self.kl_control is not None:
             accelerator = self.gradient.accelerator
             finite = torch.cat(self._kls).cpu().double()  # some devices have no float64
