@@ -43,7 +43,8 @@ def test_gains_are_told_only_of_images_that_are_sampled_as_the_first_ones_were(t
     trainer.state.global_step = 1
     assert "eval_gain_worst" in trainer.evaluate()
     name, value = change
-    setattr(trainer.sampler if name == "num_inference_steps" else trainer.sampler.flow, name, value)
+    sampler = trainer.evaluator.sampler
+    setattr(sampler if name == "num_inference_steps" else sampler.flow, name, value)
     assert "eval_gain_worst" not in trainer.evaluate()
 
 

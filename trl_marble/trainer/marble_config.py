@@ -16,7 +16,6 @@ from ..balance import OLD_POLICY_PRESETS, WEIGHTINGS
 from ..extras import EXTRAS, require_extra
 from ..losses import LOSSES, build_loss, settings_of
 from ..losses.awm import AWMWeighting
-from ..pipelines import Acceleration
 from ..setting_names import suggest_name
 from ..world_size import check_world_size
 from .inherited_arguments import check_arguments, check_combinations
@@ -40,6 +39,8 @@ PLAIN_PROCESSES = "Start plain processes, `accelerate launch --multi_gpu --num_p
 
 
 if TYPE_CHECKING:
+    from ..pipelines import Acceleration
+
     NumberOrNone: TypeAlias = float | None
 else:
 
@@ -722,10 +723,12 @@ class MarbleConfig(TrainingArguments):
         if self.shard_base and is_torch_version("<", "2.7"):
             raise ValueError("`shard_base=True` needs PyTorch 2.7 or newer.")
 
-    def build_acceleration(self) -> Acceleration | None:
+    def build_acceleration(self) -> "Acceleration | None":
         """How rollouts are sampled faster; `None` where they are not."""
         if self.rollout_attention_backend is None and self.rollout_cache is None:
             return None
+        from ..pipelines import Acceleration  # here, because the help of the command line needs no diffusers
+
         return Acceleration(self.rollout_attention_backend, self.rollout_cache)  # type: ignore[arg-type]
 
     @property
