@@ -126,7 +126,8 @@ def test_tables_have_every_entry_and_fractions_of_what_a_reward_reaches_alone():
     results = {"marble@0.1": result("marble@0.1", [FIRST, SECOND], cpu=150.0), **alone}
     table = long_report.end_table(results)
     row = next(line for line in table.splitlines() if line.startswith("| MARBLE"))
-    assert "-0.30 (coverage, 10)" in row and "0.30 (reader)" in row and "1.50x" in row
+    # MARBLE's seeds end at a KL of .07, where the reader alone has .7.
+    assert "-0.30 (coverage, 10)" in row and "0.43 (reader)" in row and "1.50x" in row
     assert "calm alone" in table and table.count("\n") == 8
     cosines = long_report.cosine_table({"marble@0.1": results["marble@0.1"]})
     assert "0.40 / 0.200 ± 0.058" in cosines  # four values of .1 and .3 over two seeds

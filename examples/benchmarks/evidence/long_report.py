@@ -217,7 +217,7 @@ _ENDS = (
     "standard error over seeds. Worst: of the reward that gained least. Joint: share of the held-out prompts on which "
     "all rewards that apply rose. Lowest: the lowest gain of any reward and seed in any evaluation on the way, and "
     f"its step. Since: the least change of any reward of any seed between step {EARLY_STEP} and the end, in the same "
-    "evaluations. Bound: the lowest share of what a reward gains when it is trained alone with the same `beta`.\n"
+    "evaluations. Bound: the lowest share of what a reward gains when it is trained alone, at the same KL.\n"
 )
 _EQUAL = (
     "Worst / mean gain where a run's policy was at this KL, between two of its evaluations (8 images a prompt). "
@@ -269,15 +269,19 @@ def end_table(results: Mapping[str, LongResult]) -> str:
 
 
 def _worst_fraction(result: LongResult, results: Mapping[str, LongResult]) -> tuple[str, float] | None:
-    """The reward with the lowest share of its bound, and that share; `None` while a bound is not known."""
+    """
+    The reward with the lowest share of its bound, and that share; `None` while a bound is not known. A bound is what a
+    run on this reward alone had when its policy was as far from the base, or at its end if it never was.
+    """
     _, _, strength = result.entry.partition("@")
+    end = result.mean_curve[-1]
     fractions = {}
     for name in find_method(result.entry).rewards:
         alone = results.get(f"{SPECIALISTS[name]}@{strength}")
         if alone is None or alone is result:
             return None
-        bound = alone.at_end(lambda point, name=name: point.gains[name][0]).mean
-        fractions[name] = result.at_end(lambda point, name=name: point.gains[name][0]).mean / bound
+        bound = gains_at_kl(alone.mean_curve, end.kl[0]) or alone.mean_curve[-1]
+        fractions[name] = end.gains[name][0] / bound.gains[name][0]
     return min(fractions.items(), key=lambda item: item[1])
 
 
