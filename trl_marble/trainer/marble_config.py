@@ -190,7 +190,7 @@ class MarbleConfig(TrainingArguments):
         regularizer_fraction (`float`, *optional*, defaults to `1.0`):
             In `(0, 1]`: the fraction of an optimizer step's forward passes (timesteps of micro-batches, the same ones
             on all processes) in which the penalties are evaluated: that of `beta`, and AWM's trust region. They are
-            drawn anew for each step; their number is rounded to a whole one, at least 1. The penalty is the mean over
+            drawn anew for each step; their number is rounded to an integer, at least 1. The penalty is the mean over
             them, so that on average over the draws its gradient is that of all forward passes. The others cost no
             forward pass of the base model (for AWM, nor of the old policy) and no backward pass of the penalties.
 

@@ -10,7 +10,7 @@ def draw_micro_steps(fraction: float, total: int, seed: int) -> frozenset[int]:
 
     Args:
         fraction (`float`):
-            Of the micro-steps, in (0, 1]: their number is rounded to the nearest whole one, and is at least 1.
+            Of the micro-steps, in (0, 1]: their number is rounded to the nearest integer, and is at least 1.
         total (`int`):
             Micro-steps of the step on each process.
         seed (`int`):

@@ -1,7 +1,6 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
 """The report of the long runs: where they end, what they had at equal KL, and whether a reward was ever lost."""
 
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,10 +12,10 @@ import numpy as np
 from trl_marble.evaluation import GainPoint, gains_at_kl, interpolate_at_kl, plot_gains, run_gains
 from trl_marble.evaluation.gains import measure_gains
 from trl_marble.evaluation.records import write_atomically
+from trl_marble.evaluation.results import to_json
 
 from .long_pictures import plot_steps
 from .methods import LONG_BASES, LONG_STRENGTHS, RECIPE, REWARDS, SPECIALISTS, find_method
-from .report import without_nan
 from .runs import MAIN, TUNING, Run, Scale, base_run, load_report, load_scores
 from .statistics import Estimate, mean_over_seeds
 from .tables import ABSENT, estimate_text, table
@@ -208,7 +207,7 @@ def write_long_report(runs: Sequence[Run], scale: Scale, output_dir: Path) -> Pa
             parts.append(f"![Gains over the steps]({phase}_steps.png)\n")
     write_atomically(folder / "report.md", "\n".join(parts).encode())
     content = {phase: {name: _as_json(own) for name, own in results.items()} for phase, results in phases.items()}
-    write_atomically(folder / "results.json", json.dumps(without_nan(content), indent=1).encode())
+    write_atomically(folder / "results.json", to_json(content))
     return folder / "report.md"
 
 
