@@ -44,12 +44,11 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from evidence.passes import Passes, count_passes
+from evidence.costs import StepCosts, count_passes
 from random_models import SIZES, random_pipeline
 from rich.console import Console
 from rich.table import Table
 from torch.profiler import ProfilerActivity, profile
-from transformers import TrainerCallback
 
 from trl_marble import MarbleConfig, MarbleNFTTrainer
 from trl_marble.balance import OLD_POLICY_PRESETS, old_policy_decay
@@ -415,23 +414,11 @@ def measure(args: argparse.Namespace, num_rewards: int, console: Console) -> dic
 # --------------------------------------------------------------------------------------------------------------------
 
 
-class CountedStep(TrainerCallback):
-    """Counts the passes of each step."""
-
-    def __init__(self, passes: Passes) -> None:
-        self.passes, self.steps = passes, []
-
-    def on_step_begin(self, args, state, control, **kwargs) -> None:
-        self.before = self.passes.now()
-
-    def on_step_end(self, args, state, control, **kwargs) -> None:
-        self.steps.append(self.passes.since(self.before))
-
-
 def paper_passes(settings: Mapping[str, Any]) -> float:
     """Passes of the transformer for each image of a step, counted in a training of a tiny model."""
     pipeline = random_pipeline("tiny", torch.float32)
-    with tempfile.TemporaryDirectory() as folder, count_passes(pipeline.transformer) as passes:
+    counted = StepCosts()
+    with tempfile.TemporaryDirectory() as folder:
         config = MarbleConfig(
             folder,
             **PAPER_BATCH,
@@ -444,10 +431,9 @@ def paper_passes(settings: Mapping[str, Any]) -> float:
             log_images=False,
         )
         prompts = Dataset.from_dict({"prompt": ["prompt 0", "prompt 1"], "number": [0, 1]})
-        counted = CountedStep(passes)
         rewards = make_rewards(PAPER_REWARDS)
         MarbleNFTTrainer(pipeline, rewards, config, prompts, callbacks=[counted]).train()
-        return counted.steps[-1].images / config.generation_batch_size
+    return counted.steps[PAPER_STEPS].passes / config.generation_batch_size
 
 
 def count_at_papers_settings(console: Console) -> dict[str, float]:
