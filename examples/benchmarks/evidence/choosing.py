@@ -4,6 +4,8 @@
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+import numpy as np
+
 from trl_marble.evaluation import interpolate_at_kl
 
 
@@ -53,7 +55,7 @@ def second_strength(strength: str, kl: float, wanted: float) -> str | None:
     """
     if abs(kl / wanted - 1) <= EQUAL:
         return None
-    return f"{float(strength) * kl / wanted:.2g}"
+    return np.format_float_positional(float(strength) * kl / wanted, precision=2, fractional=False, trim="-")
 
 
 def at_equal_kl(ends: Sequence[End], kl: float) -> End:
