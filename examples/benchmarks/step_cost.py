@@ -414,8 +414,8 @@ def measure(args: argparse.Namespace, num_rewards: int, console: Console) -> dic
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def paper_passes(settings: Mapping[str, Any]) -> float:
-    """Passes of the transformer for each image of a step, counted in a training of a tiny model."""
+def paper_passes(settings: Mapping[str, Any]) -> tuple[float, float]:
+    """Forward and backward passes for each image of a step, counted in a training of a tiny model."""
     pipeline = random_pipeline("tiny", torch.float32)
     counted = StepCosts()
     with tempfile.TemporaryDirectory() as folder:
@@ -433,19 +433,23 @@ def paper_passes(settings: Mapping[str, Any]) -> float:
         prompts = Dataset.from_dict({"prompt": ["prompt 0", "prompt 1"], "number": [0, 1]})
         rewards = make_rewards(PAPER_REWARDS)
         MarbleNFTTrainer(pipeline, rewards, config, prompts, callbacks=[counted]).train()
-    return counted.steps[PAPER_STEPS].passes / config.generation_batch_size
+    cost, images = counted.steps[PAPER_STEPS], config.generation_batch_size
+    return cost.forwards / images, cost.backwards / images
 
 
 def count_at_papers_settings(console: Console) -> dict[str, float]:
-    """The passes of all of `PAPER_MODES`."""
+    """The passes of all of `PAPER_MODES`, each counted as 1."""
     counted = {name: paper_passes(settings) for name, settings in PAPER_MODES.items()}
     table = Table(title="Passes of the transformer for each image, at the paper's settings")
-    for column in ("", "passes", "ratio"):
+    for column in ("", "forward", "backward", "together", "ratio", "ratio, backward as two"):
         table.add_column(column, justify="right" if column else "left")
-    for name, number in counted.items():
-        table.add_row(name, f"{number:g}", f"{number / counted['weighted_sum']:.3f}")
+    base_forward, base_backward = counted["weighted_sum"]
+    for name, (forward, backward) in counted.items():
+        ratios = [(forward + n * backward) / (base_forward + n * base_backward) for n in (1, 2)]
+        numbers = [f"{number:g}" for number in (forward, backward, forward + backward)]
+        table.add_row(name, *numbers, *(f"{ratio:.3f}" for ratio in ratios))
     console.print(table)
-    return counted
+    return {name: forward + backward for name, (forward, backward) in counted.items()}
 
 
 def describe_machine(device: str) -> str:

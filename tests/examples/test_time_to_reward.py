@@ -53,7 +53,8 @@ def test_passes_are_counted_forward_and_backward_and_by_images():
         velocity.sum().backward()
         model(x[:1])  # attached, and not used
     model(x)
-    assert (passes.forwards, passes.backwards, passes.images) == (3, 2, 3 + 3 + 3 + 3 + 1)
+    assert (passes.forwards, passes.backwards) == (3, 2)
+    assert (passes.images_forward, passes.images_backward) == (3 + 3 + 1, 3 + 3)
 
 
 def test_a_resumed_run_counts_a_step_once(tmp_path):
@@ -154,7 +155,7 @@ def test_a_curve_has_what_its_evaluations_had_cost():
         {"step": step, "eval_gain_mean": gain, "eval_rewards/calm/mean": calm, "eval_rewards/reader/mean": reader}
         for step, gain, calm, reader in rows
     ]
-    costs = {step: StepCost(10.0 + step, 100) for step in (1, 2, 3)}
+    costs = {step: StepCost(10.0 + step, 70, 30) for step in (1, 2, 3)}
     found = timed_curve(history, costs, {"calm": 0.2, "reader": 0.1})
     assert found.steps == [0, 2, 3] and found.cpu_seconds == [0, 23.0, 36.0] and found.passes == [0, 200, 300]
     assert found.means == [0.0, 0.3, 0.5] and found.worsts == pytest.approx([0.0, 0.25, 0.5])

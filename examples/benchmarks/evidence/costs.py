@@ -19,20 +19,23 @@ from trl_marble.evaluation.records import write_atomically
 @dataclass
 class Passes:
     """
-    Passes of a transformer, each counted as 1, forward and backward alike.
+    Passes of a transformer.
 
     Args:
         forwards (`int`, *optional*, defaults to `0`):
             Calls.
         backwards (`int`, *optional*, defaults to `0`):
             Backward passes from the output of such a call.
-        images (`int`, *optional*, defaults to `0`):
-            Images of all of these passes together: a pass counts once for each image of its batch.
+        images_forward (`int`, *optional*, defaults to `0`):
+            Images of all calls together: a call counts once for each image of its batch.
+        images_backward (`int`, *optional*, defaults to `0`):
+            Images of all backward passes together.
     """
 
     forwards: int = 0
     backwards: int = 0
-    images: int = 0
+    images_forward: int = 0
+    images_backward: int = 0
 
 
 @contextmanager
@@ -48,13 +51,13 @@ def count_passes(transformer: nn.Module) -> Iterator[Passes]:
 
     def count_forward(module: nn.Module, inputs: tuple, output: tuple[torch.Tensor, ...]) -> None:
         velocity = output[0]
-        passes.forwards += 1
-        passes.images += len(velocity)
         size = len(velocity)
+        passes.forwards += 1
+        passes.images_forward += size
 
         def count_backward(_: torch.Tensor) -> None:
             passes.backwards += 1
-            passes.images += size
+            passes.images_backward += size
 
         if velocity.requires_grad:
             velocity.register_hook(count_backward)
@@ -74,12 +77,20 @@ class StepCost:
     Args:
         cpu_seconds (`float`):
             CPU time of all threads of the process.
-        passes (`int`):
-            Passes of the transformer, one for each image of their batches.
+        forwards (`int`):
+            Forward passes of the transformer, one for each image of their batches.
+        backwards (`int`):
+            Backward passes, in the same way.
     """
 
     cpu_seconds: float
-    passes: int
+    forwards: int
+    backwards: int
+
+    @property
+    def passes(self) -> int:
+        """Passes of both kinds, each counted as 1."""
+        return self.forwards + self.backwards
 
 
 class StepCosts(TrainerCallback):
@@ -103,7 +114,8 @@ class StepCosts(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs) -> None:
         seconds = time.process_time() - self._start
         self._counting.close()
-        self.steps[state.global_step] = StepCost(seconds, self._passes.images)
+        passes = self._passes
+        self.steps[state.global_step] = StepCost(seconds, passes.images_forward, passes.images_backward)
         if self.file is not None:
             content = {step: asdict(cost) for step, cost in self.steps.items()}
             write_atomically(self.file, json.dumps(content).encode())
@@ -117,7 +129,8 @@ def read_costs(file: Path) -> dict[int, StepCost]:
 def total_until(costs: Mapping[int, StepCost], step: int) -> StepCost:
     """The cost of all steps up to one, this included."""
     own = [cost for number, cost in costs.items() if number <= step]
-    return StepCost(sum(cost.cpu_seconds for cost in own), sum(cost.passes for cost in own))
+    seconds = sum(cost.cpu_seconds for cost in own)
+    return StepCost(seconds, sum(cost.forwards for cost in own), sum(cost.backwards for cost in own))
 
 
 # Decoding and scoring an image takes about as long as five passes of ShapeWorld's transformer (docs/step_cost.md).
