@@ -25,7 +25,7 @@ peak of existing tensors during the update, with the weights; `less rows` is wit
 reward in the modes that have them. Forward and backward passes of the transformer are counted in one update.
 
 `--paper_passes` measures no time. It counts the passes of the transformer for each image, sampling included, in the
-third step of a training with five rewards and a KL: of the weighted sum as DiffusionNFT runs it, and of exact
+second step of a training with five rewards and a KL: of the weighted sum as DiffusionNFT runs it, and of exact
 balancing with what is recommended here.
 """
 
@@ -128,13 +128,13 @@ PAPER_MODES: dict[str, dict[str, Any]] = {
     "exact_awm": {**RECOMMENDED, **AWM},
 }
 PAPER_REWARDS = 5
-# Two prompts with four images each, in four micro-batches. The first steps are on-policy whatever the settings.
+# Two prompts with four images each, in four micro-batches. The first step is on-policy whatever the settings.
 PAPER_BATCH: dict[str, Any] = {
     "num_generations": 4,
     "per_device_train_batch_size": 2,
     "gradient_accumulation_steps": 4,
 }
-PAPER_STEPS = 3
+PAPER_STEPS = 2
 
 
 def parse_args() -> argparse.Namespace:

@@ -10,6 +10,8 @@ import torch
 from example_scripts import EXAMPLES
 from torch import nn
 
+from trl_marble import MarbleConfig
+
 
 sys.path.append(str(EXAMPLES / "benchmarks"))
 import time_to_reward  # noqa: E402
@@ -172,6 +174,8 @@ def test_baselines_have_the_settings_of_their_recipes():
     args = time_to_reward.parse_args([])
     plans = {run.method: run.plan() for run in time_to_reward.planned_runs(args)}
     assert len(plans) == 2 + len(methods.TIMED_ENTRIES)
+    for plan in plans.values():
+        MarbleConfig("timed", **plan["settings"])  # is a possible configuration
     settings = plans["demo_61ec878"]["settings"]
     assert (settings["num_inference_steps"], settings["timestep_fraction"]) == (8, 0.75)
     assert (settings["per_device_train_batch_size"], settings["num_generations"]) == (256, 16)
