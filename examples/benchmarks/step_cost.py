@@ -459,7 +459,7 @@ def describe_machine(device: str) -> str:
 
 def main() -> None:
     args = parse_args()
-    console = Console(width=120)
+    console = Console(width=140)
     if args.paper_passes:
         write_json(args.json, {"paper_passes": count_at_papers_settings(console)})
         return
