@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from transformers import TrainerCallback
 
+from trl_marble import MarbleConfig
 from trl_marble.evaluation.records import write_atomically
 
 
@@ -155,6 +156,7 @@ def estimate_passes(settings: Mapping[str, Any]) -> float:
         "steps_per_generation", settings["gradient_accumulation_steps"]
     )
     # On-policy, the first of several updates by the same images finds the old policy equal to the trained one.
-    lagging = 1.0 if settings["old_policy_preset"] else (updates - 1) / updates
+    preset = settings.get("old_policy_preset", MarbleConfig.old_policy_preset)
+    lagging = 1.0 if preset else (updates - 1) / updates
     reference = settings.get("regularizer_fraction", 1.0) if settings["beta"] else 0.0
     return sampled / updates * (solver_steps + IMAGE_PASSES) + batch * trained * (2 + lagging + reference)
