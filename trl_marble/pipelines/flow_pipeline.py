@@ -4,12 +4,13 @@
 import copy
 import inspect
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, NamedTuple
 
 import PIL.Image
 import torch
+from diffusers.configuration_utils import ConfigMixin
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
@@ -24,6 +25,7 @@ from .pipeline_checks import check_guidance, check_images, check_size, check_tra
 from .precision import autocast_calls
 from .prompt_length import describe_long_prompts
 from .quantization import base_dtype
+from .recording import Circumstances, Recorder, Recording, autocast_of
 from .schedulers import (
     FLOW_MATCHING_SCHEDULERS,
     OneStep,
@@ -284,7 +286,7 @@ class FlowPipeline:
         if not calls.any():
             return self._velocity_at(x_t, t[0], conditioning)
         samples = [torch.nonzero(calls == call).flatten() for call in calls.unique()]
-        parts = [self._velocity_at(x_t[rows], t[rows[0]], conditioning.select(rows)) for rows in samples]
+        parts = [self._velocity_at(x_t[rows], t[rows[0]], conditioning.part(rows)) for rows in samples]
         return torch.cat(parts)[torch.argsort(torch.cat(samples))]
 
     def training_times(self, num_inference_steps: int, scheduler: SchedulerMixin | None = None) -> Tensor:
@@ -382,8 +384,33 @@ class FlowPipeline:
         return Rollout(latents=latents[0], images=output[0])  # `images` or `frames`
 
     def _velocity_at(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
-        """The velocity in one call; `t` is one time per sample, or one time for all samples."""
-        solver = OneStep(self.pipeline.scheduler, t)
+        """
+        The velocity in one call; `t` is one time per sample, or one time for all samples.
+
+        The first call for a conditioning goes through the pipeline. What it does is recorded, and later calls do the
+        same without it.
+        """
+        if not self.is_listed or torch.is_inference_mode_enabled():  # not compared; or writes would go unnoticed
+            return self._velocity_by_pipeline(x_t, t, conditioning).to(x_t.dtype)
+        circumstances, derived = self._circumstances(x_t, t), conditioning.derived()
+        recorded: tuple[Circumstances | None, Recording | None] = derived.get(Recording, (None, None))
+        before, recording = recorded
+        if before != circumstances or not (recording is None or recording.is_intact()):
+            recorder = Recorder(x_t, t)
+            with recorder.recording(self.transformer, self._call_transformer):
+                velocity = self._velocity_by_pipeline(x_t, t, conditioning, recorder.stop)
+            derived[Recording] = circumstances, recorder.finish(velocity)
+        elif recording is None:  # it cannot be repeated
+            velocity = self._velocity_by_pipeline(x_t, t, conditioning)
+        else:
+            velocity = recording.velocity(x_t, t)
+        return velocity.to(x_t.dtype)
+
+    def _velocity_by_pipeline(
+        self, x_t: Tensor, t: Tensor, conditioning: Conditioning, when_done: Callable[[], None] | None = None
+    ) -> Tensor:
+        """The velocity as the pipeline hands it to its scheduler."""
+        solver = OneStep(self.pipeline.scheduler, t, when_done)
         driver = self._driver(solver, conditioning)
         options: dict[str, Any] = {}
         if "prepare_latents" in dir(driver):  # without it, `__call__` uses the latents it is given as they are
@@ -395,7 +422,24 @@ class FlowPipeline:
         self._call_with_gradients(driver, conditioning, num_inference_steps=2, **options)
         if solver.velocity is None:
             raise RuntimeError(f"{type(self.pipeline).__name__} ended without a denoising step; it cannot be trained.")
-        return solver.velocity.to(x_t.dtype)
+        return solver.velocity
+
+    def _circumstances(self, x_t: Tensor, t: Tensor) -> Circumstances:
+        """What a velocity call depends on, apart from the conditioning, the weights and the values of x_t and t."""
+        parts = list(vars(self.pipeline).values())
+        configs = [part.config for part in parts if isinstance(part, ConfigMixin)]
+        weight = next(self.transformer.parameters())
+        return Circumstances(
+            [*vars(self).values(), *parts, *configs],
+            (x_t.shape, x_t.stride(), x_t.dtype, x_t.device, t.shape, weight.dtype, weight.device, autocast_of(x_t)),
+        )
+
+    def _call_transformer(self, *args: Any, **kwargs: Any) -> Any:
+        """The transformer as the pipeline calls it, without the conversion of its output, which is recorded."""
+        if self.autocast_dtype is None:
+            return self.transformer(*args, **kwargs)
+        with torch.autocast(self.device.type, self.autocast_dtype, cache_enabled=False):
+            return self.transformer(*args, **kwargs)
 
     def _call_with_gradients(self, driver: Any, conditioning: Conditioning, **options: Any) -> None:
         """Run the pipeline's `__call__` without its `no_grad` decorator and without classifier-free guidance."""
