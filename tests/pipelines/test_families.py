@@ -31,6 +31,7 @@ from trl_marble.pipelines import (
     Conditioning,
     FlowPipeline,
     Policy,
+    adapters_disabled,
     add_trainable_adapter,
     lora_config,
     plain_lora_linears,
@@ -77,6 +78,8 @@ NO_MULTISTEP = {
 } | NOISE_AT_ZERO
 # Layers whose output goes nowhere: the text stream ends with the last block.
 UNREACHED = {"StableDiffusion3Pipeline": {"transformer_blocks.1.attn.add_q_proj"}}
+# Every velocity goes through the pipeline: one takes a number out of the time, the other runs a second transformer.
+NOT_REPEATED = {"ErnieImagePipeline", "Ideogram4Pipeline"}
 # Not in the table, for the reasons of the tests on them.
 LEFT_OUT = ["CogView4Pipeline", "HiDreamImagePipeline", "Kandinsky5T2IPipeline", "Kandinsky5T2VPipeline"]
 
@@ -300,6 +303,29 @@ def test_velocity_leads_from_noise_at_time_1_to_data_at_time_0(case):
     # The last of these steps ended at time 0, where x_t - t * v is the pipeline's own data.
     rollout = case.flow.rollout(case.conditioning, SEEDS, STEPS, output_type="pt", scheduler=case.euler())
     close(step.sample - step.sigma * velocity, rollout.latents)
+
+
+@torch.no_grad()
+def test_velocity_without_the_pipeline_is_the_one_through_it(case, adapted, monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    inputs = [
+        (torch.randn(case.noise.shape, generator=generator), times)
+        for times in (torch.full([4], 0.5), torch.full([4], 0.8), torch.tensor([0.9, 0.4, 0.4, 0.7]))
+    ]
+    through, without = adapted.flow, case.flow_of(adapted.pipeline)
+    monkeypatch.setattr(through, "is_listed", False)  # as a class that nobody has compared
+    conditioning = case.encode(without)
+    expected = [through.velocity(*each, conditioning) for each in inputs]
+    for each in inputs[1:]:  # recorded with other latents at other times
+        without.velocity(*each, conditioning)
+    calls, own = [], without._velocity_by_pipeline
+    monkeypatch.setattr(without, "_velocity_by_pipeline", lambda *args: calls.append(None) or own(*args))
+    for each, velocity in zip(inputs, expected, strict=True):
+        assert torch.equal(without.velocity(*each, conditioning), velocity)
+        with adapters_disabled(without.transformer):
+            base = without.velocity(*each, conditioning)
+            assert torch.equal(base, through.velocity(*each, conditioning)) and not torch.equal(base, velocity)
+    assert bool(calls) == (case.name in NOT_REPEATED)
 
 
 @torch.no_grad()

@@ -438,7 +438,8 @@ class FlowPipeline:
         """The transformer as the pipeline calls it, without the conversion of its output, which is recorded."""
         if self.autocast_dtype is None:
             return self.transformer(*args, **kwargs)
-        with torch.autocast(self.device.type, self.autocast_dtype, cache_enabled=False):
+        kind = next(self.transformer.parameters()).device.type  # `transformer.device` looks through all modules
+        with torch.autocast(kind, self.autocast_dtype, cache_enabled=False):
             return self.transformer(*args, **kwargs)
 
     def _call_with_gradients(self, driver: Any, conditioning: Conditioning, **options: Any) -> None:
