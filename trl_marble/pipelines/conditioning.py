@@ -77,8 +77,8 @@ class Conditioning:
 
     def derived(self) -> dict[Hashable, Any]:
         """
-        What was computed from exactly these rows, to be kept with them: emptied when a row was replaced or a tensor was
-        written into.
+        What was computed from exactly these rows, to be kept with them. It is empty again when a row has been replaced
+        or a tensor written into.
         """
         rows = [row for rows in self.kwargs.values() for row in (rows if isinstance(rows, list) else [rows])]
         now = [(row, _version(row)) for row in rows]

@@ -3,9 +3,11 @@
 
 import copy
 import inspect
+import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import PIL.Image
@@ -19,6 +21,7 @@ from torch import Tensor, nn
 from ..media import to_rgb
 from .assumed_family import assume_family
 from .conditioning import Conditioning, Rows
+from .embedding_cache import EmbeddingCache, encoder_fingerprint, in_chunks, join_rows
 from .families import find_family
 from .overrides import encode_once, replace_latents
 from .pipeline_checks import check_guidance, check_images, check_size, check_trainable
@@ -118,6 +121,8 @@ class FlowPipeline:
         self.num_frames = num_frames
         self.autocast_dtype = autocast_dtype
         self._warned_of_long_prompt = False
+        self._embeddings: EmbeddingCache | None = None
+        self._has_text_encoders = True
 
     @property
     def transformer(self) -> ModelMixin:
@@ -188,10 +193,55 @@ class FlowPipeline:
         rows: dict[str, Rows] = {} if images is None else {"image": [to_rgb(image) for image in images]}
         if self.family.encoded_names is None:
             return Conditioning({**rows, "prompt": list(prompts)})
-        rows |= self._run_encoders(list(prompts), self.family.encoded_names)
+        rows |= self._encode_in_chunks(list(prompts), self.family.encoded_names)
         if self._is_guided and self.family.negative_names is not None:
-            rows |= self._run_encoders([""] * len(prompts), self.family.negative_names)
-        return Conditioning(rows)
+            rows |= self._encode_in_chunks([""] * len(prompts), self.family.negative_names)
+        conditioning = Conditioning(rows)
+        return conditioning if self._embeddings is None else conditioning.to(self.device)
+
+    def cache_embeddings(self, folder: str | os.PathLike) -> None:
+        """
+        Keep the embeddings of prompts on disk from now on, and read those that are there already.
+
+        They are found by their prompt and a fingerprint of the text encoders, their weights and all settings.
+
+        Args:
+            folder (`str` or `os.PathLike`):
+                Where to keep them, in safetensors files.
+
+        Raises:
+            `ValueError`: the pipeline takes no embeddings.
+        """
+        if self.family.encoded_names is None:
+            raise ValueError(
+                f"{type(self.pipeline).__name__} takes no embeddings but text, so there are none to keep. Set "
+                "cache_embeddings=False."
+            )
+        settings = [
+            type(self.pipeline).__name__,
+            sorted(self.family.arguments.items()),
+            self.family.encoded_names,
+            self.family.negative_names,
+            self.max_sequence_length,
+            self._is_guided,
+            self.dtype,
+        ]
+        self._embeddings = EmbeddingCache(Path(folder), encoder_fingerprint(self.pipeline, settings))
+
+    def drop_text_encoders(self) -> None:
+        """
+        Remove the text encoders from the pipeline, whose embeddings are all on disk (see [`cache_embeddings`]). No
+        other prompt can be encoded then.
+
+        Raises:
+            `RuntimeError`: embeddings are not kept on disk.
+        """
+        if self._embeddings is None:
+            raise RuntimeError("Without text encoders nothing can be encoded; call `cache_embeddings` first.")
+        for name in self.pipeline.components:
+            if name.startswith("text_encoder"):
+                setattr(self.pipeline, name, None)
+        self._has_text_encoders = False
 
     def rollout(
         self,
@@ -489,8 +539,19 @@ class FlowPipeline:
         scale = self.guidance_scale if guided or family.guidance == "embedded" else 1.0
         return _select_known(arguments, self._call_parameters) | family.guidance_arguments(scale) | rows
 
+    def _encode_in_chunks(self, prompts: list[str], names: tuple[str | None, ...]) -> dict[str, Rows]:
+        if self._embeddings is not None:
+            return self._embeddings.rows(prompts, names, lambda chunk: self._run_encoders(chunk, names))
+        return join_rows([self._run_encoders(chunk, names) for chunk in in_chunks(prompts)])
+
     def _run_encoders(self, prompts: list[str], names: tuple[str | None, ...]) -> dict[str, Rows]:
         """Run `encode_prompt`; its outputs by the names of the `__call__` arguments, each with one row per prompt."""
+        if not self._has_text_encoders:
+            raise ValueError(
+                f"The prompt {prompts[0]!r} is not in the cache of embeddings, and the text encoders were dropped. "
+                "Only prompts of the `train_dataset` and the `eval_dataset` that the trainer was made with can be "
+                "used; for others set cache_embeddings=False."
+            )
         arguments = {
             **self.family.arguments,
             "max_sequence_length": self.max_sequence_length,

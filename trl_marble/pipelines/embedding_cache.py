@@ -1,0 +1,163 @@
+# Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
+"""Embeddings of prompts: computed in chunks, joined, and kept on disk."""
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from .conditioning import Rows
+from .quantization import first_values
+
+
+PROMPTS_AT_ONCE = 64  # in one call of the text encoders
+
+
+def in_chunks(prompts: Sequence[str]) -> Iterator[list[str]]:
+    """Prompts in lists that are not too long for one call of the text encoders."""
+    for start in range(0, len(prompts), PROMPTS_AT_ONCE):
+        yield list(prompts[start : start + PROMPTS_AT_ONCE])
+
+
+def join_rows(parts: Sequence[dict[str, Rows]]) -> dict[str, Rows]:
+    """
+    Join what the text encoders returned in several calls.
+
+    Where they return rows of different lengths, the shorter ones are padded with zeros that their mask leaves out.
+
+    Args:
+        parts (`Sequence[dict[str, torch.Tensor | list]]`):
+            Arguments of the pipeline's `__call__` by name, in each part with one row per prompt.
+
+    Raises:
+        `ValueError`: rows are of different lengths, and there is no mask.
+    """
+    if len(parts) == 1:
+        return parts[0]
+    names = dict.fromkeys(name for part in parts for name in part)
+    masks = [name for name in names if "mask" in name]
+    joined: dict[str, Rows] = {}
+    for name in names:
+        rows = [part[name] if name in part else _full_mask(part, name) for part in parts]
+        if isinstance(rows[0], list):
+            joined[name] = [row for each in rows for row in each]
+            continue
+        if len({each.shape[1:] for each in rows}) > 1:
+            if not any(mask.startswith("negative_") == name.startswith("negative_") for mask in masks):
+                raise ValueError(f"The text encoders return `{name}` of different lengths for different prompts.")
+            longest = max(each.shape[1] for each in rows)
+            rows = [_pad(each, longest) for each in rows]
+        joined[name] = torch.cat(rows)
+    return joined
+
+
+def _full_mask(part: dict[str, Rows], name: str) -> Tensor:
+    """The mask that some pipelines leave out where every token counts."""
+    embeds = part["negative_prompt_embeds" if name.startswith("negative_") else "prompt_embeds"]
+    return torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device)
+
+
+def _pad(rows: Tensor, length: int) -> Tensor:
+    padding = rows.new_zeros(len(rows), length - rows.shape[1], *rows.shape[2:])
+    return torch.cat([rows, padding], dim=1)
+
+
+class EmbeddingCache:
+    """
+    Embeddings of prompts in a folder, one safetensors file per prompt.
+
+    Args:
+        folder (`Path`):
+            The folder. It may have the embeddings of other models, too.
+        fingerprint (`str`):
+            Of everything but the prompt that embeddings depend on, see [`encoder_fingerprint`].
+    """
+
+    def __init__(self, folder: Path, fingerprint: str) -> None:
+        self.folder = folder / fingerprint
+
+    def rows(
+        self, prompts: Sequence[str], names: Sequence[str | None], encode: Callable[[list[str]], dict[str, Rows]]
+    ) -> dict[str, Rows]:
+        """
+        The embeddings of some prompts, on the CPU. Those that are not there are computed and written first.
+
+        Args:
+            prompts (`Sequence[str]`):
+                The prompts.
+            names (`Sequence[str | None]`):
+                The arguments that `encode` returns, which tell prompts from negative prompts.
+            encode (`Callable[[list[str]], dict[str, torch.Tensor | list]]`):
+                Computes them.
+        """
+        missing = [prompt for prompt in dict.fromkeys(prompts) if self._read(prompt, names) is None]
+        for chunk in in_chunks(missing):
+            rows = encode(chunk)
+            for place, prompt in enumerate(chunk):
+                self._write(prompt, names, {name: each[place] for name, each in rows.items()}, rows)
+        read = [self._read(prompt, names) for prompt in prompts]
+        return join_rows([row for row in read if row is not None])
+
+    def _file(self, prompt: str, names: Sequence[str | None]) -> Path:
+        return self.folder / (hashlib.sha256(json.dumps([prompt, *names]).encode()).hexdigest() + ".safetensors")
+
+    def _read(self, prompt: str, names: Sequence[str | None]) -> dict[str, Rows] | None:
+        try:
+            with safe_open(self._file(prompt, names), "pt") as file:
+                lists = json.loads(file.metadata()["lists"])
+                row = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (FileNotFoundError, SafetensorError):  # not written, or damaged
+            return None
+        return {name: [tensor] if name in lists else tensor[None] for name, tensor in row.items()}
+
+    def _write(self, prompt: str, names: Sequence[str | None], row: dict[str, Tensor], rows: dict[str, Rows]) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        file = self._file(prompt, names)
+        unfinished = file.with_suffix(f".{os.getpid()}.tmp")  # another process may write the same
+        lists = json.dumps([name for name, each in rows.items() if isinstance(each, list)])
+        tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in row.items()}
+        save_file(tensors, unfinished, metadata={"lists": lists})
+        os.replace(unfinished, file)
+
+
+def encoder_fingerprint(pipeline: DiffusionPipeline, settings: Sequence[Any]) -> str:
+    """
+    A digest of all that the embeddings of a prompt depend on: the text encoders' configurations and weights (the first
+    values of each), the tokenizers' files, the settings, and the versions of the libraries.
+
+    Args:
+        pipeline ([`~diffusers.DiffusionPipeline`]):
+            The pipeline.
+        settings (`Sequence`):
+            Whatever else they depend on; compared by `repr`.
+    """
+    digest = hashlib.sha256(repr([diffusers.__version__, transformers.__version__, *settings]).encode())
+    for name, part in sorted(pipeline.components.items()):
+        if part is None or "transformer" in name or name in ("vae", "scheduler"):
+            continue
+        digest.update(f"{name} {type(part).__name__}".encode())
+        if isinstance(part, nn.Module):
+            config: Any = part.config
+            config = {key: value for key, value in config.to_dict().items() if key != "_name_or_path"}
+            digest.update(json.dumps(config, sort_keys=True, default=str).encode())
+            for key, weight in part.named_parameters():
+                digest.update(f"{key} {tuple(weight.shape)} {weight.dtype}".encode())
+                digest.update(first_values(weight).numpy().tobytes())
+        else:
+            with tempfile.TemporaryDirectory() as folder:
+                part.save_pretrained(folder)
+                for file in sorted(Path(folder).rglob("*")):
+                    if file.is_file():
+                        digest.update(file.name.encode() + file.read_bytes())
+    return digest.hexdigest()[:32]
