@@ -122,6 +122,7 @@ class FlowPipeline:
         self.autocast_dtype = autocast_dtype
         self._warned_of_long_prompt = False
         self._embeddings: EmbeddingCache | None = None
+        self._encoder_device: torch.device | None = None  # where it is not the transformer's
         self._has_text_encoders = True
 
     @property
@@ -185,7 +186,7 @@ class FlowPipeline:
         if len(prompts) == 0:
             raise ValueError("`prompts` is empty; pass at least one prompt.")
         check_images(self.pipeline, self.family, prompts, images)
-        if not self._warned_of_long_prompt:
+        if self._has_text_encoders and not self._warned_of_long_prompt:  # whose limits count
             message = describe_long_prompts(self.pipeline, self.family, self.max_sequence_length, prompts)
             if message is not None:
                 warnings.warn(message, UserWarning, stacklevel=3)  # the caller, beyond the no_grad decorator
@@ -199,7 +200,7 @@ class FlowPipeline:
         conditioning = Conditioning(rows)
         return conditioning if self._embeddings is None else conditioning.to(self.device)
 
-    def cache_embeddings(self, folder: str | os.PathLike) -> None:
+    def cache_embeddings(self, folder: str | os.PathLike, device: torch.device | str | None = None) -> None:
         """
         Keep the embeddings of prompts on disk from now on, and read those that are there already.
 
@@ -208,6 +209,9 @@ class FlowPipeline:
         Args:
             folder (`str` or `os.PathLike`):
                 Where to keep them, in safetensors files.
+            device (`torch.device` or `str`, *optional*):
+                Where to compute them: the text encoders are moved there. Defaults to the transformer's device, with
+                the text encoders where they are.
 
         Raises:
             `ValueError`: the pipeline takes no embeddings.
@@ -217,6 +221,10 @@ class FlowPipeline:
                 f"{type(self.pipeline).__name__} takes no embeddings but text, so there are none to keep. Set "
                 "cache_embeddings=False."
             )
+        if device is not None:
+            self._encoder_device = torch.device(device)
+            for name in self._text_encoders:
+                self.pipeline.components[name].to(device)
         settings = [
             type(self.pipeline).__name__,
             sorted(self.family.arguments.items()),
@@ -238,10 +246,15 @@ class FlowPipeline:
         """
         if self._embeddings is None:
             raise RuntimeError("Without text encoders nothing can be encoded; call `cache_embeddings` first.")
-        for name in self.pipeline.components:
-            if name.startswith("text_encoder"):
-                setattr(self.pipeline, name, None)
+        for name in self._text_encoders:
+            setattr(self.pipeline, name, None)
         self._has_text_encoders = False
+
+    @property
+    def _text_encoders(self) -> list[str]:
+        """The names of the text encoders that the pipeline has."""
+        components = self.pipeline.components.items()
+        return [name for name, part in components if name.startswith("text_encoder") and part is not None]
 
     def rollout(
         self,
@@ -556,7 +569,7 @@ class FlowPipeline:
             **self.family.arguments,
             "max_sequence_length": self.max_sequence_length,
             "do_classifier_free_guidance": self._is_guided,
-            "device": self.device,
+            "device": self._encoder_device or self.device,
         }
         outputs = self.pipeline.encode_prompt(prompts, **_select_known(arguments, self._encode_parameters))
         if not isinstance(outputs, tuple):

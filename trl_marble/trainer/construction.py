@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from datasets import Dataset
 from diffusers import DiffusionPipeline
+from huggingface_hub.constants import HF_HOME
 from torch import Tensor
 from transformers.utils import logging
 
@@ -24,6 +25,7 @@ from ..evaluation.prompt_sets import evaluation_sets, set_label
 from ..losses import LOSSES, PolicyLoss, build_loss
 from ..metrics import MetricBuffer
 from ..pipelines import FlowPipeline, PolicyWeights, edits_images, measured_linears, place_base
+from ..pipelines.embedding_cache import in_chunks
 from ..processes import FailingTogether
 from ..progress import MakeBar
 from ..rewards import RewardScorer
@@ -44,6 +46,7 @@ from .marble_config import MarbleConfig
 
 
 logger = logging.get_logger(__name__)
+EMBEDDINGS = Path(HF_HOME) / "trl_marble" / "embeddings"
 
 
 def default_config(pipeline: Any) -> MarbleConfig:
@@ -157,6 +160,28 @@ def check_evaluation_prompts(
     for scorer in scorers:
         check_signatures(scorer.funcs, scorer.names, flow.family.output, prompts.column_names, set_label(name))
     return edits
+
+
+def cache_embeddings(
+    flow: FlowPipeline, train_dataset: Dataset, eval_dataset: Dataset | dict[str, Dataset] | None, args: MarbleConfig
+) -> None:
+    """
+    With `cache_embeddings`, encode all prompts that are not on disk yet, and drop the text encoders. Each process
+    encodes its share.
+
+    Raises:
+        `ValueError`: If the pipeline takes no embeddings.
+    """
+    if not args.cache_embeddings:
+        return
+    flow.cache_embeddings(EMBEDDINGS, args.device)
+    sets = [train_dataset, *evaluation_sets(eval_dataset).values()]
+    prompts = dict.fromkeys(prompt for prompts in sets for prompt in prompts["prompt"][:])
+    prompts |= {flow.family.empty_prompt: None}  # with which the time grid is found
+    for chunk in in_chunks(list(prompts)[args.process_index :: args.world_size]):
+        flow.encode(chunk)
+    PartialState().wait_for_everyone()
+    flow.drop_text_encoders()
 
 
 def place_pipeline(flow: FlowPipeline, trainable: Mapping[str, Any], args: MarbleConfig) -> None:
