@@ -11,6 +11,7 @@ import functools
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -222,6 +223,12 @@ def adapted(case) -> Adapted:
 
 def test_every_family_has_a_tiny_pipeline():
     assert sorted(NAMES + LEFT_OUT) == sorted(TINY | TINY_EDITS)
+
+
+def test_the_page_names_the_families_whose_velocities_all_go_through_the_pipeline():
+    page = (Path(__file__).parents[2] / "docs" / "pipelines.md").read_text()
+    section = page.split("\n## Velocities\n")[1].split("\n## ")[0]
+    assert {name for name in NAMES if f"`{name}`" in section} == NOT_REPEATED
 
 
 def test_every_family_that_takes_images_edits_one_here():
