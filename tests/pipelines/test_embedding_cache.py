@@ -22,7 +22,13 @@ def make_flow(name: str, **settings) -> FlowPipeline:
 
 def count_runs(flow: FlowPipeline) -> list[int]:
     runs, own = [], flow.pipeline.encode_prompt
-    flow.pipeline.encode_prompt = lambda prompt, **kwargs: runs.append(len(prompt)) or own(prompt, **kwargs)
+
+    def encode_prompt(prompt=None, **kwargs):
+        if prompt is not None:  # `__call__` has the embeddings
+            runs.append(len(prompt))
+        return own(prompt, **kwargs)
+
+    flow.pipeline.encode_prompt = encode_prompt
     return runs
 
 

@@ -103,11 +103,18 @@ class EmbeddingCache:
         """
         missing = [prompt for prompt in dict.fromkeys(prompts) if self._read(prompt, names) is None]
         for chunk in in_chunks(missing):
-            rows = encode(chunk)
+            rows = encode(list(chunk))  # a copy, which Z-Image writes into
             for place, prompt in enumerate(chunk):
                 self._write(prompt, names, {name: each[place] for name, each in rows.items()}, rows)
-        read = [self._read(prompt, names) for prompt in prompts]
-        return join_rows([row for row in read if row is not None])
+        found: list[dict[str, Rows]] = []
+        for prompt in prompts:
+            row = self._read(prompt, names)
+            if row is None:
+                raise OSError(
+                    f"The embeddings of {prompt!r} were written to {self.folder}, and are not there any more."
+                )
+            found.append(row)
+        return join_rows(found)
 
     def _file(self, prompt: str, names: Sequence[str | None]) -> Path:
         return self.folder / (hashlib.sha256(json.dumps([prompt, *names]).encode()).hexdigest() + ".safetensors")
