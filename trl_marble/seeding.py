@@ -17,6 +17,7 @@ class Draw(IntEnum):
     BASE = 6
     HALVES = 7
     EVALUATION_NOISE = 8
+    REGULARIZED = 9
 
 
 def derive_seed(seed: int, draw: Draw, *place: int) -> int:

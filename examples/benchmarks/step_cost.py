@@ -170,9 +170,11 @@ class Bench:
             trainer.schedule,
             None,
             trainer.scorer.names,
+            trainer.layout,
             trainer.edits,
             *shared,
             trainer.progress,
+            trainer.times,
             args,
         )
         if mode == "naive":

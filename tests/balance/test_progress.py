@@ -279,3 +279,15 @@ def test_wrong_rewards_are_refused():
     rewards[0, 0] = math.inf
     with pytest.raises(ValueError, match="infinite"):
         progress.add_base(ids, rewards)
+
+
+def test_a_bound_that_a_resumed_run_sets_too_low_is_refused_at_once():
+    """Else its reward would silently have no part in the sum: no prompt may be new any more."""
+    before, prompts = ProgressWeights(["a"]), torch.tensor([1, 1])
+    before.add_base(prompts, torch.tensor([[0.4, 0.8]]))
+    before.commit()
+    with pytest.raises(
+        ValueError, match="The bound of reward `a` is 0.5, and its mean over the base model's images is 0.6"
+    ):
+        ProgressWeights(["a"], bounds=[0.5]).load_state_dict(before.state_dict())
+    ProgressWeights(["a"], bounds=[0.7]).load_state_dict(before.state_dict())

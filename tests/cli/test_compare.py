@@ -39,3 +39,13 @@ def test_runs_are_compared_at_equal_kl(runs, capsys, monkeypatch):
     # At equal KL the second run has come half as far.
     assert gains["sum"][0]["worst"]["mean"] == pytest.approx(0.5) and gains["sum"][1] is None
     assert [found["mean"]["mean"] for found in gains["ours"]] == pytest.approx([0.25, 0.75])
+
+
+def test_runs_of_different_rewards_are_told_apart(runs, capsys):
+    words = ["compare", str(runs / "sum"), str(runs / "marble")]
+    assert main(words) == 0
+    assert "different rewards" not in capsys.readouterr().out
+    state = runs / "marble" / "checkpoint-100" / "trainer_state.json"
+    state.write_text(state.read_text().replace("eval_gain/calm/", "eval_gain/reader/"))
+    assert main(words) == 0
+    assert "different rewards (calm in 'sum'; reader in 'marble')" in capsys.readouterr().out

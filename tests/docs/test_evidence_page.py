@@ -32,7 +32,7 @@ def test_every_row_of_the_page_is_one_of_the_reports():
 
 def test_every_result_in_the_readme_is_one_of_the_reports():
     rows = rows_of_methods(ROOT / "README.md")
-    assert len(rows) >= 2 and set(rows) <= set(rows_of(REPORT))
+    assert len(rows) >= 2 and set(rows) <= {*rows_of(REPORT), *rows_of(LONG_REPORT)}
 
 
 def test_the_report_is_that_of_the_results():

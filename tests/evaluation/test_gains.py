@@ -15,6 +15,7 @@ from trl_marble.evaluation import (
     EvaluationResults,
     clustered_mean,
     compare_evaluations,
+    evaluations_table,
     gains_at_kl,
     gains_in_deviations,
     gains_table,
@@ -247,6 +248,16 @@ def test_pictures_and_tables_show_them(tmp_path):
     assert "sum at KL 0.08" in text and "_$other at KL 0.08" in text and text.count("not reached") == 1
     with pytest.raises(ValueError, match="No evaluation has a KL"):
         plot_gains({"a": []}, path)
+
+
+def test_every_evaluation_of_a_run_is_a_row():
+    points = run_gains(history(a=[0.5, 0.6, 0.8], b=[1.0, 1.1, 0.9]))
+    lines = show(evaluations_table(points)).splitlines()
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in lines if line.startswith("│")]
+    assert rows == [["10", "+0.20", "+0.20", "0.04"], ["20", "+0.60", "-0.20", "0.1"]]
+    fallen = dataclasses.replace(points[-1], gains={"a": (-0.2, 0.05), "b": (0.2, 0.05), "c": (0.2, 0.15)})
+    cells = [cell for column in evaluations_table([fallen]).columns[1:4] for cell in column.cells]
+    assert [cell.style for cell in cells] == ["red", "green", ""]
 
 
 # ---- Evaluations ----

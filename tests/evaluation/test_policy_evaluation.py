@@ -36,6 +36,18 @@ def test_images_are_kept_of_the_first_and_the_latest_evaluation(tmp_path):
     assert len({evaluation.rewards.shape for evaluation in trainer.evaluations}) == 1
 
 
+@pytest.mark.parametrize("change", [("num_inference_steps", 3), ("guidance_scale", 2.0), ("max_sequence_length", 8)])
+def test_gains_are_told_only_of_images_that_are_sampled_as_the_first_ones_were(tmp_path, change):
+    trainer = trainer_of(tmp_path, PROMPTS[:2])
+    trainer.evaluate()
+    trainer.state.global_step = 1
+    assert "eval_gain_worst" in trainer.evaluate()
+    name, value = change
+    sampler = trainer.evaluator.sampler
+    setattr(sampler if name == "num_inference_steps" else sampler.flow, name, value)
+    assert "eval_gain_worst" not in trainer.evaluate()
+
+
 @pytest.mark.parametrize("num_images", [1, 4, 6, 9, 12, 14, 17])
 def test_processes_that_call_the_transformer_together_sample_equally_many_images_at_a_time(monkeypatch, num_images):
     plan = EvaluationPlan(Dataset.from_dict({"prompt": ["a cat"] * num_images}), False, 1, 0, batch_size=4)

@@ -167,9 +167,10 @@ def test_progress_and_the_weights_at_the_end():
         + [{"train_runtime": 3.0}]
     )
     changes = {"balance": None, "balance_plot": None, "settings": {"multi_objective_aggregation": "progress"}}
-    card = full_card(progress=progress, **changes)
+    card = full_card(progress=progress, progress_plot="progress.png", **changes)
     text = section(card, "How the rewards were balanced")
     assert "| a | +0.3000 | 0.250 |\n| b\\| | not measured | 0.750 |" in text
+    assert "(progress.png)" in text and "(progress.png)" not in full_card(progress=progress, **changes).content
     assert "those that lag weigh most" in card.content and "without MARBLE's balancing" not in card.content
 
 

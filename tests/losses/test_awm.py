@@ -6,7 +6,7 @@ import torch
 
 from trl_marble import MarbleConfig
 from trl_marble.balance import Objective, SeparateBackward
-from trl_marble.losses import AWMLoss, FrozenVelocities
+from trl_marble.losses import AWMLoss, Penalties
 
 
 WEIGHTINGS = {
@@ -64,33 +64,17 @@ def test_all_gradients_from_one_weighted_pass_are_those_of_k_losses(make_problem
     assert (clipped_samples > 0) == (off_policy and clip == 0.02)
 
 
-def test_what_all_rewards_share(make_problem):
-    problem = make_problem()
-    loss = awm(awm_ema_beta=0.7, beta=0.2)
-    velocity = problem.velocity()
-    scored = torch.ones(6, dtype=torch.bool)
-    shared = loss.shared(
-        velocity, loss.terms(velocity, problem.drawn, problem.frozen), problem.frozen, scored, problem.counts
-    )
-    expected = sum(
-        strength / 12 * (velocity - other).square().mean(dim=1)
-        for strength, other in ((0.7, problem.frozen.old), (0.2, problem.frozen.reference))
-    )
-    torch.testing.assert_close(shared, expected)
-    assert awm().shared(velocity, (), FrozenVelocities(), scored, problem.counts) is None
-
-
 @pytest.mark.parametrize(
-    ("settings", "needs", "samples_with_old"),
+    ("settings", "needs", "penalties", "samples_with_old"),
     [
-        ({}, set(), False),
-        ({"beta": 0.1}, {"reference"}, False),
-        ({"awm_ema_beta": 1.0}, {"old"}, False),
-        ({"awm_off_policy": True}, {"old"}, True),
+        ({}, set(), Penalties(), False),
+        ({"beta": 0.2, "awm_ema_beta": 0.7}, set(), Penalties(old=0.7, reference=0.2), False),
+        ({"awm_off_policy": True}, {"old"}, Penalties(), True),
     ],
 )
-def test_no_forward_pass_of_the_old_policy_where_none_is_needed(settings, needs, samples_with_old):
+def test_no_forward_pass_of_the_old_policy_where_none_is_needed(settings, needs, penalties, samples_with_old):
     assert awm(**settings).needs == needs
+    assert awm(**settings).penalties == penalties
     assert awm(**settings).samples_with_old == samples_with_old
 
 

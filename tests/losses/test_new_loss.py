@@ -7,7 +7,7 @@ import pytest
 import torch
 from trainer_helpers import small_trainer
 
-from trl_marble.losses import LOSSES, noise_samples
+from trl_marble.losses import LOSSES, Penalties, noise_samples
 from trl_marble.losses.forward_process import divide_by_counts
 
 
@@ -17,6 +17,7 @@ class ToyLoss:
 
     advantage_clip: float
     needs = frozenset()
+    penalties = Penalties()
     samples_with_old = False
 
     def draw(self, x0, times, num_times, generators):

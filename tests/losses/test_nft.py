@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from trl_marble.losses import Drawn, FrozenVelocities, NFTLoss, StepCounts
+from trl_marble.losses import Drawn, FrozenVelocities, NFTLoss, Penalties, StepCounts
 from trl_marble.losses.nft import implicit_losses
 
 
@@ -109,15 +109,16 @@ def test_the_trust_region_pulls_nowhere_at_the_old_policy(make_problem):
     assert not free.requires_grad and free.sum() > 0  # a value to log, without a backward pass
 
 
-def test_what_is_frozen_is_asked_for_only_where_it_is_used(make_problem):
-    assert nft().needs == {"old"} and nft(beta=0.1).needs == {"old", "reference"}
+def test_the_kl_is_no_part_of_what_the_loss_computes_itself(make_problem):
+    """It is a penalty, which may be taken from a part of a step."""
+    assert nft(beta=0.2).needs == {"old"}
+    assert nft().penalties == Penalties() and nft(beta=0.2).penalties == Penalties(reference=0.2)
     problem = make_problem()
     velocity = problem.velocity()
-    loss = nft(beta=0.2)
-    terms = loss.terms(velocity, problem.drawn, problem.frozen)
-    shared = loss.shared(velocity, terms, problem.frozen, torch.ones(6, dtype=torch.bool), problem.counts)
-    expected = 0.2 / 12 * (velocity - problem.frozen.reference).square().mean(dim=1)
-    torch.testing.assert_close(shared, expected)
+    terms = nft("advantage").terms(velocity, problem.drawn, problem.frozen)
+    rest = problem.frozen, torch.ones(6, dtype=torch.bool), problem.counts
+    with_kl, without = (nft("advantage", beta=beta).shared(velocity, terms, *rest) for beta in (0.2, 0.0))
+    assert with_kl.equal(without)
 
 
 def test_noise_is_drawn_sample_by_sample():

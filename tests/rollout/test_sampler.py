@@ -18,9 +18,9 @@ def test_the_noise_of_a_solver_is_not_that_which_an_image_begins_with(tmp_path, 
         drawn.append(draw(*args, **kwargs))
         return drawn[-1]
 
-    def keep_seeds(conditioning, batch_seeds, num_inference_steps):
+    def keep_seeds(conditioning, batch_seeds, *args, **kwargs):
         seeds.extend(batch_seeds)
-        return sample(conditioning, batch_seeds, num_inference_steps)
+        return sample(conditioning, batch_seeds, *args, **kwargs)
 
     monkeypatch.setattr(euler, "randn_tensor", keep_drawn)
     monkeypatch.setattr(trainer.flow, "rollout", keep_seeds)

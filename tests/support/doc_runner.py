@@ -75,7 +75,7 @@ PREPARED = {
 trl-marble demo
 trl-marble demo --seed 1 --output_dir runs/dark
 {EVALUATE} --output_dir evals/base
-{EVALUATE} --adapter runs/demo --output_dir evals/marble
+{EVALUATE} --adapter runs/demo --output_dir evals/demo
 """,
     "docs/troubleshooting.md": """
 trl-marble train --model stabilityai/stable-diffusion-3.5-medium --prompts captions.txt --rewards clipscore \\

@@ -43,11 +43,11 @@ def test_rollouts_evaluations_and_updates_compute_in_one_dtype(make_trainer, tin
     layer.register_forward_hook(lambda module, args, output: seen.setdefault(part, set()).add(output.dtype))
     rollout = trainer.flow.rollout
 
-    def noted_rollout(*args):
+    def noted_rollout(*args, **kwargs):
         nonlocal part
         outer, part = part, {"update": "rollout"}.get(part, part)
         try:
-            return rollout(*args)
+            return rollout(*args, **kwargs)
         finally:
             part = outer
 

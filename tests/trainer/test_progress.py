@@ -161,6 +161,7 @@ def test_a_run_leaves_a_picture_and_a_card_of_its_weights(make_trainer):
     card = (folder / "README.md").read_text()
     weight = logged(trainer, "progress/weight/darkness")[-1]
     assert "Weight at the end" in card and f" | {weight:.3f} |" in card
+    assert (folder / "progress.png").is_file() and "(progress.png)" in card
     assert "| `reward_targets` | `[None, 0.9, None]` |" in card and "`balance_every`" not in card
 
 

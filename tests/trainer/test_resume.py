@@ -28,6 +28,7 @@ SETTINGS = {
     "save_steps": 1,
     "beta": 0.1,
     "kl_target": 0.01,
+    "regularizer_fraction": 0.5,  # of two timesteps
     "max_grad_norm": 1.0,
 }
 

@@ -28,9 +28,13 @@ FAST = ("every step", "uninterrupted", "resumed", "reward")
 
 # What has to be the same with one process.
 EQUAL = {
-    "every step": {},
+    "every step": {"regularizer_fraction": 0.5},
     "every other step": {"balance_every": 2, "balance_on": "loss", "max_steps": 4},
-    "weighted sum": {"multi_objective_aggregation": "sum_then_normalize", "kl_target": 1e-4},
+    "weighted sum": {
+        "multi_objective_aggregation": "sum_then_normalize",
+        "kl_target": 1e-4,
+        "regularizer_fraction": 0.5,
+    },
     # Steps with three new prompts, one and none, and nine base images for two processes.
     "progress": {
         "multi_objective_aggregation": "progress",
@@ -182,7 +186,12 @@ def test_two_processes_are_one(two, tmp_path, name) -> None:
     assert on_first["evaluation"] == pytest.approx(expected["evaluation"], rel=1e-5, abs=1e-6, nan_ok=True)
     assert len(on_first["log"]) == len(expected["log"])
     for found, entry in zip(on_first["log"], expected["log"], strict=True):
-        timeless = {key: value for key, value in entry.items() if "runtime" not in key and "second" not in key}
+        timeless = {
+            key: value
+            for key, value in entry.items()
+            if not key.startswith(("time/", "memory/")) and "runtime" not in key and "second" not in key
+        }
+        assert ("loss" in entry) == ("time/rollout" in entry) == ("time/rollout" in found)
         assert {key: found[key] for key in timeless} == pytest.approx(timeless, rel=1e-5, abs=1e-6, nan_ok=True)
         assert not balances or "loss" not in entry or "balance/alpha/left" in entry
     if name == "every step":  # of two prompts: each is a half, and `red_only` applies to one of them

@@ -1,7 +1,9 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
 """What a step finds out about itself from two halves of its prompts, on one linear layer: without a further pass."""
 
+import logging
 import math
+import threading
 
 import pytest
 import torch
@@ -163,6 +165,48 @@ class Remembering:
         self.calls += 1
         self.last = (self.last + mgda_weights(gram)) / 2
         return self.last
+
+
+class Averaging:
+    """Answers for the mean of all that it was asked for."""
+
+    def __init__(self):
+        self.grams = []
+
+    def __call__(self, gram):
+        self.grams.append(gram)
+        return mgda_weights(torch.stack(self.grams).mean(dim=0))
+
+    def weigh(self, gram):
+        return self(gram)
+
+
+def test_a_weighting_for_all_rewards_only_is_not_stopped_by_a_half_without_one_of_them():
+    case = Case(lambda gram: torch.full((3,), 1 / 3))
+    coefficients = case.draw(len(NAMES), SAMPLES)
+    coefficients[1, torch.arange(SAMPLES) % 3 == 0] = 0
+    log = case.run(coefficients=coefficients)
+    assert math.isfinite(log["balance/cos_min"]) and math.isnan(log["balance/heldout_cos_min"])
+    assert math.isfinite(log["balance/weighted_sum/heldout_cos_min"]) and math.isfinite(log["balance/signal/a"])
+
+
+@pytest.mark.parametrize("is_method", [False, True], ids=["object", "method"])
+def test_a_half_is_weighed_by_what_was_known_before_the_step(is_method):
+    weighting = Averaging()
+    case = Case(weighting.weigh if is_method else weighting)
+    log = case.run()
+    assert logged(log, "heldout_cos") == pytest.approx(case.expected_cosines(by_mgda), rel=1e-6)
+    case.run(step=1)
+    assert len(weighting.grams) == 2
+
+
+def test_a_weighting_that_cannot_be_copied_is_used_and_halves_are_left_out(caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    weighting = Averaging()
+    weighting.lock = threading.Lock()
+    log = Case(weighting).run()
+    assert "Held-out cosines are not measured" in caplog.text
+    assert math.isfinite(log["balance/cos/a"]) and not any("heldout" in name for name in log)
 
 
 def at_random(gram):

@@ -168,13 +168,7 @@ class ProgressWeights:
             base=_add(state.base, values),
             seen=_add(state.seen, values),
         )
-        for name, bound, mean in zip(self.names, self._bounds.tolist(), _mean(self._state.base).tolist(), strict=True):
-            if bound <= mean:
-                raise ValueError(
-                    f"The bound of reward `{name}` is {bound:g}, and its mean over the base model's images is "
-                    f"{mean:g}: progress is measured as a share of the way between them, so the bound must be higher. "
-                    "Give the highest value that can be hoped for, or `None`."
-                )
+        self._check_bounds()
 
     def observe(self, prompts: Tensor, rewards: Tensor) -> None:
         """
@@ -224,7 +218,7 @@ class ProgressWeights:
                 What [`~ProgressWeights.state_dict`] returned.
 
         Raises:
-            `ValueError`: if it was saved for another number of rewards.
+            `ValueError`: if it was saved for another number of rewards, or a bound is not above the base model's mean.
         """
         saved = len(state_dict["gain"])
         if saved != len(self.names):
@@ -235,6 +229,16 @@ class ProgressWeights:
         self._committed = self._state = _State(
             **{name: state_dict[name].detach().cpu().clone() for name in _State._fields}
         )
+        self._check_bounds()  # they may have changed since
+
+    def _check_bounds(self) -> None:
+        for name, bound, mean in zip(self.names, self._bounds.tolist(), _mean(self._state.base).tolist(), strict=True):
+            if bound <= mean:
+                raise ValueError(
+                    f"The bound of reward `{name}` is {bound:g}, and its mean over the base model's images is "
+                    f"{mean:g}: progress is measured as a share of the way between them, so the bound must be higher. "
+                    "Give the highest value that can be hoped for, or `None`."
+                )
 
     @property
     def _gains(self) -> Tensor:

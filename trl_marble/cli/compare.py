@@ -116,6 +116,12 @@ def compare_runs(folders: dict[str, Path], output_dir: str | None, at_kl: list[f
             write_atomically(Path(output_dir, "gains.json"), to_json(content))
             plot_gains(curves, Path(output_dir, GAINS_FILE), at_kl)
     Console().print(gains_table(curves, at_kl))
+    rewards = {
+        name: list(dict.fromkeys(each for point in points for each in point.gains)) for name, points in curves.items()
+    }
+    if len({frozenset(names) for names in rewards.values()}) > 1:
+        own = "; ".join(f"{', '.join(names)} in {name!r}" for name, names in rewards.items())
+        print(f"The runs have different rewards ({own}): compare them reward by reward, not by the worst or the mean.")
     if output_dir is not None:
         print(f"Gains against KL: {Path(output_dir, GAINS_FILE).absolute()}")
     return 0

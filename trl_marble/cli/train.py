@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from ..trainer import MarbleConfig, RewardHackingCallback
     from .parsing import ConfigParser
 
+SAMPLING_OF_EVALUATIONS = ("eval_num_inference_steps", "eval_height", "eval_width")
 HELP = "train a LoRA against several rewards"
 USAGE = "trl-marble train --model MODEL --prompts SOURCE ... --rewards REWARD ... [options]"
 DESCRIPTION = """Train a LoRA of a diffusers pipeline on several rewards at once. Every option can also be set in a
@@ -181,6 +182,7 @@ def train(script_args: ScriptArguments, training_args: "MarbleConfig") -> None:
     trainer.save_model()  # and its card
     folder = Path(training_args.output_dir).absolute()
     if trainer.is_world_process_zero():
+        print_times(trainer.state.log_history)
         print(f"The adapter and its card (README.md) are in {folder}")
     if training_args.push_to_hub:
         again = f"the adapter is in {folder}, to be pushed by `trl-marble push`, but now nothing was pushed"
@@ -188,6 +190,16 @@ def train(script_args: ScriptArguments, training_args: "MarbleConfig") -> None:
             trainer.push_to_hub()
         if trainer.is_world_process_zero():
             print(f"They are on the Hub: {trainer.hub_model_id}")
+
+
+def print_times(history: list[dict[str, Any]]) -> None:
+    """Print where the time of a run went, if its log says so."""
+    from rich.console import Console
+
+    from ..evaluation.time_summary import summarize_times, times_table
+
+    if (times := summarize_times(history)) is not None:
+        Console().print(times_table(times))
 
 
 def watching(reward_hacking: str) -> list["RewardHackingCallback"]:
@@ -213,8 +225,12 @@ def check_evaluation(script_args: ScriptArguments, args: "MarbleConfig") -> None
     if script_args.eval_prompts:
         if args.eval_strategy == "no" and not args.eval_on_start:
             raise UsageError("`eval_prompts` are never evaluated; set `eval_strategy` to steps, and `eval_steps`")
-    elif script_args.eval_rewards or script_args.eval_split != "test":
-        name = "eval_rewards" if script_args.eval_rewards else "eval_split"
+    elif unused := [
+        *(["eval_rewards"] if script_args.eval_rewards else []),
+        *(["eval_split"] if script_args.eval_split != "test" else []),
+        *(name for name in SAMPLING_OF_EVALUATIONS if getattr(args, name) is not None),
+    ]:
+        name = unused[0]
         raise UsageError(f"`{name}` has no effect without `eval_prompts`; name the prompts to evaluate on")
     elif args.eval_strategy != "no" or args.eval_on_start:
         name = "eval_on_start" if args.eval_strategy == "no" else "eval_strategy"

@@ -7,7 +7,7 @@ from .comparison import EvaluationComparison
 from .evaluation import Evaluation
 from .evaluation_config import EvaluationConfig
 from .formatting import format_value
-from .gain_plot import gains_table, plot_gains
+from .gain_plot import evaluations_table, gains_table, plot_gains
 from .gains import GainPoint, gains_at_kl, gains_in_deviations, interpolate_at_kl, run_gains
 from .grids import before_after_grid, image_grid
 from .measures import PromptDiversity, RewardMean, WinRate
@@ -47,6 +47,7 @@ __all__ = [
     "composite_scores",
     "count_wins",
     "evaluate_pipeline",
+    "evaluations_table",
     "format_value",
     "group_diversity",
     "image_grid",

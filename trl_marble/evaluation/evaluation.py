@@ -35,8 +35,8 @@ class Evaluation:
             The distance of the policy from the base model at a noised version of each image, the mean of
             `(v - v_base)^2` over its elements; NaN for images whose latents are not finite.
         digest (`str`, *optional*):
-            Of the prompts, the seeds and the names of the rewards: evaluations with the same one can be compared image
-            by image.
+            Of the prompts, the seeds, the names of the rewards and the settings of sampling: evaluations with the same
+            one can be compared image by image.
         held_out_names (`list[str]`, *optional*):
             Those of the rewards that are not trained on.
     """

@@ -31,6 +31,12 @@ class EvaluationConfig:
             Height of the images or videos in pixels. Defaults to the pipeline's own.
         width (`int`, *optional*):
             Width of the images or videos in pixels. Defaults to the pipeline's own.
+        eval_num_inference_steps (`int`, *optional*):
+            As in a training, where evaluations may differ from rollouts: in the place of `num_inference_steps`.
+        eval_height (`int`, *optional*):
+            The same in the place of `height`.
+        eval_width (`int`, *optional*):
+            The same in the place of `width`.
         num_frames (`int`, *optional*):
             Number of frames of a video, for pipelines of videos. Defaults to the pipeline's own number.
         max_sequence_length (`int`, *optional*):
@@ -69,6 +75,11 @@ class EvaluationConfig:
     )
     height: int | None = field(default=None, metadata={"help": "Height of the images or videos in pixels."})
     width: int | None = field(default=None, metadata={"help": "Width of the images or videos in pixels."})
+    eval_num_inference_steps: int | None = field(
+        default=None, metadata={"help": "As in a training, in the place of `num_inference_steps`."}
+    )
+    eval_height: int | None = field(default=None, metadata={"help": "As in a training, in the place of `height`."})
+    eval_width: int | None = field(default=None, metadata={"help": "As in a training, in the place of `width`."})
     num_frames: int | None = field(default=None, metadata={"help": "Number of frames of a video."})
     max_sequence_length: int | None = field(default=None, metadata={"help": "Maximum number of prompt tokens."})
     batch_size: int = field(default=8, metadata={"help": "Number of images sampled and scored together."})
@@ -90,6 +101,9 @@ class EvaluationConfig:
             "num_inference_steps": (1, "sampling needs a step"),
             "height": (1, "leave it out to use the pipeline's own"),
             "width": (1, "leave it out to use the pipeline's own"),
+            "eval_num_inference_steps": (1, "leave it out to use `num_inference_steps`"),
+            "eval_height": (1, "leave it out to use `height`"),
+            "eval_width": (1, "leave it out to use `width`"),
             "num_frames": (1, "leave it out to use the pipeline's own number"),
             "max_sequence_length": (1, "leave it out to use the pipeline's own"),
             "batch_size": (1, "a call of the pipeline needs an image"),
@@ -98,6 +112,9 @@ class EvaluationConfig:
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < minimum):
                 raise ValueError(f"`{name}` is {value!r}; it must be an integer of at least {minimum}: {why}.")
+        for name in ("num_inference_steps", "height", "width"):
+            if (own := getattr(self, f"eval_{name}")) is not None:
+                setattr(self, name, own)
         if not 0 <= self.guidance_scale < math.inf:
             raise ValueError(f"`guidance_scale` is {self.guidance_scale}; it must be a finite number, 0 or greater.")
         if self.reward_failure not in ("raise", "mask"):

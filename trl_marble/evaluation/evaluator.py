@@ -176,9 +176,13 @@ def _fill_up(plan: EvaluationPlan, numbers: Sequence[int]) -> list[int]:
     return full if len(plan.batches[last]) == size else [*full, last]
 
 
-def digest_evaluation(plan: EvaluationPlan, reward_names: Sequence[str]) -> str:
-    """Of the prompts, the seeds and the rewards of an evaluation."""
-    digest = hashlib.sha256(json.dumps([plan.num_generations, plan.seed, *reward_names]).encode())
+def digest_evaluation(plan: EvaluationPlan, sampler: RolloutSampler, reward_names: Sequence[str]) -> str:
+    """Of the prompts, the seeds, how they are sampled, and the rewards of an evaluation."""
+    flow = sampler.flow
+    size = (flow.height, flow.width, flow.num_frames)
+    sampling = [sampler.num_inference_steps, flow.guidance_scale, size, flow.max_sequence_length]
+    settings = [plan.num_generations, plan.seed, *reward_names, sampling, str(flow.autocast_dtype)]
+    digest = hashlib.sha256(json.dumps(settings).encode())
     for rows in plan.prompts.with_format("arrow").iter(1000):  # as they are stored: no image is decoded for it
         for row in rows.to_pylist():
             digest.update(json.dumps(row, sort_keys=True, default=repr).encode() + b"\n")

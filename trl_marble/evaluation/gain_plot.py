@@ -1,5 +1,5 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
-"""Gains against KL to the base model: as a picture, and as a table for the terminal."""
+"""Gains and the KL to the base model: as a picture, and as tables for the terminal."""
 
 import math
 import os
@@ -16,6 +16,7 @@ from .figures import FAINT, INK, RULE, new_figure, save_figure
 from .formatting import format_gain, format_kl, format_share
 from .gains import GainPoint, Measured, gains_at_kl
 from .plots import PALETTE
+from .summary import SIGNIFICANT
 
 
 if TYPE_CHECKING:
@@ -163,6 +164,36 @@ def gains_table(curves: Mapping[str, Sequence[GainPoint]], at_kl: Sequence[float
             label = f"{name} at KL {kl:g}"
             table.add_row(Text(label), *([f"{kl:.3g}", "not reached"] if found is None else _cells(found)))
     return table
+
+
+def evaluations_table(points: Sequence[GainPoint]) -> Table:
+    """
+    A table for the terminal: what each reward had gained at every evaluation of a run, and the KL to the base model.
+
+    Gains are green where the reward rose by at least two standard errors, and red where it fell by as many.
+
+    Args:
+        points (`Sequence[GainPoint]`):
+            The evaluations of a run, see [`run_gains`].
+
+    Returns:
+        `rich.table.Table`: one row per evaluation after the first step.
+    """
+    title = "Gains in standard deviations of the base model's images"
+    table = Table(title=title, title_justify="left", title_style="bold")
+    for header in ("Step", *(points[0].gains if points else ()), "KL"):
+        table.add_column(Text(header), justify="right")
+    for point in points:
+        if point.step:
+            table.add_row(str(point.step), *map(_colored, point.gains.values()), format_kl((point.kl[0], math.nan)))
+    return table
+
+
+def _colored(value: Measured) -> Text:
+    gain, error = value
+    ratio = gain / error if error > 0 else 0.0
+    style = "green" if ratio >= SIGNIFICANT else "red" if ratio <= -SIGNIFICANT else ""
+    return Text(format_gain((gain, math.nan)), style=style)
 
 
 def _cells(point: GainPoint) -> list[str]:

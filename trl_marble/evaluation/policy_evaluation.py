@@ -200,7 +200,7 @@ class PolicyEvaluator:
                 gallery,
                 name,
                 drift[:, 0],
-                digest_evaluation(plan, self.names),
+                digest_evaluation(plan, self.sampler, self.names),
                 [name for scorer in self.scorers[1:] for name in scorer.names],
             ),
             gallery_rewards=gallery_rewards,

@@ -19,6 +19,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 from ..evaluation.gains import GainPoint
 from ..evaluation.results import to_json
 from ..evaluation.summary import BalanceSummary, ProgressSummary
+from ..evaluation.time_summary import TimeSummary
 from ..evaluation.worst_gain import WorstGain
 
 
@@ -133,7 +134,8 @@ class CardInputs:
             The run's balancing diagnostics, see [`~trl_marble.evaluation.summarize_balance`].
         settings (`Mapping[str, Any]`, *optional*):
             Training settings by name. `num_inference_steps`, `guidance_scale`, `height`, `width`, `num_frames` and
-            `max_sequence_length`, if present, are also in the usage example. `multi_objective_aggregation` says how
+            `max_sequence_length`, if present, are also in the usage example, or the evaluations' own
+            (`eval_num_inference_steps`, ...) where there are. `multi_objective_aggregation` says how
             the rewards were combined. Settings whose name ends in `token` are left out.
         gallery (`Sequence[GalleryItem]`, *optional*):
             Sample images, or videos.
@@ -170,6 +172,10 @@ class CardInputs:
         progress (`ProgressSummary`, *optional*):
             How far the rewards came, of a run whose weights follow that, see
             [`~trl_marble.evaluation.summarize_progress`].
+        progress_plot (`str`, *optional*):
+            Path, relative to the card, of the picture made by [`~trl_marble.evaluation.plot_progress`].
+        times (`TimeSummary`, *optional*):
+            Where the time of the training went.
     """
 
     repo_name: str
@@ -195,6 +201,8 @@ class CardInputs:
     best_evaluation: WorstGain | None = None
     adapter_evaluation: WorstGain | None = None
     progress: ProgressSummary | None = None
+    progress_plot: str | None = None
+    times: TimeSummary | None = None
 
     def public(self) -> "CardInputs":
         """
@@ -250,6 +258,8 @@ class CardInputs:
                 content["balance"] = BalanceSummary(**content["balance"])
             if content.get("progress") is not None:
                 content["progress"] = ProgressSummary(**content["progress"])
+            if content.get("times") is not None:
+                content["times"] = TimeSummary(**content["times"])
             if content["diversity"] is not None:
                 content["diversity"] = RewardRow(**content["diversity"])
             if content.get("gains") is not None:

@@ -18,6 +18,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..evaluation.formatting import NOT_MEASURED, format_gain, format_kl, format_share, format_value
 from ..evaluation.summary import BalanceSummary, ProgressSummary
+from ..evaluation.time_summary import TimeSummary
 from ..pipelines import FAMILIES, Family
 from .card_inputs import (
     ACCESS_TOKEN,
@@ -111,6 +112,8 @@ def build_model_card(inputs: CardInputs) -> ModelCard:
         before_after=None if inputs.before_after is None else _relative_url(inputs.before_after),
         balance=None if inputs.balance is None else _balance_cells(inputs.balance),
         progress=None if inputs.progress is None else _progress_cells(inputs.progress),
+        progress_plot=None if inputs.progress_plot is None else _relative_url(inputs.progress_plot),
+        times=None if inputs.times is None else _times_cells(inputs.times),
         balance_plot=None if inputs.balance_plot is None else _relative_url(inputs.balance_plot),
         gallery=_gallery_table(inputs.gallery),
         settings=[(_code(name), _code(value)) for name, value in inputs.settings.items()],
@@ -262,6 +265,15 @@ def _progress_cells(progress: ProgressSummary) -> list[tuple[str, str, str]]:
     ]
 
 
+def _times_cells(times: TimeSummary) -> dict[str, Any]:
+    """The step as a whole, and the parts of it."""
+    return {
+        "step": format_value(times.step),
+        "rate_and_memory": times.rate_and_memory,
+        "rows": [(_text(row.label), format_value(row.seconds), f"{row.share:.0%}") for row in times.rows()],
+    }
+
+
 def _gallery_table(gallery: Sequence[GalleryItem]) -> str:
     """A Markdown table of images, each with its prompt below; empty without images."""
     columns = min(GALLERY_COLUMNS, len(gallery))
@@ -280,7 +292,9 @@ def _gallery_table(gallery: Sequence[GalleryItem]) -> str:
 def _call(inputs: CardInputs) -> str:
     """The arguments of the pipeline's call in the usage example."""
     prompt = inputs.gallery[0].prompt if inputs.gallery else "your prompt"
-    arguments = {name: inputs.settings[name] for name in CALL_SETTINGS if inputs.settings.get(name) is not None}
+    # As in evaluations, whose rewards the card has.
+    chosen = {name: inputs.settings.get(f"eval_{name}", inputs.settings.get(name)) for name in CALL_SETTINGS}
+    arguments = {name: value for name, value in chosen.items() if value is not None}
     for name, value in arguments.items():
         if not isinstance(value, int | float):
             raise ValueError(f"The setting {name!r} is {str(value)[:80]!r}; the example needs a number.")

@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,13 @@ from ..evaluation import (
     best_evaluation,
     plot_balance,
     plot_gains,
+    plot_progress,
     run_gains,
     summarize_balance,
     summarize_progress,
 )
 from ..evaluation.gain_plot import GAINS_FILE
+from ..evaluation.time_summary import summarize_times
 from ..evaluation.worst_gain import worst_gains
 from ..extras import has_extra
 from ..media import Sample, sample_suffix, save_sample
@@ -44,6 +47,11 @@ CARD_SETTINGS = (
     "width",
     "num_frames",
     "max_sequence_length",
+    "rollout_attention_backend",
+    "rollout_cache",
+    "eval_num_inference_steps",
+    "eval_height",
+    "eval_width",
     "num_generations",
     "timestep_fraction",
     "multi_objective_aggregation",
@@ -136,22 +144,16 @@ def write_card(run: RunSummary, folder: Path, model_name: str | None = None) -> 
             Title of the card. Defaults to the name of the folder.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    balance = summarize_balance(run.history)
-    balance_plot = None
+    balance, balance_plot = summarize_balance(run.history), None
     if balance is not None and balance.cos_min is not None:  # some step had a reward to balance
-        if has_extra("plots"):
-            balance_plot = "balance.png"
-            plot_balance(run.history, folder / balance_plot)
-        else:
-            logger.warning("The card has no plot of the balance between rewards: the extra `plots` is not installed.")
+        balance_plot = _draw(folder, "balance.png", "the balance between rewards", partial(plot_balance, run.history))
+    progress, progress_plot = summarize_progress(run.history), None
+    if progress is not None:
+        progress_plot = _draw(folder, "progress.png", "progress and weights", partial(plot_progress, run.history))
     of_adapter = [row for row in run.history if row["step"] <= run.adapter_step]
     curve, gain_plot = run_gains(run.history), None
     if len(curve) > 1:
-        if has_extra("plots"):
-            gain_plot = GAINS_FILE
-            plot_gains({run.pipeline_class: curve}, folder / gain_plot)
-        else:
-            logger.warning("The card has no plot of gains against KL: the extra `plots` is not installed.")
+        gain_plot = _draw(folder, GAINS_FILE, "gains against KL", partial(plot_gains, {run.pipeline_class: curve}))
     curve_of_adapter = [point for point in curve if point.step is not None and point.step <= run.adapter_step]
     inputs = CardInputs(
         repo_name=model_name or folder.absolute().name,
@@ -161,10 +163,12 @@ def write_card(run: RunSummary, folder: Path, model_name: str | None = None) -> 
         base_model=run.base_model,
         dataset_name=run.dataset_name,
         balance=balance,
-        progress=summarize_progress(run.history),
+        progress=progress,
+        times=summarize_times(run.history),
         settings=run.settings,
         gallery=_save_gallery(run.gallery, folder),
         balance_plot=balance_plot,
+        progress_plot=progress_plot,
         before_after="before_after.png" if (folder / "before_after.png").is_file() else None,
         model_id=run.model_id,
         framework_versions=framework_versions(),
@@ -178,6 +182,14 @@ def write_card(run: RunSummary, folder: Path, model_name: str | None = None) -> 
     )
     inputs.save(folder)
     build_model_card(inputs).save(folder / "README.md")
+
+
+def _draw(folder: Path, file: str, what: str, plot: Callable[[Path], Path]) -> str | None:
+    """Draw a picture of the card. Returns its name, or `None` where Matplotlib is missing."""
+    if not has_extra("plots"):
+        logger.warning(f"The card has no plot of {what}: the extra `plots` is not installed.")
+        return None
+    return plot(folder / file).name
 
 
 def write_card_beside_adapter(run: RunSummary, folder: Path) -> None:

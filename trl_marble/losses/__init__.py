@@ -5,7 +5,7 @@ from .awm import AWMLoss
 from .building import build_loss, settings_of
 from .forward_process import noise_samples
 from .nft import NFTLoss
-from .policy_loss import Drawn, FrozenVelocities, PolicyLoss, StepCounts
+from .policy_loss import Drawn, FrozenVelocities, Penalties, PolicyLoss, StepCounts
 
 
 # The losses by the name that `MarbleConfig.policy_loss` has for them. One more loss is one more entry.
@@ -18,6 +18,7 @@ __all__ = [
     "Drawn",
     "FrozenVelocities",
     "NFTLoss",
+    "Penalties",
     "PolicyLoss",
     "StepCounts",
     "build_loss",

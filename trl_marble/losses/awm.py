@@ -9,13 +9,12 @@ import torch
 from torch import Tensor
 
 from .forward_process import (
-    add_shared,
     at_least_float32,
     divide_by_counts,
     mean_square_distance,
     noise_samples,
 )
-from .policy_loss import Drawn, FrozenVelocities, StepCounts
+from .policy_loss import Drawn, FrozenVelocities, Penalties, StepCounts
 
 
 AWMWeighting = Literal["ghuber", "huber", "t", "t2", "uniform"]
@@ -63,8 +62,11 @@ class AWMLoss:
 
     @property
     def needs(self) -> frozenset[str]:
-        names = {"old"} if self.awm_off_policy or self.awm_ema_beta > 0 else set()
-        return frozenset(names | {"reference"} if self.beta > 0 else names)
+        return frozenset({"old"} if self.awm_off_policy else ())
+
+    @property
+    def penalties(self) -> Penalties:
+        return Penalties(old=self.awm_ema_beta, reference=self.beta)
 
     @property
     def samples_with_old(self) -> bool:
@@ -99,12 +101,7 @@ class AWMLoss:
         scored: Tensor,
         counts: StepCounts,
     ) -> Tensor | None:
-        trust_region = penalty = None
-        if frozen.old is not None and self.awm_ema_beta > 0:
-            trust_region = self.awm_ema_beta / counts.total * mean_square_distance(velocity, frozen.old)
-        if frozen.reference is not None:
-            penalty = self.beta / counts.total * mean_square_distance(velocity, frozen.reference)
-        return add_shared(trust_region, penalty)
+        return None  # its trust region is a penalty
 
     def _log_likelihood(self, velocity: Tensor, drawn: Drawn) -> Tensor:
         target = at_least_float32(drawn.noise) - at_least_float32(drawn.x0)

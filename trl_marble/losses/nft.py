@@ -14,13 +14,11 @@ import torch
 from torch import Tensor
 
 from .forward_process import (
-    add_shared,
     at_least_float32,
     divide_by_counts,
-    mean_square_distance,
     noise_samples,
 )
-from .policy_loss import Drawn, FrozenVelocities, StepCounts
+from .policy_loss import Drawn, FrozenVelocities, Penalties, StepCounts
 
 
 # Lower bound of the adaptive weight w, as in DiffusionNFT's reference code.
@@ -54,11 +52,12 @@ class NFTLoss:
     balance_on: Literal["loss", "advantage"]
     beta: float
 
+    needs = frozenset({"old"})
     samples_with_old = True
 
     @property
-    def needs(self) -> frozenset[str]:
-        return frozenset({"old", "reference"} if self.beta > 0 else {"old"})
+    def penalties(self) -> Penalties:
+        return Penalties(reference=self.beta)
 
     def draw(
         self, x0: Tensor, times: Tensor, num_times: int, generators: Sequence[torch.Generator]
@@ -87,15 +86,12 @@ class NFTLoss:
         scored: Tensor,
         counts: StepCounts,
     ) -> Tensor | None:
-        trust_region = penalty = None
-        if self.balance_on == "advantage":
-            # Where the old policy is the trained one, its gradient is 0 and only its value counts.
-            both = terms[1].detach() if frozen.old is None else terms[1]
-            share = scored.to(both.dtype) / counts.scored.to(both).clamp_min(1)
-            trust_region = self._scale * share * 0.5 * both
-        if frozen.reference is not None:
-            penalty = self.beta * (1 / counts.total) * mean_square_distance(velocity, frozen.reference)
-        return add_shared(trust_region, penalty)
+        if self.balance_on == "loss":
+            return None
+        # Where the old policy is the trained one, its gradient is 0 and only its value counts.
+        both = terms[1].detach() if frozen.old is None else terms[1]
+        share = scored.to(both.dtype) / counts.scored.to(both).clamp_min(1)
+        return self._scale * share * 0.5 * both
 
     @property
     def _scale(self) -> float:

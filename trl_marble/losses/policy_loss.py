@@ -36,13 +36,29 @@ class FrozenVelocities(NamedTuple):
     Args:
         old (`torch.Tensor` of shape `(B, ...)`, *optional*):
             The old policy's. `None` where the old policy has the weights of the trained one (the detached velocity
-            stands for it then), or where the loss does not need it.
+            stands for it then), or where the micro-step does not need it.
         reference (`torch.Tensor` of shape `(B, ...)`, *optional*):
-            The base model's. `None` where the loss does not need it.
+            The base model's. `None` where the micro-step does not need it.
     """
 
     old: Tensor | None = None
     reference: Tensor | None = None
+
+
+class Penalties(NamedTuple):
+    """
+    How strongly the trained policy is held near policies that are not trained: coefficients of the squared distance of
+    its velocity to theirs, the mean over elements and samples.
+
+    Args:
+        old (`float`, *optional*, defaults to `0.0`):
+            Of the distance to the old policy.
+        reference (`float`, *optional*, defaults to `0.0`):
+            Of the distance to the base model, which is the KL to it up to a factor.
+    """
+
+    old: float = 0.0
+    reference: float = 0.0
 
 
 class StepCounts(NamedTuple):
@@ -75,7 +91,15 @@ class PolicyLoss(Protocol):
 
     @property
     def needs(self) -> frozenset[str]:
-        """The frozen velocities that the loss reads: any of `"old"` and `"reference"`."""
+        """The frozen velocities that the loss reads itself, in every micro-step: any of `"old"` and `"reference"`."""
+        ...
+
+    @property
+    def penalties(self) -> Penalties:
+        """
+        What is added to the loss, once and with weight 1. It is no part of [`~PolicyLoss.shared`], because it may be
+        taken from a random part of the micro-steps, and the velocities that it needs with it.
+        """
         ...
 
     @property
@@ -145,8 +169,8 @@ class PolicyLoss(Protocol):
         counts: StepCounts,
     ) -> Tensor | None:
         """
-        What all rewards share, such as a trust region and the KL to the base model: it enters the step once, with
-        weight 1.
+        What all rewards share beside the [`~PolicyLoss.penalties`], such as a trust region: it enters the step once,
+        with weight 1.
 
         Args:
             velocity (`torch.Tensor` of shape `(B, ...)`):

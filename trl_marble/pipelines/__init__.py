@@ -1,6 +1,7 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
 """How a diffusers pipeline is loaded, conditioned, sampled and asked for a velocity."""
 
+from .acceleration import Acceleration
 from .adapters import adapter_names, find_adapter, load_adapter, loaded_adapter
 from .compilation import compile_blocks
 from .conditioning import Conditioning
@@ -15,12 +16,13 @@ from .policy_weights import PolicyWeights
 from .quantization import quantization_config
 from .schedulers import check_flow_matching
 from .sharding import shard_base
-from .verification import verify_velocities
+from .verification import verify_acceleration, verify_velocities
 from .weight_shadow import WeightShadow
 
 
 __all__ = [
     "FAMILIES",
+    "Acceleration",
     "Conditioning",
     "Family",
     "FlowPipeline",
@@ -48,6 +50,7 @@ __all__ = [
     "quantization_config",
     "row_digests",
     "shard_base",
+    "verify_acceleration",
     "verify_velocities",
     "with_rgb_images",
 ]

@@ -19,6 +19,8 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor, nn
 
 from ..media import to_rgb
+from ..step_times import StepTimes
+from .acceleration import Acceleration
 from .assumed_family import assume_family
 from .conditioning import Conditioning, Rows
 from .embedding_cache import EmbeddingCache, encoder_fingerprint, in_chunks, join_rows
@@ -195,7 +197,7 @@ class FlowPipeline:
         if self.family.encoded_names is None:
             return Conditioning({**rows, "prompt": list(prompts)})
         rows |= self._encode_in_chunks(list(prompts), self.family.encoded_names)
-        if self._is_guided and self.family.negative_names is not None:
+        if self.is_guided and self.family.negative_names is not None:
             rows |= self._encode_in_chunks([""] * len(prompts), self.family.negative_names)
         conditioning = Conditioning(rows)
         return conditioning if self._embeddings is None else conditioning.to(self.device)
@@ -231,7 +233,7 @@ class FlowPipeline:
             self.family.encoded_names,
             self.family.negative_names,
             self.max_sequence_length,
-            self._is_guided,
+            self.is_guided,
             self.dtype,
         ]
         self._embeddings = EmbeddingCache(Path(folder), encoder_fingerprint(self.pipeline, settings))
@@ -256,6 +258,11 @@ class FlowPipeline:
         components = self.pipeline.components.items()
         return [name for name, part in components if name.startswith("text_encoder") and part is not None]
 
+    def encode_any(self) -> Conditioning:
+        """One row that the pipeline can be called with, where it does not matter with which."""
+        any_image = PIL.Image.new("RGB", (self.width or 512, self.height or 512))
+        return self.encode([self.family.empty_prompt], [any_image] if self.family.takes_image == "required" else None)
+
     def rollout(
         self,
         conditioning: Conditioning,
@@ -263,6 +270,8 @@ class FlowPipeline:
         num_inference_steps: int,
         output_type: Literal["pil", "pt"] = "pil",
         scheduler: SchedulerMixin | None = None,
+        times: StepTimes | None = None,
+        acceleration: Acceleration | None = None,
     ) -> Rollout:
         """
         Sample one image or video per row of the conditioning.
@@ -282,6 +291,10 @@ class FlowPipeline:
                 Images as PIL images or as one tensor.
             scheduler ([`~diffusers.SchedulerMixin`], *optional*):
                 Another flow-matching solver. Defaults to the pipeline's scheduler. It is copied, never changed.
+            times ([`~trl_marble.step_times.StepTimes`], *optional*):
+                What is added to: from the last solver step to the images is `"decode"`. Defaults to measuring nothing.
+            acceleration ([`~trl_marble.pipelines.Acceleration`], *optional*):
+                How to sample faster, for other images. Defaults to the pipeline as it is.
 
         Returns:
             `Rollout`: the clean latents and the images.
@@ -294,14 +307,12 @@ class FlowPipeline:
             raise ValueError(f"got {len(seeds)} seeds for {len(conditioning)} prompts; pass one seed per prompt.")
         was_training = self.transformer.training
         self.transformer.eval()
+        options = (num_inference_steps, output_type, scheduler, times, acceleration)
         try:
             if not self._takes_one_sample(conditioning):
-                return self._sample(conditioning, seeds, num_inference_steps, output_type, scheduler)
+                return self._sample(conditioning, seeds, *options)
             rollouts = [
-                self._sample(
-                    conditioning.select(torch.tensor([i])), [seed], num_inference_steps, output_type, scheduler
-                )
-                for i, seed in enumerate(seeds)
+                self._sample(conditioning.select(torch.tensor([i])), [seed], *options) for i, seed in enumerate(seeds)
             ]
         finally:
             self.transformer.train(was_training)
@@ -373,10 +384,7 @@ class FlowPipeline:
         """
         solver = self._fresh_solver(num_inference_steps, scheduler)
         times = record_times(solver)
-        any_image = PIL.Image.new("RGB", (self.width or 512, self.height or 512))
-        conditioning = self.encode(
-            [self.family.empty_prompt], [any_image] if self.family.takes_image == "required" else None
-        )
+        conditioning = self.encode_any()
         try:
             with torch.no_grad():
                 self._call_with_gradients(
@@ -433,17 +441,24 @@ class FlowPipeline:
         num_inference_steps: int,
         output_type: Literal["pil", "pt"],
         scheduler: SchedulerMixin | None,
+        times: StepTimes | None,
+        acceleration: Acceleration | None,
     ) -> Rollout:
         """Call the pipeline as its users do."""
         solver = self._fresh_solver(num_inference_steps, scheduler)
-        latents = keep_samples(solver)
-        with self.precision():
-            output = self._driver(solver, conditioning)(
-                **self.call_arguments(conditioning, guided=self._is_guided),
+        # Each step begins the decoding anew, the last one for good.
+        latents = keep_samples(solver, lambda: times.begin("decode") if times is not None else None)
+        driver = self._driver(solver, conditioning)
+        faster = nullcontext() if acceleration is None else acceleration.applied(driver, num_inference_steps)
+        with self.precision(), faster:
+            output = driver(
+                **self.call_arguments(conditioning, guided=self.is_guided),
                 generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
                 num_inference_steps=num_inference_steps,
                 output_type=output_type,
             )
+        if times is not None:
+            times.end("decode")
         return Rollout(latents=latents[0], images=output[0])  # `images` or `frames`
 
     def _velocity_at(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
@@ -568,7 +583,7 @@ class FlowPipeline:
         arguments = {
             **self.family.arguments,
             "max_sequence_length": self.max_sequence_length,
-            "do_classifier_free_guidance": self._is_guided,
+            "do_classifier_free_guidance": self.is_guided,
             "device": self._encoder_device or self.device,
         }
         outputs = self.pipeline.encode_prompt(prompts, **_select_known(arguments, self._encode_parameters))
@@ -591,7 +606,7 @@ class FlowPipeline:
         return self.family.one_sample or "image" in conditioning.kwargs
 
     @property
-    def _is_guided(self) -> bool:
+    def is_guided(self) -> bool:
         """Whether rollouts use classifier-free guidance."""
         return self.family.guidance == "classifier_free" and self.guidance_scale > 1
 

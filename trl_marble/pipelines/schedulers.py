@@ -120,13 +120,15 @@ class OneStep:
         return SchedulerOutput(prev_sample=sample) if return_dict else (sample,)
 
 
-def keep_samples(solver: Any) -> list[Tensor]:
+def keep_samples(solver: Any, after_step: Callable[[], None]) -> list[Tensor]:
     """
     Make a scheduler store the samples that its latest step returned.
 
     Args:
         solver ([`~diffusers.SchedulerMixin`]):
             A scheduler that is used for nothing else, changed in place.
+        after_step (`Callable[[], None]`):
+            Called after each step.
 
     Returns:
         `list[torch.Tensor]`: empty; after a `step` it contains the samples of that step alone.
@@ -138,6 +140,7 @@ def keep_samples(solver: Any) -> list[Tensor]:
     def keep(*args: Any, **kwargs: Any) -> Any:
         output = step(*args, **kwargs)
         latest[:] = [output[0]]
+        after_step()
         return output
 
     solver.step = keep

@@ -13,6 +13,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from torch import Tensor
 
+from .acceleration import Acceleration
 from .assumed_family import describe_unusable
 from .conditioning import Conditioning
 from .families import Family
@@ -52,6 +53,53 @@ def verify_velocities(flow: FlowPipeline) -> None:
     """
     if not flow.is_listed:
         flow.family = _find_family(flow)
+
+
+@torch.no_grad()
+def verify_acceleration(flow: FlowPipeline, acceleration: Acceleration, num_inference_steps: int) -> None:
+    """
+    Verify that rollouts can be sampled faster in some way, by sampling one image.
+
+    Args:
+        flow (`FlowPipeline`):
+            The pipeline, on its device.
+        acceleration (`Acceleration`):
+            How.
+        num_inference_steps (`int`):
+            Number of solver steps of a rollout.
+
+    Raises:
+        `ValueError`: they cannot. The message says why.
+    """
+    transformer = flow.transformer
+    acceleration.check(transformer, flow.is_guided)
+    device = flow.device
+    hooked: list[int] = []
+
+    def count_hooks(*_: Any) -> None:
+        registries = [vars(module).get("_diffusers_hook") for module in transformer.modules()]
+        hooked.append(sum(len(registry.hooks) for registry in registries if registry is not None))
+
+    handle = transformer.register_forward_pre_hook(count_hooks)
+    count_hooks()  # those that are there in any case
+    try:
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            flow.rollout(flow.encode_any(), [0], num_inference_steps, acceleration=acceleration)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever a kernel or a hook does not expect
+        raise ValueError(
+            f"{type(flow.pipeline).__name__} cannot sample with `rollout_attention_backend="
+            f"{acceleration.attention_backend!r}` and `rollout_cache={acceleration.cache!r}` "
+            f"({type(error).__name__}: {error}). Leave them out, or choose others."
+        ) from error
+    finally:
+        handle.remove()
+    if acceleration.cache is not None and max(hooked) == hooked[0]:
+        raise ValueError(
+            f"`rollout_cache={acceleration.cache!r}` has no effect: it fits no layer of {type(transformer).__name__}. "
+            "Leave it out, or choose another one."
+        )
 
 
 def _find_family(flow: FlowPipeline) -> Family:

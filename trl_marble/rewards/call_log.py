@@ -13,7 +13,9 @@ from .reward_value import to_number
 
 LOG_KEYWORDS = ("log_metric", "log_extra")
 # Names of the trainer's own metrics, which a metric of a reward would replace.
-OWN_METRICS = frozenset({"loss", "grad_norm", "learning_rate", "epoch", "step", "kl", "beta", "num_input_tokens_seen"})
+OWN_METRICS = frozenset(
+    {"loss", "grad_norm", "learning_rate", "epoch", "step", "kl", "beta", "images_per_second", "num_input_tokens_seen"}
+)
 OWN_PREFIXES = (
     "rewards/",
     "balance/",
@@ -24,6 +26,8 @@ OWN_PREFIXES = (
     "joint_",
     "kl_",
     "nonfinite/",
+    "time/",
+    "memory/",
     "train_",
     "eval_",
     "test_",
@@ -35,17 +39,21 @@ LogKey = tuple[str, str]
 
 class CallLog:
     """
-    Stores what a reward logs during one call. Its functions may be called from any thread.
+    Stores what a reward logs during one call, and how long the call took. Its functions may be called from any thread.
 
     Each call has its own log, so that a call which nobody waits for any more cannot log into another one.
 
     Args:
         num_images (`int`):
             Number of images of the call.
+
+    Attributes:
+        seconds (`float`): How long the call took; 0 while it has not ended.
     """
 
     def __init__(self, num_images: int) -> None:
         self._num_images = num_images
+        self.seconds = 0.0
         self._lock = threading.Lock()
         self._metrics: dict[str, list[float]] = {}
         self._extras: dict[str, list[Any]] = {}

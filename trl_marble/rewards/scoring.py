@@ -3,6 +3,7 @@
 
 import functools
 import inspect
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import CancelledError, Future
@@ -68,6 +69,8 @@ class Scores(NamedTuple):
             Numbers that rewards logged with `log_metric`: reward and metric -> its numbers.
         extras (`Mapping[tuple[str, str], list]`, *optional*):
             Columns that rewards logged with `log_extra`: reward and column -> B values, `None` where there is none.
+        seconds (`Mapping[str, float]`, *optional*):
+            Reward -> how long its calls took, added up; calls of one batch run beside those of other rewards.
     """
 
     rewards: Tensor
@@ -75,6 +78,7 @@ class Scores(NamedTuple):
     errors: list[RewardError]
     metrics: Mapping[LogKey, list[float]] = MappingProxyType({})
     extras: Mapping[LogKey, list[Any]] = MappingProxyType({})
+    seconds: Mapping[str, float] = MappingProxyType({})
 
     @staticmethod
     def concatenate(parts: "Sequence[Scores]") -> "Scores":
@@ -86,6 +90,10 @@ class Scores(NamedTuple):
             [error for part in parts for error in part.errors],
             {key: [value for part in parts for value in part.metrics.get(key, [])] for key in keys},
             join_extras([(part.extras, part.rewards.shape[1]) for part in parts]),
+            {
+                name: math.fsum(part.seconds.get(name, 0.0) for part in parts)
+                for name in dict.fromkeys(name for part in parts for name in part.seconds)
+            },
         )
 
 
@@ -147,7 +155,7 @@ class RewardScorer:
             log = CallLog(len(prompts))
             # Only to rewards that accept them: others work without.
             kwargs |= {key: getattr(log, key) for key in LOG_KEYWORDS if accepts_log_function(func, key)}
-            futures.append(self._start(func, name, kwargs))
+            futures.append(self._start(func, name, kwargs, log))
             logs.append(log)
         return PendingScores(futures, list(prompts), logs)
 
@@ -181,6 +189,7 @@ class RewardScorer:
             [error for part in read for error in part.errors],
             {(name, metric): values for name, log in logs for metric, values in log.metrics.items()},
             {(name, column): values for name, log in logs for column, values in log.extras.items()},
+            {name: log.seconds for name, log in logs},
         )
 
     def failures(self, pending: PendingScores) -> list[RewardError]:
@@ -259,14 +268,14 @@ class RewardScorer:
             return cancelled
         return future.result() if error is None else error
 
-    def _start(self, func: Callable, name: str, kwargs: dict[str, Any]) -> Future:
+    def _start(self, func: Callable, name: str, kwargs: dict[str, Any], log: CallLog) -> Future:
         if _is_async(func):
             if self._loop is None:
                 self._loop = EventLoopThread("async-rewards", self._device)
-            return self._loop.submit(functools.partial(func, **kwargs))
+            return self._loop.submit(functools.partial(_timed_async, log, func, kwargs))
         if name not in self._threads:
             self._threads[name] = Worker(f"reward-{name}", self._device)
-        return self._threads[name].submit(functools.partial(func, **kwargs))
+        return self._threads[name].submit(functools.partial(_timed, log, func, kwargs))
 
 
 def _failure(name: str, error: BaseException, prompts: list[str], has_answered: bool) -> RewardError:
@@ -282,6 +291,24 @@ def _failure(name: str, error: BaseException, prompts: list[str], has_answered: 
         failure = RewardError(text)
     failure.__cause__ = error
     return failure
+
+
+def _timed(log: CallLog, func: Callable, kwargs: dict[str, Any]) -> Any:
+    """Call a reward and note how long it took."""
+    start = time.perf_counter()
+    try:
+        return func(**kwargs)
+    finally:
+        log.seconds = time.perf_counter() - start
+
+
+async def _timed_async(log: CallLog, func: Callable, kwargs: dict[str, Any]) -> Any:
+    """Call an async reward and note how long it took."""
+    start = time.perf_counter()
+    try:
+        return await func(**kwargs)
+    finally:
+        log.seconds = time.perf_counter() - start
 
 
 def _is_async(func: Any) -> bool:

@@ -91,10 +91,12 @@ def _stack(parts: Sequence[Scores], was_shown: Tensor, num_rewards: int) -> Scor
         rewards[:, was_shown] = torch.cat([part.rewards for part in parts])
         failed[:, was_shown] = torch.cat([part.failed for part in parts])
     metrics: dict[LogKey, list[float]] = {}
+    seconds: dict[str, float] = {}
     extras: dict[LogKey, list[Any]] = {}
     for part in parts:
         metrics |= part.metrics
+        seconds |= part.seconds
         for key, values in part.extras.items():
             each = iter(values)
             extras[key] = [next(each) if is_shown else None for is_shown in was_shown.tolist()]
-    return Scores(rewards, failed, [error for part in parts for error in part.errors], metrics, extras)
+    return Scores(rewards, failed, [error for part in parts for error in part.errors], metrics, extras, seconds)

@@ -4,6 +4,7 @@
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -12,11 +13,12 @@ from torch import Tensor
 from ..media import Sample
 from ..memory_advice import reward_advice
 from ..nonfinite import CAUSES
-from ..pipelines import Conditioning, FlowPipeline
+from ..pipelines import Acceleration, Conditioning, FlowPipeline
 from ..processes import FailingTogether
 from ..progress import MakeBar
 from ..rewards import RewardScorer, Scores
 from ..seeding import Draw, derive_seed
+from ..step_times import StepTimes
 from .reward_failures import FailurePolicy
 from .reward_requests import RewardRequests
 
@@ -95,6 +97,10 @@ class RolloutSampler:
             Whether all processes must call the transformer equally often, as with a sharded base.
         make_bar (`Callable[[str, int], ProgressBar]`):
             Makes the progress bars.
+        acceleration ([`~trl_marble.pipelines.Acceleration`], *optional*):
+            How to sample faster. Defaults to the pipeline as it is.
+        times ([`~trl_marble.step_times.StepTimes`], *optional*):
+            What decoding, waiting for rewards and the rewards take is added to. Defaults to measuring nothing.
     """
 
     def __init__(
@@ -107,10 +113,12 @@ class RolloutSampler:
         reward_timeout: float | None = None,
         calls_together: bool = False,
         make_bar: MakeBar,
+        acceleration: Acceleration | None = None,
+        times: StepTimes | None = None,
     ) -> None:
         self.flow, self.together, self.num_inference_steps = flow, together, num_inference_steps
         self.failures, self.reward_timeout, self.calls_together = failures, reward_timeout, calls_together
-        self.make_bar = make_bar
+        self.make_bar, self.acceleration, self.times = make_bar, acceleration, times
 
     @torch.no_grad()
     def sample_and_score(
@@ -179,7 +187,8 @@ class RolloutSampler:
                             deliver_next(self._deadline())
                     if batch is not None:
                         bar.update(len(batch.prompts))
-            with self.together.phase(), reward_advice(), self.make_bar("rewards", num_images) as bar:
+            waiting_time = nullcontext() if self.times is None else self.times.measure("waiting")
+            with waiting_time, self.together.phase(), reward_advice(), self.make_bar("rewards", num_images) as bar:
                 deadline = self._deadline()
                 bar.update(num_images - sum(len(images) for _, images, *_ in waiting))
                 while waiting:
@@ -229,7 +238,11 @@ class RolloutSampler:
 
         parts: list[Samples] = []
         self.sample_and_score([scorer], map(cut, starts), len(starts), len(prompts), trainer_state, parts.append)
-        return Samples.concatenate(parts)
+        samples = Samples.concatenate(parts)
+        if self.times is not None:
+            for name, seconds in samples.scores.seconds.items():
+                self.times.add_reward(name, seconds)
+        return samples
 
     def _deadline(self) -> float | None:
         return None if self.reward_timeout is None else time.monotonic() + self.reward_timeout
@@ -240,7 +253,13 @@ class RolloutSampler:
         # would be the image's initial noise again.
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(derive_seed(batch.seeds[0], Draw.SOLVER))
-            rollout = self.flow.rollout(batch.conditioning, batch.seeds, self.num_inference_steps)
+            rollout = self.flow.rollout(
+                batch.conditioning,
+                batch.seeds,
+                self.num_inference_steps,
+                times=self.times,
+                acceleration=self.acceleration,
+            )
         is_finite = rollout.latents.flatten(1).isfinite().all(dim=1)
         keep = is_finite.view(-1, *[1] * (rollout.latents.ndim - 1))
         finite = is_finite.cpu()

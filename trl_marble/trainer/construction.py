@@ -21,10 +21,19 @@ from ..balance import (
     get_weighting,
     weighted_sum_weights,
 )
+from ..evaluation.policy_evaluation import PolicyEvaluator
 from ..evaluation.prompt_sets import evaluation_sets, set_label
 from ..losses import LOSSES, PolicyLoss, build_loss
 from ..metrics import MetricBuffer
-from ..pipelines import FlowPipeline, PolicyWeights, edits_images, measured_linears, place_base
+from ..pipelines import (
+    Acceleration,
+    FlowPipeline,
+    PolicyWeights,
+    edits_images,
+    measured_linears,
+    place_base,
+    verify_acceleration,
+)
 from ..pipelines.embedding_cache import in_chunks
 from ..processes import FailingTogether
 from ..progress import MakeBar
@@ -41,7 +50,9 @@ from ..rollout import (
     RolloutSettings,
     RolloutSource,
 )
+from ..step_times import StepTimes
 from ..update import BalanceSettings, KLControl, NonFiniteGuard, PolicyUpdate, StepGradient, TimeGrid
+from ..update.micro_steps import draw_micro_steps
 from .marble_config import MarbleConfig
 
 
@@ -110,10 +121,16 @@ def build_scorers(reward_funcs: Any, eval_reward_funcs: Any, args: MarbleConfig)
 
 def build_flow(pipeline: DiffusionPipeline, args: MarbleConfig) -> FlowPipeline:
     """The pipeline with the settings of the rollouts."""
+    return _build_flow(pipeline, args.height, args.width, args)
+
+
+def _build_flow(
+    pipeline: DiffusionPipeline, height: int | None, width: int | None, args: MarbleConfig
+) -> FlowPipeline:
     return FlowPipeline(
         pipeline,
-        args.height,
-        args.width,
+        height,
+        width,
         args.guidance_scale,
         args.max_sequence_length,
         num_frames=args.num_frames,
@@ -189,7 +206,8 @@ def place_pipeline(flow: FlowPipeline, trainable: Mapping[str, Any], args: Marbl
     Bring a pipeline with its adapter to where it is trained, see [`~trl_marble.pipelines.place_base`].
 
     Raises:
-        `ValueError`: If it cannot be sharded, or is of an unknown class and its velocities are wrong.
+        `ValueError`: If it cannot be sharded, is of an unknown class and its velocities are wrong, or cannot sample
+            with `rollout_attention_backend` or `rollout_cache`.
     """
     if args.shard_base and flow.splits_batches:
         raise ValueError(
@@ -206,20 +224,55 @@ def place_pipeline(flow: FlowPipeline, trainable: Mapping[str, Any], args: Marbl
         compile_backend=args.torch_compile_backend,  # `torch_compile` sets it, and is set by it
         compile_mode=args.torch_compile_mode,
     )
+    if (acceleration := args.build_acceleration()) is not None:
+        verify_acceleration(flow, acceleration, args.num_inference_steps)
 
 
 def build_sampler(
-    flow: FlowPipeline, together: FailingTogether, make_bar: MakeBar, args: MarbleConfig
+    flow: FlowPipeline, together: FailingTogether, make_bar: MakeBar, times: StepTimes, args: MarbleConfig
 ) -> RolloutSampler:
-    """What samples and scores, for rollouts and for evaluations."""
+    """What samples and scores in training."""
+    acceleration = args.build_acceleration()
+    return _build_sampler(flow, args.num_inference_steps, together, make_bar, args, acceleration, times)
+
+
+def build_evaluator(
+    flow: FlowPipeline,
+    scorers: Sequence[RewardScorer],
+    accelerator: Accelerator,
+    together: FailingTogether,
+    make_bar: MakeBar,
+    args: MarbleConfig,
+) -> PolicyEvaluator:
+    """What evaluates, with steps and a size of its own where the settings have them."""
+    size = args.evaluation_size
+    if size != (args.height, args.width):
+        family = flow.family
+        flow = _build_flow(flow.pipeline, *size, args)
+        flow.family = family  # that of an unknown class was found by calling it
+    sampler = _build_sampler(flow, args.evaluation_steps, together, make_bar, args)
+    return PolicyEvaluator(sampler, scorers, accelerator, args.num_images_to_log)
+
+
+def _build_sampler(
+    flow: FlowPipeline,
+    num_inference_steps: int,
+    together: FailingTogether,
+    make_bar: MakeBar,
+    args: MarbleConfig,
+    acceleration: Acceleration | None = None,
+    times: StepTimes | None = None,
+) -> RolloutSampler:
     return RolloutSampler(
         flow,
         together,
-        args.num_inference_steps,
+        num_inference_steps,
         FailurePolicy(args.reward_failure, args.on_nonfinite),
         reward_timeout=args.reward_timeout,
         calls_together=args.base_is_sharded,
         make_bar=make_bar,
+        acceleration=acceleration,
+        times=times,
     )
 
 
@@ -313,6 +366,7 @@ def build_update(
     accelerator: Accelerator,
     metrics: MetricBuffer,
     make_bar: MakeBar,
+    times: StepTimes,
     args: MarbleConfig,
 ) -> PolicyUpdate:
     """What turns a generation batch into directions."""
@@ -323,17 +377,36 @@ def build_update(
         chosen = get_weighting("equal" if is_equal else weighting or args.weighting)
         balance = BalanceSettings(schedule, chosen, args.balance_fraction, reward_names)
         linears = measured_linears(weights.flow, weights.trained, edits, args.per_device_train_batch_size)
-    times = weights.flow.training_times(args.num_inference_steps)
+    grid_times = weights.flow.training_times(args.num_inference_steps)
+    grid = TimeGrid(grid_times, max(1, int(len(grid_times) * args.timestep_fraction)))
+    _check_regularizer_fraction(args, layout.micro_batches_per_update * grid.per_sample)
     return PolicyUpdate(
         loss,
         weights,
         StepGradient(accelerator, weights.parameters, linears, balance, args.seed, guard, metrics),
         guard,
         layout,
-        TimeGrid(times, max(1, int(len(times) * args.timestep_fraction))),
+        grid,
+        args.regularizer_fraction,
         args.seed,
         args.world_size,
         metrics,
         make_bar,
+        times,
         None if args.kl_target is None else KLControl(args.beta, args.kl_target),
+    )
+
+
+def _check_regularizer_fraction(args: MarbleConfig, num_micro_steps: int) -> None:
+    """Refuse a fraction of an optimizer step's micro-steps that is all of them."""
+    fraction = args.regularizer_fraction
+    if fraction in (1.0, MarbleConfig.regularizer_fraction):  # the default need not fit every step
+        return
+    if len(draw_micro_steps(fraction, num_micro_steps, seed=0)) < num_micro_steps:
+        return
+    steps = "1 micro-step" if num_micro_steps == 1 else f"{num_micro_steps} micro-steps"
+    raise ValueError(
+        f"`regularizer_fraction={fraction}` has no effect: an optimizer step has {steps} (one for each timestep of "
+        "each micro-batch), and that part of them, rounded, is all of them. Leave it out, or choose a smaller "
+        "`per_device_train_batch_size` and more `gradient_accumulation_steps`."
     )

@@ -14,7 +14,7 @@ from transformers import TrainingArguments
 
 from ..balance import OLD_POLICY_PRESETS, WEIGHTINGS
 from ..extras import EXTRAS, require_extra
-from ..losses import LOSSES, settings_of
+from ..losses import LOSSES, build_loss, settings_of
 from ..losses.awm import AWMWeighting
 from ..setting_names import suggest_name
 from ..world_size import check_world_size
@@ -39,6 +39,8 @@ PLAIN_PROCESSES = "Start plain processes, `accelerate launch --multi_gpu --num_p
 
 
 if TYPE_CHECKING:
+    from ..pipelines import Acceleration
+
     NumberOrNone: TypeAlias = float | None
 else:
 
@@ -93,6 +95,16 @@ class MarbleConfig(TrainingArguments):
         rollout_batch_size (`int`, *optional*):
             Number of images that one call of the pipeline samples on each device. Defaults to `num_generations`.
             Images depend on it only by rounding.
+        rollout_attention_backend (`str`, *optional*):
+            The attention backend of diffusers for the transformer in rollouts, such as `"flash"` or `"sage"`: fewer
+            bits for faster images. The update and evaluations keep the transformer's own. Refused where the
+            transformer computes attention by itself, as that of Stable Diffusion 3.
+        rollout_cache (`dict` or `str`, *optional*):
+            A cache of diffusers for rollouts, which leaves out layers where they change little from one solver step to
+            the next: under `"type"` the class of its settings, and the settings by their names, such as
+            `{"type": "FirstBlockCacheConfig", "threshold": 0.1}`; also as JSON. The update and evaluations do without.
+            Some caches decide for all images of a call at once, so that these depend on `rollout_batch_size`.
+            Refused where diffusers has no caches for the transformer, as for Stable Diffusion 3.
         offload_components (`bool`, *optional*, defaults to `False`):
             Whether text encoders, image encoders and the VAE are on the device only while they are used, and on the
             CPU otherwise. The transformer stays on the device.
@@ -103,6 +115,12 @@ class MarbleConfig(TrainingArguments):
             evaluated.
         num_generations_eval (`int`, *optional*, defaults to `4`):
             Number of images sampled for each prompt of `eval_dataset`. Seeds are the same at every evaluation.
+        eval_num_inference_steps (`int`, *optional*):
+            Number of solver steps in evaluations. Defaults to `num_inference_steps`.
+        eval_height (`int`, *optional*):
+            Height of the images or videos in evaluations, in pixels. Defaults to `height`.
+        eval_width (`int`, *optional*):
+            Width of the images or videos in evaluations, in pixels. Defaults to `width`.
 
         > Parameters that control how often samples are used
 
@@ -174,6 +192,12 @@ class MarbleConfig(TrainingArguments):
             The KL to hold, as `kl` is logged: the mean over elements of `(v - v_ref)^2`. `beta` is then the first
             value of a coefficient that follows the KL, see [`~trl_marble.update.KLControl`]: begin high, with 0.5 for
             example. By default `beta` stays as it is.
+        regularizer_fraction (`float`, *optional*, defaults to `1.0`):
+            In `(0, 1]`: the fraction of an optimizer step's forward passes (timesteps of micro-batches, the same ones
+            on all processes) in which the penalties are evaluated: that of `beta`, and AWM's trust region. They are
+            drawn anew for each step; their number is rounded to an integer, at least 1. The penalty is the mean over
+            them, so that on average over the draws its gradient is that of all forward passes. The others cost no
+            forward pass of the base model (for AWM, nor of the old policy) and no backward pass of the penalties.
 
         awm_weighting (`str`, *optional*, defaults to `"ghuber"`):
             How AWM weights the matching error over timesteps and sizes: `"ghuber"`, `"huber"`, `"t"`, `"t2"` or
@@ -277,6 +301,8 @@ class MarbleConfig(TrainingArguments):
         `ValueError`: For settings that cannot work, alone or together.
     """
 
+    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "rollout_cache"]  # noqa: RUF012  (read from JSON)
+
     # Parameters whose types or default values are overridden from TrainingArguments
     output_dir: str = field(
         default="trainer_output", metadata={"help": "Where the adapter, its card, checkpoints and pictures go."}
@@ -328,6 +354,17 @@ class MarbleConfig(TrainingArguments):
     rollout_batch_size: int = field(  # type: ignore[assignment]
         default=None, metadata={"help": "Images sampled at once on each device. Defaults to `num_generations`."}
     )
+    rollout_attention_backend: str | None = field(
+        default=None,
+        metadata={"help": "Attention backend of diffusers in rollouts ('flash', 'sage', ...), not in updates."},
+    )
+    rollout_cache: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Cache of diffusers in rollouts, not in updates: "
+            """'{"type": "FirstBlockCacheConfig", "threshold": 0.1}'."""
+        },
+    )
     offload_components: bool = field(
         default=False, metadata={"help": "Whether text encoders and VAE are on the CPU while they are not used."}
     )
@@ -336,6 +373,11 @@ class MarbleConfig(TrainingArguments):
         metadata={"help": "Whether prompts are encoded before training, kept on disk, and text encoders removed."},
     )
     num_generations_eval: int = field(default=4, metadata={"help": "Number of images for each evaluation prompt."})
+    eval_num_inference_steps: int | None = field(
+        default=None, metadata={"help": "Solver steps in evaluations. Defaults to `num_inference_steps`."}
+    )
+    eval_height: int | None = field(default=None, metadata={"help": "Height in evaluations. Defaults to `height`."})
+    eval_width: int | None = field(default=None, metadata={"help": "Width in evaluations. Defaults to `width`."})
 
     # Parameters that control how often samples are used
     steps_per_generation: int = field(  # type: ignore[assignment]
@@ -384,6 +426,10 @@ class MarbleConfig(TrainingArguments):
     kl_target: float | None = field(
         default=None,
         metadata={"help": "KL to the base model to hold: `beta` then follows the KL, and is its first value."},
+    )
+    regularizer_fraction: float = field(
+        default=1.0,
+        metadata={"help": "Fraction of a step's forward passes in which the KL and AWM's trust region are evaluated."},
     )
     awm_weighting: Literal["ghuber", "huber", "t", "t2", "uniform"] = field(
         default="ghuber", metadata={"help": "How AWM weights the matching error."}
@@ -459,6 +505,7 @@ class MarbleConfig(TrainingArguments):
         if self.greater_is_better is None and (self.metric_for_best_model or "").endswith("joint_fall"):
             self.greater_is_better = False
         super().__post_init__()
+        self.build_acceleration()
         self._check_choices()
         self._check_ranges()
         self._check_batches()
@@ -505,6 +552,9 @@ class MarbleConfig(TrainingArguments):
             "width": (1, "leave it out to use the pipeline's own"),
             "num_frames": (1, "leave it out to use the pipeline's own number"),
             "max_sequence_length": (1, "leave it out to use the pipeline's own"),
+            "eval_num_inference_steps": (1, "leave it out to use `num_inference_steps`"),
+            "eval_height": (1, "leave it out to use `height`"),
+            "eval_width": (1, "leave it out to use `width`"),
         }
         for name, (minimum, why) in at_least.items():
             if not isinstance(getattr(self, name), Integral | None):
@@ -536,7 +586,7 @@ class MarbleConfig(TrainingArguments):
         for name in ("balance_ema", "weight_ema_decay", "progress_ema"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"`{name}` is {getattr(self, name)}; a decay must be in [0, 1).")
-        for name in ("timestep_fraction", "balance_fraction", "awm_power"):
+        for name in ("timestep_fraction", "balance_fraction", "regularizer_fraction", "awm_power"):
             if not 0 < getattr(self, name) <= 1:
                 raise ValueError(f"`{name}` is {getattr(self, name)}; it must be in (0, 1].")
         if self.reward_weights is not None and not _are_finite_numbers(self.reward_weights):
@@ -593,6 +643,8 @@ class MarbleConfig(TrainingArguments):
             unused["weighting"] = f"`multi_objective_aggregation={self.multi_objective_aggregation!r}`"
         if "beta" not in settings_of(LOSSES[self.policy_loss]):
             unused["kl_target"] = f"`policy_loss={self.policy_loss!r}`, which has no KL"
+        if not any(build_loss(LOSSES[self.policy_loss], vars(self)).penalties):
+            unused["regularizer_fraction"] = self._why_no_penalties()
         if self.multi_objective_aggregation == "progress":
             unused["reward_weights"] = "`multi_objective_aggregation='progress'`, which finds the weights"
         else:
@@ -604,6 +656,11 @@ class MarbleConfig(TrainingArguments):
         if not self.log_images:
             unused["log_images_steps"] = "`log_images=False`"
         return unused
+
+    def _why_no_penalties(self) -> str:
+        known = settings_of(LOSSES[self.policy_loss])
+        zero = " and ".join(f"`{name}=0.0`" for name in ("beta", "awm_ema_beta") if name in known)
+        return f"{zero or f'`policy_loss={self.policy_loss!r}`'}, which leaves no penalty"
 
     @property
     def unused_settings(self) -> list[str]:
@@ -662,8 +719,37 @@ class MarbleConfig(TrainingArguments):
             )
         if self.shard_base and self.torch_compile:
             raise ValueError("`shard_base=True` and `torch_compile=True` do not work together; leave one of them out.")
+        if self.rollout_cache is not None and self.shard_base:
+            raise ValueError(
+                "`rollout_cache` and `shard_base=True` do not work together: processes that leave out different "
+                "layers would wait for each other without end. Leave one of them out."
+            )
+        if self.rollout_cache is not None and self.torch_compile:
+            raise ValueError(
+                "`rollout_cache` and `torch_compile=True` do not work together: the compiled layers would be compiled "
+                "anew when the cache comes and goes. Leave one of them out."
+            )
         if self.shard_base and is_torch_version("<", "2.7"):
             raise ValueError("`shard_base=True` needs PyTorch 2.7 or newer.")
+
+    def build_acceleration(self) -> "Acceleration | None":
+        """How rollouts are sampled faster; `None` where they are not."""
+        if self.rollout_attention_backend is None and self.rollout_cache is None:
+            return None
+        from ..pipelines import Acceleration  # here, because the help of the command line needs no diffusers
+
+        return Acceleration(self.rollout_attention_backend, self.rollout_cache)  # type: ignore[arg-type]
+
+    @property
+    def evaluation_steps(self) -> int:
+        """Number of solver steps in evaluations."""
+        return self.num_inference_steps if self.eval_num_inference_steps is None else self.eval_num_inference_steps
+
+    @property
+    def evaluation_size(self) -> tuple[int | None, int | None]:
+        """Height and width of the images in evaluations; `None` for the pipeline's own."""
+        height = self.height if self.eval_height is None else self.eval_height
+        return height, self.width if self.eval_width is None else self.eval_width
 
     @property
     def base_is_sharded(self) -> bool:

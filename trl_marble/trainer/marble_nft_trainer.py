@@ -25,7 +25,6 @@ from ..checkpoint.folder import check_writable
 from ..checkpoint.run_state import base_fingerprint
 from ..data import RepeatPromptSampler, prepare_prompts, source_weights
 from ..evaluation.base_evaluations import BaseEvaluations
-from ..evaluation.policy_evaluation import PolicyEvaluator
 from ..evaluation.prompt_sets import check_best_metric, prepare_evaluation_sets
 from ..hub import save_adapter
 from ..memory_advice import update_advice
@@ -35,6 +34,7 @@ from ..pipelines import Policy, PolicyWeights, add_trainable_adapter, load_pipel
 from ..processes import FailingTogether
 from ..rewards import RewardFunc
 from ..rollout import RolloutBatch, StoredBatch
+from ..step_times import StepTimes
 from . import construction
 from .checkpointed_trainer import OPTIMIZER_FILE
 from .follow_policy import FollowPolicy
@@ -103,7 +103,8 @@ class MarbleNFTTrainer(WithoutPredictions, ObservedTrainer):
         `ValueError`: For a pipeline that is not flow matching, a prompt set without prompts or without the images that
             the pipeline edits, the wrong number of reward weights, a held-out reward that is trained on, rewards that
             cannot be called with the columns of the prompt set, rewards of images for a pipeline of videos (see
-            [`~trl_marble.rewards.FrameReward`]) or the other way round, or settings that do not fit together.
+            [`~trl_marble.rewards.FrameReward`]) or the other way round, or settings that do not fit together or that
+            the pipeline cannot be sampled with.
         `OSError`: If the output folder cannot be written.
     """
 
@@ -171,7 +172,9 @@ class MarbleNFTTrainer(WithoutPredictions, ObservedTrainer):
         self.schedule = BalanceSchedule(len(self.scorer), args.balance_every, args.balance_ema)
         self.policy_loss = construction.build_policy_loss(args)
         self.base_evaluations = BaseEvaluations()
-        self.sampler = construction.build_sampler(self.flow, self.together, self.progress, args)
+        images_per_step = args.generation_batch_size * args.gradient_accumulation_steps // args.steps_per_generation
+        self.times = StepTimes(args.device, self.scorer.names, images_per_step)
+        self.sampler = construction.build_sampler(self.flow, self.together, self.progress, self.times, args)
         self.rollouts = construction.build_source(
             self.sampler, self.scorer, self.train_dataset, self.edits, self.accelerator, self.metrics, args
         )
@@ -187,6 +190,7 @@ class MarbleNFTTrainer(WithoutPredictions, ObservedTrainer):
             self.accelerator,
             self.metrics,
             self.progress,
+            self.times,
             args,
         )
         identity = describe_run(self.flow, fingerprint, self.scorer, self.source_weights, args)
@@ -198,7 +202,9 @@ class MarbleNFTTrainer(WithoutPredictions, ObservedTrainer):
             self.base_evaluations,
             identity,
         )
-        self.evaluator = PolicyEvaluator(self.sampler, self.scorers, self.accelerator, args.num_images_to_log)
+        self.evaluator = construction.build_evaluator(
+            self.flow, self.scorers, self.accelerator, self.together, self.progress, args
+        )
         self.pictures = RunPictures(args.output_dir, self.callback_handler.callbacks)
         self.evaluations = []
         self._batch: RolloutBatch  # from the first micro-batch on
@@ -303,6 +309,8 @@ class MarbleNFTTrainer(WithoutPredictions, ObservedTrainer):
         """
         position = self.layout.locate(self._micro_step)
         is_last = self.accelerator.sync_gradients
+        if position.micro_batch_of_update == 0:
+            self.times.begin("step")
         if position.starts_generation:
             self._batch = self._sample(inputs, position.generation)
         elif self._stored_batch is not None:
@@ -315,6 +323,7 @@ class MarbleNFTTrainer(WithoutPredictions, ObservedTrainer):
         if is_last:
             with self.together.phase(), advice():
                 self.update.finish()
+            self.times.begin("optimizer")
         self._micro_step += 1
         # `Trainer` averages over processes what here is each process's share of a sum.
         return loss * self.args.world_size
@@ -322,7 +331,7 @@ class MarbleNFTTrainer(WithoutPredictions, ObservedTrainer):
     def _sample(self, row_numbers: list[int], generation: int) -> RolloutBatch:
         """Sample the rows' prompts, score the images and compare them with their group."""
         old = self.weights.old.swapped_in() if self.policy_loss.samples_with_old else nullcontext()
-        with self.weights.sampling(old):
+        with self.times.measure("rollout"), self.weights.sampling(old):
             batch, record = self.rollouts.sample(row_numbers, generation, self.state)
         if self.args.log_images:
             self.latest_rollout = RolloutPicture.of(record, self.args.num_images_to_log)
@@ -337,6 +346,8 @@ class MarbleNFTTrainer(WithoutPredictions, ObservedTrainer):
         if self.layout.locate(self._micro_step).starts_generation:
             flat, rate, maximum = OLD_POLICY_PRESETS[self.args.old_policy_preset]
             self.weights.old.lerp_(old_policy_decay(step, flat, rate, maximum))
+        self.times.end("optimizer")
+        self.times.end("step")
         self._between_steps = True
 
     # ---- Saving and resuming ----

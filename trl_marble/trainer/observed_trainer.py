@@ -18,6 +18,7 @@ from ..metrics import MetricBuffer
 from ..pipelines import PolicyWeights
 from ..progress import ProgressBar, tqdm_bar
 from ..rollout import RolloutSampler
+from ..step_times import StepTimes
 from .construction import check_evaluation_prompts
 from .published_trainer import PublishedTrainer
 
@@ -31,6 +32,7 @@ class ObservedTrainer(PublishedTrainer):
     evaluator: PolicyEvaluator
     evaluations: list[Evaluation]
     metrics: MetricBuffer
+    times: StepTimes
     pictures: RunPictures
     latest_rollout: RolloutPicture | None = None
     base_evaluations: BaseEvaluations
@@ -99,8 +101,10 @@ class ObservedTrainer(PublishedTrainer):
         if best and is_gain(best, self.eval_dataset) and f"eval_{best.removeprefix('eval_')}" not in metrics:
             raise ValueError(
                 f"`metric_for_best_model` is {best!r}, and the run that is resumed did not evaluate these prompts, "
-                "seeds and rewards before its first step. Resume with the `eval_dataset`, `num_generations_eval`, "
-                "`eval_reward_funcs` and `seed` that it began with, or choose the mean of a reward."
+                "seeds and rewards, with these settings of sampling, before its first step. Resume with the "
+                "`eval_dataset`, `num_generations_eval`, `eval_reward_funcs`, `seed`, `guidance_scale`, "
+                "`eval_num_inference_steps`, `eval_height` and `eval_width` (or those of rollouts) that it began "
+                "with, or choose the mean of a reward."
             )
         return metrics
 
@@ -138,6 +142,7 @@ class ObservedTrainer(PublishedTrainer):
     def forget_recorded(self) -> None:
         """Begin a run with nothing recorded and no picture logged."""
         self.metrics.clear()
+        self.times.clear()
         self._latest_images_step = None
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -147,6 +152,8 @@ class ObservedTrainer(PublishedTrainer):
             if "train_runtime" in logs:
                 self._log_plots()  # training is over, and the trackers are still open
             return
+        for name, value in self.times.flush().items():  # the loss has been read, and so the device waited for
+            self.metrics.record(name, value)
         recorded = self.metrics.flush(self.accelerator)
         with self.together.phase():
             super().log({**logs, **recorded}, start_time)

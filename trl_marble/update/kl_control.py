@@ -13,6 +13,8 @@ DECAY = 0.9  # of the running mean of the KL
 # The policy answers a change of `beta` some 20 steps later, and the mean is behind by 9. A control that looks at the
 # KL of now changes `beta` for so long that the KL swings to two times its target and back.
 STEPS_AHEAD = 30
+# Where the target is out of reach `beta` would go on to 0, without which the KL is not measured, or to an overflow.
+LARGEST_FACTOR = 1e4
 
 
 class KLControl:
@@ -21,7 +23,8 @@ class KLControl:
 
     After each optimizer step `log(beta)` changes by `0.05 * clip(log(expected / target), -1, 1)`, where `expected` is
     a running mean of the KL, continued by 30 steps at the rate at which it changes. The idea is that of PPO's adaptive
-    penalty (https://huggingface.co/papers/1707.06347, section 4), with a look ahead.
+    penalty (https://huggingface.co/papers/1707.06347, section 4), with a look ahead. `beta` stays within a factor of
+    10000 of its first value.
 
     Args:
         beta (`float`):
@@ -33,7 +36,7 @@ class KLControl:
 
     def __init__(self, beta: float, target: float) -> None:
         self.target = target
-        self._log_beta = math.log(beta)
+        self._first = self._log_beta = math.log(beta)
         self._mean = math.nan  # before the first step
 
     @property
@@ -47,7 +50,8 @@ class KLControl:
 
         Args:
             kl (`float`):
-                The mean KL of its samples on all processes. One that is not finite leaves everything as it is.
+                The mean KL on all processes, over the samples that it was evaluated for. One that is not finite leaves
+                everything as it is.
         """
         if not math.isfinite(kl):
             return
@@ -55,7 +59,9 @@ class KLControl:
         self._mean = DECAY * before + (1 - DECAY) * kl
         expected = self._mean + STEPS_AHEAD * (self._mean - before)
         excess = math.log(expected / self.target) if expected > 0 else -1.0
-        self._log_beta += RATE * min(max(excess, -1.0), 1.0)
+        changed = self._log_beta + RATE * min(max(excess, -1.0), 1.0)
+        limit = math.log(LARGEST_FACTOR)
+        self._log_beta = min(max(changed, self._first - limit), self._first + limit)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Everything that a resumed run needs, as float64 tensors of shape `[]`."""

@@ -9,14 +9,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..losses import FrozenVelocities, PolicyLoss, StepCounts
-from ..losses.forward_process import mean_square_distance
+from ..losses import FrozenVelocities, Penalties, PolicyLoss, StepCounts
+from ..losses.forward_process import add_shared, mean_square_distance
 from ..metrics import MetricBuffer, finite_mean, mean_rms
 from ..pipelines import Conditioning, PolicyWeights
 from ..progress import MakeBar
 from ..rollout import BatchLayout, Position, RolloutBatch
 from ..seeding import Draw, derive_seed
+from ..step_times import StepTimes
 from .kl_control import KLControl
+from .micro_steps import draw_micro_steps
 from .nonfinite import NonFiniteGuard
 from .step_gradient import StepGradient
 
@@ -61,6 +63,9 @@ class PolicyUpdate:
             How a generation batch is cut into optimizer steps.
         grid ([`TimeGrid`]):
             The times to train on.
+        regularizer_fraction (`float`):
+            Fraction of a step's micro-steps that the loss's penalties are taken from, in (0, 1], see
+            [`~trl_marble.losses.Penalties`].
         seed (`int`):
             Seed of the run.
         num_processes (`int`):
@@ -69,6 +74,8 @@ class PolicyUpdate:
             Where to record.
         make_bar (`Callable[[str, int], ProgressBar]`):
             Makes the progress bars.
+        times ([`~trl_marble.step_times.StepTimes`]):
+            What the passes and the balancing take is added to.
         kl_control ([`KLControl`], *optional*):
             Adapts the loss's `beta`. By default it stays as it is.
     """
@@ -81,15 +88,18 @@ class PolicyUpdate:
         guard: NonFiniteGuard,
         layout: BatchLayout,
         grid: TimeGrid,
+        regularizer_fraction: float,
         seed: int,
         num_processes: int,
         metrics: MetricBuffer,
         make_bar: MakeBar,
+        times: StepTimes,
         kl_control: KLControl | None = None,
     ) -> None:
         self.loss, self.weights, self.gradient, self.guard = loss, weights, gradient, guard
-        self.layout, self.grid, self.seed, self.num_processes = layout, grid, seed, num_processes
-        self.metrics, self.make_bar, self.kl_control = metrics, make_bar, kl_control
+        self.layout, self.grid, self.regularizer_fraction = layout, grid, regularizer_fraction
+        self.seed, self.num_processes = seed, num_processes
+        self.metrics, self.make_bar, self.times, self.kl_control = metrics, make_bar, times, kl_control
 
     def begin(self, step: int, batch: RolloutBatch, position: Position) -> None:
         """
@@ -105,16 +115,24 @@ class PolicyUpdate:
         """
         per_sample, update = self.grid.per_sample, position.update
         num_micro_steps = self.layout.micro_batches_per_update * per_sample
+        samples = self.layout.micro_batch_size * self.num_processes  # of a micro-step
         self._counts = StepCounts(
             valid=batch.counts[update].sum(dim=0) * per_sample,
             scored=batch.scored[update] * per_sample,
-            total=self.layout.micro_batch_size * self.num_processes * num_micro_steps,
+            total=samples * num_micro_steps,
         )
         if self.kl_control is not None:
             self.loss = dataclasses.replace(self.loss, beta=self.kl_control.beta)  # type: ignore[type-var]
             self.metrics.record("beta", self.kl_control.beta)
         self._kls: list[Tensor] = []  # of the step's samples on this process
-        self._needs_old = "old" in self.loss.needs and not self.weights.are_on_policy()
+        self._penalties = self.loss.penalties
+        # The same micro-steps on all processes. The mean over their samples is, on average over the draws, that over
+        # all samples of the step, whatever their number.
+        seed = derive_seed(self.seed, Draw.REGULARIZED, step)
+        self._regularized = draw_micro_steps(self.regularizer_fraction, num_micro_steps, seed)
+        self._num_regularized = samples * len(self._regularized)
+        reads_old = "old" in self.loss.needs or self._penalties.old > 0
+        self._old_differs = reads_old and not self.weights.are_on_policy()
         self.guard.begin(step)
         self.gradient.begin(step, batch.counts[update], batch.active[update], num_micro_steps, batch.weighted_sum)
 
@@ -145,39 +163,59 @@ class PolicyUpdate:
         with self.make_bar("update", num_times) as bar:
             draws = self.loss.draw(x0, self.grid.times, num_times, generators)
             for place, drawn in enumerate(draws, start=first_place):
-                frozen = self._frozen_velocities(drawn.x_t, drawn.t, conditioning)
+                penalties = self._penalties if place in self._regularized else Penalties()
+                frozen = self._frozen_velocities(drawn.x_t, drawn.t, conditioning, penalties)
                 with self.gradient.recording(place, batch.first_half[part]):
-                    velocity = self.weights.velocity(drawn.x_t, drawn.t, conditioning)
-                    terms = self.loss.terms(velocity, drawn, frozen)
+                    with self.times.measure("forward"):
+                        velocity = self.weights.velocity(drawn.x_t, drawn.t, conditioning)
+                        terms = self.loss.terms(velocity, drawn, frozen)
                     self.guard.note(drawn.t, sample_ids, prompts, terms)
-                    loss += self._backward(velocity, terms, frozen, batch.advantages[:, part])
+                    with self.times.measure("backward"):
+                        loss += self._backward(velocity, terms, frozen, penalties, batch.advantages[:, part])
                 bar.update()
         return loss
 
     def _backward(
-        self, velocity: Tensor, terms: Sequence[Tensor], frozen: FrozenVelocities, advantages: Tensor
+        self,
+        velocity: Tensor,
+        terms: Sequence[Tensor],
+        frozen: FrozenVelocities,
+        penalties: Penalties,
+        advantages: Tensor,
     ) -> Tensor:
         """The backward passes of one micro-step. Returns its share of the step's loss."""
         coefficients = self.loss.coefficients(terms, advantages, self._counts)
         acting = terms[: len(coefficients)]
         shared = self.loss.shared(velocity, terms, frozen, ~advantages.isnan().all(dim=0), self._counts)
+        kl = None if frozen.reference is None else mean_square_distance(velocity, frozen.reference)
+        if penalties.old > 0 and frozen.old is not None:
+            distance = mean_square_distance(velocity, frozen.old)
+            shared = add_shared(shared, penalties.old * (1 / self._num_regularized) * distance)
+        if penalties.reference > 0 and kl is not None:
+            shared = add_shared(shared, penalties.reference * (1 / self._num_regularized) * kl)
         self.gradient.backward(acting, coefficients, shared)
         with torch.no_grad():
             self.metrics.record("drift/velocity_rms", mean_rms(velocity))
-            if frozen.reference is not None:
-                kl = mean_square_distance(velocity, frozen.reference)
+            if kl is not None:
                 if self.kl_control is not None:
-                    self._kls.append(kl)
+                    self._kls.append(kl.detach())
                 self.metrics.record("kl", finite_mean(kl))
             num_rewards = (self._counts.valid > 0).sum().clamp(min=1)
             total = torch.stack([(own * term).sum() for term, own in zip(acting, coefficients, strict=True)]).sum()
             return total / num_rewards if shared is None else total / num_rewards + shared.sum()
 
-    def _frozen_velocities(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> FrozenVelocities:
-        """The velocities that the loss needs of policies that are not trained: before the trained policy's."""
-        old = self.weights.old_velocity(x_t, t, conditioning) if self._needs_old else None
-        needs_base = "reference" in self.loss.needs
-        return FrozenVelocities(old, self.weights.base_velocity(x_t, t, conditioning) if needs_base else None)
+    def _frozen_velocities(
+        self, x_t: Tensor, t: Tensor, conditioning: Conditioning, penalties: Penalties
+    ) -> FrozenVelocities:
+        """The velocities that a micro-step needs of policies that are not trained: before the trained policy's."""
+        old = base = None
+        if self._old_differs and ("old" in self.loss.needs or penalties.old > 0):
+            with self.times.measure("old"):
+                old = self.weights.old_velocity(x_t, t, conditioning)
+        if "reference" in self.loss.needs or penalties.reference > 0:
+            with self.times.measure("reference"):
+                base = self.weights.base_velocity(x_t, t, conditioning)
+        return FrozenVelocities(old, base)
 
     def finish(self) -> None:
         """
@@ -186,12 +224,14 @@ class PolicyUpdate:
         Raises:
             `FloatingPointError`: See [`NonFiniteGuard`].
         """
-        self.gradient.finish()
+        with self.times.measure("balance"):
+            self.gradient.finish()
         if self.kl_control is not None:
-            finite = torch.cat(self._kls).double()
+            accelerator = self.gradient.accelerator
+            finite = torch.cat(self._kls).cpu().double()  # some devices have no float64
             finite = finite[finite.isfinite()]
-            sums = torch.stack([finite.sum(), torch.tensor(len(finite)).to(finite)])
-            total, number = self.gradient.accelerator.reduce(sums, reduction="sum").tolist()
+            sums = torch.tensor([finite.sum().item(), len(finite)], dtype=torch.float32, device=accelerator.device)
+            total, number = accelerator.reduce(sums, reduction="sum").tolist()
             self._kl = total / number if number else math.nan
 
     def commit(self) -> None:

@@ -2,7 +2,6 @@
 """The gradient of one optimizer step: what is balanced, what is mixed with known weights, what all rewards share."""
 
 import copy
-import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from transformers.utils import logging
 
 from ..balance import (
     BalanceSchedule,
@@ -30,7 +30,11 @@ from ..balance import (
 from ..balance.weightings import Weighting
 from ..metrics import MetricBuffer
 from ..seeding import Draw, derive_seed
+from .micro_steps import draw_micro_steps
 from .nonfinite import NonFiniteGuard, drop_gradients
+
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -43,8 +47,8 @@ class BalanceSettings:
             Says which steps solve, and which weights are known.
         weighting (`Callable[[Tensor], Tensor]`):
             From a Gram matrix to coefficients. Copies of it are asked for the halves of a step (see
-            [`StepGradient`]), so that an object with state of its own goes on as if they were not. Functions are not
-            copied.
+            [`StepGradient`]), so that an object with state of its own goes on as if they were not. They are made
+            before it sees the step, all of whose samples its state would know then. Functions are not copied.
         fraction (`float`):
             Fraction of a step's micro-steps that a solution is taken from, in (0, 1].
         names (`list[str]`):
@@ -70,7 +74,7 @@ class StepGradient:
     prompts, in the same passes. The direction is made of their sums. The direction that one half alone would give is
     compared with the gradients of the other half: what holds there holds for the reward and not only for the sample
     (see [`~trl_marble.balance.heldout_cosines`]). Without `linears` each row would be a backward pass of its own, so
-    halves are not measured.
+    halves are not measured; nor are they with a weighting that cannot be copied.
 
     Args:
         accelerator ([`~accelerate.Accelerator`]):
@@ -102,10 +106,22 @@ class StepGradient:
     ) -> None:
         self.accelerator, self.parameters, self.linears = accelerator, parameters, linears
         self.balance, self.seed, self.guard, self.metrics = balance, seed, guard, metrics
-        self.has_halves = linears is not None
+        self.has_halves = linears is not None and (balance is None or self._can_copy(balance.weighting))
         self._rows: GradientRows | None = None  # while a step is measured
         self._recorder: GradientRows | None = None  # the same, while a micro-step of it is
         self._solution: Harmonization | None = None  # of this step, until the optimizer has taken it
+
+    def _can_copy(self, weighting: Weighting) -> bool:
+        try:
+            copy.deepcopy(weighting)
+        except Exception as error:  # of any kind: it is the user's object
+            if self.accelerator.is_main_process:
+                logger.warning(
+                    f"Held-out cosines are not measured: they need copies of the weighting {weighting!r}, and copying "
+                    f"it raised {type(error).__name__}: {error}. Give it a `__deepcopy__` to have them."
+                )
+            return False
+        return True
 
     # ---- What kind of step this is ----
 
@@ -156,9 +172,7 @@ class StepGradient:
         assert self.balance is not None
         if self._solves:
             return frozenset(range(total))
-        generator = torch.Generator().manual_seed(derive_seed(self.seed, Draw.MEASURED, step))
-        drawn = torch.randperm(total, generator=generator)[: max(1, round(self.balance.fraction * total))]
-        return frozenset(drawn.tolist())
+        return draw_micro_steps(self.balance.fraction, total, derive_seed(self.seed, Draw.MEASURED, step))
 
     # ---- Micro-steps ----
 
@@ -244,6 +258,8 @@ class StepGradient:
         halves = None
         if self.has_halves:
             halves = gram_matrix(gradients)
+            # Before it sees the gradients of both: what it remembers of them would be known to each half.
+            weightings = [copy.deepcopy(self.balance.weighting) for _ in range(2 if self._solves else 0)]
             gradients, second = gradients.chunk(2)
             gradients += second  # in place: rows are large
         gram = gram_matrix(gradients)
@@ -258,7 +274,7 @@ class StepGradient:
             self._solution = solution
         self._record_balance(solution)
         if halves is not None:
-            self._record_halves(halves.cpu())
+            self._record_halves(halves.cpu(), weightings)
 
     def _solve(self, gram: Tensor, active: Tensor, weighting: Weighting) -> Harmonization:
         return harmonize(gram, weighting, active)
@@ -282,13 +298,15 @@ class StepGradient:
             for key, value in balance_diagnostics(solution.gram, taken, solution.active).items():
                 self.metrics.record(f"{prefix}/{key}", value)
 
-    def _record_halves(self, gram: Tensor) -> None:
+    def _record_halves(self, gram: Tensor, weightings: Sequence[Weighting]) -> None:
         """
         Record what the halves of a step say of each other.
 
         Args:
             gram (`Tensor` of shape `[2K, 2K]`):
                 Inner products of the gradients of the first half, and then of the second half; on the CPU.
+            weightings (`Sequence[Weighting]`):
+                One for each half, in a step that solves.
         """
         assert self.balance is not None
         names, size = self.balance.names, len(self.balance.names)
@@ -298,9 +316,8 @@ class StepGradient:
         if self._weights is None:
             # After the step's own direction was found, which these calls must not change.
             with torch.random.fork_rng(devices=[]):
-                weightings = [_copy_of(self.balance.weighting) for _ in grams]
                 halves = zip(grams, active, weightings, strict=True)
-                first, second = (self._solve(*half).weights for half in halves)
+                first, second = (self._weigh_half(*half) for half in halves)
         else:
             first = second = self._weights
         for prefix, weights in (
@@ -315,6 +332,16 @@ class StepGradient:
         shares = signal_shares(gram, (self._counts[0] / self._counts.sum(dim=0)).cpu(), in_both)
         for name, share in zip(names, shares.tolist(), strict=True):
             self.metrics.record(f"balance/signal/{name}", share)
+
+    def _weigh_half(self, gram: Tensor, active: Tensor, weighting: Weighting) -> Tensor:
+        """
+        Weights of a half's own direction; NaN where the weighting has none for the rewards of the half, as one that is
+        made for a given number of rewards.
+        """
+        try:
+            return self._solve(gram, active, weighting).weights
+        except Exception:  # of any kind, from the user's weighting, which has answered for the step itself
+            return torch.full_like(gram.diagonal(), torch.nan)
 
     def _record_alpha(self, alpha: Tensor) -> None:
         assert self.balance is not None
@@ -337,7 +364,3 @@ def _with_shared(coefficients: Tensor, shared: float) -> Tensor:
 def _in_halves(coefficients: Tensor, first_half: Tensor) -> Tensor:
     """Coefficients `(K, B)` as `(2K, B)`: those of the first half's samples, and then of the second half's."""
     return torch.cat([coefficients * first_half, coefficients * ~first_half])
-
-
-def _copy_of(weighting: Weighting) -> Weighting:
-    return weighting if inspect.isroutine(weighting) else copy.deepcopy(weighting)

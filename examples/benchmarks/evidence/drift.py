@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from trl_marble import MarbleNFTTrainer
-from trl_marble.losses import FrozenVelocities, NFTLoss, StepCounts
+from trl_marble.losses import FrozenVelocities, NFTLoss, Penalties, StepCounts
 from trl_marble.losses.forward_process import add_shared
 from trl_marble.pipelines.weight_shadow import WeightShadow
 
@@ -20,6 +20,9 @@ GATE_SHARE = 0.1
 
 class _OtherPenalty(NFTLoss):
     """DiffusionNFT's loss with another penalty in the place of the KL."""
+
+    needs = frozenset({"old", "reference"})
+    penalties = Penalties()
 
     def penalty(self, velocity: Tensor, reference: Tensor, counts: StepCounts) -> Tensor:
         """Of each sample, `(B,)`."""
@@ -34,7 +37,7 @@ class _OtherPenalty(NFTLoss):
         counts: StepCounts,
     ) -> Tensor | None:
         assert frozen.reference is not None
-        without = super().shared(velocity, terms, frozen._replace(reference=None), scored, counts)
+        without = super().shared(velocity, terms, frozen, scored, counts)
         return add_shared(without, self.penalty(velocity, frozen.reference, counts))
 
 

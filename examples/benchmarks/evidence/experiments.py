@@ -1,7 +1,7 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
 """Other ways to balance, which are not settings of the package.
 
-Each is a `StepGradient` that replaces the trainer's own: `trainer.update.gradient = EXPERIMENTS[name](trainer)`.
+Each gives the `StepGradient` that replaces the trainer's own: `trainer.update.gradient = EXPERIMENTS[name](trainer)`.
 """
 
 import dataclasses
@@ -15,6 +15,7 @@ from trl_marble.balance import (
     GradientRows,
     Harmonization,
     ProgressWeights,
+    aggregate_advantages,
     balance_diagnostics,
     gram_matrix,
     mgda_weights,
@@ -232,6 +233,19 @@ class ProgressTimesMarble(_Experiment):
         return solution._replace(alpha=solution.alpha * factors / total, weights=solution.weights * factors / total)
 
 
+def weigh_group_advantages(trainer: MarbleNFTTrainer) -> StepGradient:
+    """GDPO with weights by progress: each reward is normalized in its groups, and then weighed."""
+    meter, clip = trainer.rollouts.progress_meter, trainer.args.advantage_clip
+    if meter is None:
+        raise ValueError('This experiment weighs by progress: set `multi_objective_aggregation="progress"`.')
+
+    def compute_advantages(rewards: Tensor, groups: Tensor) -> Tensor:
+        return aggregate_advantages(rewards, groups, meter.weights.weights, "normalize_then_sum", "group", clip)
+
+    trainer.rollouts.compute_advantages = compute_advantages
+    return trainer.update.gradient
+
+
 def nearest_positive(matrix: Tensor) -> Tensor:
     """
     The nearest positive semidefinite matrix to a symmetric one: negative eigenvalues become 0. Estimated inner
@@ -251,4 +265,5 @@ EXPERIMENTS: Mapping[str, Callable[[MarbleNFTTrainer], StepGradient]] = {
     "cross_gram": CrossGram,
     "optimizers_metric": OptimizersMetric,
     "progress_times_marble": ProgressTimesMarble,
+    "progress_of_groups": weigh_group_advantages,
 }

@@ -1,7 +1,6 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
 """The report of the long runs: where they end, what they had at equal KL, and whether a reward was ever lost."""
 
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,10 +12,10 @@ import numpy as np
 from trl_marble.evaluation import GainPoint, gains_at_kl, interpolate_at_kl, plot_gains, run_gains
 from trl_marble.evaluation.gains import measure_gains
 from trl_marble.evaluation.records import write_atomically
+from trl_marble.evaluation.results import to_json
 
 from .long_pictures import plot_steps
 from .methods import LONG_BASES, LONG_STRENGTHS, RECIPE, REWARDS, SPECIALISTS, find_method
-from .report import without_nan
 from .runs import MAIN, TUNING, Run, Scale, base_run, load_report, load_scores
 from .statistics import Estimate, mean_over_seeds
 from .tables import ABSENT, estimate_text, table
@@ -208,7 +207,7 @@ def write_long_report(runs: Sequence[Run], scale: Scale, output_dir: Path) -> Pa
             parts.append(f"![Gains over the steps]({phase}_steps.png)\n")
     write_atomically(folder / "report.md", "\n".join(parts).encode())
     content = {phase: {name: _as_json(own) for name, own in results.items()} for phase, results in phases.items()}
-    write_atomically(folder / "results.json", json.dumps(without_nan(content), indent=1).encode())
+    write_atomically(folder / "results.json", to_json(content))
     return folder / "report.md"
 
 
@@ -217,7 +216,7 @@ _ENDS = (
     "standard error over seeds. Worst: of the reward that gained least. Joint: share of the held-out prompts on which "
     "all rewards that apply rose. Lowest: the lowest gain of any reward and seed in any evaluation on the way, and "
     f"its step. Since: the least change of any reward of any seed between step {EARLY_STEP} and the end, in the same "
-    "evaluations. Bound: the lowest share of what a reward gains when it is trained alone with the same `beta`.\n"
+    "evaluations. Bound: the lowest share of what a reward gains when it is trained alone, at the same KL.\n"
 )
 _EQUAL = (
     "Worst / mean gain where a run's policy was at this KL, between two of its evaluations (8 images a prompt). "
@@ -269,15 +268,19 @@ def end_table(results: Mapping[str, LongResult]) -> str:
 
 
 def _worst_fraction(result: LongResult, results: Mapping[str, LongResult]) -> tuple[str, float] | None:
-    """The reward with the lowest share of its bound, and that share; `None` while a bound is not known."""
+    """
+    The reward with the lowest share of its bound, and that share; `None` while a bound is not known. A bound is what a
+    run on this reward alone had when its policy was as far from the base, or at its end if it never was.
+    """
     _, _, strength = result.entry.partition("@")
+    end = result.mean_curve[-1]
     fractions = {}
     for name in find_method(result.entry).rewards:
         alone = results.get(f"{SPECIALISTS[name]}@{strength}")
         if alone is None or alone is result:
             return None
-        bound = alone.at_end(lambda point, name=name: point.gains[name][0]).mean
-        fractions[name] = result.at_end(lambda point, name=name: point.gains[name][0]).mean / bound
+        bound = gains_at_kl(alone.mean_curve, end.kl[0]) or alone.mean_curve[-1]
+        fractions[name] = end.gains[name][0] / bound.gains[name][0]
     return min(fractions.items(), key=lambda item: item[1])
 
 

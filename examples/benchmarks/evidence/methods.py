@@ -189,6 +189,15 @@ LONG_BASES: dict[str, Method] = {
         "weights by progress, temperature 0.05",
         settings={"multi_objective_aggregation": "progress", "progress_temperature": 0.05},
     ),
+    "progress_group": Method(
+        "weights by progress, scaled by the group",
+        settings={"multi_objective_aggregation": "progress", "scale_rewards": "group"},
+    ),
+    "progress_gdpo": Method(
+        "GDPO with weights by progress",
+        settings={"multi_objective_aggregation": "progress"},
+        experiment="progress_of_groups",
+    ),
     "marble_progress": Method("MARBLE times progress", experiment="progress_times_marble"),
     # As a user has it who has not tuned the scale of one reward.
     **{
@@ -233,7 +242,7 @@ RECIPE = "progress@0.1"
 LONG_STRENGTHS = {
     "progress": ("0.1",),
     "weighted_sum": ("0.1", "0.2"),
-    "gdpo": ("0.4",),
+    "gdpo": ("0.2", "0.4"),
     "marble": ("0.1",),
 }
 LONG_MAIN = tuple(f"{method}@{beta}" for method, strengths in LONG_STRENGTHS.items() for beta in strengths)
@@ -254,6 +263,8 @@ LONG_TUNING = (
     "weighted_sum@target0.06",
     "marble_progress@0.1",
     "progress_cold@0.1",
+    "progress_group@0.2",
+    "progress_gdpo@0.2",
     "weighted_sum@gate0.1",
     "weighted_sum@move0.05",
     "weighted_sum@norm0.3",

@@ -243,7 +243,7 @@ def write_report(
         },
         "unfinished": unfinished,
     }
-    write_atomically(folder / "results.json", json.dumps(without_nan(content), indent=2).encode())
+    write_atomically(folder / "results.json", json.dumps(_without_nan(content), indent=2).encode())
     return folder / "report.md"
 
 
@@ -298,10 +298,10 @@ def _as_json(result: MethodResult) -> dict[str, Any]:
     }
 
 
-def without_nan(value: Any) -> Any:
+def _without_nan(value: Any) -> Any:
     """The same for JSON, which has no NaN: `None` in its place."""
     if isinstance(value, Mapping):
-        return {str(key): without_nan(item) for key, item in value.items()}
+        return {str(key): _without_nan(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [without_nan(item) for item in value]
+        return [_without_nan(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -31,16 +31,10 @@ LEARNING_RATES = (6e-4, 1.2e-3, 2.4e-3)
 SEEDS = (1, 2, 3)
 TUNING_SEED = 0
 
-# Long runs: on-policy, and with half of the images and five of eight solver steps, at which 150 steps take about 20
-# minutes on one core.
+# Long runs have the demo's settings, with which 150 steps take about 20 minutes on one core. `beta` and how rewards
+# are combined are each method's own.
 LONG_STEPS = 150
-LONG_SETTINGS = SHARED_SETTINGS | {
-    "num_generations": 8,
-    "per_device_train_batch_size": 128,
-    "num_inference_steps": 5,
-    "timestep_fraction": 0.8,
-    "old_policy_preset": 0,
-}
+LONG_SETTINGS = {name: DEMO_SETTINGS[name] for name in (*SHARED_SETTINGS, "old_policy_preset")} | {"beta": 0.0}
 # Solver steps of the last evaluation of a long run: more than those of the training.
 LONG_EVALUATION_STEPS = 8
 QUICK_SETTINGS = SHARED_SETTINGS | {
@@ -120,7 +114,7 @@ class Scale:
 
 
 QUICK = Scale(steps=2, images=2, tuning_images=2, quick=True)
-LONG_RATE = 1.2e-3
+LONG_RATE = DEMO_SETTINGS["learning_rate"]
 QUICK_LONG = Scale(steps=2, images=2, tuning_images=2, curve_steps=1, curve_images=1, long=True, quick=True)
 LONG = Scale(steps=LONG_STEPS, images=24, tuning_images=24, curve_steps=10, curve_images=8, long=True)
 
