@@ -5,9 +5,11 @@ import pytest
 import tiny
 import tiny_families
 import torch
+from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
 
 from trl_marble.pipelines import FlowPipeline, embedding_cache
-from trl_marble.pipelines.embedding_cache import join_rows
+from trl_marble.pipelines.embedding_cache import encoder_fingerprint, join_rows
 
 
 PROMPTS = ["a red cat", "two very large dogs", "six", "a red cat"]
@@ -56,7 +58,7 @@ def test_in_chunks_and_from_the_disk_velocities_are_the_same(name, tmp_path, mon
         flow.encode(["another"])
 
 
-def test_other_encoders_and_settings_find_nothing(tmp_path):
+def test_other_settings_and_damaged_files_find_nothing(tmp_path):
     def runs(change=lambda flow: None, **settings) -> list[int]:
         flow = FlowPipeline(tiny.tiny_sd3(), **({"max_sequence_length": 24} | settings))
         change(flow)
@@ -65,18 +67,66 @@ def test_other_encoders_and_settings_find_nothing(tmp_path):
         flow.encode(PROMPTS)
         return counted
 
-    def another_weight(flow):
-        with torch.no_grad():
-            next(flow.pipeline.text_encoder_2.parameters()).add_(1)
-
     assert runs() == [3] and runs() == []
     assert runs(max_sequence_length=20) == [3] and runs(guidance_scale=2.0) == [3]
-    assert runs(another_weight) == [3]
-    assert runs(lambda flow: flow.pipeline.tokenizer_3.add_tokens("cat")) == [3]
+    assert runs(lambda flow: flow.transformer.to(torch.bfloat16)) == [3]
     assert runs() == []
     for file in tmp_path.rglob("*.safetensors"):
         file.write_bytes(b"damaged")
     assert runs() == [3] and runs() == []
+
+
+def last_number(weight: torch.Tensor) -> torch.Tensor:
+    return weight.detach().view(-1)[-1]
+
+
+def add_adapter(pipeline) -> None:
+    adapter = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    pipeline.text_encoder.add_adapter(adapter)
+
+
+CHANGES = {
+    # Of the last weight of an encoder, one number at its end.
+    "weight": lambda pipeline: last_number(list(pipeline.text_encoder_2.parameters())[-1]).add_(1e-3),
+    "buffer": lambda pipeline: pipeline.text_encoder.register_buffer("offset", torch.ones(1)),
+    "dtype": lambda pipeline: pipeline.text_encoder_3.to(torch.bfloat16),
+    "adapter": add_adapter,
+    "configuration": lambda pipeline: pipeline.text_encoder.config.update({"hidden_act": "gelu"}),
+    "vocabulary": lambda pipeline: pipeline.tokenizer_3.add_tokens("cat"),
+    "padding": lambda pipeline: setattr(pipeline.tokenizer, "padding_side", "left"),
+    "attribute": lambda pipeline: setattr(pipeline, "tokenizer_max_length", 5),
+    "no encoder": lambda pipeline: setattr(pipeline, "text_encoder_3", None),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_the_fingerprint_covers_whatever_changes_an_embedding(change):
+    pipeline = tiny.tiny_sd3()
+    before = encoder_fingerprint(pipeline, [])
+    assert encoder_fingerprint(tiny.tiny_sd3(), []) == before  # of equal weights, in other objects
+    CHANGES[change](pipeline)
+    assert encoder_fingerprint(pipeline, []) != before
+
+
+def test_the_fingerprint_covers_which_layers_of_an_encoder_are_read():
+    pipeline = tiny_families.TINY["Krea2Pipeline"][0]()
+    before = encoder_fingerprint(pipeline, [])
+    pipeline.register_to_config(text_encoder_select_layers=(0,))
+    assert encoder_fingerprint(pipeline, []) != before
+
+
+def test_the_fingerprint_covers_how_strong_an_adapter_is_and_no_other_component():
+    pipeline = tiny.tiny_sd3()
+    add_adapter(pipeline)
+    before = encoder_fingerprint(pipeline, [])
+    with torch.no_grad():
+        last_number(next(pipeline.transformer.parameters())).add_(1)
+        last_number(next(pipeline.vae.parameters())).add_(1)
+    assert encoder_fingerprint(pipeline, []) == before
+    for module in pipeline.text_encoder.modules():
+        if isinstance(module, LoraLayer):
+            module.set_scale("default", 0.5)
+    assert encoder_fingerprint(pipeline, []) != before
 
 
 def test_what_takes_text_only_has_no_embeddings(tmp_path):

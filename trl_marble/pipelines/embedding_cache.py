@@ -5,7 +5,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +13,25 @@ import diffusers
 import torch
 import transformers
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .conditioning import Rows
-from .quantization import first_values
 
 
 PROMPTS_AT_ONCE = 64  # in one call of the text encoders
+_PLAIN = (
+    bool,
+    int,
+    float,
+    str,
+    tuple,
+    list,
+    dict,
+)  # settings of a pipeline: prompt templates, layers that are read, ...
 
 
 def in_chunks(prompts: Sequence[str]) -> Iterator[list[str]]:
@@ -50,21 +60,23 @@ def join_rows(parts: Sequence[dict[str, Rows]]) -> dict[str, Rows]:
     joined: dict[str, Rows] = {}
     for name in names:
         rows = [part[name] if name in part else _full_mask(part, name) for part in parts]
-        if isinstance(rows[0], list):
+        tensors = [each for each in rows if isinstance(each, Tensor)]
+        if not tensors:  # lists
             joined[name] = [row for each in rows for row in each]
             continue
-        if len({each.shape[1:] for each in rows}) > 1:
+        if len({each.shape[1:] for each in tensors}) > 1:
             if not any(mask.startswith("negative_") == name.startswith("negative_") for mask in masks):
                 raise ValueError(f"The text encoders return `{name}` of different lengths for different prompts.")
-            longest = max(each.shape[1] for each in rows)
-            rows = [_pad(each, longest) for each in rows]
-        joined[name] = torch.cat(rows)
+            longest = max(each.shape[1] for each in tensors)
+            tensors = [_pad(each, longest) for each in tensors]
+        joined[name] = torch.cat(tensors)
     return joined
 
 
 def _full_mask(part: dict[str, Rows], name: str) -> Tensor:
     """The mask that some pipelines leave out where every token counts."""
     embeds = part["negative_prompt_embeds" if name.startswith("negative_") else "prompt_embeds"]
+    assert isinstance(embeds, Tensor)
     return torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device)
 
 
@@ -140,31 +152,65 @@ class EmbeddingCache:
 
 def encoder_fingerprint(pipeline: DiffusionPipeline, settings: Sequence[Any]) -> str:
     """
-    A digest of all that the embeddings of a prompt depend on: the text encoders' configurations and weights (the first
-    values of each), the tokenizers' files, the settings, and the versions of the libraries.
+    A digest of all that the embeddings of a prompt depend on: the text encoders' configurations and weights, the
+    tokenizers' files, the pipeline's settings (such as a template of prompts), and the versions of the libraries.
 
     Args:
         pipeline ([`~diffusers.DiffusionPipeline`]):
             The pipeline.
         settings (`Sequence`):
-            Whatever else they depend on; compared by `repr`.
+            What else they depend on; compared by `repr`.
     """
-    digest = hashlib.sha256(repr([diffusers.__version__, transformers.__version__, *settings]).encode())
-    for name, part in sorted(pipeline.components.items()):
+    components = pipeline.components
+    own = {name: value for name, value in {**pipeline.config, **vars(pipeline)}.items() if name not in components}
+    versions = diffusers.__version__, transformers.__version__
+    digest = hashlib.sha256(repr([versions, _plain_values(own), *settings]).encode())
+    for name, part in sorted(components.items()):
         if part is None or "transformer" in name or name in ("vae", "scheduler"):
             continue
         digest.update(f"{name} {type(part).__name__}".encode())
         if isinstance(part, nn.Module):
-            config: Any = part.config
-            config = {key: value for key, value in config.to_dict().items() if key != "_name_or_path"}
-            digest.update(json.dumps(config, sort_keys=True, default=str).encode())
-            for key, weight in part.named_parameters():
-                digest.update(f"{key} {tuple(weight.shape)} {weight.dtype}".encode())
-                digest.update(first_values(weight).numpy().tobytes())
-        else:
-            with tempfile.TemporaryDirectory() as folder:
-                part.save_pretrained(folder)
-                for file in sorted(Path(folder).rglob("*")):
-                    if file.is_file():
-                        digest.update(file.name.encode() + file.read_bytes())
+            _add_encoder(digest, part)
+            continue
+        digest.update(repr(_plain_values(vars(part))).encode())  # what it was set to after it was loaded
+        with tempfile.TemporaryDirectory() as folder:
+            part.save_pretrained(folder)
+            for file in sorted(Path(folder).rglob("*")):
+                if file.is_file():
+                    digest.update(file.name.encode() + file.read_bytes())
     return digest.hexdigest()[:32]
+
+
+def _plain_values(values: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """Settings among the attributes of an object: templates, limits, which layers are read, ..."""
+    plain = (bool, int, float, str, tuple, list)
+    return [(name, value) for name, value in sorted(values.items()) if name[0] != "_" and isinstance(value, plain)]
+
+
+def _add_encoder(digest: Any, encoder: Any) -> None:
+    """Add a text encoder: its configuration, its adapters and all of its weights."""
+    config = {key: value for key, value in encoder.config.to_dict().items() if key != "_name_or_path"}
+    digest.update(json.dumps(config, sort_keys=True, default=str).encode())
+    for name, module in encoder.named_modules():
+        if isinstance(module, LoraLayer):  # how strong its adapters are is in no weight
+            state = name, module.disable_adapters, module.active_adapters, module.merged_adapters, module.scaling
+            digest.update(repr(state).encode())
+    # Every byte: an encoder that was fine-tuned, or has a LoRA merged into some layers, may differ from the original
+    # anywhere. It takes about a second per gigabyte, once per run.
+    for name, weight in encoder.state_dict().items():
+        digest.update(name.encode())
+        _add_weight(digest, weight)
+
+
+def _add_weight(digest: Any, weight: Any) -> None:
+    if not isinstance(weight, Tensor):  # a module's own state
+        digest.update(repr(weight).encode())
+    elif is_traceable_wrapper_subclass(weight):  # as the weights of torchao are
+        names, how = weight.__tensor_flatten__()
+        digest.update(repr((names, how)).encode())
+        for name in names:
+            _add_weight(digest, getattr(weight, name))
+    else:
+        digest.update(f"{tuple(weight.shape)} {weight.dtype}".encode())
+        numbers = weight.detach().as_subclass(Tensor).cpu().contiguous()
+        digest.update(numbers.flatten().view(torch.uint8).numpy())

@@ -223,10 +223,6 @@ class FlowPipeline:
                 f"{type(self.pipeline).__name__} takes no embeddings but text, so there are none to keep. Set "
                 "cache_embeddings=False."
             )
-        if device is not None:
-            self._encoder_device = torch.device(device)
-            for name in self._text_encoders:
-                self.pipeline.components[name].to(device)
         settings = [
             type(self.pipeline).__name__,
             sorted(self.family.arguments.items()),
@@ -237,6 +233,10 @@ class FlowPipeline:
             self.dtype,
         ]
         self._embeddings = EmbeddingCache(Path(folder), encoder_fingerprint(self.pipeline, settings))
+        if device is not None:
+            self._encoder_device = torch.device(device)
+            for name in self._text_encoders:
+                self.pipeline.components[name].to(device)
 
     def drop_text_encoders(self) -> None:
         """
