@@ -111,7 +111,7 @@ def test_the_fingerprint_covers_whatever_changes_an_embedding(change):
 def test_the_fingerprint_covers_which_layers_of_an_encoder_are_read():
     pipeline = tiny_families.TINY["Krea2Pipeline"][0]()
     before = encoder_fingerprint(pipeline, [])
-    pipeline.register_to_config(text_encoder_select_layers=(0,))
+    pipeline.text_encoder_select_layers = (0, 2)
     assert encoder_fingerprint(pipeline, []) != before
 
 

@@ -319,20 +319,27 @@ def test_velocity_without_the_pipeline_is_the_one_through_it(case, adapted, monk
         (torch.randn(case.noise.shape, generator=generator), times)
         for times in (torch.full([4], 0.5), torch.full([4], 0.8), torch.tensor([0.9, 0.4, 0.4, 0.7]))
     ]
-    through, without = adapted.flow, case.flow_of(adapted.pipeline)
+    # With negative prompts, which velocities leave out, where there is classifier-free guidance.
+    guided = {} if case.name in EMBEDDED_GUIDANCE else {"guidance_scale": 3.0}
+    through, without = (case.flow_of(adapted.pipeline, **guided) for _ in range(2))
     monkeypatch.setattr(through, "is_listed", False)  # as a class that nobody has compared
     conditioning = case.encode(without)
+    random_numbers = torch.get_rng_state()
     expected = [through.velocity(*each, conditioning) for each in inputs]
-    for each in inputs[1:]:  # recorded with other latents at other times
-        without.velocity(*each, conditioning)
     calls, own = [], without._velocity_by_pipeline
     monkeypatch.setattr(without, "_velocity_by_pipeline", lambda *args: calls.append(None) or own(*args))
+    for each in inputs[1:]:  # recorded with other latents at other times
+        without.velocity(*each, conditioning)
+    assert calls
+    calls.clear()
     for each, velocity in zip(inputs, expected, strict=True):
         assert torch.equal(without.velocity(*each, conditioning), velocity)
         with adapters_disabled(without.transformer):
             base = without.velocity(*each, conditioning)
             assert torch.equal(base, through.velocity(*each, conditioning)) and not torch.equal(base, velocity)
     assert bool(calls) == (case.name in NOT_REPEATED)
+    # A pipeline that is not called draws no noise: it must not have drawn any that the rest of a training notices.
+    assert torch.equal(torch.get_rng_state(), random_numbers)
 
 
 @torch.no_grad()

@@ -160,21 +160,22 @@ class Recorder(TorchFunctionMode):
             call_transformer (`Callable`):
                 What to call in its place later on, with its arguments.
         """
-        modes: list[Any] = []  # under which the transformer runs
+        calls: list[Any] = []  # of the transformer: the modes under which it runs, and its arguments
 
         def begin(module: nn.Module, args: Any, kwargs: Any) -> None:
             self._pause()
-            modes.append(_modes(x_t))
+            calls.append((_modes(x_t), args, kwargs))
 
-        def end(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            self._note(call_transformer, args, kwargs, output, None)
+        def end(module: nn.Module, args: Any, output: Any) -> None:
+            self._note(call_transformer, *calls[-1][1:], output, None)
             self._resume()
 
         x_t = self._values[0]
         outside = _modes(x_t)
+        # Before all other hooks, such as those of a sharded base: they are a part of the call.
         handles = [
-            transformer.register_forward_pre_hook(begin, with_kwargs=True),
-            transformer.register_forward_hook(end, with_kwargs=True),
+            transformer.register_forward_pre_hook(begin, with_kwargs=True, prepend=True),
+            transformer.register_forward_hook(end),
         ]
         self._resume()
         try:
@@ -183,7 +184,7 @@ class Recorder(TorchFunctionMode):
             self._pause()
             for handle in handles:
                 handle.remove()
-        if modes != [outside]:
+        if [modes for modes, *_ in calls] != [outside]:
             self._refuse("the transformer is not called once, or is called under a mode that the pipeline sets")
 
     def stop(self) -> None:
