@@ -1,14 +1,19 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
 """Velocities without the pipeline are those through it, whatever has changed since they were recorded."""
 
+import weakref
+
 import pytest
 import tiny
 import torch
 from peft import LoraConfig
 from torch import nn
 
-from trl_marble.pipelines import FlowPipeline, adapters_disabled, add_trainable_adapter, lora_config
-from trl_marble.pipelines.recording import Recorder
+from trl_marble.pipelines import FlowPipeline, Policy, adapters_disabled, add_trainable_adapter, lora_config
+from trl_marble.pipelines.compilation import compile_blocks
+from trl_marble.pipelines.offloading import offload_components
+from trl_marble.pipelines.recording import Recorder, Recording
+from trl_marble.pipelines.sharding import shard_base
 
 
 PROMPTS = ["a red cat", "two dogs", "three blue birds"]
@@ -94,6 +99,83 @@ def test_every_precision_is_the_pipelines_own(autocast_dtype, base_dtype):
         with torch.autocast("cpu", torch.bfloat16):
             assert torch.equal(flow.velocity(*inputs), through_the_pipeline(flow, *inputs))
         assert torch.equal(flow.velocity(*inputs), through_the_pipeline(flow, *inputs))
+
+
+def check_velocities_and_gradients(flow: FlowPipeline, trainable, sizes: tuple[int, ...] = (3, 2)) -> None:
+    """Those without the pipeline are those through it, also for other latents, times and numbers of rows."""
+    conditioning = flow.encode(PROMPTS)
+    parameters = [parameter for _, parameter in trainable]
+    for rows in ([2, 0, 1][:size] for size in sizes):
+        selected = conditioning.select(torch.tensor(rows))
+        with torch.no_grad():
+            flow.velocity(noise()[rows], TIMES[rows], selected)
+        inputs = noise(seed=1)[rows], TIMES.flip(0)[rows], selected
+        assert selected.derived()[Recording][1] is not None
+        velocities = [flow.velocity(*inputs), through_the_pipeline(flow, *inputs)]
+        assert torch.equal(*velocities)
+        first, second = (
+            torch.autograd.grad(velocity.square().sum(), parameters, materialize_grads=True) for velocity in velocities
+        )
+        assert any(gradient.any() for gradient in first)
+        assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("autocast_dtype", [None, torch.bfloat16])
+def test_gradients_are_the_same_with_checkpointing(autocast_dtype):
+    flow = make_flow(autocast_dtype=autocast_dtype)
+    trainable = add_trainable_adapter(flow.pipeline, lora_config(flow.pipeline, r=2))
+    randomize(trainable)
+    Policy(flow).activation_checkpointing_enable()
+    check_velocities_and_gradients(flow, trainable)
+
+
+@pytest.mark.slow
+def test_compiled_blocks_are_called_directly():
+    flow = make_flow()
+    trainable = add_trainable_adapter(flow.pipeline, lora_config(flow.pipeline, r=2))
+    randomize(trainable)
+    compile_blocks(flow.transformer, "eager")
+    check_velocities_and_gradients(flow, trainable, sizes=(3,))
+    torch.compiler.reset()
+
+
+def test_a_sharded_base_is_called_directly():
+    flow = make_flow()
+    trainable = add_trainable_adapter(flow.pipeline, lora_config(flow.pipeline, r=2))
+    randomize(trainable)
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        shard_base(flow.transformer, [parameter for _, parameter in trainable], torch.device("cpu"))
+        check_velocities_and_gradients(flow, trainable)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_components_that_are_offloaded_are_called_directly():
+    flow = make_flow()
+    trainable = add_trainable_adapter(flow.pipeline, lora_config(flow.pipeline, r=2))
+    randomize(trainable)
+    offload_components(flow.pipeline, "cpu")
+    check_velocities_and_gradients(flow, trainable)
+
+
+def test_nothing_of_a_call_is_kept_but_what_is_repeated(monkeypatch):
+    """The noisy latents and the activations of the first call would hold memory as long as the conditioning."""
+    flow = make_flow()
+    recorders: list[weakref.ref] = []
+    monkeypatch.setattr(
+        "trl_marble.pipelines.flow_pipeline.Recorder", lambda *args: _note_reference(Recorder(*args), recorders)
+    )
+    conditioning, x_t = flow.encode(PROMPTS), noise()
+    velocity = flow.velocity(x_t, TIMES, conditioning)
+    kept = weakref.ref(x_t), weakref.ref(velocity)
+    del x_t, velocity
+    assert len(recorders) == 1 and all(reference() is None for reference in (*recorders, *kept))
+
+
+def _note_reference(recorder: Recorder, references: list[weakref.ref]) -> Recorder:
+    references.append(weakref.ref(recorder))
+    return recorder
 
 
 CHANGES = {

@@ -27,7 +27,7 @@ from .embedding_cache import EmbeddingCache, encoder_fingerprint, in_chunks, joi
 from .families import find_family
 from .overrides import encode_once, replace_latents
 from .pipeline_checks import check_guidance, check_images, check_size, check_trainable
-from .precision import autocast_calls
+from .precision import autocast_calls, autocast_for
 from .prompt_length import describe_long_prompts
 from .quantization import base_dtype
 from .recording import Circumstances, Recorder, Recording, autocast_of
@@ -498,6 +498,7 @@ class FlowPipeline:
             options["latents"] = x_t.to(self.dtype)
         # Two, because Mochi divides by half of it; `OneStep` takes one step whatever the number.
         self._call_with_gradients(driver, conditioning, num_inference_steps=2, **options)
+        vars(driver).clear()  # its replaced methods hold it, and so the latents, until the next garbage collection
         if solver.velocity is None:
             raise RuntimeError(f"{type(self.pipeline).__name__} ended without a denoising step; it cannot be trained.")
         return solver.velocity
@@ -513,11 +514,10 @@ class FlowPipeline:
         )
 
     def _call_transformer(self, *args: Any, **kwargs: Any) -> Any:
-        """The transformer as the pipeline calls it, without the conversion of its output, which is recorded."""
+        """The transformer in its precision, without the conversion of its output, which is recorded."""
         if self.autocast_dtype is None:
             return self.transformer(*args, **kwargs)
-        kind = next(self.transformer.parameters()).device.type  # `transformer.device` looks through all modules
-        with torch.autocast(kind, self.autocast_dtype, cache_enabled=False):
+        with autocast_for(self.transformer, self.autocast_dtype):
             return self.transformer(*args, **kwargs)
 
     def _call_with_gradients(self, driver: Any, conditioning: Conditioning, **options: Any) -> None:
