@@ -84,9 +84,6 @@ def test_it_is_what_plain_loops_find(number):
     assert found.scales.tolist() == pytest.approx(scales, rel=1e-9)
     assert found.weights.tolist() == pytest.approx(weights, rel=1e-9)
     assert found.weights.sum().item() == pytest.approx(1)
-    assert found.coefficients.tolist() == pytest.approx(
-        [w / s for w, s in zip(weights, scales, strict=True)], rel=1e-9
-    )
 
 
 def test_the_one_that_lags_weighs_most_and_temperature_says_how_much():
@@ -117,32 +114,21 @@ def test_the_scale_of_a_reward_changes_neither_weights_nor_advantages(factor, sh
     assert torch.allclose(found.progress, expected.progress, rtol=1e-7, atol=1e-9)
     assert torch.allclose(found.weights, expected.weights, rtol=1e-7)
     groups, rewards = made[-1]
-    for scale in ("batch", "group", "none"):
-        before = aggregate_advantages(rewards, groups, expected.coefficients, "progress", scale)
-        after = aggregate_advantages(changed(rewards), groups, found.coefficients, "progress", scale)
+    for scale in ("batch", "group"):
+        before, after = (
+            aggregate_advantages(progress.in_units_of_scales(values), groups, progress.weights, "progress", scale)
+            for progress, values in ((expected, rewards), (found, changed(rewards)))
+        )
         assert before.abs().max() > 0.1 and torch.allclose(before, after, atol=1e-6)
 
 
-def test_the_advantage_is_that_of_the_weighted_sum_where_all_rewards_apply():
+@pytest.mark.parametrize("scale", ["batch", "group"])
+def test_the_advantage_is_that_of_normalize_then_sum(scale):
     groups, rewards = batches()[0]
-    rewards = rewards[:2]
-    weights = torch.tensor([2.0, 0.3])
-    found = aggregate_advantages(rewards, groups, weights, "progress")
-    assert torch.allclose(found, aggregate_advantages(rewards, groups, weights, "sum_then_normalize"), atol=1e-6)
-
-
-def test_a_reward_that_failed_for_an_image_counts_as_its_mean_over_the_others_of_the_prompt():
-    groups = torch.tensor([0, 0, 0, 1, 1, 1])
-    rewards = torch.tensor([[0.1, 0.5, 0.3, 0.2, 0.9, 0.4], [7.0, 9.0, NAN, 1.0, 2.0, NAN]])
-    filled = rewards.clone()
-    filled[1, 2], filled[1, 5] = 8.0, 1.5
-    weights = torch.tensor([1.0, 0.1])
-    found = aggregate_advantages(rewards, groups, weights, "progress")
-    assert torch.allclose(found, aggregate_advantages(filled, groups, weights, "sum_then_normalize"), atol=1e-6)
-    rewards[:, 2] = NAN
-    assert aggregate_advantages(rewards, groups, weights, "progress").isnan().tolist() == [
-        [False] * 2 + [True] + [False] * 3
-    ]
+    weights = torch.tensor([2.0, 0.3, 0.7])
+    found = aggregate_advantages(rewards, groups, weights, "progress", scale)
+    expected = aggregate_advantages(rewards, groups, weights, "normalize_then_sum", scale)
+    assert torch.equal(found.nan_to_num(7), expected.nan_to_num(7))
 
 
 def test_a_reward_that_applies_to_no_image_yet_weighs_as_one_that_has_come_nowhere():
@@ -153,7 +139,6 @@ def test_a_reward_that_applies_to_no_image_yet_weighs_as_one_that_has_come_nowhe
     progress.observe(prompts, torch.tensor([[0.5, 0.5], [0.8, 0.8], [NAN, NAN]]))
     assert progress.progress[2].isnan() and progress.weights.isfinite().all()
     assert progress.weights[2] == progress.weights[0] > progress.weights[1]
-    assert progress.coefficients[2] == 0  # no scale is known
     # Its base images failed: a prompt of which there is no mean gives no difference, and is not counted as 0.
     progress.observe(prompts, torch.tensor([[0.5, 0.5], [0.8, 0.8], [0.3, 0.9]]))
     assert progress.progress[2].isnan() and progress.scales[2] == pytest.approx(0.3)
@@ -165,11 +150,11 @@ def test_a_reward_that_is_constant_on_the_base_model_has_its_scale_from_training
     progress.add_base(prompts, torch.full((2, 2), 0.1))
     progress.observe(prompts, torch.full((2, 2), 0.1))
     assert progress.scales.tolist() == [0, 0] and progress.progress.tolist() == [0, 0]
-    assert progress.coefficients.tolist() == [0, 0] and progress.weights.tolist() == [0.5, 0.5]
+    assert progress.weights.tolist() == [0.5, 0.5]
     progress.observe(prompts, torch.tensor([[0.1, 1.1], [0.1, 0.1]]))
     expected = torch.tensor([0.1] * 5 + [1.1]).std(correction=0).item()
     assert progress.scales.tolist() == pytest.approx([expected, 0], abs=1e-6)
-    assert progress.coefficients[0] > 0 and progress.progress[0] > 0 and progress.progress[1] == 0
+    assert progress.progress[0] > 0 and progress.progress[1] == 0
 
 
 def test_a_reward_at_its_target_weighs_nothing_until_it_falls_below():
@@ -190,7 +175,7 @@ def test_a_reward_at_its_target_weighs_nothing_until_it_falls_below():
     progress.add_base(prompts, base)
     assert weights_at(0.7001, 0.9, 1.0) == [0, 0, 0] and progress.reached.all()
     groups = torch.tensor([0, 0])
-    advantages = aggregate_advantages(torch.rand(3, 2), groups, progress.coefficients, "progress")
+    advantages = aggregate_advantages(torch.rand(3, 2), groups, progress.weights, "progress")
     assert advantages.tolist() == [[0, 0]]
 
 

@@ -248,6 +248,7 @@ def test_a_run_goes_on_from_its_last_stage(tmp_path):
         replace(run, scale=replace(run.scale, images=3)).is_finished(tmp_path)
 
 
+@pytest.mark.slow
 def test_what_is_scored_is_the_adapter_that_was_saved(tmp_path):
     run = Run(MAIN, "equal", 1e-2, 1, QUICK)
     runs.execute(run, tmp_path)
@@ -309,6 +310,7 @@ def test_experiments_have_the_gradients_of_marble_and_weigh_them_in_their_own_wa
     assert table.splitlines()[-1].startswith(f"| taken | {len(metric)} | {least:+.2f} |") and "| 0.0% |" in table
 
 
+@pytest.mark.slow
 def test_the_raw_gram_matrix_favours_small_gradients(tmp_path):
     plain, raw = (logged_steps(name, tmp_path)[0] for name in ("marble", "raw_gram"))
     norms = {

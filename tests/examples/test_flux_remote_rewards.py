@@ -61,6 +61,7 @@ def test_the_command_in_the_docstring_is_one_that_the_script_takes(script, tmp_p
     assert args.generation_batch_size * 8 == 48 * 24 and args.guidance_scale == 3.5
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The prompt .* has .* tokens:UserWarning")
 def test_the_script_trains_with_rewards_from_servers(script, tmp_path, judge, tiny_flux):
     tiny_flux().save_pretrained(tmp_path / "flux")

@@ -216,11 +216,11 @@ def test_from_nothing_to_a_report(tmp_path):
     long_runs.main(arguments)
     report = tmp_path / "report"
     text = (report / "report.md").read_text()
-    assert text.count("| weights by progress, beta 0.1 |") == 4
+    assert text.count("| weights by progress, beta 0.2 |") == 4
     content = json.loads((report / "results.json").read_text())
-    assert set(content) == {"main", "tuning"} and len(content["main"]["progress@0.1"]["curves"][0]) == 3
+    assert set(content) == {"main", "tuning"} and len(content["main"]["progress@0.2"]["curves"][0]) == 3
     assert (report / "main_gain_against_kl.png").is_file() and (report / "main_steps.png").is_file()
-    before = (tmp_path / Run(MAIN, "progress@0.1", 1.2e-3, 1, QUICK_LONG).name / "report.json").stat().st_mtime_ns
+    before = (tmp_path / Run(MAIN, "progress@0.2", 1.2e-3, 1, QUICK_LONG).name / "report.json").stat().st_mtime_ns
     long_runs.main(arguments)  # nothing is repeated
-    after = (tmp_path / Run(MAIN, "progress@0.1", 1.2e-3, 1, QUICK_LONG).name / "report.json").stat().st_mtime_ns
+    after = (tmp_path / Run(MAIN, "progress@0.2", 1.2e-3, 1, QUICK_LONG).name / "report.json").stat().st_mtime_ns
     assert after == before

@@ -79,6 +79,7 @@ def test_the_computed_peak_is_that_of_the_allocator(part, checkpointing):
     assert tensors.peak == pytest.approx(peak, rel=0.02)
 
 
+@pytest.mark.slow
 def test_settings_save_what_they_say():
     settings = memory.settings_in_turn()
     needs = dict(zip(settings, memory.compute(TINY, list(settings.values()), 2), strict=True))

@@ -28,6 +28,7 @@ def test_the_configuration_for_one_small_gpu(script, tmp_path):
     assert args.prompts_per_generation == 12 and args.num_generations == 24
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The prompt .* has .* tokens:UserWarning")
 def test_the_script_trains_and_leaves_an_adapter_with_a_card(script, tmp_path, monkeypatch, tiny_sd3):
     five_rewards(tmp_path)  # leaves the folders that the scorers load

@@ -12,6 +12,7 @@ def script():
     return load_script("shapeworld")
 
 
+@pytest.mark.slow
 def test_the_command_in_the_docstring_trains_and_measures_what_is_held_out(script, tmp_path):
     command = command_in_docstring(script, tmp_path)
     small = ["--max_steps", "2", "--eval_steps", "2", "--num_eval_prompts", "2", "--num_generations_eval", "2"]

@@ -30,6 +30,7 @@ def test_its_rewards_of_videos_pull_against_each_other(script):
     assert script.smoothness(videos=videos) == pytest.approx([0, 0, 0, -0.8], abs=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The prompt .* has .* tokens:UserWarning")
 def test_the_script_trains_and_leaves_an_adapter_with_a_card(script, tmp_path, monkeypatch):
     five_rewards(tmp_path)  # leaves the folder that the scorers load

@@ -65,6 +65,7 @@ for folder, repository, options in json.loads(sys.argv[1]):
 """
 
 
+@pytest.mark.slow
 def test_the_adapter_its_card_and_its_pictures_are_pushed_and_nothing_else(folder, tmp_path):
     by_hand = tmp_path / "by hand"
     by_hand.mkdir()

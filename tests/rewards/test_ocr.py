@@ -367,6 +367,7 @@ def test_it_is_a_reward(reward):
     assert tensor[0] == 0.75 and tensor[1].isnan()
 
 
+@pytest.mark.slow
 def test_drawn_words_are_read(reward):
     """Of 200 drawn words, the right word is worth at least 0.95 on average, and another one at most 0.4."""
     assert len(set(WORDS)) == 200

@@ -187,6 +187,7 @@ def kill_and_restart(tmp_path: Path, plan: list[tuple[str, float]], steps: int) 
 MOMENTS = ("rollout", "rewards", "update", "write", "rename", "prune", "delete", "push")
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_ends_as_one_that_never_was(tmp_path) -> None:
     plan = [("rename", 2), ("update", 1)]
     killed = kill_and_restart(tmp_path, plan, steps=3)

@@ -178,6 +178,7 @@ def test_notebooks_and_inspect_see_the_settings() -> None:
         ({"reward_targets": [None, 0.5]}, ["=[None, 0.5]`", "no effect", "'marble'"]),
         ({"reward_bounds": [0.5], "multi_objective_aggregation": "equal"}, ["=[0.5]`", "no effect", "'equal'"]),
         ({"reward_weights": [1.0, 2.0]} | PROGRESS, ["=[1.0, 2.0]`", "no effect", "'progress'", "finds the weights"]),
+        ({"scale_rewards": "none"} | PROGRESS, ["'none'", "`scale_rewards='group'`"]),
         ({"balance_every": 10} | PROGRESS, ["=10`", "no effect", "'progress'"]),
         ({"reward_targets": [None, math.nan]} | PROGRESS, ["[None, nan]", "one finite number, or `None`"]),
         ({"reward_targets": 0.5} | PROGRESS, ["0.5", "pass a list"]),

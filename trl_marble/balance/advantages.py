@@ -88,9 +88,7 @@ def aggregate_advantages(
     - `"normalize_then_sum"`: per-reward advantages, their weighted sum over the rewards that apply, standardized again
       over the batch ([GDPO](https://huggingface.co/papers/2601.05242)). Only the result is clipped. TRL always scales
       the per-reward advantages by group, as here with `scale_rewards="group"`.
-    - `"progress"`: as `"sum_then_normalize"`, with the weights of [`ProgressWeights`]; but where a reward has no value
-      for some samples of a prompt, because it failed, it counts as its mean over the others, so that nothing depends
-      on where a reward's zero is.
+    - `"progress"`: as `"normalize_then_sum"`, with the weights of [`ProgressWeights`].
 
     Args:
         rewards (`torch.Tensor` of shape `(K, B)`):
@@ -131,9 +129,6 @@ def aggregate_advantages(
         advantages = _scaled_advantages(values, groups, scale_rewards)
     elif mode == "sum_then_normalize":
         advantages = _scaled_advantages(_weighted_sum_of_valid(values, weights), groups, scale_rewards)
-    elif mode == "progress":
-        total = _weighted_sum_of_valid(_centre(_filled(values, groups)), weights)
-        advantages = _scaled_advantages(total, groups, scale_rewards)
     else:
         total = _weighted_sum_of_valid(_scaled_advantages(values, groups, scale_rewards), weights)
         # Its mean is 0 already: every reward is centred in each group over the samples on which it is in the sum.
@@ -196,17 +191,6 @@ def _centre(values: Tensor) -> Tensor:
 def _std(values: Tensor) -> Tensor:
     """Population standard deviation `(K, 1)` of the rows over the entries that are not NaN."""
     return _centre(values).square().nanmean(dim=1, keepdim=True).sqrt()
-
-
-def _filled(values: Tensor, groups: Tensor) -> Tensor:
-    """The rewards with their mean over the samples of the group where they have none, but for samples without any."""
-    filled = values.clone()
-    groups = groups.detach().cpu()
-    for group in groups.unique():
-        members = groups == group
-        part = values[:, members]
-        filled[:, members] = part.where(~part.isnan(), part.nanmean(dim=1, keepdim=True))
-    return filled.masked_fill(values.isnan().all(dim=0), torch.nan)
 
 
 def _weighted_sum_of_valid(values: Tensor, weights: Tensor) -> Tensor:

@@ -16,7 +16,8 @@ class ProgressWeights:
     The progress of reward k is `p_k = (J_k - J_k(base)) / c_k`, its gain in units of its scale, and the weights are
     `softmax(-p / temperature)`. They are the gradient of `-temperature * log(sum_k exp(-p_k / temperature))`, which is
     about the least progress of all for a small temperature, and about their mean for a large one (smooth Tchebycheff
-    scalarization, https://huggingface.co/papers/2402.19078). No gradient of a single reward is needed for it.
+    scalarization, https://huggingface.co/papers/2402.19078). They weigh the rewards' scaled advantages, see
+    [`aggregate_advantages`], so that no gradient of a single reward is needed.
 
     - **Gain.** For each prompt, the mean reward of its images less the mean reward of the base model's images of the
       same prompt. Prompts are averaged, and then generation batches, by a moving average.
@@ -121,14 +122,18 @@ class ProgressWeights:
         logits = -self.progress.nan_to_num(nan=0.0) / self.temperature
         return logits.masked_fill(reached, -math.inf).softmax(dim=0)
 
-    @property
-    def coefficients(self) -> Tensor:
+    def in_units_of_scales(self, rewards: Tensor) -> Tensor:
         """
-        `w / c` of shape `(K,)`, float64 on the CPU: what raw rewards are multiplied with in their sum. 0 for a reward
-        without a scale.
+        `R / c`: after it, what is added to the standard deviations of advantages is equally small for all rewards.
+
+        Args:
+            rewards (`torch.Tensor` of shape `(K, B)`):
+                Raw rewards, NaN where a reward does not apply.
+
+        Returns:
+            `torch.Tensor` of shape `(K, B)`, float64 on the CPU. A reward without a scale is left as it is.
         """
-        scales = self.scales
-        return torch.where(scales > 0, self.weights / scales, 0.0)
+        return rewards.detach().cpu().double() / torch.where(self.scales > 0, self.scales, 1.0)[:, None]
 
     # ---- What it is found from ----
 

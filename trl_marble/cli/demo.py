@@ -28,8 +28,9 @@ DEMO_SETTINGS: dict[str, Any] = {
     "num_inference_steps": 5,
     "timestep_fraction": 0.8,  # each image is trained on at 4 of the 5 timesteps
     "old_policy_preset": 0,  # the policy that samples is the one that is trained
-    "beta": 0.1,
+    "beta": 0.2,
     "multi_objective_aggregation": "progress",
+    "scale_rewards": "group",
     "eval_strategy": "steps",
     "eval_steps": 25,  # and after the last step
     "eval_on_start": True,

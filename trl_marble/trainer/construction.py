@@ -300,7 +300,9 @@ def build_source(
     meter = _build_meter(sampler, scorer, dataset, edits, accelerator, metrics, args)
 
     def compute_advantages(rewards: Tensor, groups: Tensor) -> Tensor:
-        weights = reward_weights if meter is None else meter.weights.coefficients
+        weights = reward_weights
+        if meter is not None:
+            rewards, weights = meter.weights.in_units_of_scales(rewards), meter.weights.weights
         mode, scale = args.multi_objective_aggregation, args.scale_rewards
         return aggregate_advantages(rewards, groups, weights, mode, scale, args.advantage_clip)
 

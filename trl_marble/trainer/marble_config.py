@@ -148,9 +148,9 @@ class MarbleConfig(TrainingArguments):
             against none of these sampled gradients (MARBLE). `"equal"`: the same with fixed equal coefficients.
             `"sum_then_normalize"`: weighted sum of the raw rewards, then one advantage (DiffusionNFT).
             `"normalize_then_sum"`: one advantage per reward, then their weighted sum, normalized again (GDPO).
-            `"progress"`: a sum with weights that follow how far each reward has come since the base model, then one
-            advantage: needs no weights, does not depend on the rewards' scales, and costs what a weighted sum costs,
-            see [`~trl_marble.balance.ProgressWeights`].
+            `"progress"`: the same with weights that follow how far each reward has come since the base model: needs
+            no weights, does not depend on the rewards' scales, and costs what a weighted sum costs, see
+            [`~trl_marble.balance.ProgressWeights`]; best with `scale_rewards="group"`.
         reward_failure (`str`, *optional*, defaults to `"raise"`):
             What happens if a reward raises, takes too long, or returns an exception for an image. `"raise"`:
             training stops before the next images are sampled, with an error that names the reward, the prompt and the
@@ -578,6 +578,11 @@ class MarbleConfig(TrainingArguments):
             raise ValueError(
                 f"`kl_target` is {self.kl_target}; it must be a finite number greater than 0. Leave it out to keep "
                 "`beta` as it is."
+            )
+        if self.multi_objective_aggregation == "progress" and self.scale_rewards == "none":
+            raise ValueError(
+                "`multi_objective_aggregation='progress'` sums scaled rewards, and `scale_rewards` is 'none'; set "
+                "`scale_rewards='group'` or 'batch'."
             )
         if self.kl_target is not None and self.beta == 0:
             raise ValueError(

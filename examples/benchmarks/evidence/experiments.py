@@ -233,14 +233,16 @@ class ProgressTimesMarble(_Experiment):
         return solution._replace(alpha=solution.alpha * factors / total, weights=solution.weights * factors / total)
 
 
-def weigh_group_advantages(trainer: MarbleNFTTrainer) -> StepGradient:
-    """GDPO with weights by progress: each reward is normalized in its groups, and then weighed."""
+def sum_rewards_by_progress(trainer: MarbleNFTTrainer) -> StepGradient:
+    """Weights by progress in one sum of the rewards, which is then normalized as a weighted sum is."""
     meter, clip = trainer.rollouts.progress_meter, trainer.args.advantage_clip
     if meter is None:
         raise ValueError('This experiment weighs by progress: set `multi_objective_aggregation="progress"`.')
 
     def compute_advantages(rewards: Tensor, groups: Tensor) -> Tensor:
-        return aggregate_advantages(rewards, groups, meter.weights.weights, "normalize_then_sum", "group", clip)
+        scaled = meter.weights.in_units_of_scales(rewards)
+        centred = scaled - scaled.nanmean(dim=1, keepdim=True)  # some rewards apply to a part of the prompts
+        return aggregate_advantages(centred, groups, meter.weights.weights, "sum_then_normalize", "batch", clip)
 
     trainer.rollouts.compute_advantages = compute_advantages
     return trainer.update.gradient
@@ -265,5 +267,5 @@ EXPERIMENTS: Mapping[str, Callable[[MarbleNFTTrainer], StepGradient]] = {
     "cross_gram": CrossGram,
     "optimizers_metric": OptimizersMetric,
     "progress_times_marble": ProgressTimesMarble,
-    "progress_of_groups": weigh_group_advantages,
+    "progress_of_sums": sum_rewards_by_progress,
 }

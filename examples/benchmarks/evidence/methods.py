@@ -89,6 +89,8 @@ BASE = "base"
 WEIGHTED_SUM: dict[str, Any] = {"multi_objective_aggregation": "sum_then_normalize"}
 # Advantages are normalized per group, as in its paper (docs/papers.md).
 GDPO: dict[str, Any] = {"multi_objective_aggregation": "normalize_then_sum", "scale_rewards": "group"}
+# As GDPO, with weights that are found.
+PROGRESS: dict[str, Any] = {"multi_objective_aggregation": "progress", "scale_rewards": "group"}
 # With the code published with MARBLE, between two solves the advantages are mixed by the smoothed alpha.
 REFERENCE: dict[str, Any] = {"balance_every": 10, "balance_on": "loss"}
 
@@ -184,20 +186,11 @@ LONG_BASES: dict[str, Method] = {
     "gdpo": METHODS["gdpo"],
     "equal": METHODS["equal"],
     "marble": METHODS["marble"],
-    "progress": Method("weights by progress", settings={"multi_objective_aggregation": "progress"}),
+    "progress": Method("weights by progress", settings=PROGRESS),
     "progress_cold": Method(
-        "weights by progress, temperature 0.05",
-        settings={"multi_objective_aggregation": "progress", "progress_temperature": 0.05},
+        "weights by progress, temperature 0.05", settings={**PROGRESS, "progress_temperature": 0.05}
     ),
-    "progress_group": Method(
-        "weights by progress, scaled by the group",
-        settings={"multi_objective_aggregation": "progress", "scale_rewards": "group"},
-    ),
-    "progress_gdpo": Method(
-        "GDPO with weights by progress",
-        settings={"multi_objective_aggregation": "progress"},
-        experiment="progress_of_groups",
-    ),
+    "progress_sum": Method("weights by progress, one sum", settings=PROGRESS, experiment="progress_of_sums"),
     "marble_progress": Method("MARBLE times progress", experiment="progress_times_marble"),
     # As a user has it who has not tuned the scale of one reward.
     **{
@@ -236,11 +229,12 @@ def long_method(name: str) -> Method:
 
 
 # What is recommended, and what the demo does.
-RECIPE = "progress@0.1"
+RECIPE = "progress@0.2"
 # At equal `beta` methods drift differently far. These are the strengths with which each ends near the recipe's KL, or
 # with more and with less.
 LONG_STRENGTHS = {
-    "progress": ("0.1",),
+    "progress": ("0.2",),
+    "progress_sum": ("0.1",),
     "weighted_sum": ("0.1", "0.2"),
     "gdpo": ("0.2", "0.4"),
     "marble": ("0.1",),
@@ -250,21 +244,21 @@ LONG_MAIN = tuple(f"{method}@{beta}" for method, strengths in LONG_STRENGTHS.ite
 LONG_ONCE = (
     *(f"{method}@0.1" for method in SPECIALISTS.values()),
     *(f"{method}@0.1" for method in LONG_BASES if method.startswith("weighted_sum_x")),
-    "progress@0.05",
+    "progress@0.1",
     "equal@0.1",
-    *(f"{method}@0" for method in LONG_STRENGTHS),
+    *(f"{method}@0" for method in ("progress", "weighted_sum", "gdpo", "marble")),
 )
 LONG_TUNING = (
     "weighted_sum@0.1",
     "marble@0.1",
     "progress@0.1",
+    "progress@0.2",
     "weighted_sum@0.03",
     "weighted_sum@0.3",
     "weighted_sum@target0.06",
     "marble_progress@0.1",
     "progress_cold@0.1",
-    "progress_group@0.2",
-    "progress_gdpo@0.2",
+    "progress_sum@0.1",
     "weighted_sum@gate0.1",
     "weighted_sum@move0.05",
     "weighted_sum@norm0.3",
