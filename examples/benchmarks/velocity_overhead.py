@@ -10,8 +10,8 @@ python examples/benchmarks/velocity_overhead.py
 ```
 
 The models have as many modules as the published ones, with their text encoders, VAE and LoRA, but are a few numbers
-wide: what is measured is Python, and does not depend on the width. Times are CPU time on one thread, and each is the
-median of a call's time outside of the transformer. `trained`, `old` and `base` are the velocities that a training step
+wide: what is measured is Python, and does not depend on the width. Times are CPU time on one thread, outside of the
+transformer, and each is the lowest of some calls: what else runs on the machine only adds to it. `trained`, `old` and `base` are the velocities that a training step
 asks for. `recorded` is the first one for a conditioning, which goes through the pipeline. `pipeline` is what each of
 them would cost without the recording.
 """
@@ -21,7 +21,6 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
@@ -200,14 +199,14 @@ class Stopwatch:
         self.inside += time.process_time()
 
     def measure(self, call: Callable[[], Any], repeats: int) -> float:
-        """The median of the times outside, in milliseconds."""
+        """The lowest of the times outside, in milliseconds."""
         times = []
         for _ in range(repeats):
             self.inside, start = 0.0, time.process_time()
             velocity = call()
             times.append(time.process_time() - start - self.inside)
             del velocity  # with all that was stored for its backward pass
-        return 1000 * median(times)
+        return 1000 * min(times)
 
 
 def measure_model(name: str, bf16: bool, repeats: int) -> dict[str, float]:
@@ -237,7 +236,7 @@ def measure_model(name: str, bf16: bool, repeats: int) -> dict[str, float]:
     watch = Stopwatch(flow.transformer)
     # In turn, as in training: the modules change between training and evaluation mode.
     rounds = [{label: watch.measure(call, 1) for label, call in calls.items()} for _ in range(repeats)]
-    row = {label: median(each[label] for each in rounds) for label in calls}
+    row = {label: min(each[label] for each in rounds) for label in calls}
     flow.is_listed = False  # then every velocity goes through the pipeline
     row["pipeline"] = watch.measure(calls["trained"], repeats)
     parts = [part for part in pipeline.components.values() if isinstance(part, nn.Module)]

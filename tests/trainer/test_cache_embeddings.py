@@ -22,7 +22,8 @@ def adapter_of(trainer) -> dict[str, torch.Tensor]:
 def test_training_and_evaluation_need_no_text_encoders(tmp_path, folder):
     adapters = []
     for run in range(2):
-        trainer = small_trainer(tmp_path / f"{run}", cache_embeddings=True, eval_dataset=prompt_set())
+        settings = {"cache_embeddings": True, "eval_dataset": prompt_set(), "eval_height": 16, "eval_width": 16}
+        trainer = small_trainer(tmp_path / f"{run}", **settings)
         assert all(trainer.pipeline.components[f"text_encoder{end}"] is None for end in ("", "_2", "_3"))
         written = {file: file.stat().st_mtime_ns for file in folder.rglob("*.safetensors")}
         adapters.append(adapter_of(trainer))

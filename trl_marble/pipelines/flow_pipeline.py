@@ -258,6 +258,24 @@ class FlowPipeline:
         components = self.pipeline.components.items()
         return [name for name, part in components if name.startswith("text_encoder") and part is not None]
 
+    def with_size(self, height: int | None, width: int | None) -> "FlowPipeline":
+        """
+        The same pipeline for images of another size.
+
+        Args:
+            height (`int`, *optional*):
+                Height of the images in pixels. Defaults to the pipeline's own.
+            width (`int`, *optional*):
+                Width of the images in pixels. Defaults to the pipeline's own.
+
+        Raises:
+            `ValueError`: only one of them is given, and the pipeline would change it.
+        """
+        check_size(self.pipeline, self.family, height, width, self.num_frames)
+        other = copy.copy(self)
+        other.height, other.width = height, width
+        return other
+
     def encode_any(self) -> Conditioning:
         """One row that the pipeline can be called with, where it does not matter with which."""
         any_image = PIL.Image.new("RGB", (self.width or 512, self.height or 512))

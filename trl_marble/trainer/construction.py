@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator
 from datasets import Dataset
 from diffusers import DiffusionPipeline
 from huggingface_hub.constants import HF_HOME
@@ -121,16 +121,10 @@ def build_scorers(reward_funcs: Any, eval_reward_funcs: Any, args: MarbleConfig)
 
 def build_flow(pipeline: DiffusionPipeline, args: MarbleConfig) -> FlowPipeline:
     """The pipeline with the settings of the rollouts."""
-    return _build_flow(pipeline, args.height, args.width, args)
-
-
-def _build_flow(
-    pipeline: DiffusionPipeline, height: int | None, width: int | None, args: MarbleConfig
-) -> FlowPipeline:
     return FlowPipeline(
         pipeline,
-        height,
-        width,
+        args.height,
+        args.width,
         args.guidance_scale,
         args.max_sequence_length,
         num_frames=args.num_frames,
@@ -195,9 +189,9 @@ def cache_embeddings(
     sets = [train_dataset, *evaluation_sets(eval_dataset).values()]
     prompts = dict.fromkeys(prompt for prompts in sets for prompt in prompts["prompt"][:])
     prompts |= {flow.family.empty_prompt: None}  # with which the time grid is found
-    for chunk in in_chunks(list(prompts)[args.process_index :: args.world_size]):
-        flow.encode(chunk)
-    PartialState().wait_for_everyone()
+    with FailingTogether().phase():
+        for chunk in in_chunks(list(prompts)[args.process_index :: args.world_size]):
+            flow.encode(chunk)
     flow.drop_text_encoders()
 
 
@@ -245,11 +239,8 @@ def build_evaluator(
     args: MarbleConfig,
 ) -> PolicyEvaluator:
     """What evaluates, with steps and a size of its own where the settings have them."""
-    size = args.evaluation_size
-    if size != (args.height, args.width):
-        family = flow.family
-        flow = _build_flow(flow.pipeline, *size, args)
-        flow.family = family  # that of an unknown class was found by calling it
+    if args.evaluation_size != (args.height, args.width):
+        flow = flow.with_size(*args.evaluation_size)
     sampler = _build_sampler(flow, args.evaluation_steps, together, make_bar, args)
     return PolicyEvaluator(sampler, scorers, accelerator, args.num_images_to_log)
 
