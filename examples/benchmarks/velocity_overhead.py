@@ -11,9 +11,9 @@ python examples/benchmarks/velocity_overhead.py
 
 The models have as many modules as the published ones, with their text encoders, VAE and LoRA, but are a few numbers
 wide: what is measured is Python, and does not depend on the width. Times are CPU time on one thread, outside of the
-transformer, and each is the lowest of some calls: what else runs on the machine only adds to it. `trained`, `old` and `base` are the velocities that a training step
-asks for. `recorded` is the first one for a conditioning, which goes through the pipeline. `pipeline` is what each of
-them would cost without the recording.
+transformer, and each is the lowest of some calls: what else runs on the machine only adds to it. `trained`, `old` and
+`base` are the velocities that a training step asks for. `recorded` is the first one for a conditioning, which goes
+through the pipeline. `pipeline` is what each of them would cost without the recording.
 """
 
 import argparse
