@@ -166,8 +166,9 @@ class Recorder(TorchFunctionMode):
             self._pause()
             calls.append((_modes(x_t), args, kwargs))
 
-        def end(module: nn.Module, args: Any, output: Any) -> None:
-            self._note(call_transformer, *calls[-1][1:], output, None)
+        def end(module: nn.Module, inputs: Any, output: Any) -> None:
+            _, args, kwargs = calls[-1]
+            self._note(call_transformer, args, kwargs, output, None)
             self._resume()
 
         x_t = self._values[0]
