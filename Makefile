@@ -16,14 +16,17 @@ AUDIT := build/audit
 # The comparison of methods, from nothing; an interrupted one goes on where it was.
 EVIDENCE := runs/compare
 LONG := runs/long
+TIMES := runs/time_to_reward
 
-.PHONY: demo evidence ablations long test slow fuzz audit docs lint clean help
+.PHONY: demo evidence ablations long variants time_to_reward test slow fuzz audit docs lint clean help
 
 help:
 	@echo "make demo   train ShapeWorld against five rewards; results in runs/demo/"
 	@echo "make evidence  compare methods on ShapeWorld, 4.1 hours on two cores; tables and pictures in $(EVIDENCE)/report/"
 	@echo "make ablations  the same, and what else was tried: 4.2 hours more"
 	@echo "make long   runs of 150 steps at several strengths of the KL: about 8 hours on two cores; results in $(LONG)/report/"
+	@echo "make variants  variants of the demo's recipe, one setting each; results in $(LONG)/report/"
+	@echo "make time_to_reward  how soon a run has what earlier recipes have after 25 steps; results in $(TIMES)/report/"
 	@echo "make test   lint rules and the tests"
 	@echo "make slow   the tests that are left out of 'make test' because they take long"
 	@echo "make fuzz   many more examples for the tests that feed the parsers with anybody's bytes"
@@ -46,6 +49,12 @@ ablations: evidence
 
 long: $(INSTALLED)
 	$(BIN)/python examples/benchmarks/long_runs.py --output_dir $(LONG)
+
+variants: $(INSTALLED)
+	$(BIN)/python examples/benchmarks/recipe_variants.py --output_dir $(LONG)
+
+time_to_reward: $(INSTALLED)
+	$(BIN)/python examples/benchmarks/time_to_reward.py --output_dir $(TIMES)
 
 test: $(INSTALLED)
 	$(BIN)/ruff check

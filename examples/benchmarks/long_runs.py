@@ -27,7 +27,7 @@ from pathlib import Path
 from evidence.long_report import write_long_report
 from evidence.methods import BASE, LONG_MAIN, LONG_ONCE, LONG_TUNING, long_method
 from evidence.runs import LONG, LONG_RATE, MAIN, QUICK_LONG, SEEDS, TUNING, TUNING_SEED, Run, base_run
-from evidence.workers import execute_all
+from evidence.workers import run_missing
 from rich.console import Console
 
 
@@ -80,13 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for stage, runs in planned.items():
         if stage not in args.stages:
             continue
-        missing = [run for run in runs if not run.is_finished(args.output_dir)]
-        console.print(f"[bold]{stage}[/bold]: {len(runs) - len(missing)} of {len(runs)} runs are finished")
-        if args.dry_run:
-            console.print(*(f"  {run.name}" for run in missing), sep="\n", highlight=False)
-        elif missing and (failed := execute_all(missing, args.output_dir, args.jobs, console)):
-            logs = "\n".join(f"  {args.output_dir / run.name / 'log.txt'}" for run in failed)
-            raise SystemExit(f"{len(failed)} runs failed; their logs:\n{logs}\nRun the same command again to go on.")
+        run_missing(stage, runs, args.output_dir, args.jobs, console, args.dry_run)
     if "report" in args.stages and not args.dry_run:
         finished = [
             run for runs in planned.values() for run in runs if run.method != BASE and run.is_finished(args.output_dir)

@@ -14,11 +14,19 @@ equally. The pipelines have random weights and rewards without cost, except `sha
 prompts and rewards. `single` has one reward. `weighted_sum` sums the rewards and is the baseline of all ratios.
 `naive` balances every step with one backward pass per reward, as the paper does. `exact` balances every step.
 `streaming` balances every step from some of its forward passes. `every_10` computes new weights at every tenth step;
-its cost is calculated from one measured step of each kind.
+its cost is calculated from one measured step of each kind. `awm` balances every step, with AWM's loss.
 
-`update` is gradients and optimizer. `loop` is sampling, scoring and update; sampling and scoring are the same in all
-modes, so their median is counted in each. Memory is the peak of existing tensors during
-the update, with the weights. Forward and backward passes of the transformer are counted in one update.
+In all of these the old policy lags. With `_on_policy` it is the trained policy (`old_policy_preset=0`; AWM then has no
+trust region). With `_sampled` the penalties are taken from a part of the forward passes (`--regularizer_fraction`).
+
+`update` is gradients and optimizer: CPU time of all threads, on a GPU the time on the clock. `loop` is sampling,
+scoring and update; sampling and scoring are the same in all modes, so their median is counted in each. Memory is the
+peak of existing tensors during the update, with the weights; `less rows` is without one gradient buffer for each
+reward in the modes that have them. Forward and backward passes of the transformer are counted in one update.
+
+`--paper_passes` measures no time. It counts the passes of the transformer for each image, sampling included, in the
+second step of a training with five rewards and a KL: of the weighted sum as DiffusionNFT runs it, and of exact
+balancing with what is recommended here.
 """
 
 import argparse
@@ -27,26 +35,106 @@ import json
 import platform
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 from datasets import Dataset
+from evidence.costs import StepCosts, count_passes
 from random_models import SIZES, random_pipeline
 from rich.console import Console
 from rich.table import Table
 from torch.profiler import ProfilerActivity, profile
 
 from trl_marble import MarbleConfig, MarbleNFTTrainer
+from trl_marble.balance import OLD_POLICY_PRESETS, old_policy_decay
 from trl_marble.shapeworld import load_pipeline, load_prompts, reward_funcs
 from trl_marble.trainer import construction
 
 
-MODES = ("single", "weighted_sum", "naive", "exact", "streaming", "every_10")
-COMPILED = ("weighted_sum_compiled", "exact_compiled")
+@dataclass(frozen=True)
+class Mode:
+    """
+    One way to take an optimizer step.
+
+    Args:
+        settings (`Mapping[str, Any]`, *optional*, defaults to none):
+            Settings of `MarbleConfig`.
+        sampled (`bool`, *optional*, defaults to `False`):
+            Whether the penalties are taken from a part of the forward passes.
+        streams (`bool`, *optional*, defaults to `False`):
+            Whether per-reward gradients are.
+        one_by_one (`bool`, *optional*, defaults to `False`):
+            Whether each reward has a backward pass of its own.
+    """
+
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    sampled: bool = False
+    streams: bool = False
+    one_by_one: bool = False
+
+    @property
+    def has_rows(self) -> bool:
+        """Whether each reward has a gradient of its own."""
+        return self.settings.get("multi_objective_aggregation") != "sum_then_normalize"
+
+
+SUM = {"multi_objective_aggregation": "sum_then_normalize"}
+AWM = {"policy_loss": "awm", "old_policy_preset": 3}
+ON_POLICY = {"old_policy_preset": 0}
+
+
+def _variants(name: str, settings: Mapping[str, Any]) -> dict[str, Mode]:
+    return {
+        f"{name}_sampled": Mode(settings, sampled=True),
+        f"{name}_on_policy": Mode({**settings, **ON_POLICY}),
+        f"{name}_on_policy_sampled": Mode({**settings, **ON_POLICY}, sampled=True),
+    }
+
+
+MODES = {
+    "single": Mode(SUM),
+    "weighted_sum": Mode(SUM),
+    "naive": Mode(one_by_one=True),
+    "exact": Mode(),
+    "streaming": Mode(streams=True),
+    "every_10": Mode({"balance_every": 10}),
+    **_variants("weighted_sum", SUM),
+    **_variants("exact", {}),
+    "awm": Mode(AWM),
+    **_variants("awm", AWM),
+}
+COMPILED = {f"{name}_compiled": MODES[name] for name in ("weighted_sum", "exact")}
+# The step whose place in the schedule of the old policy is measured.
+LATE_STEP = 500
+
+# The penalties from a quarter of the forward passes.
+REGULARIZER_FRACTION = 0.25
+# What `--paper_passes` counts, in addition to defaults, which are the paper's: 25 solver steps, 24 of them trained, no
+# guidance, a KL, and an old policy that lags.
+RECOMMENDED: dict[str, Any] = {
+    "num_inference_steps": 10,
+    "old_policy_preset": 0,
+    "regularizer_fraction": REGULARIZER_FRACTION,
+}
+PAPER_MODES: dict[str, dict[str, Any]] = {
+    "weighted_sum": {**SUM, "beta": 1e-4},
+    "exact_nft": RECOMMENDED,
+    # On-policy, and with its trust region around a moving average.
+    "exact_awm": {**RECOMMENDED, **AWM},
+}
+PAPER_REWARDS = 5
+# Two prompts with four images each, in four micro-batches. The first step is on-policy whatever the settings.
+PAPER_BATCH: dict[str, Any] = {
+    "num_generations": 4,
+    "per_device_train_batch_size": 2,
+    "gradient_accumulation_steps": 4,
+}
+PAPER_STEPS = 2
 
 
 def parse_args() -> argparse.Namespace:
@@ -54,19 +142,33 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--rewards", type=int, nargs="+", default=[5], metavar="K")
     parser.add_argument("--model", choices=(*SIZES, "shapeworld"), default="small")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
+    parser.add_argument(
+        "--modes",
+        nargs="+",
+        choices=list(MODES),
+        default=list(MODES),
+        metavar="MODE",
+        help=f"of {', '.join(MODES)}; default: all",
+    )
     parser.add_argument("--balance_on", choices=("loss", "advantage"), default="advantage")
-    parser.add_argument("--beta", type=float, default=0.0, help="Penalty on the distance to the base model.")
+    parser.add_argument(
+        "--beta",
+        type=float,
+        default=MarbleConfig.beta,
+        help="Penalty on the distance to the base model; default: %(default)s",
+    )
     parser.add_argument("--prompts", type=int, default=2, help="Prompts in a step.")
     parser.add_argument("--num_generations", type=int, default=8, help="Images of each prompt.")
     parser.add_argument("--batch_size", type=int, default=8, help="Images in a forward pass.")
     parser.add_argument("--num_inference_steps", type=int, default=8)
     parser.add_argument("--timestep_fraction", type=float, default=0.25)
     parser.add_argument("--balance_fraction", type=float, default=0.125, help="Of the mode `streaming`.")
+    parser.add_argument("--regularizer_fraction", type=float, default=REGULARIZER_FRACTION, help="Of `..._sampled`.")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=None, help="Default: on a GPU only.")
     parser.add_argument("--activation_checkpointing", action="store_true")
     parser.add_argument("--torch_compile", action="store_true", help="Measure two modes with compiled blocks too.")
+    parser.add_argument("--paper_passes", action="store_true", help="Count passes at the paper's settings.")
     parser.add_argument("--json", type=Path, help="Write the table here too.")
     return parser.parse_args()
 
@@ -95,7 +197,10 @@ class Bench:
 
     def __init__(self, args: argparse.Namespace, num_rewards: int, folder: str, compiled: bool = False) -> None:
         self.device = torch.device(args.device)
-        self.balance_fraction = args.balance_fraction
+        self.fractions = {
+            "balance_fraction": args.balance_fraction,
+            "regularizer_fraction": args.regularizer_fraction,
+        }
         bf16 = self.device.type == "cuda" if args.bf16 is None else args.bf16
         size = args.prompts * args.num_generations
         config = MarbleConfig(
@@ -131,8 +236,11 @@ class Bench:
         self.rows = [n // args.num_generations for n in range(size)]
         self.generation = 0
         # The policy differs from the old one, as at almost every step.
+        self.first_weights = {name: value.clone() for name, value in self.trainer.weights.old.state_dict().items()}
         for parameter in self.trainer.weights.parameters:
             torch.nn.init.normal_(parameter, std=0.02)
+        settings = {name for mode in MODES.values() for name in mode.settings}
+        self.settings = {name: getattr(config, name) for name in settings}
 
     def sample(self) -> None:
         """The rollout of one generation batch."""
@@ -151,22 +259,30 @@ class Bench:
         trainer.optimizer.step()
         trainer.optimizer.zero_grad()
         update.commit()
+        self._let_old_follow()
 
-    def switch(self, mode: str) -> None:
+    def _let_old_follow(self) -> None:
+        preset = OLD_POLICY_PRESETS[self.trainer.args.old_policy_preset]
+        self.trainer.weights.old.lerp_(old_policy_decay(LATE_STEP, *preset))
+
+    def switch(self, mode: Mode) -> None:
         """Switch the trainer to another mode."""
-        mode = mode.removesuffix("_compiled")
         trainer, args = self.trainer, self.trainer.args
-        sums = mode in ("single", "weighted_sum")
-        args.multi_objective_aggregation = "sum_then_normalize" if sums else "marble"
-        args.balance_fraction = self.balance_fraction if mode == "streaming" else 1.0
-        trainer.schedule.balance_every = 10 if mode == "every_10" else 1
+        for name, value in {**self.settings, **mode.settings}.items():
+            setattr(args, name, value)
+        args.balance_fraction = self.fractions["balance_fraction"] if mode.streams else 1.0
+        args.regularizer_fraction = self.fractions["regularizer_fraction"] if mode.sampled else 1.0
+        trainer.weights.old.load_state_dict(self.first_weights)
+        self._let_old_follow()
+        trainer.schedule.balance_every = args.balance_every
+        trainer.policy_loss = construction.build_policy_loss(args)
         shared = trainer.accelerator, trainer.metrics
         trainer.rollouts = construction.build_source(
             trainer.sampler, trainer.scorer, trainer.train_dataset, trainer.edits, *shared, args
         )
         trainer.update = construction.build_update(
             trainer.weights,
-            construction.build_policy_loss(args),
+            trainer.policy_loss,
             trainer.schedule,
             None,
             trainer.scorer.names,
@@ -177,39 +293,21 @@ class Bench:
             trainer.times,
             args,
         )
-        if mode == "naive":
+        if mode.one_by_one:
             trainer.update.gradient.linears = None
 
-    def synchronize(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-
     def timed(self, function: Callable[[], None]) -> float:
+        """Seconds that a function takes: of CPU time, or on a GPU on the clock."""
         gc.collect()
-        self.synchronize()
-        start = time.perf_counter()
+        start = self._seconds()
         function()
-        self.synchronize()
-        return time.perf_counter() - start
+        return self._seconds() - start
 
-    @contextmanager
-    def counted(self) -> Iterator[dict[str, int]]:
-        """Count the transformer's forward passes and the backward passes from its output."""
-        counts = {"forwards": 0, "backwards": 0}
-
-        def count_backward(_: torch.Tensor) -> None:
-            counts["backwards"] += 1
-
-        def count_forward(module, inputs, output) -> None:
-            counts["forwards"] += 1
-            if output[0].requires_grad:
-                output[0].register_hook(count_backward)
-
-        handle = self.trainer.flow.transformer.register_forward_hook(count_forward)
-        try:
-            yield counts
-        finally:
-            handle.remove()
+    def _seconds(self) -> float:
+        if self.device.type == "cpu":
+            return time.process_time()
+        torch.cuda.synchronize(self.device)
+        return time.perf_counter()
 
     def peak_memory(self, function: Callable[[], None]) -> int:
         """Peak of existing tensors, in bytes, while the function runs."""
@@ -252,18 +350,20 @@ def measure(args: argparse.Namespace, num_rewards: int, console: Console) -> dic
             benches["single"] = Bench(args, 1, folder)
         if args.torch_compile:
             benches |= dict.fromkeys(COMPILED, Bench(args, num_rewards, folder, compiled=True))
+        modes = MODES | COMPILED
 
         batches = {}  # the aggregation of rewards is part of the batch, so every mode has its own
         for mode in args.modes:
             status.update(f"K = {num_rewards}, warming up: {mode}")
             bench = benches[mode]
-            bench.switch(mode)
+            bench.switch(modes[mode])
             bench.sample()
             bench.update(solves=True)  # there are weights from here on
             batches[mode] = bench.trainer._batch
             update = partial(bench.update, solves=mode != "every_10")
-            with bench.counted() as counts[mode]:
+            with count_passes(bench.trainer.flow.transformer) as passes:
                 update()
+            counts[mode] = {"forwards": passes.forwards, "backwards": passes.backwards}
             memory[mode] = bench.peak_memory(update)
 
         for repeat in range(args.repeats):
@@ -273,7 +373,7 @@ def measure(args: argparse.Namespace, num_rewards: int, console: Console) -> dic
             for mode in args.modes if repeat % 2 else reversed(args.modes):
                 status.update(f"K = {num_rewards}, repeat {repeat}: {mode}")
                 bench = benches[mode]
-                bench.switch(mode)
+                bench.switch(modes[mode])
                 bench.trainer._batch = batches[mode]
                 seconds[mode].append(bench.timed(partial(bench.update, solves=mode != "every_10")))
 
@@ -284,6 +384,7 @@ def measure(args: argparse.Namespace, num_rewards: int, console: Console) -> dic
         memory["every_10"] = max(memory["every_10"], memory["exact"])
         counts["every_10"] = {k: 0.9 * n + 0.1 * counts["exact"][k] for k, n in counts["every_10"].items()}
     sampling = {mode: median(rollouts[benches[mode]]) for mode in args.modes}
+    buffer = sum(parameter.numel() for parameter in several.trainer.weights.parameters) * 4
     results: dict[str, dict[str, object]] = {}
     for mode in args.modes:
         base = seconds["weighted_sum"]
@@ -298,13 +399,57 @@ def measure(args: argparse.Namespace, num_rewards: int, console: Console) -> dic
             "loop_ratio": median(loop),
             "loop_range": [min(loop), max(loop)],
             "memory_ratio": memory[mode] / memory["weighted_sum"],
+            "memory_less_rows_ratio": (memory[mode] - num_rewards * buffer * modes[mode].has_rows)
+            / memory["weighted_sum"],
             "memory_bytes": memory[mode],
             **counts[mode],
         }
-    size = sum(parameter.numel() for parameter in several.trainer.weights.parameters) * 4 / 2**20
     updates = sampling["weighted_sum"] / median(seconds["weighted_sum"])
-    console.print(f"One gradient buffer has {size:.1f} MiB; sampling takes {updates:.2f} updates.")
+    console.print(f"One gradient buffer has {buffer / 2**20:.1f} MiB; sampling takes {updates:.2f} updates.")
     return results
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Passes at the paper's settings
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def paper_passes(settings: Mapping[str, Any]) -> tuple[float, float]:
+    """Forward and backward passes for each image of a step, counted in a training of a tiny model."""
+    pipeline = random_pipeline("tiny", torch.float32)
+    counted = StepCosts()
+    with tempfile.TemporaryDirectory() as folder:
+        config = MarbleConfig(
+            folder,
+            **PAPER_BATCH,
+            **settings,
+            max_steps=PAPER_STEPS,
+            use_cpu=True,
+            disable_tqdm=True,
+            report_to="none",
+            save_strategy="no",
+            log_images=False,
+        )
+        prompts = Dataset.from_dict({"prompt": ["prompt 0", "prompt 1"], "number": [0, 1]})
+        rewards = make_rewards(PAPER_REWARDS)
+        MarbleNFTTrainer(pipeline, rewards, config, prompts, callbacks=[counted]).train()
+    cost, images = counted.steps[PAPER_STEPS], config.generation_batch_size
+    return cost.forwards / images, cost.backwards / images
+
+
+def count_at_papers_settings(console: Console) -> dict[str, float]:
+    """The passes of all of `PAPER_MODES`, each counted as 1."""
+    counted = {name: paper_passes(settings) for name, settings in PAPER_MODES.items()}
+    table = Table(title="Passes of the transformer for each image, at the paper's settings")
+    for column in ("", "forward", "backward", "together", "ratio", "ratio, backward as two"):
+        table.add_column(column, justify="right" if column else "left")
+    base_forward, base_backward = counted["weighted_sum"]
+    for name, (forward, backward) in counted.items():
+        ratios = [(forward + n * backward) / (base_forward + n * base_backward) for n in (1, 2)]
+        numbers = [f"{number:g}" for number in (forward, backward, forward + backward)]
+        table.add_row(name, *numbers, *(f"{ratio:.3f}" for ratio in ratios))
+    console.print(table)
+    return {name: forward + backward for name, (forward, backward) in counted.items()}
 
 
 def describe_machine(device: str) -> str:
@@ -314,32 +459,43 @@ def describe_machine(device: str) -> str:
 
 def main() -> None:
     args = parse_args()
+    console = Console(width=140)
+    if args.paper_passes:
+        write_json(args.json, {"paper_passes": count_at_papers_settings(console)})
+        return
     if "weighted_sum" not in args.modes:
         raise SystemExit("--modes needs weighted_sum: all ratios are to it")
     if "every_10" in args.modes and "exact" not in args.modes:
         raise SystemExit("--modes with every_10 needs exact: one step in ten is one")
     if args.model == "shapeworld" and max(args.rewards) > 5:
         raise SystemExit("--model shapeworld has five rewards")
+    if args.beta == 0 and (named := [name for name in args.modes if MODES[name].sampled]):
+        raise SystemExit(f"--beta 0 leaves no penalty to take from a part of a step; leave out {', '.join(named)}")
     if args.torch_compile:
         args.modes += COMPILED
-    console = Console(width=100)
     console.print(f"{args.model}, {describe_machine(args.device)}, balance_on={args.balance_on}, beta={args.beta}")
     report = {}
     for num_rewards in args.rewards:
         report[str(num_rewards)] = results = measure(args, num_rewards, console)
         table = Table(title=f"{num_rewards} rewards: ratio to weighted_sum, median (min to max of {args.repeats})")
-        for column in ("mode", "update", "loop", "memory", "MiB", "forwards", "backwards"):
+        for column in ("mode", "update", "loop", "memory", "less rows", "MiB", "forwards", "backwards"):
             table.add_column(column, justify="left" if column == "mode" else "right", no_wrap=True)
         for mode, row in results.items():
             spans = [
                 f"{row[f'{part}_ratio']:.2f} ({row[f'{part}_range'][0]:.2f}-{row[f'{part}_range'][1]:.2f})"
                 for part in ("update", "loop")
             ]
-            sizes = [f"{row['memory_ratio']:.3f}", f"{row['memory_bytes'] / 2**20:.0f}"]
+            memory = [f"{row[f'memory{part}_ratio']:.3f}" for part in ("", "_less_rows")]
+            sizes = [*memory, f"{row['memory_bytes'] / 2**20:.0f}"]
             table.add_row(mode, *spans, *sizes, f"{row['forwards']:g}", f"{row['backwards']:g}")
         console.print(table)
-    if args.json:
-        args.json.write_text(json.dumps(report, indent=2))
+    write_json(args.json, report)
+
+
+def write_json(path: Path | None, content: Mapping[str, Any]) -> None:
+    """Write a report where one was asked for."""
+    if path is not None:
+        path.write_text(json.dumps(content, indent=2))
 
 
 if __name__ == "__main__":

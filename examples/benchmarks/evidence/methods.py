@@ -62,6 +62,8 @@ class Method:
             The method that an ablation compares it with. Defaults to `tuned_as`.
         drift (`tuple[str, float]`, *optional*):
             A name of `DRIFT_CONTROLS` and its strength. Defaults to none.
+        costs_as_recipe (`bool`, *optional*, defaults to `False`):
+            Whether a run has as many steps as the recipe's cost, and not as many as the recipe.
     """
 
     label: str
@@ -72,6 +74,7 @@ class Method:
     tuned_as: str | None = None
     beside: str | None = None
     drift: tuple[str, float] | None = None
+    costs_as_recipe: bool = False
 
     @property
     def rewards(self) -> tuple[str, ...]:
@@ -203,6 +206,64 @@ LONG_BASES: dict[str, Method] = {
 }
 
 
+# What is recommended, and what the demo does.
+RECIPE = "progress@0.2"
+RECIPE_METHOD, _, RECIPE_STRENGTH = RECIPE.partition("@")
+
+
+# ---- Variants of the recipe: one setting each ----
+
+# Of the policy that samples. In the recipe it is the trained one, preset 0.
+OLD_POLICIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "preset1": ("a policy that lags more and more samples (DiffusionNFT)", {"old_policy_preset": 1}),
+    "preset2": ("a policy that lags from step 75 on samples", {"old_policy_preset": 2}),
+}
+# In the order in which a tie is decided, the simplest first.
+SAMPLES: dict[str, tuple[str, dict[str, Any]]] = {
+    "solver4": ("4 solver steps, trained at 3", {"num_inference_steps": 4, "timestep_fraction": 0.75}),
+    "times2": ("trained at 2 of 5 timesteps", {"num_inference_steps": 5, "timestep_fraction": 0.4}),
+    "times3": ("trained at 3 of 5 timesteps", {"num_inference_steps": 5, "timestep_fraction": 0.6}),
+    "times5": ("trained at all of 5 timesteps", {"num_inference_steps": 5, "timestep_fraction": 1.0}),
+    "solver8": ("8 solver steps, trained at 6", {"num_inference_steps": 8, "timestep_fraction": 0.75}),
+    "group4": ("4 images of each prompt, twice the prompts", {"num_generations": 4}),
+    "group16": ("16 images of each prompt, half the prompts", {"num_generations": 16}),
+    "images64": ("64 images a step", {"per_device_train_batch_size": 64}),
+    "images256": ("256 images a step", {"per_device_train_batch_size": 256}),
+    "split2": (
+        "two optimizer steps of 64 images from each generation batch",
+        {"per_device_train_batch_size": 64, "steps_per_generation": 2},
+    ),
+    "twice": ("each generation batch trains two optimizer steps", {"num_iterations": 2}),
+}
+
+
+def _vary(method: str, variants: Mapping[str, tuple[str, dict[str, Any]]], equal_cost: bool) -> dict[str, Method]:
+    """`<method>_<variant>` for each variant."""
+    base = LONG_BASES[method]
+    return {
+        f"{method}_{name}": replace(
+            base,
+            label=f"{base.label}, {what}",
+            settings={**base.settings, **settings},
+            costs_as_recipe=equal_cost,
+        )
+        for name, (what, settings) in variants.items()
+    }
+
+
+LONG_BASES |= {
+    **_vary(RECIPE_METHOD, OLD_POLICIES, equal_cost=False),
+    # Has per-reward gradients, and so held-out cosines.
+    **_vary("marble", OLD_POLICIES, equal_cost=False),
+    **_vary(RECIPE_METHOD, SAMPLES, equal_cost=True),
+    "awm": replace(
+        LONG_BASES[RECIPE_METHOD],
+        label=f"{LONG_BASES[RECIPE_METHOD].label}, AWM",
+        settings={**LONG_BASES[RECIPE_METHOD].settings, "policy_loss": "awm"},
+    ),
+}
+
+
 def long_method(name: str) -> Method:
     """
     A method of long runs: `<method>@<strength>`, such as `marble@0.1`.
@@ -228,8 +289,6 @@ def long_method(name: str) -> Method:
     return replace(method, label=f"{method.label}, {kind or 'beta'} {value:g}", settings=settings, drift=drift)
 
 
-# What is recommended, and what the demo does.
-RECIPE = "progress@0.2"
 # At equal `beta` methods drift differently far. These are the strengths with which each ends near the recipe's KL, or
 # with more and with less.
 LONG_STRENGTHS = {
@@ -267,11 +326,43 @@ LONG_TUNING = (
 )
 
 
+# The variants that are run, see `variants.py`.
+OLD_POLICY_ENTRIES = tuple(
+    f"{name}@{strength}"
+    for strength in (RECIPE_STRENGTH, "0")
+    for name in (RECIPE_METHOD, *(f"{RECIPE_METHOD}_{variant}" for variant in OLD_POLICIES))
+)
+OLD_POLICY_COSINES = tuple(
+    f"{name}@{LONG_STRENGTHS['marble'][0]}" for name in ("marble", *(f"marble_{variant}" for variant in OLD_POLICIES))
+)
+SAMPLE_ENTRIES = (RECIPE, *(f"{RECIPE_METHOD}_{name}@{RECIPE_STRENGTH}" for name in SAMPLES))
+
+# In units of AWM's loss: the gradient of its rewards' part is DiffusionNFT's divided by the clip of the advantages, 5,
+# up to how they weight the matching error.
+AWM_STRENGTH = f"{float(RECIPE_STRENGTH) / 5:g}"
+
+# ---- Time to the same rewards: what is compared, and with what ----
+
+_EARLIER_DEMO: dict[str, Any] = {**SHARED_SETTINGS, "old_policy_preset": 1}
+BASELINES: dict[str, Method] = {
+    # Eight solver steps, six of them trained, 256 images, an old policy that lags, no KL, balanced at every step.
+    "demo_61ec878": Method("the demo at 61ec878", settings=_EARLIER_DEMO),
+    # New weights at every tenth step, from whole losses, and a KL of 1e-4 at each timestep; sizes as above.
+    "paper": Method("MARBLE's paper", settings={**_EARLIER_DEMO, **REFERENCE, "beta": 1e-4}),
+}
+TIMED_ENTRIES = (
+    RECIPE,
+    f"gdpo@{LONG_STRENGTHS['gdpo'][0]}",
+    f"marble@{LONG_STRENGTHS['marble'][0]}",
+    f"awm@{AWM_STRENGTH}",
+)
+
+
 def find_method(name: str) -> Method:
     """The method or variant with this name."""
     if "@" in name:
         return long_method(name)
-    return METHODS[name] if name in METHODS else VARIANTS[name]
+    return {**METHODS, **BASELINES, **VARIANTS}[name]
 
 
 def missing_packages(method: Method) -> list[str]:

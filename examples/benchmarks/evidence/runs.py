@@ -1,6 +1,7 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
 """One run: a method trained with one learning rate and one seed, then scored on the same prompts as all others."""
 
+import dataclasses
 import json
 import shutil
 import time
@@ -20,9 +21,10 @@ from trl_marble.evaluation import EvaluationConfig, EvaluationResults, evaluate_
 from trl_marble.evaluation.records import write_atomically
 from trl_marble.shapeworld import load_pipeline, load_prompts, reward_funcs
 
+from .costs import StepCosts, estimate_passes
 from .drift import DRIFT_CONTROLS
 from .experiments import EXPERIMENTS
-from .methods import BASE, METHODS, SHARED_SETTINGS, find_method, make_weighting
+from .methods import BASE, METHODS, RECIPE, SHARED_SETTINGS, find_method, make_weighting
 
 
 # Optimizer steps of a run, for every method: five for each stage of the sequential one.
@@ -37,12 +39,13 @@ LONG_STEPS = 150
 LONG_SETTINGS = {name: DEMO_SETTINGS[name] for name in (*SHARED_SETTINGS, "old_policy_preset")} | {"beta": 0.0}
 # Solver steps of the last evaluation of a long run: more than those of the training.
 LONG_EVALUATION_STEPS = 8
-QUICK_SETTINGS = SHARED_SETTINGS | {
+QUICK_SIZES = {
     "num_generations": 4,
     "per_device_train_batch_size": 16,
     "rollout_batch_size": 16,
     "num_inference_steps": 2,
 }
+QUICK_SETTINGS = SHARED_SETTINGS | QUICK_SIZES
 
 # Learning rates are chosen on prompts of the train split, so that the test split does not influence the choice.
 TUNING, MAIN = "tuning", "main"
@@ -58,6 +61,7 @@ PLAN_FILE = "run.json"
 LOG_FILE = "log.txt"
 PROGRESS_FILE = "steps.txt"
 HISTORY_FILE = "history.json"
+COSTS_FILE = "costs.json"
 
 
 @dataclass(frozen=True)
@@ -76,6 +80,8 @@ class Scale:
             Optimizer steps between the small evaluations during the training.
         curve_images (`int`, *optional*, defaults to `CURVE_IMAGES`):
             Their images per prompt.
+        curve_inference_steps (`int`, *optional*):
+            Their solver steps. Defaults to those of the training.
         long (`bool`, *optional*, defaults to `False`):
             Whether the runs are long ones, with `LONG_SETTINGS`.
         quick (`bool`, *optional*, defaults to `False`):
@@ -87,6 +93,7 @@ class Scale:
     tuning_images: int = 16
     curve_steps: int = CURVE_STEPS
     curve_images: int = CURVE_IMAGES
+    curve_inference_steps: int | None = None
     long: bool = False
     quick: bool = False
 
@@ -153,7 +160,20 @@ class Run:
     @property
     def steps(self) -> int:
         """Optimizer steps over all stages."""
-        return self.scale.steps if find_method(self.method).stages else 0
+        method = find_method(self.method)
+        if not method.stages:
+            return 0
+        if not method.costs_as_recipe:
+            return self.scale.steps
+        recipe = dataclasses.replace(self, method=RECIPE)
+        ratio = estimate_passes(recipe.settings) / estimate_passes(self.settings)
+        return max(1, round(self.scale.steps * ratio))
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Settings of `MarbleConfig`, of the method and of what all methods share."""
+        settings = {**self.scale.settings, **find_method(self.method).settings}
+        return settings | QUICK_SIZES if self.scale.quick else settings
 
     @property
     def images(self) -> int:
@@ -173,15 +193,17 @@ class Run:
     def plan(self) -> dict[str, Any]:
         """Everything that its result depends on; it is written to its folder."""
         method, own = find_method(self.method), asdict(self)
-        for name in ("curve_steps", "curve_images"):  # these only watch a run
+        for name in ("curve_steps", "curve_images", "curve_inference_steps"):  # these only watch a run
             del own["scale"][name]
+        if method.costs_as_recipe:
+            own["steps"] = self.steps
         return {
             **own,
             "stages": [list(stage) for stage in method.stages],
             "weighting": method.weighting,
             "experiment": method.experiment,
             "drift": method.drift and list(method.drift),
-            "settings": {**self.scale.settings, **method.settings},
+            "settings": self.settings,
         }
 
     def is_finished(self, output_dir: Path) -> bool:
@@ -289,7 +311,7 @@ def _train_stage(
     method = find_method(run.method)
     config = MarbleConfig(
         str(folder),
-        **(run.scale.settings | dict(method.settings)),
+        **run.settings,
         learning_rate=run.learning_rate,
         max_steps=steps,
         seed=run.seed,
@@ -300,6 +322,7 @@ def _train_stage(
         eval_strategy="steps" if run.has_curves else "no",
         eval_steps=run.scale.curve_steps if run.has_curves else None,
         eval_on_start=run.has_curves and number == 0,
+        eval_num_inference_steps=run.scale.curve_inference_steps if run.has_curves else None,
         num_generations_eval=min(run.scale.curve_images, run.scale.images),
         per_device_eval_batch_size=DEMO_SETTINGS["per_device_eval_batch_size"],
         report_to="none",
@@ -315,7 +338,7 @@ def _train_stage(
         train_dataset=load_prompts("train"),
         eval_dataset=run.scale.prompts(run.phase),
         weighting=make_weighting(method),
-        callbacks=[progress],
+        callbacks=[progress, StepCosts(folder / COSTS_FILE)],
     )
     if method.experiment is not None:
         trainer.update.gradient = EXPERIMENTS[method.experiment](trainer)

@@ -79,6 +79,38 @@ def execute_all(runs: Sequence[Run], output_dir: Path, jobs: int, console: Conso
     return failed
 
 
+def run_missing(
+    title: str, runs: Sequence[Run], output_dir: Path, jobs: int, console: Console, dry_run: bool = False
+) -> None:
+    """
+    Execute those of some runs that are not finished.
+
+    Args:
+        title (`str`):
+            What they are, to be printed.
+        runs (`Sequence[Run]`):
+            All of them.
+        output_dir (`Path`):
+            The folder with the runs' folders.
+        jobs (`int`):
+            Number of processes, at least 1.
+        console (`rich.console.Console`):
+            Shows the progress.
+        dry_run (`bool`, *optional*, defaults to `False`):
+            Whether to print the names of those that are missing, and execute nothing.
+
+    Raises:
+        `SystemExit`: If a run failed; all others are finished.
+    """
+    missing = [run for run in runs if not run.is_finished(output_dir)]
+    console.print(f"[bold]{title}[/bold]: {len(runs) - len(missing)} of {len(runs)} runs are finished")
+    if dry_run:
+        console.print(*(f"  {run.name}" for run in missing), sep="\n", highlight=False)
+    elif missing and (failed := execute_all(missing, output_dir, jobs, console)):
+        logs = "\n".join(f"  {output_dir / run.name / LOG_FILE}" for run in failed)
+        raise SystemExit(f"{len(failed)} runs failed; their logs:\n{logs}\nRun the same command again to go on.")
+
+
 def _end_at_interrupt() -> None:
     # Ends at once: after an exception a process would begin the next run. Little is lost, see `execute`.
     signal.signal(signal.SIGINT, signal.SIG_DFL)

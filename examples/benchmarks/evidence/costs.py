@@ -1,0 +1,162 @@
+# Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
+"""What optimizer steps cost: CPU time, and passes of the transformer, which no other load on the machine changes."""
+
+import json
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import TrainerCallback
+
+from trl_marble import MarbleConfig
+from trl_marble.evaluation.records import write_atomically
+
+
+@dataclass
+class Passes:
+    """
+    Passes of a transformer.
+
+    Args:
+        forwards (`int`, *optional*, defaults to `0`):
+            Calls.
+        backwards (`int`, *optional*, defaults to `0`):
+            Backward passes from the output of such a call.
+        images_forward (`int`, *optional*, defaults to `0`):
+            Images of all calls together: a call counts once for each image of its batch.
+        images_backward (`int`, *optional*, defaults to `0`):
+            Images of all backward passes together.
+    """
+
+    forwards: int = 0
+    backwards: int = 0
+    images_forward: int = 0
+    images_backward: int = 0
+
+
+@contextmanager
+def count_passes(transformer: nn.Module) -> Iterator[Passes]:
+    """
+    Count the passes of a transformer while the context lasts. Nothing that it computes is changed.
+
+    Args:
+        transformer (`nn.Module`):
+            Of a pipeline: the first of its outputs has one row for each image.
+    """
+    passes = Passes()
+
+    def count_forward(module: nn.Module, inputs: tuple, output: tuple[torch.Tensor, ...]) -> None:
+        velocity = output[0]
+        size = len(velocity)
+        passes.forwards += 1
+        passes.images_forward += size
+
+        def count_backward(_: torch.Tensor) -> None:
+            passes.backwards += 1
+            passes.images_backward += size
+
+        if velocity.requires_grad:
+            velocity.register_hook(count_backward)
+
+    handle = transformer.register_forward_hook(count_forward)
+    try:
+        yield passes
+    finally:
+        handle.remove()
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """
+    What one optimizer step has cost, from its rollouts to the optimizer. Evaluations are no part of it.
+
+    Args:
+        cpu_seconds (`float`):
+            CPU time of all threads of the process.
+        forwards (`int`):
+            Forward passes of the transformer, one for each image of their batches.
+        backwards (`int`):
+            Backward passes, in the same way.
+    """
+
+    cpu_seconds: float
+    forwards: int
+    backwards: int
+
+    @property
+    def passes(self) -> int:
+        """Passes of both kinds, each counted as 1."""
+        return self.forwards + self.backwards
+
+
+class StepCosts(TrainerCallback):
+    """
+    Measures the cost of each optimizer step.
+
+    Args:
+        file (`Path`, *optional*):
+            Where to keep the costs. A run that is resumed goes on in it: what it does again counts once.
+    """
+
+    def __init__(self, file: Path | None = None) -> None:
+        self.file = file
+        self.steps = read_costs(file) if file is not None and file.is_file() else {}
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs) -> None:
+        self._counting = ExitStack()
+        self._passes = self._counting.enter_context(count_passes(model.transformer))
+        self._start = time.process_time()
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        seconds = time.process_time() - self._start
+        self._counting.close()
+        passes = self._passes
+        self.steps[state.global_step] = StepCost(seconds, passes.images_forward, passes.images_backward)
+        if self.file is not None:
+            content = {step: asdict(cost) for step, cost in self.steps.items()}
+            write_atomically(self.file, json.dumps(content).encode())
+
+
+def read_costs(file: Path) -> dict[int, StepCost]:
+    """Step -> its cost, as [`StepCosts`] has left them."""
+    return {int(step): StepCost(**cost) for step, cost in json.loads(file.read_text()).items()}
+
+
+def total_until(costs: Mapping[int, StepCost], step: int) -> StepCost:
+    """The cost of all steps up to one, this included."""
+    own = [cost for number, cost in costs.items() if number <= step]
+    seconds = sum(cost.cpu_seconds for cost in own)
+    return StepCost(seconds, sum(cost.forwards for cost in own), sum(cost.backwards for cost in own))
+
+
+# Decoding and scoring an image takes about as long as five passes of ShapeWorld's transformer (docs/step_cost.md).
+IMAGE_PASSES = 5
+
+
+def estimate_passes(settings: Mapping[str, Any]) -> float:
+    """
+    About how many passes for each image an optimizer step takes, with decoding and scoring in the same unit, for
+    aggregations without per-reward gradients. It decides how many steps a run of a given cost has.
+
+    Args:
+        settings (`Mapping[str, Any]`):
+            Of a run with `policy_loss="nft"`.
+    """
+    solver_steps = settings["num_inference_steps"]
+    trained = max(1, int(solver_steps * settings["timestep_fraction"]))
+    batch = settings["per_device_train_batch_size"] * settings["gradient_accumulation_steps"]
+    updates = settings.get("steps_per_generation", settings["gradient_accumulation_steps"])
+    updates = updates // settings["gradient_accumulation_steps"] * settings.get("num_iterations", 1)
+    sampled = settings["per_device_train_batch_size"] * settings.get(
+        "steps_per_generation", settings["gradient_accumulation_steps"]
+    )
+    # On-policy, the first of several updates by the same images finds the old policy equal to the trained one.
+    preset = settings.get("old_policy_preset", MarbleConfig.old_policy_preset)
+    lagging = 1.0 if preset else (updates - 1) / updates
+    reference = settings.get("regularizer_fraction", 1.0) if settings["beta"] else 0.0
+    return sampled / updates * (solver_steps + IMAGE_PASSES) + batch * trained * (2 + lagging + reference)
