@@ -11,13 +11,14 @@ python examples/benchmarks/velocity_overhead.py
 
 The models have as many modules as the published ones, with their text encoders, VAE and LoRA, but are a few numbers
 wide: what is measured is Python, and does not depend on the width. Times are CPU time on one thread, outside of the
-transformer, and each is the lowest of some calls: what else runs on the machine only adds to it. `trained`, `old` and
-`base` are the velocities that a training step asks for. `recorded` is the first one for a conditioning, which goes
-through the pipeline. `pipeline` is what each of them would cost without the recording.
+transformer, each as the lowest and the median of some calls: what else runs on the machine adds to the median.
+`trained`, `old` and `base` are the velocities that a training step asks for. `recorded` is the first one for a
+conditioning, which goes through the pipeline. `pipeline` is what each of them would cost without the recording.
 """
 
 import argparse
 import json
+import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -198,19 +199,17 @@ class Stopwatch:
     def _end(self, *_: Any) -> None:
         self.inside += time.process_time()
 
-    def measure(self, call: Callable[[], Any], repeats: int) -> float:
-        """The lowest of the times outside, in milliseconds."""
-        times = []
-        for _ in range(repeats):
-            self.inside, start = 0.0, time.process_time()
-            velocity = call()
-            times.append(time.process_time() - start - self.inside)
-            del velocity  # with all that was stored for its backward pass
-        return 1000 * min(times)
+    def measure(self, call: Callable[[], Any]) -> float:
+        """Milliseconds outside."""
+        self.inside, start = 0.0, time.process_time()
+        velocity = call()
+        outside = time.process_time() - start - self.inside
+        del velocity  # with all that was stored for its backward pass
+        return 1000 * outside
 
 
-def measure_model(name: str, bf16: bool, repeats: int) -> dict[str, float]:
-    """Milliseconds outside of the transformer, and the number of modules."""
+def measure_model(name: str, bf16: bool, repeats: int) -> dict[str, Any]:
+    """Milliseconds outside of the transformer, the lowest and the median, and the number of modules."""
     make, shapes, latents = MODELS[name]
     torch.manual_seed(0)
     pipeline = make()
@@ -235,10 +234,11 @@ def measure_model(name: str, bf16: bool, repeats: int) -> dict[str, float]:
         call()
     watch = Stopwatch(flow.transformer)
     # In turn, as in training: the modules change between training and evaluation mode.
-    rounds = [{label: watch.measure(call, 1) for label, call in calls.items()} for _ in range(repeats)]
-    row = {label: min(each[label] for each in rounds) for label in calls}
+    rounds = [{label: watch.measure(call) for label, call in calls.items()} for _ in range(repeats)]
+    times = {label: [each[label] for each in rounds] for label in calls}
     flow.is_listed = False  # then every velocity goes through the pipeline
-    row["pipeline"] = watch.measure(calls["trained"], repeats)
+    times["pipeline"] = [watch.measure(calls["trained"]) for _ in range(repeats)]
+    row = {label: {"lowest": min(values), "median": statistics.median(values)} for label, values in times.items()}
     parts = [part for part in pipeline.components.values() if isinstance(part, nn.Module)]
     return row | {"modules": sum(len(list(part.modules())) for part in parts)}
 
@@ -252,11 +252,12 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     report = {name: measure_model(name, args.bf16, args.repeats) for name in args.models}
-    table = Table(title="Milliseconds of a velocity outside of the transformer")
+    table = Table(title="Milliseconds of a velocity outside of the transformer: lowest, and median")
     for column in ("model", "modules", "trained", "old", "base", "recorded", "pipeline"):
         table.add_column(column, justify="left" if column == "model" else "right")
     for name, row in report.items():
-        times = [f"{row[column]:.2f}" for column in ("trained", "old", "base", "recorded", "pipeline")]
+        columns = (row[column] for column in ("trained", "old", "base", "recorded", "pipeline"))
+        times = [f"{column['lowest']:.2f}, {column['median']:.2f}" for column in columns]
         table.add_row(name, f"{row['modules']:,}", *times)
     Console().print(table)
     if args.json is not None:
