@@ -11,6 +11,7 @@ import functools
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -31,6 +32,7 @@ from trl_marble.pipelines import (
     Conditioning,
     FlowPipeline,
     Policy,
+    adapters_disabled,
     add_trainable_adapter,
     lora_config,
     plain_lora_linears,
@@ -77,6 +79,8 @@ NO_MULTISTEP = {
 } | NOISE_AT_ZERO
 # Layers whose output goes nowhere: the text stream ends with the last block.
 UNREACHED = {"StableDiffusion3Pipeline": {"transformer_blocks.1.attn.add_q_proj"}}
+# Every velocity goes through the pipeline: one takes a number out of the time, the other runs a second transformer.
+NOT_REPEATED = {"ErnieImagePipeline", "Ideogram4Pipeline"}
 # Not in the table, for the reasons of the tests on them.
 LEFT_OUT = ["CogView4Pipeline", "HiDreamImagePipeline", "Kandinsky5T2IPipeline", "Kandinsky5T2VPipeline"]
 
@@ -221,6 +225,12 @@ def test_every_family_has_a_tiny_pipeline():
     assert sorted(NAMES + LEFT_OUT) == sorted(TINY | TINY_EDITS)
 
 
+def test_the_page_names_the_families_whose_velocities_all_go_through_the_pipeline():
+    page = (Path(__file__).parents[2] / "docs" / "pipelines.md").read_text()
+    section = page.split("\n## Velocities\n")[1].split("\n## ")[0]
+    assert {name for name in NAMES if f"`{name}`" in section} == NOT_REPEATED
+
+
 def test_every_family_that_takes_images_edits_one_here():
     assert {family.pipeline_class.__name__ for family in FAMILIES if family.takes_image != "no"} == set(TINY_EDITS)
 
@@ -300,6 +310,36 @@ def test_velocity_leads_from_noise_at_time_1_to_data_at_time_0(case):
     # The last of these steps ended at time 0, where x_t - t * v is the pipeline's own data.
     rollout = case.flow.rollout(case.conditioning, SEEDS, STEPS, output_type="pt", scheduler=case.euler())
     close(step.sample - step.sigma * velocity, rollout.latents)
+
+
+@torch.no_grad()
+def test_velocity_without_the_pipeline_is_the_one_through_it(case, adapted, monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    inputs = [
+        (torch.randn(case.noise.shape, generator=generator), times)
+        for times in (torch.full([4], 0.5), torch.full([4], 0.8), torch.tensor([0.9, 0.4, 0.4, 0.7]))
+    ]
+    # With negative prompts, which velocities leave out, where there is classifier-free guidance.
+    guided = {} if case.name in EMBEDDED_GUIDANCE else {"guidance_scale": 3.0}
+    through, without = (case.flow_of(adapted.pipeline, **guided) for _ in range(2))
+    monkeypatch.setattr(through, "is_listed", False)  # as a class that nobody has compared
+    conditioning = case.encode(without)
+    random_numbers = torch.get_rng_state()
+    expected = [through.velocity(*each, conditioning) for each in inputs]
+    calls, own = [], without._velocity_by_pipeline
+    monkeypatch.setattr(without, "_velocity_by_pipeline", lambda *args: calls.append(None) or own(*args))
+    for each in inputs[1:]:  # recorded with other latents at other times
+        without.velocity(*each, conditioning)
+    assert calls
+    calls.clear()
+    for each, velocity in zip(inputs, expected, strict=True):
+        assert torch.equal(without.velocity(*each, conditioning), velocity)
+        with adapters_disabled(without.transformer):
+            base = without.velocity(*each, conditioning)
+            assert torch.equal(base, through.velocity(*each, conditioning)) and not torch.equal(base, velocity)
+    assert bool(calls) == (case.name in NOT_REPEATED)
+    # A pipeline that is not called draws no noise: it must not have drawn any that the rest of a training notices.
+    assert torch.equal(torch.get_rng_state(), random_numbers)
 
 
 @torch.no_grad()

@@ -55,6 +55,14 @@ def test_with_dropout_no_forward_pass_for_training_is_one_of_the_old_policy(inpu
     assert not weights.velocity(*inputs, conditioning).equal(old)
 
 
+def test_every_module_is_in_the_mode_of_its_velocity(inputs):
+    weights = make_weights()
+    conditioning = weights.flow.encode(["a cat", "a dog"])
+    for velocity, trains in ((weights.velocity, True), (weights.base_velocity, False), (weights.velocity, True)):
+        velocity(*inputs, conditioning)
+        assert {module.training for module in weights.policy.modules()} == {trains}
+
+
 def test_what_was_saved_is_taken_over_in_place():
     saved, fresh = make_weights(), make_weights(seed=1)
     train(saved)

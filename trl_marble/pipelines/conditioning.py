@@ -34,6 +34,8 @@ class Conditioning:
     # row alone, which all selections of the row share.
     _outputs: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False)
     _row_outputs: list[dict[Hashable, Any]] = field(default_factory=list, init=False, repr=False)
+    _derived: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False)
+    _derived_from: list[tuple[Any, int]] = field(default_factory=list, init=False, repr=False)
 
     def __post_init__(self) -> None:
         sizes = {name: len(rows) for name, rows in self.kwargs.items()}
@@ -66,6 +68,26 @@ class Conditioning:
         selected._row_outputs[:] = [self._row_outputs[i] for i in indices.tolist()]
         return selected
 
+    def part(self, indices: Tensor) -> "Conditioning":
+        """The selection of some rows, which is the same object each time as long as no row has changed."""
+        derived, key = self.derived(), ("part", *indices.tolist())
+        if key not in derived:
+            derived[key] = self.select(indices)
+        return derived[key]
+
+    def derived(self) -> dict[Hashable, Any]:
+        """
+        What was computed from exactly these rows, to be kept with them. It is empty again when a row has been replaced
+        or a tensor written into.
+        """
+        rows = [row for rows in self.kwargs.values() for row in (rows if isinstance(rows, list) else [rows])]
+        now = [(row, _version(row)) for row in rows]
+        before = self._derived_from
+        if len(now) != len(before) or any(a is not b or i != j for (a, i), (b, j) in zip(now, before, strict=True)):
+            self._derived.clear()
+            self._derived_from[:] = now
+        return self._derived
+
     def to(self, device: torch.device | str) -> "Conditioning":
         """The same conditioning on another device."""
         return Conditioning(
@@ -88,3 +110,8 @@ class Conditioning:
     @property
     def _cache(self) -> dict[Hashable, Any]:
         return self._row_outputs[0] if len(self) == 1 else self._outputs
+
+
+def _version(row: Any) -> int:
+    """How often a tensor has been written into; that of the inference mode does not know."""
+    return row._version if isinstance(row, Tensor) and not row.is_inference() else 0

@@ -3,13 +3,16 @@
 
 import copy
 import inspect
+import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import PIL.Image
 import torch
+from diffusers.configuration_utils import ConfigMixin
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
@@ -20,12 +23,14 @@ from ..step_times import StepTimes
 from .acceleration import Acceleration
 from .assumed_family import assume_family
 from .conditioning import Conditioning, Rows
+from .embedding_cache import EmbeddingCache, encoder_fingerprint, in_chunks, join_rows
 from .families import find_family
 from .overrides import encode_once, replace_latents
 from .pipeline_checks import check_guidance, check_images, check_size, check_trainable
-from .precision import autocast_calls
+from .precision import autocast_calls, autocast_for
 from .prompt_length import describe_long_prompts
 from .quantization import base_dtype
+from .recording import Circumstances, Recorder, Recording, autocast_of
 from .schedulers import (
     FLOW_MATCHING_SCHEDULERS,
     OneStep,
@@ -118,6 +123,9 @@ class FlowPipeline:
         self.num_frames = num_frames
         self.autocast_dtype = autocast_dtype
         self._warned_of_long_prompt = False
+        self._embeddings: EmbeddingCache | None = None
+        self._encoder_device: torch.device | None = None  # where it is not the transformer's
+        self._has_text_encoders = True
 
     @property
     def transformer(self) -> ModelMixin:
@@ -180,7 +188,7 @@ class FlowPipeline:
         if len(prompts) == 0:
             raise ValueError("`prompts` is empty; pass at least one prompt.")
         check_images(self.pipeline, self.family, prompts, images)
-        if not self._warned_of_long_prompt:
+        if self._has_text_encoders and not self._warned_of_long_prompt:  # whose limits count
             message = describe_long_prompts(self.pipeline, self.family, self.max_sequence_length, prompts)
             if message is not None:
                 warnings.warn(message, UserWarning, stacklevel=3)  # the caller, beyond the no_grad decorator
@@ -188,10 +196,85 @@ class FlowPipeline:
         rows: dict[str, Rows] = {} if images is None else {"image": [to_rgb(image) for image in images]}
         if self.family.encoded_names is None:
             return Conditioning({**rows, "prompt": list(prompts)})
-        rows |= self._run_encoders(list(prompts), self.family.encoded_names)
+        rows |= self._encode_in_chunks(list(prompts), self.family.encoded_names)
         if self.is_guided and self.family.negative_names is not None:
-            rows |= self._run_encoders([""] * len(prompts), self.family.negative_names)
-        return Conditioning(rows)
+            rows |= self._encode_in_chunks([""] * len(prompts), self.family.negative_names)
+        conditioning = Conditioning(rows)
+        return conditioning if self._embeddings is None else conditioning.to(self.device)
+
+    def cache_embeddings(self, folder: str | os.PathLike, device: torch.device | str | None = None) -> None:
+        """
+        Keep the embeddings of prompts on disk from now on, and read those that are there already.
+
+        They are found by their prompt and a fingerprint of the text encoders, their weights and all settings.
+
+        Args:
+            folder (`str` or `os.PathLike`):
+                Where to keep them, in safetensors files.
+            device (`torch.device` or `str`, *optional*):
+                Where to compute them: the text encoders are moved there. Defaults to the transformer's device, with
+                the text encoders where they are.
+
+        Raises:
+            `ValueError`: the pipeline takes no embeddings.
+        """
+        if self.family.encoded_names is None:
+            raise ValueError(
+                f"{type(self.pipeline).__name__} takes no embeddings but text, so there are none to keep. Set "
+                "cache_embeddings=False."
+            )
+        settings = [
+            type(self.pipeline).__name__,
+            sorted(self.family.arguments.items()),
+            self.family.encoded_names,
+            self.family.negative_names,
+            self.max_sequence_length,
+            self.is_guided,
+            self.dtype,
+        ]
+        self._embeddings = EmbeddingCache(Path(folder), encoder_fingerprint(self.pipeline, settings))
+        if device is not None:
+            self._encoder_device = torch.device(device)
+            for name in self._text_encoders:
+                self.pipeline.components[name].to(device)
+
+    def drop_text_encoders(self) -> None:
+        """
+        Remove the text encoders from the pipeline, whose embeddings are all on disk (see [`cache_embeddings`]). No
+        other prompt can be encoded then.
+
+        Raises:
+            `RuntimeError`: embeddings are not kept on disk.
+        """
+        if self._embeddings is None:
+            raise RuntimeError("Without text encoders nothing can be encoded; call `cache_embeddings` first.")
+        for name in self._text_encoders:
+            setattr(self.pipeline, name, None)
+        self._has_text_encoders = False
+
+    @property
+    def _text_encoders(self) -> list[str]:
+        """The names of the text encoders that the pipeline has."""
+        components = self.pipeline.components.items()
+        return [name for name, part in components if name.startswith("text_encoder") and part is not None]
+
+    def with_size(self, height: int | None, width: int | None) -> "FlowPipeline":
+        """
+        The same pipeline for images of another size.
+
+        Args:
+            height (`int`, *optional*):
+                Height of the images in pixels. Defaults to the pipeline's own.
+            width (`int`, *optional*):
+                Width of the images in pixels. Defaults to the pipeline's own.
+
+        Raises:
+            `ValueError`: only one of them is given, and the pipeline would change it.
+        """
+        check_size(self.pipeline, self.family, height, width, self.num_frames)
+        other = copy.copy(self)
+        other.height, other.width = height, width
+        return other
 
     def encode_any(self) -> Conditioning:
         """One row that the pipeline can be called with, where it does not matter with which."""
@@ -295,7 +378,7 @@ class FlowPipeline:
         if not calls.any():
             return self._velocity_at(x_t, t[0], conditioning)
         samples = [torch.nonzero(calls == call).flatten() for call in calls.unique()]
-        parts = [self._velocity_at(x_t[rows], t[rows[0]], conditioning.select(rows)) for rows in samples]
+        parts = [self._velocity_at(x_t[rows], t[rows[0]], conditioning.part(rows)) for rows in samples]
         return torch.cat(parts)[torch.argsort(torch.cat(samples))]
 
     def training_times(self, num_inference_steps: int, scheduler: SchedulerMixin | None = None) -> Tensor:
@@ -397,8 +480,33 @@ class FlowPipeline:
         return Rollout(latents=latents[0], images=output[0])  # `images` or `frames`
 
     def _velocity_at(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
-        """The velocity in one call; `t` is one time per sample, or one time for all samples."""
-        solver = OneStep(self.pipeline.scheduler, t)
+        """
+        The velocity in one call; `t` is one time per sample, or one time for all samples.
+
+        The first call for a conditioning goes through the pipeline. What it does is recorded, and later calls do the
+        same without it.
+        """
+        if not self.is_listed or torch.is_inference_mode_enabled():  # not compared; or writes would go unnoticed
+            return self._velocity_by_pipeline(x_t, t, conditioning).to(x_t.dtype)
+        circumstances, derived = self._circumstances(x_t, t), conditioning.derived()
+        recorded: tuple[Circumstances | None, Recording | None] = derived.get(Recording, (None, None))
+        before, recording = recorded
+        if before != circumstances or not (recording is None or recording.is_intact()):
+            recorder = Recorder(x_t, t)
+            with recorder.recording(self.transformer, self._call_transformer):
+                velocity = self._velocity_by_pipeline(x_t, t, conditioning, recorder.stop)
+            derived[Recording] = circumstances, recorder.finish(velocity)
+        elif recording is None:  # it cannot be repeated
+            velocity = self._velocity_by_pipeline(x_t, t, conditioning)
+        else:
+            velocity = recording.velocity(x_t, t)
+        return velocity.to(x_t.dtype)
+
+    def _velocity_by_pipeline(
+        self, x_t: Tensor, t: Tensor, conditioning: Conditioning, when_done: Callable[[], None] | None = None
+    ) -> Tensor:
+        """The velocity as the pipeline hands it to its scheduler."""
+        solver = OneStep(self.pipeline.scheduler, t, when_done)
         driver = self._driver(solver, conditioning)
         options: dict[str, Any] = {}
         if "prepare_latents" in dir(driver):  # without it, `__call__` uses the latents it is given as they are
@@ -408,9 +516,27 @@ class FlowPipeline:
             options["latents"] = x_t.to(self.dtype)
         # Two, because Mochi divides by half of it; `OneStep` takes one step whatever the number.
         self._call_with_gradients(driver, conditioning, num_inference_steps=2, **options)
+        vars(driver).clear()  # its replaced methods hold it, and so the latents, until the next garbage collection
         if solver.velocity is None:
             raise RuntimeError(f"{type(self.pipeline).__name__} ended without a denoising step; it cannot be trained.")
-        return solver.velocity.to(x_t.dtype)
+        return solver.velocity
+
+    def _circumstances(self, x_t: Tensor, t: Tensor) -> Circumstances:
+        """What a velocity call depends on, apart from the conditioning, the weights and the values of x_t and t."""
+        parts = list(vars(self.pipeline).values())
+        configs = [part.config for part in parts if isinstance(part, ConfigMixin)]
+        weight = next(self.transformer.parameters())
+        return Circumstances(
+            [*vars(self).values(), *parts, *configs],
+            (x_t.shape, x_t.stride(), x_t.dtype, x_t.device, t.shape, weight.dtype, weight.device, autocast_of(x_t)),
+        )
+
+    def _call_transformer(self, *args: Any, **kwargs: Any) -> Any:
+        """The transformer in its precision, without the conversion of its output, which is recorded."""
+        if self.autocast_dtype is None:
+            return self.transformer(*args, **kwargs)
+        with autocast_for(self.transformer, self.autocast_dtype):
+            return self.transformer(*args, **kwargs)
 
     def _call_with_gradients(self, driver: Any, conditioning: Conditioning, **options: Any) -> None:
         """Run the pipeline's `__call__` without its `no_grad` decorator and without classifier-free guidance."""
@@ -459,13 +585,24 @@ class FlowPipeline:
         scale = self.guidance_scale if guided or family.guidance == "embedded" else 1.0
         return _select_known(arguments, self._call_parameters) | family.guidance_arguments(scale) | rows
 
+    def _encode_in_chunks(self, prompts: list[str], names: tuple[str | None, ...]) -> dict[str, Rows]:
+        if self._embeddings is not None:
+            return self._embeddings.rows(prompts, names, lambda chunk: self._run_encoders(chunk, names))
+        return join_rows([self._run_encoders(chunk, names) for chunk in in_chunks(prompts)])
+
     def _run_encoders(self, prompts: list[str], names: tuple[str | None, ...]) -> dict[str, Rows]:
         """Run `encode_prompt`; its outputs by the names of the `__call__` arguments, each with one row per prompt."""
+        if not self._has_text_encoders:
+            raise ValueError(
+                f"The prompt {prompts[0]!r} is not in the cache of embeddings, and the text encoders were dropped. "
+                "Only prompts of the `train_dataset` and the `eval_dataset` that the trainer was made with can be "
+                "used; for others set cache_embeddings=False."
+            )
         arguments = {
             **self.family.arguments,
             "max_sequence_length": self.max_sequence_length,
             "do_classifier_free_guidance": self.is_guided,
-            "device": self.device,
+            "device": self._encoder_device or self.device,
         }
         outputs = self.pipeline.encode_prompt(prompts, **_select_known(arguments, self._encode_parameters))
         if not isinstance(outputs, tuple):

@@ -2,7 +2,7 @@
 """The trained policy as a module, and the base model that is left of it without its adapter."""
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -91,29 +91,39 @@ class Policy(nn.Module):
         self.transformer.disable_gradient_checkpointing()
 
 
-@contextmanager
-def adapters_disabled(transformer: nn.Module) -> Iterator[None]:
+def adapter_layers(transformer: nn.Module) -> list[BaseTunerLayer]:
     """
-    Let the transformer be the base model, the reference policy, inside the context.
-
-    Every adapter layer and every `requires_grad` flag is left as it was found (peft's own switch sets the flags).
+    The layers of a transformer that have adapters.
 
     Args:
         transformer (`torch.nn.Module`):
             The transformer, with or without adapters.
     """
-    layers = [
-        module
-        for module in transformer.modules()
-        if isinstance(module, BaseTunerLayer) and not module.disable_adapters
-    ]
-    flags = [(parameter, parameter.requires_grad) for layer in layers for parameter in layer.parameters()]
+    return [module for module in transformer.modules() if isinstance(module, BaseTunerLayer)]
+
+
+@contextmanager
+def adapters_disabled(transformer: nn.Module, layers: Sequence[BaseTunerLayer] | None = None) -> Iterator[None]:
+    """
+    Let the transformer be the base model, the reference policy, inside the context.
+
+    Every adapter layer and every `requires_grad` flag is left as it was found.
+
+    Args:
+        transformer (`torch.nn.Module`):
+            The transformer, with or without adapters.
+        layers (`Sequence[BaseTunerLayer]`, *optional*):
+            Its [`adapter_layers`], where they are known already: to list them takes 20 ms for a model such as Stable
+            Diffusion 3.5 Medium.
+    """
+    if layers is None:
+        layers = adapter_layers(transformer)
+    # Not by peft's own switch, which also sets the flags, weight by weight. Attributes of modules are slow to set.
+    enabled = [vars(layer) for layer in layers if not layer.disable_adapters]
     try:
-        for layer in layers:
-            layer.enable_adapters(False)
+        for attributes in enabled:
+            attributes["_disable_adapters"] = True
         yield
     finally:
-        for layer in layers:
-            layer.enable_adapters(True)
-        for parameter, requires_grad in flags:
-            parameter.requires_grad_(requires_grad)
+        for attributes in enabled:
+            attributes["_disable_adapters"] = False

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .conditioning import Conditioning
-from .policy import Policy, adapters_disabled
+from .policy import Policy, adapter_layers, adapters_disabled
 from .weight_shadow import WeightShadow, check_same_weights
 
 
@@ -34,7 +34,9 @@ class PolicyWeights:
         self.parameters = list(self.trained.values())
         self.old = WeightShadow(self.trained.items())
         self.averaged = WeightShadow(self.trained.items())
-        modules = policy.transformer.modules()
+        modules = list(policy.modules())  # listed once: there are thousands of them
+        self._module_attributes = [vars(module) for module in modules]
+        self._adapter_layers = adapter_layers(policy.transformer)
         self._has_dropout = any(isinstance(module, nn.Dropout) and module.p > 0 for module in modules)
 
     def are_on_policy(self) -> bool:
@@ -48,7 +50,7 @@ class PolicyWeights:
 
     def velocity(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         """The trained policy's velocity, attached. See [`~trl_marble.pipelines.FlowPipeline.velocity`]."""
-        self.policy.train()
+        self._set_mode(training=True)
         return self.policy(x_t, t, conditioning)
 
     @torch.no_grad()
@@ -65,7 +67,7 @@ class PolicyWeights:
     @torch.no_grad()
     def base_velocity(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         """The base model's velocity. See [`~PolicyWeights.old_velocity`] for when to ask."""
-        with self.sampling(adapters_disabled(self.policy.transformer)):
+        with self.sampling(adapters_disabled(self.policy.transformer, self._adapter_layers)):
             return self.policy(x_t, t, conditioning)
 
     @contextmanager
@@ -77,9 +79,14 @@ class PolicyWeights:
             weights (context manager):
                 What puts them in place, such as `weights.averaged.swapped_in()`; `nullcontext()` for the trained ones.
         """
-        self.policy.eval()
+        self._set_mode(training=False)
         with weights:
             yield
+
+    def _set_mode(self, training: bool) -> None:
+        """As `policy.train(training)`, which takes 20 ms for a model such as Stable Diffusion 3.5 Medium."""
+        for attributes in self._module_attributes:
+            attributes["training"] = training
 
     # ---- State ----
 

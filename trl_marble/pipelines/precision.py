@@ -11,6 +11,22 @@ from torch import Tensor, nn
 from .quantization import base_dtype
 
 
+def autocast_for(module: nn.Module, dtype: torch.dtype) -> torch.autocast:
+    """
+    Autocast for the device of a module.
+
+    Without a cache: it finds converted weights by their tensor, and would go on with the values that a parameter had
+    before another policy's were put in its place.
+
+    Args:
+        module (`torch.nn.Module`):
+            The module.
+        dtype (`torch.dtype`):
+            What to compute in.
+    """
+    return torch.autocast(next(module.parameters()).device.type, dtype, cache_enabled=False)
+
+
 @contextmanager
 def autocast_calls(modules: Iterable[nn.Module], dtype: torch.dtype) -> Iterator[None]:
     """
@@ -29,9 +45,7 @@ def autocast_calls(modules: Iterable[nn.Module], dtype: torch.dtype) -> Iterator
     running: list[torch.autocast] = []  # one for each call that has not returned
 
     def begin(module: nn.Module, args: Any) -> None:
-        # Without a cache: it finds converted weights by their tensor, and would go on with the values that a parameter
-        # had before another policy's were put in its place.
-        region = torch.autocast(next(module.parameters()).device.type, dtype, cache_enabled=False)
+        region = autocast_for(module, dtype)
         region.__enter__()
         running.append(region)
 

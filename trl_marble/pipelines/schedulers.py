@@ -73,19 +73,22 @@ class OneStep:
             The scheduler that it stands in for.
         t (`torch.Tensor` of shape `[batch]` or `[]`):
             The time of every sample, or one for all, in [0, 1].
+        when_done (`Callable[[], None]`, *optional*):
+            Called when the velocity is there.
     """
 
     order = 1
 
-    def __init__(self, scheduler: Any, t: Tensor):
+    def __init__(self, scheduler: Any, t: Tensor, when_done: Callable[[], None] | None = None):
         self.config = scheduler.config
         self._is_inverted = has_inverted_time(scheduler)
         t = 1 - t if self._is_inverted else t
         # One "step" whose timestep is a whole batch: pipelines expand it to the batch size, which leaves it as it is.
         self.timesteps = [t * scheduler.config.num_train_timesteps]
-        # Some pipelines pass it to caches of activations, as one number; nothing is computed from it.
-        self.sigmas = [t.flatten()[0], torch.zeros_like(t.flatten()[0])]
+        # Some pipelines pass them to caches of activations; nothing is computed from them.
+        self.sigmas = [torch.ones(()), torch.zeros(())]
         self.velocity: Tensor | None = None
+        self._when_done = when_done
 
     def set_timesteps(
         self,
@@ -112,6 +115,8 @@ class OneStep:
         # With times per token the pipelines pass data - noise as well.
         is_negative = self._is_inverted or per_token_timesteps is not None
         self.velocity = -model_output if is_negative else model_output
+        if self._when_done is not None:
+            self._when_done()
         return SchedulerOutput(prev_sample=sample) if return_dict else (sample,)
 
 

@@ -69,15 +69,16 @@ class WeightShadow:
             `RuntimeError`: the shadow is swapped in already.
         """
         self._refuse_while_swapped_in("swapped_in")
-        live = {name: parameter.data for name, parameter in self._parameters.items()}
+        parameters = list(self._parameters.values())
+        live = [parameter.data for parameter in parameters]
         self._swapped_in = True
         try:
-            for name, parameter in self._parameters.items():
-                parameter.data = self._values[name]
+            for parameter, value in zip(parameters, self._values.values(), strict=True):
+                parameter.data = value
             yield
         finally:
-            for name, parameter in self._parameters.items():
-                parameter.data = live[name]
+            for parameter, value in zip(parameters, live, strict=True):
+                parameter.data = value
             self._swapped_in = False
 
     def state_dict(self) -> dict[str, Tensor]:

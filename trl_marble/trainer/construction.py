@@ -10,6 +10,7 @@ import torch
 from accelerate import Accelerator
 from datasets import Dataset
 from diffusers import DiffusionPipeline
+from huggingface_hub.constants import HF_HOME
 from torch import Tensor
 from transformers.utils import logging
 
@@ -33,6 +34,7 @@ from ..pipelines import (
     place_base,
     verify_acceleration,
 )
+from ..pipelines.embedding_cache import in_chunks
 from ..processes import FailingTogether
 from ..progress import MakeBar
 from ..rewards import RewardScorer
@@ -55,6 +57,7 @@ from .marble_config import MarbleConfig
 
 
 logger = logging.get_logger(__name__)
+EMBEDDINGS = Path(HF_HOME) / "trl_marble" / "embeddings"
 
 
 def default_config(pipeline: Any) -> MarbleConfig:
@@ -118,16 +121,10 @@ def build_scorers(reward_funcs: Any, eval_reward_funcs: Any, args: MarbleConfig)
 
 def build_flow(pipeline: DiffusionPipeline, args: MarbleConfig) -> FlowPipeline:
     """The pipeline with the settings of the rollouts."""
-    return _build_flow(pipeline, args.height, args.width, args)
-
-
-def _build_flow(
-    pipeline: DiffusionPipeline, height: int | None, width: int | None, args: MarbleConfig
-) -> FlowPipeline:
     return FlowPipeline(
         pipeline,
-        height,
-        width,
+        args.height,
+        args.width,
         args.guidance_scale,
         args.max_sequence_length,
         num_frames=args.num_frames,
@@ -176,6 +173,28 @@ def check_evaluation_prompts(
     return edits
 
 
+def cache_embeddings(
+    flow: FlowPipeline, train_dataset: Dataset, eval_dataset: Dataset | dict[str, Dataset] | None, args: MarbleConfig
+) -> None:
+    """
+    With `cache_embeddings`, encode all prompts that are not on disk yet, and drop the text encoders. Each process
+    encodes its share.
+
+    Raises:
+        `ValueError`: If the pipeline takes no embeddings.
+    """
+    if not args.cache_embeddings:
+        return
+    flow.cache_embeddings(EMBEDDINGS, args.device)
+    sets = [train_dataset, *evaluation_sets(eval_dataset).values()]
+    prompts = dict.fromkeys(prompt for prompts in sets for prompt in prompts["prompt"][:])
+    prompts |= {flow.family.empty_prompt: None}  # with which the time grid is found
+    with FailingTogether().phase():
+        for chunk in in_chunks(list(prompts)[args.process_index :: args.world_size]):
+            flow.encode(chunk)
+    flow.drop_text_encoders()
+
+
 def place_pipeline(flow: FlowPipeline, trainable: Mapping[str, Any], args: MarbleConfig) -> None:
     """
     Bring a pipeline with its adapter to where it is trained, see [`~trl_marble.pipelines.place_base`].
@@ -220,11 +239,8 @@ def build_evaluator(
     args: MarbleConfig,
 ) -> PolicyEvaluator:
     """What evaluates, with steps and a size of its own where the settings have them."""
-    size = args.evaluation_size
-    if size != (args.height, args.width):
-        family = flow.family
-        flow = _build_flow(flow.pipeline, *size, args)
-        flow.family = family  # that of an unknown class was found by calling it
+    if args.evaluation_size != (args.height, args.width):
+        flow = flow.with_size(*args.evaluation_size)
     sampler = _build_sampler(flow, args.evaluation_steps, together, make_bar, args)
     return PolicyEvaluator(sampler, scorers, accelerator, args.num_images_to_log)
 

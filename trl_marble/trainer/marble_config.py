@@ -108,6 +108,11 @@ class MarbleConfig(TrainingArguments):
         offload_components (`bool`, *optional*, defaults to `False`):
             Whether text encoders, image encoders and the VAE are on the device only while they are used, and on the
             CPU otherwise. The transformer stays on the device.
+        cache_embeddings (`bool`, *optional*, defaults to `False`):
+            Whether the embeddings of all prompts are computed before training and kept on disk, below
+            `HF_HOME/trl_marble/embeddings`. Later runs with the same prompts, text encoders and settings find them
+            there. The text encoders are then removed from the pipeline, so that only these prompts can be sampled and
+            evaluated.
         num_generations_eval (`int`, *optional*, defaults to `4`):
             Number of images sampled for each prompt of `eval_dataset`. Seeds are the same at every evaluation.
         eval_num_inference_steps (`int`, *optional*):
@@ -362,6 +367,10 @@ class MarbleConfig(TrainingArguments):
     )
     offload_components: bool = field(
         default=False, metadata={"help": "Whether text encoders and VAE are on the CPU while they are not used."}
+    )
+    cache_embeddings: bool = field(
+        default=False,
+        metadata={"help": "Whether prompts are encoded before training, kept on disk, and text encoders removed."},
     )
     num_generations_eval: int = field(default=4, metadata={"help": "Number of images for each evaluation prompt."})
     eval_num_inference_steps: int | None = field(

@@ -149,6 +149,7 @@ class MarbleNFTTrainer(WithoutPredictions, ObservedTrainer):
         self.edits = construction.check_prompts(self.flow, self.scorers, train_dataset, eval_dataset)
         trainable = dict(add_trainable_adapter(self.pipeline, peft_config or lora_config(self.pipeline)))
         fingerprint = base_fingerprint(self.flow.transformer)
+        construction.cache_embeddings(self.flow, train_dataset, eval_dataset, args)
         construction.place_pipeline(self.flow, trainable, args)
         super().__init__(
             model=Policy(self.flow),
