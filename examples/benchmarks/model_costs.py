@@ -10,8 +10,8 @@ What `trl-marble estimate` knows of models: operations of a pass, and memory, as
 python examples/benchmarks/model_costs.py --models sd3.5m flux qwen-image
 ```
 
-Everything is computed with the fake tensors of `memory.py`, which have the published sizes and no data, for three sizes
-of images and two of batches, and written as coefficients to `trl_marble/cli/model_costs.json`. It takes minutes
+Everything is computed with the fake tensors of `memory.py`, which have the published sizes and no data, for three
+sizes of images and two of batches, and written as coefficients to `trl_marble/cli/model_costs.json`. It takes minutes
 for each model. Run it again when a step allocates other tensors.
 
 With P = height x width / 512^2 and batches of B images:
@@ -96,7 +96,6 @@ class Steps:
             self.at(scale).rollout(1)
         counts = counter.get_flop_counts()["Global"]
         return counter.get_total_flops() - counts[ATTENTION], counts[ATTENTION]
-
 
     def bytes_of_part(self, part: str) -> list[int]:
         """The coefficients `[0]`, `[1]` and `[2]` of the formula above."""

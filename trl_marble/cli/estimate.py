@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 HELP = "images, passes, time and memory of a training, computed from its settings"
 USAGE = "trl-marble estimate --config FILE [--gpu NAME | --seconds_per_pass SECONDS] [options of train]"
 DESCRIPTION = """Compute what `trl-marble train` is going to cost with the same settings: images and passes of the
-transformer in each step, minutes and hours on known GPUs, and peak memory. Nothing is loaded, and no GPU is needed. The
-times are not measured: they are operations of the transformer divided by what a GPU does at the utilization given."""
+transformer in each step, minutes and hours on known GPUs, and peak memory. Nothing is loaded, and no GPU is needed.
+The times are not measured: operations of the transformer are divided by what a GPU does at the utilization given."""
 GB = 1e9
 SHAPEWORLD_REWARDS = 5
 GENERATED = re.compile(r"(\w[\w.-]*=)?(ocr|compositional):(?P<number>\d+)")
