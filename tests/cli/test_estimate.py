@@ -119,7 +119,7 @@ COUNTED = {
     "no KL": {"beta": 0.0},
     "weighted sum": {"multi_objective_aggregation": "sum_then_normalize"},
     "progress": {"multi_objective_aggregation": "progress", "old_policy_preset": 0},
-    "two steps per batch": {"steps_per_generation": 4, "old_policy_preset": 0},
+    "two steps per batch": {"steps_per_generation": 4, "old_policy_preset": 0, "num_generations": 4},
     "AWM": {"policy_loss": "awm", "old_policy_preset": 3},
     "guidance": {"guidance_scale": 4.0},
 }
