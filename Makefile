@@ -4,6 +4,7 @@
 PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3 python; do \
 	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && echo $$python && break; done)
 
+comma := ,
 BIN := .venv/bin
 # One thread a test process: two processes run at once, and small tensors gain nothing from more threads. The tests of a
 # file run in one process, so that what they share is made once.
@@ -13,12 +14,22 @@ INSTALLED := .venv/.installed
 
 AUDIT := build/audit
 
+# Environments of the lowest and of the newest versions that pyproject.toml allows, and what is tested in them.
+BOUNDS := build/bounds
+UV := $(BOUNDS)/uv/bin/uv
+CORE_EXTRAS := clip,completion,plots,server
+CORE_TOOLS := pytest pytest-xdist hypothesis
+CORE_TESTS := $(addprefix tests/,balance callbacks checkpoint cli data evaluation hub losses pipelines rewards rollout shapeworld trainer update)
+
+RELEASE := build/release
+MAX_SDIST := 20000000
+
 # The comparison of methods, from nothing; an interrupted one goes on where it was.
 EVIDENCE := runs/compare
 LONG := runs/long
 TIMES := runs/time_to_reward
 
-.PHONY: demo evidence ablations long variants time_to_reward test slow fuzz audit docs lint clean help
+.PHONY: demo evidence ablations long variants time_to_reward test slow fuzz audit docs lint build test-lowest test-latest clean help
 
 help:
 	@echo "make demo   train ShapeWorld against five rewards; results in runs/demo/"
@@ -32,6 +43,8 @@ help:
 	@echo "make fuzz   many more examples for the tests that feed the parsers with anybody's bytes"
 	@echo "make audit  known vulnerabilities of the versions in constraints.txt; needs pypi.org"
 	@echo "make docs   the documentation as a static site in build/site/"
+	@echo "make build  wheel and sdist in dist/, checked; needs a package index"
+	@echo "make test-lowest, make test-latest  the core tests with the lowest, the newest allowed versions; they need a package index"
 	@echo "make lint   ruff (rules and format) and mypy"
 	@echo "make clean  remove the environment, caches and builds; runs/ is kept"
 
@@ -81,6 +94,34 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+
+# In an environment of its own. An sdist that grows past its limit would be refused by no index, only be slow for all.
+build:
+	@test -n "$(PYTHON)" || { echo "No Python of version 3.11 or newer was found; name it: make PYTHON=/path/to/python build"; exit 1; }
+	test -x $(RELEASE)/bin/twine || { "$(PYTHON)" -m venv $(RELEASE) && $(RELEASE)/bin/pip install --quiet build==1.3.0 twine==6.2.0; }
+	rm -rf dist
+	$(RELEASE)/bin/python -m build --outdir dist .
+	$(RELEASE)/bin/twine check --strict dist/*
+	@size=$$(wc -c < dist/*.tar.gz); test $$size -lt $(MAX_SDIST) || { \
+		echo "The sdist has $$size bytes, which is not under $(MAX_SDIST): leave something out in pyproject.toml."; exit 1; }
+
+$(UV):
+	@test -n "$(PYTHON)" || { echo "No Python of version 3.11 or newer was found; name it: make PYTHON=/path/to/python test-lowest"; exit 1; }
+	"$(PYTHON)" -m venv $(BOUNDS)/uv && $(BOUNDS)/uv/bin/pip install --quiet uv
+
+# The tools of the tests are the newest: only the package's own bounds are in question. UV_TORCH_BACKEND=cpu in the
+# environment takes the small builds of torch.
+test-lowest: $(UV)
+	$(UV) pip compile --quiet --python "$(PYTHON)" --resolution lowest-direct --extra $(subst $(comma), --extra ,$(CORE_EXTRAS)) \
+		--no-annotate --no-header pyproject.toml -o $(BOUNDS)/lowest.txt
+	rm -rf $(BOUNDS)/lowest && $(UV) venv --quiet --python "$(PYTHON)" $(BOUNDS)/lowest
+	$(UV) pip install --python $(BOUNDS)/lowest -e ".[$(CORE_EXTRAS)]" $(CORE_TOOLS) -c $(BOUNDS)/lowest.txt
+	OMP_NUM_THREADS=1 $(BOUNDS)/lowest/bin/python -m pytest $(CORE_TESTS) $(TWO_AT_ONCE)
+
+test-latest: $(UV)
+	rm -rf $(BOUNDS)/latest && $(UV) venv --quiet --python "$(PYTHON)" $(BOUNDS)/latest
+	$(UV) pip install --python $(BOUNDS)/latest --resolution highest -e ".[$(CORE_EXTRAS)]" $(CORE_TOOLS)
+	OMP_NUM_THREADS=1 $(BOUNDS)/latest/bin/python -m pytest $(CORE_TESTS) $(TWO_AT_ONCE)
 
 clean:
 	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

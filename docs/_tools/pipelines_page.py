@@ -1,20 +1,43 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
 """Put the families and the layers that they train into docs/pipelines.md: python docs/_tools/pipelines_page.py"""
 
+import json
+import sys
 from pathlib import Path
 
 from trl_marble.pipelines import FAMILIES, Family
 
 
-PAGE = Path(__file__).resolve().parents[1] / "pipelines.md"
+ROOT = Path(__file__).resolve().parents[2]
+PAGE = ROOT / "docs" / "pipelines.md"
 PARTS = ("families", "layers")
+TINY_LEVEL = "tiny"
+# Level -> pipeline class -> where and when it was reached. What reaches a level writes it here: a test, or a person.
+LEVELS = Path(__file__).with_name("verified_levels.json")
 
 
 def families_table() -> str:
     """`FAMILIES` as a Markdown table."""
-    lines = ["| Pipeline class | Guidance | Notes |", "|---|---|---|"]
-    lines += [f"| {_name(family)} | {_guidance(family)} | {_notes(family)} |" for family in FAMILIES]
+    reached = levels()
+    lines = ["| Pipeline class | Guidance | Verified | Notes |", "|---|---|---|---|"]
+    for family in FAMILIES:
+        verified = ", ".join(level for level, names in reached.items() if family.pipeline_class.__name__ in names)
+        lines.append(f"| {_name(family)} | {_guidance(family)} | {verified or '-'} | {_notes(family)} |")
     return "\n".join(lines) + "\n"
+
+
+def levels() -> dict[str, set[str]]:
+    """
+    Level of verification -> the classes that have reached it, the lowest level first: those that the tests have a tiny
+    pipeline of, and those of verified_levels.json.
+    """
+    sys.path.insert(0, str(ROOT / "tests" / "support"))
+    from tiny_edits import TINY_EDITS
+    from tiny_families import TINY
+    from tiny_videos import TINY_VIDEOS
+
+    higher = json.loads(LEVELS.read_text())
+    return {TINY_LEVEL: {*TINY, *TINY_VIDEOS, *TINY_EDITS}} | {name: set(found) for name, found in higher.items()}
 
 
 def layers_list() -> str:

@@ -29,11 +29,8 @@ accelerate launch --num_processes 8 examples/scripts/sd3_five_rewards.py \\
     --push_to_hub
 ```
 
-On one GPU with 24 GB of memory:
-
-```bash
-accelerate launch examples/scripts/sd3_five_rewards.py --config examples/configs/sd3_five_rewards_24gb.yaml
-```
+For one GPU with 24 or 80 GB of memory, and for eight, `examples/configs` has recipes that say what they cost, for
+`trl-marble train`.
 """
 
 from dataclasses import dataclass, field

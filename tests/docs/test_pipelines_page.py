@@ -1,5 +1,6 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
 import importlib.util
+import json
 from pathlib import Path
 
 from trl_marble.pipelines import FAMILIES
@@ -32,8 +33,23 @@ def test_the_table_names_what_is_special():
     assert "no gradient checkpointing" in rows["ChromaPipeline"]
     assert "one time per call" in rows["AuraFlowPipeline"]
     assert "makes videos" in rows["WanPipeline"] and "makes videos" not in rows["QwenImagePipeline"]
-    assert all(line.count("|") == 4 for line in rows.values()), "three cells each"
+    assert all(line.count("|") == 5 for line in rows.values()), "four cells each"
     assert max(len(code) for line in rows.values() for code in line.split("`")[1::2]) < 30, "too wide for a screen"
+
+
+def test_every_family_says_which_levels_of_verification_it_has_reached(tmp_path, monkeypatch):
+    tool = load_tool()
+    known = {family.pipeline_class.__name__ for family in FAMILIES}
+    reached = tool.levels()
+    assert list(reached) == ["tiny", "published size", "GPU", "real weights"]
+    assert known <= reached["tiny"], "the tests of families have a tiny pipeline of each"
+    for level in list(reached)[1:]:
+        assert reached[level] <= known, level
+        assert f"- **{level}**" in tool.PAGE.read_text(), "the page explains it"
+    monkeypatch.setattr(tool, "LEVELS", tmp_path / "levels.json")
+    tool.LEVELS.write_text(json.dumps({"published size": {"WanPipeline": "2026-12-01"}, "GPU": {}}))
+    rows = {line.split("`")[1]: line.split("|")[3].strip() for line in tool.families_table().splitlines()[2:]}
+    assert rows["WanPipeline"] == "tiny, published size" and rows["FluxPipeline"] == "tiny"
 
 
 def test_the_list_has_the_layers_of_every_family():

@@ -53,7 +53,7 @@ def run_command(name: str, words: list[str], parsers: Mapping[str, MakeParser], 
     parser = parsers[name]()
     others = parser.take(own_words, config)
     if others:
-        arguments = _launch_arguments(others, parser, parsers, [name, *words])
+        arguments = launch_arguments(others, parser, parsers, [name, *words])
         arguments.cpu = arguments.cpu or parser.is_set("use_cpu", own_words)
         # `LOCAL_RANK`: the user's own `accelerate launch` or torchrun is at work.
         if LAUNCHED not in os.environ and "LOCAL_RANK" not in os.environ:
@@ -62,10 +62,25 @@ def run_command(name: str, words: list[str], parsers: Mapping[str, MakeParser], 
     return 0
 
 
-def _launch_arguments(
+def launch_arguments(
     others: list[str], parser: "ConfigParser", parsers: Mapping[str, MakeParser], command: list[str]
 ) -> argparse.Namespace:
-    """What `accelerate launch` makes of the words that are not the command's own."""
+    """
+    What `accelerate launch` makes of the words that are not the command's own.
+
+    Args:
+        others (`list[str]`):
+            These words.
+        parser (`ConfigParser`):
+            The parser of the command.
+        parsers (`Mapping[str, Callable[[], ConfigParser]]`):
+            As for [`run_command`].
+        command (`list[str]`):
+            The command with all its words.
+
+    Raises:
+        [`UsageError`]: If a word is no option of either, or the file of `--accelerate_config` is missing.
+    """
     launcher = launch_parser()
     known = [*parser.option_strings, *launcher._option_string_actions]
     unknown = [word for word in others if word.startswith("-") and word.partition("=")[0] not in known]

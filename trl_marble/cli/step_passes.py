@@ -1,0 +1,135 @@
+# Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
+"""How often an optimizer step passes an image through the transformer, from the settings alone."""
+
+from collections import Counter
+from dataclasses import dataclass
+
+import torch
+
+from ..balance import OLD_POLICY_PRESETS, BalanceSchedule, old_policy_decay
+from ..losses import Drawn, FrozenVelocities, PolicyLoss, StepCounts
+from ..trainer import MarbleConfig
+from ..trainer.construction import build_policy_loss
+
+
+UNBOUNDED_STEPS = 1000  # over which the mean is taken where `max_steps` is not set
+
+
+@dataclass(frozen=True)
+class StepPasses:
+    """
+    Passes of an optimizer step, the mean over a run. A pass is one image through the transformer once.
+
+    Args:
+        rollout (`float`):
+            Forward passes that sample images.
+        base_images (`float`):
+            Forward passes that sample the base model's images.
+        old, reference, trained (`float`):
+            Forward passes of the old policy, the base model and the trained policy in the update.
+        backward (`float`):
+            Backward passes.
+        checkpointed (`bool`):
+            Whether each backward pass has a forward pass of its own, which recomputes the activations.
+    """
+
+    rollout: float
+    base_images: float
+    old: float
+    reference: float
+    trained: float
+    backward: float
+    checkpointed: bool
+
+    @property
+    def forward(self) -> float:
+        """All forward passes."""
+        recomputed = self.backward if self.checkpointed else 0
+        return self.rollout + self.base_images + self.old + self.reference + self.trained + recomputed
+
+    @property
+    def total(self) -> float:
+        """All passes."""
+        return self.forward + self.backward
+
+
+def count_passes(
+    args: MarbleConfig,
+    num_processes: int,
+    guided: bool,
+    num_rewards: int,
+    num_prompts: int | None = None,
+    weighted_rows: bool = True,
+) -> StepPasses:
+    """
+    The passes of a step, on all processes together.
+
+    Args:
+        args ([`~trl_marble.MarbleConfig`]):
+            The settings of one process that does the work of all: with `num_processes` times the accumulation.
+        num_processes (`int`):
+            Processes that share the work.
+        guided (`bool`):
+            Whether rollouts call the transformer twice for each image, with a prompt and without.
+        num_rewards (`int`):
+            K.
+        num_prompts (`int`, *optional*):
+            Prompts of the prompt set. By default every prompt that is drawn is taken to be new to the run.
+        weighted_rows (`bool`, *optional*, defaults to `True`):
+            Whether per-reward gradients take one backward pass for each term of the loss, as in most families; else
+            they take one for each reward.
+    """
+    loss = build_policy_loss(args)
+    preset = OLD_POLICY_PRESETS[args.old_policy_preset]
+    schedule = BalanceSchedule(num_rewards, args.balance_every, args.balance_ema)
+    per_sample = max(1, int(args.num_inference_steps * args.timestep_fraction))
+    micro_steps = args.gradient_accumulation_steps // num_processes * per_sample
+    updates = args.steps_per_generation // args.gradient_accumulation_steps * args.num_iterations
+    penalized = _share(args.regularizer_fraction, micro_steps)
+    streamed = _share(args.balance_fraction, micro_steps)
+    sums: Counter[str] = Counter()
+    steps = args.max_steps if args.max_steps > 0 else UNBOUNDED_STEPS
+    for step in range(steps):
+        # The old policy follows after each generation batch; at decay 0 it is the trained policy again.
+        batch_start = step - step % updates
+        lags = step > batch_start or (batch_start > 0 and old_policy_decay(batch_start, *preset) > 0)
+        measured = 0.0
+        if args.balances_gradients and schedule.is_due(step):
+            measured = 1.0 if step == 0 else streamed
+        for share, has_penalties in ((penalized, True), (1 - penalized, False)):
+            old = lags and ("old" in loss.needs or (has_penalties and loss.penalties.old > 0))
+            reference = "reference" in loss.needs or (has_penalties and loss.penalties.reference > 0)
+            rows = _objectives(loss, old, has_penalties and (reference or old)) if weighted_rows else num_rewards
+            sums["old"] += share * old
+            sums["reference"] += share * reference
+            sums["backward"] += share * (measured * rows + 1 - measured)
+    trained = args.per_device_train_batch_size * args.gradient_accumulation_steps * per_sample
+    solver_passes = args.num_inference_steps * (2 if guided else 1)
+    new_prompts = args.prompts_per_generation / updates  # in a step; each has images of the base model once in a run
+    if num_prompts is not None:
+        new_prompts = min(new_prompts, num_prompts / steps)
+    base_images = args.progress_base_images if args.multi_objective_aggregation == "progress" else 0
+    return StepPasses(
+        rollout=args.generation_batch_size * solver_passes / updates,
+        base_images=new_prompts * base_images * solver_passes,
+        **{name: sums[name] / steps * trained for name in ("old", "reference", "backward")},
+        trained=trained,
+        checkpointed=args.activation_checkpointing,
+    )
+
+
+def _share(fraction: float, micro_steps: int) -> float:
+    """The part of a step's micro-steps that [`~trl_marble.update.micro_steps.draw_micro_steps`] draws."""
+    return max(1, round(fraction * micro_steps)) / micro_steps
+
+
+def _objectives(loss: PolicyLoss, has_old: bool, has_penalties: bool) -> int:
+    """The weighted backward passes of a micro-step: what the loss itself makes of one sample."""
+    velocity = torch.zeros(1, 1, requires_grad=True)
+    zeros = torch.zeros(1, 1)
+    drawn, frozen = Drawn(zeros, torch.ones(1), zeros, zeros), FrozenVelocities(zeros if has_old else None)
+    counts = StepCounts(torch.ones(1), torch.ones(()), 1)
+    terms = loss.terms(velocity, drawn, frozen)
+    acting = len(loss.coefficients(terms, zeros, counts))
+    shared = loss.shared(velocity, terms, frozen, torch.ones(1, dtype=torch.bool), counts)
+    return acting + (has_penalties or (shared is not None and shared.requires_grad))
