@@ -27,8 +27,7 @@ import json
 import platform
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -41,6 +40,7 @@ from rich.table import Table
 from torch.profiler import ProfilerActivity, profile
 
 from trl_marble import MarbleConfig, MarbleNFTTrainer
+from trl_marble.selftest.passes import count_passes
 from trl_marble.shapeworld import load_pipeline, load_prompts, reward_funcs
 from trl_marble.trainer import construction
 
@@ -192,25 +192,6 @@ class Bench:
         self.synchronize()
         return time.perf_counter() - start
 
-    @contextmanager
-    def counted(self) -> Iterator[dict[str, int]]:
-        """Count the transformer's forward passes and the backward passes from its output."""
-        counts = {"forwards": 0, "backwards": 0}
-
-        def count_backward(_: torch.Tensor) -> None:
-            counts["backwards"] += 1
-
-        def count_forward(module, inputs, output) -> None:
-            counts["forwards"] += 1
-            if output[0].requires_grad:
-                output[0].register_hook(count_backward)
-
-        handle = self.trainer.flow.transformer.register_forward_hook(count_forward)
-        try:
-            yield counts
-        finally:
-            handle.remove()
-
     def peak_memory(self, function: Callable[[], None]) -> int:
         """Peak of existing tensors, in bytes, while the function runs."""
         gc.collect()
@@ -262,7 +243,7 @@ def measure(args: argparse.Namespace, num_rewards: int, console: Console) -> dic
             bench.update(solves=True)  # there are weights from here on
             batches[mode] = bench.trainer._batch
             update = partial(bench.update, solves=mode != "every_10")
-            with bench.counted() as counts[mode]:
+            with count_passes(bench.trainer.flow.transformer) as counts[mode]:
                 update()
             memory[mode] = bench.peak_memory(update)
 
