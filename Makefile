@@ -17,7 +17,7 @@ AUDIT := build/audit
 EVIDENCE := runs/compare
 LONG := runs/long
 
-.PHONY: demo evidence ablations long test slow fuzz audit docs lint clean help
+.PHONY: demo evidence ablations long test slow gpu fuzz audit docs lint clean help
 
 help:
 	@echo "make demo   train ShapeWorld against five rewards; results in runs/demo/"
@@ -26,6 +26,7 @@ help:
 	@echo "make long   runs of 150 steps at several strengths of the KL: about 8 hours on two cores; results in $(LONG)/report/"
 	@echo "make test   lint rules and the tests"
 	@echo "make slow   the tests that are left out of 'make test' because they take long"
+	@echo "make gpu    the tests that need a GPU"
 	@echo "make fuzz   many more examples for the tests that feed the parsers with anybody's bytes"
 	@echo "make audit  known vulnerabilities of the versions in constraints.txt; needs pypi.org"
 	@echo "make docs   the documentation as a static site in build/site/"
@@ -53,6 +54,9 @@ test: $(INSTALLED)
 
 slow: $(INSTALLED)
 	$(PYTEST) tests -m slow $(TWO_AT_ONCE)
+
+gpu: $(INSTALLED)
+	$(PYTEST) tests -m gpu
 
 fuzz: $(INSTALLED)
 	$(PYTEST) tests/safety/test_fuzz.py --hypothesis-profile=long

@@ -49,7 +49,7 @@ MODES = ("single", "weighted_sum", "naive", "exact", "streaming", "every_10")
 COMPILED = ("weighted_sum_compiled", "exact_compiled")
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args(words: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rewards", type=int, nargs="+", default=[5], metavar="K")
     parser.add_argument("--model", choices=(*SIZES, "shapeworld"), default="small")
@@ -68,7 +68,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--activation_checkpointing", action="store_true")
     parser.add_argument("--torch_compile", action="store_true", help="Measure two modes with compiled blocks too.")
     parser.add_argument("--json", type=Path, help="Write the table here too.")
-    return parser.parse_args()
+    return parser.parse_args(words)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -280,6 +280,8 @@ def measure(args: argparse.Namespace, num_rewards: int, console: Console) -> dic
             "loop_range": [min(loop), max(loop)],
             "memory_ratio": memory[mode] / memory["weighted_sum"],
             "memory_bytes": memory[mode],
+            "update_seconds": median(seconds[mode]),
+            "sampling_seconds": sampling[mode],
             **counts[mode],
         }
     size = sum(parameter.numel() for parameter in several.trainer.weights.parameters) * 4 / 2**20

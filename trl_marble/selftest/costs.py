@@ -1,7 +1,6 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
 """What a step costs: passes, times, images per second, and peak memory beside the computed one."""
 
-from collections.abc import Iterable
 from statistics import median
 
 import torch
@@ -74,8 +73,7 @@ def _memory(trainer: MarbleNFTTrainer) -> dict[str, float | None]:
 def _held(pipeline: DiffusionPipeline, trainer: MarbleNFTTrainer) -> int:
     """Bytes that are there before the step: the pipeline, and the copies of the adapter."""
     modules = [each for each in pipeline.components.values() if isinstance(each, nn.Module)]
-    tensors: Iterable[Tensor] = (tensor for each in modules for tensor in (*each.parameters(), *each.buffers()))
-    copies = (
-        value for shadow in (trainer.weights.old, trainer.weights.averaged) for value in shadow.state_dict().values()
-    )
-    return sum(tensor.nbytes for tensor in (*tensors, *copies))
+    tensors: list[Tensor] = [tensor for each in modules for tensor in (*each.parameters(), *each.buffers())]
+    for shadow in (trainer.weights.old, trainer.weights.averaged):
+        tensors.extend(shadow.state_dict().values())
+    return sum(tensor.nbytes for tensor in tensors)

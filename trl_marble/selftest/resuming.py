@@ -17,7 +17,7 @@ TOLERANCE = 0.05
 
 
 def check_resuming(subject: Subject) -> Finding:
-    """A resumed run ends as the uninterrupted one: bit for bit on a CPU, up to rounding of its last update elsewhere."""
+    """A resumed run ends as the uninterrupted one: bit for bit on a CPU, up to rounding elsewhere."""
     with tempfile.TemporaryDirectory(prefix="selftest") as folder:
         settings = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
         states = []
