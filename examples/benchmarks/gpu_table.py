@@ -10,11 +10,11 @@ python examples/benchmarks/gpu_table.py
 ```
 
 The transformer has the size of Stable Diffusion 3.5 Medium and random weights, images have 512 pixels, and the step is
-the paper's in small: no download, no rewards that are models. There are four parts: the `machine`; the `costs` of a
-step that sums its rewards, of one that balances them exactly, and of one with a backward pass for each reward; the
-`memory` beside the computed one; and a `profile` of the first step. Each part is a process with a time limit of its
-own. A part that fails does not stop the others. The results are in `results.json`, from which the same command goes on
-with the parts that are not finished, and in `table.md`.
+the paper's in small: no download, no rewards that are models. There are five parts: the `machine`; the `costs` of a
+step that sums its rewards, of one that balances them exactly, and of one with a backward pass for each reward; a
+`profile` of the first step; the `memory`; and what is `computed` of it, for comparison. Each part is a process with a
+time limit of its own. A part that fails does not stop the others. The results are in `results.json`, from which the
+same command goes on with the parts that are not finished, and in `table.md`.
 
 `--size tiny --device cpu` tries it without a GPU.
 """
@@ -35,7 +35,7 @@ from trl_marble.selftest.anonymous import anonymous
 
 # What imports torch does so in the functions below: only the processes of the parts need it.
 
-SECONDS = {"machine": 40, "costs": 230, "memory": 110, "profile": 90}  # limits; 470 in all
+SECONDS = {"machine": 30, "costs": 220, "profile": 70, "memory": 70, "computed": 85}  # limits on a GPU; 475 in all
 SIZES = ("tiny", "sd3.5m")
 REWARDS = 5
 # As few images as show what a pass takes; the ratios do not depend on their number.
@@ -80,23 +80,29 @@ def measure_costs(size: str, device: str) -> dict[str, Any]:
     return step_cost.measure(args, REWARDS, Console(width=100))
 
 
-def measure_memory(size: str, device: str) -> list[dict[str, Any]]:
-    """Peak memory of each setting of the table in docs/scaling.md, in GB: computed, and measured on a GPU."""
+def measure_memory(size: str, device: str) -> dict[str, float | str | None]:
+    """Peak memory of each setting of the table in docs/scaling.md, in GB; on a GPU only."""
     import memory
     import torch
 
-    model, settings = memory.MODELS[size], memory.settings_in_turn()
-    needs = memory.compute(model, list(settings.values()), REWARDS)
-    rows = []
-    for (name, setting), need in zip(settings.items(), needs, strict=True):
-        measured: float | str | None = None
+    measured: dict[str, float | str | None] = {}
+    for name, setting in memory.settings_in_turn().items():
+        measured[name] = None
         if device != "cpu" and not setting.nf4:  # which would need weights that are quantized
             try:
-                measured = memory.measure(model, setting, REWARDS, device) / GB
+                measured[name] = memory.measure(memory.MODELS[size], setting, REWARDS, device) / GB
             except torch.OutOfMemoryError:
-                measured = "out of memory"
-        rows.append({"setting": name, "computed": need.peak / GB, "measured": measured})
-    return rows
+                measured[name] = "out of memory"
+    return measured
+
+
+def compute_memory(size: str, device: str) -> dict[str, float]:
+    """What that table computes, in GB: on any machine, by its CPU."""
+    import memory
+
+    settings = memory.settings_in_turn()
+    needs = memory.compute(memory.MODELS[size], list(settings.values()), REWARDS)
+    return {name: need.peak / GB for name, need in zip(settings, needs, strict=True)}
 
 
 def measure_profile(size: str, device: str) -> dict[str, Any]:
@@ -142,8 +148,9 @@ def _timed_step(bench: Any) -> dict[str, float]:
 MEASURE: dict[str, Callable[[str, str], Any]] = {
     "machine": measure_machine,
     "costs": measure_costs,
-    "memory": measure_memory,
     "profile": measure_profile,
+    "memory": measure_memory,
+    "computed": compute_memory,
 }
 
 
@@ -185,7 +192,8 @@ def to_markdown(results: Mapping[str, Any]) -> str:
         columns = ["update, s", "sampling, s", "update", "sampling + update", "peak, GB", "peak"]
         lines += _table(f"{REWARDS} rewards", [*columns, "forward passes", "backward passes"], rows)
     if "memory" in content:
-        rows = [[row["setting"], f"{row['computed']:.2f}", _number(row["measured"])] for row in content["memory"]]
+        computed = content.get("computed", {})
+        rows = [[name, _number(computed.get(name)), _number(own)] for name, own in content["memory"].items()]
         lines += _table("peak memory, GB", ["computed", "measured"], rows)
     if "profile" in content:
         first, second = content["profile"]["first"], content["profile"]["second"]
@@ -216,16 +224,16 @@ def _number(value: float | str | None) -> str:
 
 
 def run_part(name: str, size: str, device: str) -> dict[str, Any]:
-    """Measure one part in another process, which is ended when its time is over."""
-    start = time.monotonic()
+    """Measure one part in another process, which on a GPU is ended when its time is over."""
+    start, limit = time.monotonic(), None if device == "cpu" else SECONDS[name]
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "result.json")
         words = [sys.executable, __file__, "--size", size, "--device", device, "--part", name, str(file)]
         try:
-            done = subprocess.run(words, stderr=subprocess.PIPE, text=True, timeout=SECONDS[name])
+            done = subprocess.run(words, stderr=subprocess.PIPE, text=True, timeout=limit)
             error = None if done.returncode == 0 else _last_line(done.stderr, done.returncode)
         except subprocess.TimeoutExpired:
-            error = f"it was not done after {SECONDS[name]} s"
+            error = f"it was not done after {limit} s"
         seconds = round(time.monotonic() - start, 1)
         if error is not None:
             return {"status": "failed", "seconds": seconds, "error": error}
@@ -262,7 +270,7 @@ def main() -> None:
         if results["parts"].get(name, {}).get("status") == "done":
             print(f"{name}: done before", flush=True)
             continue
-        print(f"{name}: at most {SECONDS[name]} s", flush=True)
+        print(f"{name}: at most {SECONDS[name]} s on a GPU", flush=True)
         part = results["parts"][name] = run_part(name, args.size, args.device)
         print(f"{name}: {part['status']} after {part['seconds']:.0f} s {part.get('error', '')}", flush=True)
         file.write_text(json.dumps(results, indent=2), encoding="utf-8")

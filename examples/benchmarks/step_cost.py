@@ -125,7 +125,7 @@ class Bench:
         else:
             numbers = range(args.prompts)
             prompts = Dataset.from_dict({"prompt": [f"prompt {n}" for n in numbers], "number": numbers})
-            pipeline, rewards = random_pipeline(args.model, dtype), make_rewards(num_rewards)
+            pipeline, rewards = random_pipeline(args.model, dtype, self.device), make_rewards(num_rewards)
         self.trainer = MarbleNFTTrainer(pipeline, rewards, config, prompts)
         self.trainer.create_optimizer()
         self.rows = [n // args.num_generations for n in range(size)]

@@ -85,8 +85,9 @@ class Projection(ModelReward):
 def test_rewards_on_their_own_streams_score_what_was_sampled(make_trainer):
     """In a step whose images are scored two by two while the next two are sampled."""
     reward = Projection()
-    trainer = make_trainer([reward, *REWARDS], per_device_train_batch_size=16, rollout_batch_size=2)
-    batch, record = trainer.rollouts.sample([number // 2 for number in range(16)], 0, trainer.state)
+    settings = {"per_device_train_batch_size": 16, "num_generations": 4, "rollout_batch_size": 2}
+    trainer = make_trainer([reward, *REWARDS], **settings)
+    _, record = trainer.rollouts.sample([number // 4 for number in range(16)], 0, trainer.state)
     assert reward.current_device == trainer.args.device.index
     alone = Projection()
     alone.to(torch.device(DEVICE), torch.float32)

@@ -93,6 +93,15 @@ def test_a_broken_gradient_fails_and_the_other_checks_go_on(command, monkeypatch
     assert report["checks"][0]["measured"]["relative_error"] == pytest.approx(0.01, rel=0.1)
 
 
+def test_gradients_that_are_not_finite_fail_and_are_in_the_report(command, monkeypatch):
+    monkeypatch.setattr(
+        per_reward_gradients, "_move_gradient", lambda destination, phantom: destination.fill_(torch.nan)
+    )
+    status, lines, report = command(GRADIENTS)
+    assert status == 1 and "relative error inf" in lines[0]
+    assert report["checks"][0]["measured"]["relative_error"] == "inf"
+
+
 def test_a_check_that_raises_fails_in_one_line_without_paths(command):
     def raises(subject):
         raise OSError(f"no disk at /home/{getpass.getuser()}/models/x.bin\nand more")

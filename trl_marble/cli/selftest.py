@@ -45,7 +45,7 @@ def run(args: Namespace) -> int:
     from ..selftest.report import as_json
 
     model = "shapeworld" if args.model is None else "a local folder" if Path(args.model).exists() else args.model
-    report = as_json(verdicts, model, args.minutes, time.monotonic() - start, environment())
+    report = as_json(verdicts, model, num_gpus, args.minutes, time.monotonic() - start, environment())
     output.write_bytes(to_json(report))
     print(f"The report, with versions and hardware, is in {args.output}; attach it to an issue.")
     return RUN_ERROR if any(verdict.verdict == "fail" for verdict in verdicts) else 0
@@ -71,6 +71,7 @@ def _check(model: str | None, deadline: float, num_gpus: int, visible: str | Non
     import torch
     from rich.console import Console
 
+    from ..pipelines import find_family
     from ..selftest.report import as_line
     from ..selftest.runner import all_checks, run_checks
     from ..selftest.subject import Subject
@@ -82,8 +83,10 @@ def _check(model: str | None, deadline: float, num_gpus: int, visible: str | Non
         console.print(as_line(verdict), soft_wrap=True)
 
     with quiet():
-        with usage_errors(), subject.pipeline():  # a model that there is not is no fault of the machine
-            pass
+        with usage_errors(), subject.pipeline() as pipeline:  # a model that there is not is no fault of the machine
+            family = find_family(pipeline)
+        if family is not None and family.takes_image == "required":
+            raise UsageError(f"`--model {model}` edits images; give a model that makes them from text alone")
         return run_checks(all_checks(num_gpus, visible), subject, deadline, show)
 
 

@@ -1,6 +1,7 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
 """The report: lines for the terminal, and JSON for an issue."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -21,7 +22,12 @@ def as_line(verdict: Verdict) -> str:
 
 
 def as_json(
-    verdicts: Sequence[Verdict], model: str, minutes: float, seconds: float, environment: Mapping[str, str]
+    verdicts: Sequence[Verdict],
+    model: str,
+    num_gpus: int,
+    minutes: float,
+    seconds: float,
+    environment: Mapping[str, str],
 ) -> dict[str, Any]:
     """
     The report to attach to an issue. It has no tokens, names of users or paths.
@@ -31,6 +37,8 @@ def as_json(
             Of all checks.
         model (`str`):
             What was checked.
+        num_gpus (`int`):
+            How many GPUs there are.
         minutes (`float`):
             The time that was given.
         seconds (`float`):
@@ -44,9 +52,18 @@ def as_json(
             "verdict": verdict.verdict,
             "reason": verdict.reason,
             "seconds": round(verdict.seconds, 2),
-            "measured": dict(verdict.measured),
+            "measured": _finite(verdict.measured),
         }
         for verdict in verdicts
     ]
-    about = {"model": model, "minutes": minutes, "seconds": round(seconds, 1)}
+    about = {"model": model, "gpus": num_gpus, "minutes": minutes, "seconds": round(seconds, 1)}
     return {"checks": checks, **about, "environment": {name: anonymous(text) for name, text in environment.items()}}
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no infinity and no NaN: these are texts."""
+    if isinstance(value, Mapping):
+        return {name: _finite(each) for name, each in value.items()}
+    if isinstance(value, list):
+        return [_finite(each) for each in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
