@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from ..rewards import RewardFunc
+
 
 PROMPTS = ["a red circle", "two blue squares", "a red star", "three yellow triangles"]
 
@@ -29,4 +31,4 @@ def redness(images: Sequence[Image.Image], prompts: Sequence[str], **kwargs: Any
     ]
 
 
-REWARDS = (brightness, blueness, redness)
+REWARDS: list[str | RewardFunc] = [brightness, blueness, redness]

@@ -118,14 +118,14 @@ class Subject:
             yield self._trainer(pipeline, {"output_dir": folder} | settings)
 
     def _trainer(self, pipeline: DiffusionPipeline, settings: dict[str, Any]) -> MarbleNFTTrainer:
-        family, rewards = find_family(pipeline), list(REWARDS)
+        family, rewards = find_family(pipeline), REWARDS
         given = SETTINGS | {"bf16": self.dtype == torch.bfloat16}
         if self.source is not None:
             given |= {"height": SIDE, "width": SIDE}
             if family is not None and family.output == "video":
                 given |= {"num_frames": FRAMES}
-                rewards = [FrameReward(reward) for reward in rewards]  # type: ignore[misc]
+                rewards = [FrameReward(reward) for reward in rewards]
         prompts = Dataset.from_dict({"prompt": PROMPTS})
-        trainer = MarbleNFTTrainer(pipeline, [*rewards], MarbleConfig(**(given | settings)), prompts)
+        trainer = MarbleNFTTrainer(pipeline, rewards, MarbleConfig(**(given | settings)), prompts)
         trainer.remove_callback(PrinterCallback)
         return trainer
