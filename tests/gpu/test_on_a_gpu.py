@@ -73,8 +73,11 @@ class Projection(ModelReward):
     value_range = "any"
 
     def load(self):
-        torch.manual_seed(0)
-        return nn.Sequential(nn.Linear(64 * 64 * 3, 2048), *(nn.Linear(2048, 2048) for _ in range(8)))
+        network = nn.Sequential(nn.Linear(64 * 64 * 3, 2048), *(nn.Linear(2048, 2048) for _ in range(8)))
+        generator = torch.Generator().manual_seed(0)  # its own: others draw from torch's in the meantime
+        for parameter in network.parameters():
+            parameter.data.normal_(std=0.02, generator=generator)
+        return network
 
     def score(self, images, prompts, **columns):
         pixels = torch.stack([torch.from_numpy(np.asarray(image).copy()).flatten().float() for image in images])

@@ -94,9 +94,10 @@ def test_a_broken_gradient_fails_and_the_other_checks_go_on(command, monkeypatch
 
 
 def test_gradients_that_are_not_finite_fail_and_are_in_the_report(command, monkeypatch):
-    monkeypatch.setattr(
-        per_reward_gradients, "_move_gradient", lambda destination, phantom: destination.fill_(torch.nan)
-    )
+    def broken(destination, phantom):
+        destination.fill_(torch.nan)
+
+    monkeypatch.setattr(per_reward_gradients, "_move_gradient", broken)
     status, lines, report = command(GRADIENTS)
     assert status == 1 and "relative error inf" in lines[0]
     assert report["checks"][0]["measured"]["relative_error"] == "inf"
