@@ -29,7 +29,7 @@ EVIDENCE := runs/compare
 LONG := runs/long
 TIMES := runs/time_to_reward
 
-.PHONY: demo evidence ablations long variants time_to_reward test slow fuzz audit docs lint build test-lowest test-latest clean help
+.PHONY: demo evidence ablations long variants time_to_reward test slow gpu fuzz audit docs lint build test-lowest test-latest clean help
 
 help:
 	@echo "make demo   train ShapeWorld against five rewards; results in runs/demo/"
@@ -40,6 +40,7 @@ help:
 	@echo "make time_to_reward  how soon a run has what earlier recipes have after 25 steps; results in $(TIMES)/report/"
 	@echo "make test   lint rules and the tests"
 	@echo "make slow   the tests that are left out of 'make test' because they take long"
+	@echo "make gpu    the tests that need a GPU"
 	@echo "make fuzz   many more examples for the tests that feed the parsers with anybody's bytes"
 	@echo "make audit  known vulnerabilities of the versions in constraints.txt; needs pypi.org"
 	@echo "make docs   the documentation as a static site in build/site/"
@@ -75,6 +76,9 @@ test: $(INSTALLED)
 
 slow: $(INSTALLED)
 	$(PYTEST) tests -m slow $(TWO_AT_ONCE)
+
+gpu: $(INSTALLED)
+	$(PYTEST) tests -m gpu
 
 fuzz: $(INSTALLED)
 	$(PYTEST) tests/safety/test_fuzz.py --hypothesis-profile=long

@@ -10,7 +10,7 @@ import trl_marble
 
 
 ROOT = Path(trl_marble.__file__).parent
-TOP = ("trainer", "cli")  # the rooms that may use all others
+TOP = ("trainer", "selftest", "cli")  # the rooms that may use all others
 
 
 def modules() -> dict[str, Path]:

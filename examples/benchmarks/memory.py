@@ -23,7 +23,6 @@ tokens), and quantized layers that convert one weight at a time to bf16. Text en
 import argparse
 import functools
 import gc
-import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -48,8 +47,6 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from transformers import (
     CLIPTextConfig,
     CLIPTextModelWithProjection,
@@ -71,6 +68,7 @@ from trl_marble.pipelines import (
     lora_config,
     plain_lora_linears,
 )
+from trl_marble.selftest.live_tensors import LiveTensors
 
 
 GB = 1e9
@@ -267,47 +265,8 @@ MODELS = {
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# Tensors that live at the same time
+# Norms
 # --------------------------------------------------------------------------------------------------------------------
-
-
-class LiveTensors(TorchDispatchMode):
-    """
-    Tracks the memory of all tensors that operations make inside the context.
-
-    Attributes:
-        live (`int`):
-            Bytes of the tensors that were made inside the context and still exist.
-        peak (`int`):
-            Maximum of `live`.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.live = self.peak = 0
-        self._known: dict[int, weakref.ref] = {}
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        before = {id(leaf.untyped_storage()) for leaf in tree_leaves((args, kwargs or {})) if isinstance(leaf, Tensor)}
-        result = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor) and id(leaf.untyped_storage()) not in before:  # not a view of an argument
-                self._follow(leaf.untyped_storage())
-        return result
-
-    def _follow(self, storage: torch.UntypedStorage) -> None:
-        key = id(storage)
-        if key in self._known:
-            return
-        size = storage.nbytes()
-
-        def forget(_: weakref.ref) -> None:
-            del self._known[key]
-            self.live -= size
-
-        self._known[key] = weakref.ref(storage, forget)
-        self.live += size
-        self.peak = max(self.peak, self.live)
 
 
 @contextmanager

@@ -50,8 +50,13 @@ class RandomTextPipeline(StableDiffusion3Pipeline):
         return embeds, None, pooled, None
 
 
-def random_pipeline(size: str, dtype: torch.dtype) -> RandomTextPipeline:
-    """A pipeline of one of `SIZES`."""
+def random_pipeline(size: str, dtype: torch.dtype, device: torch.device | str = "cpu") -> RandomTextPipeline:
+    """A pipeline of one of `SIZES`, whose weights are drawn on a device: on a CPU billions of them take a minute."""
+    with torch.device(device):
+        return _random_pipeline(size, dtype)
+
+
+def _random_pipeline(size: str, dtype: torch.dtype) -> RandomTextPipeline:
     blocks, widths, text_tokens, vae_channels = SIZES[size]
     width = blocks["attention_head_dim"] * blocks["num_attention_heads"]
     torch.manual_seed(0)

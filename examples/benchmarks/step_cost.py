@@ -44,7 +44,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from evidence.costs import StepCosts, count_passes
+from evidence.costs import StepCosts
 from random_models import SIZES, random_pipeline
 from rich.console import Console
 from rich.table import Table
@@ -52,6 +52,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from trl_marble import MarbleConfig, MarbleNFTTrainer
 from trl_marble.balance import OLD_POLICY_PRESETS, old_policy_decay
+from trl_marble.selftest.passes import count_passes
 from trl_marble.shapeworld import load_pipeline, load_prompts, reward_funcs
 from trl_marble.trainer import construction
 
@@ -137,7 +138,7 @@ PAPER_BATCH: dict[str, Any] = {
 PAPER_STEPS = 2
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args(words: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rewards", type=int, nargs="+", default=[5], metavar="K")
     parser.add_argument("--model", choices=(*SIZES, "shapeworld"), default="small")
@@ -170,7 +171,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--torch_compile", action="store_true", help="Measure two modes with compiled blocks too.")
     parser.add_argument("--paper_passes", action="store_true", help="Count passes at the paper's settings.")
     parser.add_argument("--json", type=Path, help="Write the table here too.")
-    return parser.parse_args()
+    return parser.parse_args(words)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -230,7 +231,7 @@ class Bench:
         else:
             numbers = range(args.prompts)
             prompts = Dataset.from_dict({"prompt": [f"prompt {n}" for n in numbers], "number": numbers})
-            pipeline, rewards = random_pipeline(args.model, dtype), make_rewards(num_rewards)
+            pipeline, rewards = random_pipeline(args.model, dtype, self.device), make_rewards(num_rewards)
         self.trainer = MarbleNFTTrainer(pipeline, rewards, config, prompts)
         self.trainer.create_optimizer()
         self.rows = [n // args.num_generations for n in range(size)]
@@ -402,6 +403,8 @@ def measure(args: argparse.Namespace, num_rewards: int, console: Console) -> dic
             "memory_less_rows_ratio": (memory[mode] - num_rewards * buffer * modes[mode].has_rows)
             / memory["weighted_sum"],
             "memory_bytes": memory[mode],
+            "update_seconds": median(seconds[mode]),
+            "sampling_seconds": sampling[mode],
             **counts[mode],
         }
     updates = sampling["weighted_sum"] / median(seconds["weighted_sum"])

@@ -11,7 +11,7 @@ from trainer_helpers import PROMPTS, small_trainer
 from trl_marble.cli.estimate import GPUS, read_settings
 from trl_marble.cli.main import main
 from trl_marble.cli.model_costs import find_costs
-from trl_marble.cli.step_passes import count_passes
+from trl_marble.cli.step_passes import compute_passes
 
 
 SD35 = "stabilityai/stable-diffusion-3.5-medium"
@@ -145,7 +145,7 @@ def test_the_passes_are_those_that_a_trainer_makes(name, tmp_path):
 
     trainer.flow.transformer.register_forward_hook(count)
     trainer.train()
-    passes = count_passes(trainer.args, 1, name == "guidance", num_rewards=2, num_prompts=len(PROMPTS))
+    passes = compute_passes(trainer.args, 1, name == "guidance", num_rewards=2, num_prompts=len(PROMPTS))
     assert counted == {"forward": round(4 * passes.forward), "backward": round(4 * passes.backward)}
 
 

@@ -11,12 +11,13 @@ from example_scripts import EXAMPLES
 from torch import nn
 
 from trl_marble import MarbleConfig
+from trl_marble.selftest.passes import count_passes
 
 
 sys.path.append(str(EXAMPLES / "benchmarks"))
 import time_to_reward  # noqa: E402
 from evidence import methods  # noqa: E402
-from evidence.costs import StepCost, StepCosts, count_passes, read_costs, total_until  # noqa: E402
+from evidence.costs import StepCost, StepCosts, read_costs, total_until  # noqa: E402
 from evidence.reaching import (  # noqa: E402
     Target,
     TimedCurve,

@@ -65,7 +65,9 @@ SMALL_ARGUMENTS = {
     ),
     "examples/benchmarks/balance_schedules.py": "--seeds 1 --schedules 'every step'",
     "examples/benchmarks/memory.py": "--models tiny",
+    "examples/benchmarks/gpu_table.py": "--size tiny --device cpu --parts machine",
     "examples/scripts/sd3_five_rewards.py": "--num_generated_prompts 8",
+    "trl-marble selftest": "--minutes 0.1",
 }
 # Commands that a page takes for granted, such as the demo, whose adapter it goes on with.
 EVALUATE = "trl-marble eval --model shapeworld --prompts shapeworld --rewards shapeworld --num_inference_steps 8"
@@ -394,6 +396,7 @@ def run_cli(words: list[str]) -> None:
     from trl_marble.cli.main import main
 
     os.environ[launching.LAUNCHED] = "1"  # in one process, whatever the command says
+    words = [*words, *shlex.split(SMALL_ARGUMENTS.get(f"trl-marble {words[0]}", ""))]
     sys.argv = ["trl-marble", *words]
     sys.exit(main(words))
 

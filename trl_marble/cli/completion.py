@@ -11,7 +11,7 @@ from .launch_options import launch_parser
 from .sources import SHAPEWORLD
 
 
-FILES = ("config", "config_file", "model", "prompts", "eval_prompts", "adapter")
+FILES = ("config", "config_file", "model", "prompts", "eval_prompts", "adapter", "output")
 FOLDERS = ("output_dir", "resume_from_checkpoint", "folder", "evaluations", "before", "after")
 REWARDS = ("rewards", "eval_rewards")
 

@@ -53,7 +53,7 @@ class StepPasses:
         return self.forward + self.backward
 
 
-def count_passes(
+def compute_passes(
     args: MarbleConfig,
     num_processes: int,
     guided: bool,
