@@ -1,7 +1,6 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
 """How often an optimizer step passes an image through the transformer, from the settings alone."""
 
-from collections import Counter
 from dataclasses import dataclass
 
 import torch
@@ -87,7 +86,7 @@ def compute_passes(
     updates = args.steps_per_generation // args.gradient_accumulation_steps * args.num_iterations
     penalized = _share(args.regularizer_fraction, micro_steps)
     streamed = _share(args.balance_fraction, micro_steps)
-    sums: Counter[str] = Counter()
+    sums = {"old": 0.0, "reference": 0.0, "backward": 0.0}
     steps = args.max_steps if args.max_steps > 0 else UNBOUNDED_STEPS
     for step in range(steps):
         # The old policy follows after each generation batch; at decay 0 it is the trained policy again.
@@ -112,9 +111,9 @@ def compute_passes(
     return StepPasses(
         rollout=args.generation_batch_size * solver_passes / updates,
         base_images=new_prompts * base_images * solver_passes,
-        **{name: sums[name] / steps * trained for name in ("old", "reference", "backward")},
+        **{name: total / steps * trained for name, total in sums.items()},
         trained=trained,
-        checkpointed=args.activation_checkpointing,
+        checkpointed=bool(args.activation_checkpointing),
     )
 
 
