@@ -1,11 +1,10 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
-"""A base in 8 or 4 bits."""
+"""A base in 4 bits."""
 
 from importlib.util import find_spec
-from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, PipelineQuantizationConfig, TorchAoConfig
+from diffusers import DiffusionPipeline, PipelineQuantizationConfig
 
 from ..pipelines import quantization_config
 from .gradients import check_gradients
@@ -25,15 +24,10 @@ def load_quantized(subject: Subject, config: PipelineQuantizationConfig) -> Diff
     return subject.load(quantization_config=config)
 
 
-def _choose(subject: Subject) -> tuple[str, Any]:
-    """A method that is installed, and works on this machine; with its configuration."""
-    if find_spec("bitsandbytes") is not None and torch.cuda.is_available():
-        return "bitsandbytes nf4", quantization_config("nf4", subject.dtype)
-    if find_spec("torchao") is not None:
-        from torchao.quantization import Int8WeightOnlyConfig
-
-        mapping = {"transformer": TorchAoConfig(Int8WeightOnlyConfig())}
-        return "torchao int8", PipelineQuantizationConfig(quant_mapping=mapping)
-    if find_spec("bitsandbytes") is not None:
-        raise Skipped("bitsandbytes loads weights on a GPU only, and torchao is not installed")
-    raise Skipped("neither bitsandbytes nor torchao is installed")
+def _choose(subject: Subject) -> tuple[str, PipelineQuantizationConfig]:
+    """The method, with its configuration."""
+    if find_spec("bitsandbytes") is None:
+        raise Skipped('bitsandbytes is not installed: pip install "trl_marble[quantization]"')
+    if not torch.cuda.is_available():
+        raise Skipped("bitsandbytes quantizes weights on a GPU only when it loads them")
+    return "bitsandbytes nf4", quantization_config("nf4", subject.dtype)
