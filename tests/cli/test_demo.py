@@ -63,6 +63,7 @@ def test_the_demo_leaves_what_it_promises(tmp_path, monkeypatch, capsys):
     assert f"| {report['rewards']['calm']['change']['mean']:+.4f} |" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_demo_shows_the_balance_where_gradients_are_balanced(tmp_path, monkeypatch):
     make_small(monkeypatch, multi_objective_aggregation="marble", log_images=False)
     report = run(tmp_path / "demo", "--max_steps", "1")

@@ -35,6 +35,7 @@ def finished(workplace):
         yield hub, done, workplace
 
 
+@pytest.mark.slow
 def test_every_step_leaves_what_the_next_one_needs(finished):
     hub, done, folder = finished
     statuses = [line for line in done.stdout.splitlines() if line.startswith("STATUS")]

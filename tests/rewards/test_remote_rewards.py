@@ -693,6 +693,7 @@ def module(tmp_path):
     return tmp_path, os.environ | {"PYTHONPATH": str(root), TOKEN_VARIABLE: TOKEN}
 
 
+@pytest.mark.slow
 def test_the_command_line_serves_and_stops_when_asked(module):
     folder, environment = module
     command = [sys.executable, "-m", "trl_marble.rewards.server", "--rewards", "my_rewards.bright", "--port", "0"]

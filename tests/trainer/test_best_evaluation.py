@@ -86,6 +86,7 @@ def test_the_card_says_which_evaluation_was_better_than_the_last_one(tmp_path):
     assert f"the adapter is from step 3, whose latest evaluation, of step 3, had {gains[3]:+.2f} (hard)" in card
 
 
+@pytest.mark.slow
 def test_a_resumed_run_compares_with_the_evaluation_before_the_first_step(tmp_path):
     sets = {"all": prompt_set().select(range(4)), "few": prompt_set().select(range(2))}
     settings = {"eval_dataset": sets, "metric_for_best_model": "few_gain_worst"}

@@ -206,6 +206,7 @@ def decoded(monkeypatch):
     return images
 
 
+@pytest.mark.slow
 def test_images_are_decoded_once_for_a_generation_batch(tmp_path, decoded):
     """Not for each micro-batch, of which an optimizer step has six here, and not for each sample of a prompt."""
     trainer = editing_trainer(

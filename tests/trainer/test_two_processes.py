@@ -254,6 +254,7 @@ def test_a_reward_that_fails_on_one_process_is_masked_there(two) -> None:
     assert first["change"].equal(second["change"]) and first["change"].norm() > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", mark(ERRORS))
 def test_both_processes_stop_with_the_error_of_one(two, name) -> None:
     first, second = told(two, name)
