@@ -9,6 +9,7 @@ from ..balance import OLD_POLICY_PRESETS, BalanceSchedule, old_policy_decay
 from ..losses import Drawn, FrozenVelocities, PolicyLoss, StepCounts
 from ..trainer import MarbleConfig
 from ..trainer.construction import build_policy_loss
+from ..update.micro_steps import draw_micro_steps
 
 
 UNBOUNDED_STEPS = 1000  # over which the mean is taken where `max_steps` is not set
@@ -119,7 +120,7 @@ def compute_passes(
 
 def _share(fraction: float, micro_steps: int) -> float:
     """The part of a step's micro-steps that [`~trl_marble.update.micro_steps.draw_micro_steps`] draws."""
-    return max(1, round(fraction * micro_steps)) / micro_steps
+    return len(draw_micro_steps(fraction, micro_steps, seed=0)) / micro_steps
 
 
 def _objectives(loss: PolicyLoss, has_old: bool, has_penalties: bool) -> int:

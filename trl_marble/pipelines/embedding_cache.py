@@ -23,15 +23,6 @@ from .conditioning import Rows
 
 
 PROMPTS_AT_ONCE = 64  # in one call of the text encoders
-_PLAIN = (
-    bool,
-    int,
-    float,
-    str,
-    tuple,
-    list,
-    dict,
-)  # settings of a pipeline: prompt templates, layers that are read, ...
 
 
 def in_chunks(prompts: Sequence[str]) -> Iterator[list[str]]:
