@@ -1,11 +1,10 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
 """A base in 4 bits."""
 
-from importlib.util import find_spec
-
 import torch
 from diffusers import DiffusionPipeline, PipelineQuantizationConfig
 
+from ..extras import MissingExtraError, require_extra
 from ..pipelines import quantization_config
 from .gradients import check_gradients
 from .subject import Subject
@@ -26,8 +25,10 @@ def load_quantized(subject: Subject, config: PipelineQuantizationConfig) -> Diff
 
 def _choose(subject: Subject) -> tuple[str, PipelineQuantizationConfig]:
     """The method, with its configuration."""
-    if find_spec("bitsandbytes") is None:
-        raise Skipped('bitsandbytes is not installed: pip install "trl_marble[quantization]"')
+    try:
+        require_extra("quantization", "A base in 4 bits")
+    except MissingExtraError as error:
+        raise Skipped(str(error)) from error
     if not torch.cuda.is_available():
         raise Skipped("bitsandbytes quantizes weights on a GPU only when it loads them")
     return "bitsandbytes nf4", quantization_config("nf4", subject.dtype)
