@@ -2,8 +2,8 @@
 """
 Steps of a sampler that adds noise, whose transitions have a probability.
 
-All of them have one form. With the time `t` (1 is noise, 0 is data), the step to `t' < t`, the velocity `v` and the noise
-`n = x + (1 - t) v` that it implies in `x`, a step goes to
+All of them have one form. With the time `t` (1 is noise, 0 is data), the step to `t' < t`, the velocity `v` and the
+noise `n = x + (1 - t) v` that it implies in `x`, a step goes to
 
 `x' = x + (t' - t) v - c n + s e`, with `e` from a normal distribution:
 
@@ -16,7 +16,9 @@ deviation of the new noise, and `c`:
   `c = t' - sqrt(t'^2 - s^2)`, so that the noise in `x'` is `t'` times one of unit variance.
 """
 
+import dataclasses
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -139,9 +141,10 @@ class Transitions:
 
     def select(self, samples: slice | Tensor) -> "Transitions":
         """Those of some of the samples."""
-        return Transitions(self.points[samples], self.times, self.begin)
+        return dataclasses.replace(self, points=self.points[samples])
 
     @staticmethod
-    def concatenate(parts: "list[Transitions]") -> "Transitions":
-        """Those of several batches, which have the same steps with noise."""
-        return Transitions(torch.cat([part.points for part in parts]), parts[0].times, parts[0].begin)
+    def concatenate(parts: "Sequence[Transitions | None]") -> "Transitions | None":
+        """Those of several batches with the same steps with noise; `None` where there are none."""
+        found = [part for part in parts if part is not None]
+        return dataclasses.replace(found[0], points=torch.cat([part.points for part in found])) if found else None

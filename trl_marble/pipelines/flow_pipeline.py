@@ -19,6 +19,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor, nn
 
 from ..media import to_rgb
+from ..sde import SDEWindow, Transitions
 from ..step_times import StepTimes
 from .acceleration import Acceleration
 from .assumed_family import assume_family
@@ -39,6 +40,7 @@ from .schedulers import (
     keep_samples,
     record_times,
 )
+from .sde_solver import SDESolver, euler_of
 
 
 class Rollout(NamedTuple):
@@ -51,10 +53,13 @@ class Rollout(NamedTuple):
         images (`list` or `torch.Tensor` of shape `[batch, 3, height, width]`):
             The decoded images, as `PIL.Image.Image` or as one tensor with values in [0, 1]. Where the family makes
             videos, each is a list of frames, and the tensor is of shape `[batch, frames, 3, height, width]`.
+        transitions ([`~trl_marble.sde.Transitions`], *optional*):
+            What the steps with noise went through, where there are any.
     """
 
     latents: Tensor
     images: list[Any] | Tensor
+    transitions: Transitions | None = None
 
 
 class FlowPipeline:
@@ -290,6 +295,7 @@ class FlowPipeline:
         scheduler: SchedulerMixin | None = None,
         times: StepTimes | None = None,
         acceleration: Acceleration | None = None,
+        sde: SDEWindow | None = None,
     ) -> Rollout:
         """
         Sample one image or video per row of the conditioning.
@@ -313,19 +319,23 @@ class FlowPipeline:
                 What is added to: from the last solver step to the images is `"decode"`. Defaults to measuring nothing.
             acceleration ([`~trl_marble.pipelines.Acceleration`], *optional*):
                 How to sample faster, for other images. Defaults to the pipeline as it is.
+            sde ([`~trl_marble.sde.SDEWindow`], *optional*):
+                Steps that add noise, of which `Rollout.transitions` are kept. The solver is Euler's then, with the
+                pipeline's schedule. Defaults to none.
 
         Returns:
             `Rollout`: the clean latents and the images.
 
         Raises:
             `ValueError`: the number of seeds is not the number of prompts, `num_inference_steps` is below 1 or
-                `scheduler` is not flow matching or its time runs in the other direction.
+                `scheduler` is not flow matching or its time runs in the other direction; or with `sde`, a step's
+                probability would not be known.
         """
         if len(seeds) != len(conditioning):
             raise ValueError(f"got {len(seeds)} seeds for {len(conditioning)} prompts; pass one seed per prompt.")
         was_training = self.transformer.training
         self.transformer.eval()
-        options = (num_inference_steps, output_type, scheduler, times, acceleration)
+        options = (num_inference_steps, output_type, scheduler, times, acceleration, sde)
         try:
             if not self._takes_one_sample(conditioning):
                 return self._sample(conditioning, seeds, *options)
@@ -338,6 +348,7 @@ class FlowPipeline:
         return Rollout(
             latents=torch.cat([rollout.latents for rollout in rollouts]),
             images=torch.stack(images) if output_type == "pt" else images,
+            transitions=Transitions.concatenate([rollout.transitions for rollout in rollouts]),
         )
 
     def velocity(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
@@ -461,9 +472,13 @@ class FlowPipeline:
         scheduler: SchedulerMixin | None,
         times: StepTimes | None,
         acceleration: Acceleration | None,
+        sde: SDEWindow | None,
     ) -> Rollout:
         """Call the pipeline as its users do."""
+        if sde is not None:
+            scheduler = euler_of(self.pipeline.scheduler)
         solver = self._fresh_solver(num_inference_steps, scheduler)
+        noisy = None if sde is None else SDESolver(solver, sde, seeds)
         # Each step begins the decoding anew, the last one for good.
         latents = keep_samples(solver, lambda: times.begin("decode") if times is not None else None)
         driver = self._driver(solver, conditioning)
@@ -477,7 +492,8 @@ class FlowPipeline:
             )
         if times is not None:
             times.end("decode")
-        return Rollout(latents=latents[0], images=output[0])  # `images` or `frames`
+        transitions = None if noisy is None else noisy.transitions()
+        return Rollout(latents=latents[0], images=output[0], transitions=transitions)  # `images` or `frames`
 
     def _velocity_at(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         """

@@ -9,8 +9,6 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
-from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from torch import Tensor
 
 from .acceleration import Acceleration
@@ -18,6 +16,7 @@ from .assumed_family import describe_unusable
 from .conditioning import Conditioning
 from .families import Family
 from .flow_pipeline import FlowPipeline
+from .sde_solver import euler_of
 
 
 # Of different length, and both shorter than what any text encoder reads.
@@ -201,7 +200,7 @@ def _plain_call(flow: FlowPipeline, group: Sequence[int], **options: Any) -> tup
     """Call the pipeline as its users do, with Euler's method: its steps, and how often the transformer ran."""
     driver = copy.copy(flow.pipeline)
     driver.set_progress_bar_config(disable=True)
-    driver.scheduler = scheduler = _euler(flow.pipeline)
+    driver.scheduler = scheduler = euler_of(flow.pipeline.scheduler)
     euler_step, steps = scheduler.step, []
 
     @functools.wraps(euler_step)  # pipelines look at its signature
@@ -226,14 +225,6 @@ def _plain_call(flow: FlowPipeline, group: Sequence[int], **options: Any) -> tup
     finally:
         handle.remove()
     return steps, len(calls)
-
-
-def _euler(pipeline: DiffusionPipeline) -> Any:
-    """The pipeline's own scheduler, or for a multistep one the Euler scheduler of the same shift."""
-    own: Any = pipeline.scheduler
-    if isinstance(own, FlowMatchEulerDiscreteScheduler):
-        return copy.deepcopy(own)
-    return FlowMatchEulerDiscreteScheduler(shift=own.config.get("flow_shift") or own.config.get("shift") or 1.0)
 
 
 def _describe_wrong_path(steps: Sequence[Step]) -> str | None:
