@@ -18,7 +18,7 @@ deviation of the new noise, and `c`:
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -139,9 +139,25 @@ class Transitions:
     times: Tensor
     begin: int
 
+    def tensors(self) -> dict[str, Tensor]:
+        """All of it as tensors on the CPU, by names."""
+        points, begin = self.points.detach().cpu().contiguous(), torch.tensor(self.begin)
+        return {"transitions.points": points, "transitions.times": self.times, "transitions.begin": begin}
+
+    @classmethod
+    def of_tensors(cls, tensors: Mapping[str, Tensor], device: torch.device) -> "Transitions":
+        """What [`~Transitions.tensors`] returned, with the points on a device."""
+        points, times, begin = (tensors[f"transitions.{name}"] for name in ("points", "times", "begin"))
+        return cls(points.to(device), times, int(begin))
+
     def select(self, samples: slice | Tensor) -> "Transitions":
         """Those of some of the samples."""
         return dataclasses.replace(self, points=self.points[samples])
+
+    def without(self, samples: Tensor) -> "Transitions":
+        """The same with points that are 0 for some of the samples, a mask of shape `(B,)`."""
+        mask = samples.view(-1, *[1] * (self.points.ndim - 1))
+        return dataclasses.replace(self, points=self.points.masked_fill(mask, 0.0))
 
     @staticmethod
     def concatenate(parts: "Sequence[Transitions | None]") -> "Transitions | None":

@@ -18,6 +18,7 @@ class Draw(IntEnum):
     HALVES = 7
     EVALUATION_NOISE = 8
     REGULARIZED = 9
+    WINDOW = 11
 
 
 def derive_seed(seed: int, draw: Draw, *place: int) -> int:

@@ -6,10 +6,13 @@ from collections.abc import Collection
 
 
 _NO_RATIO = (
-    "the default loss has no likelihood ratio to clip (that of AWM has `awm_clip_range`); `advantage_clip` limits the "
-    "advantages"
+    "the default loss has no likelihood ratio to clip (those of AWM and GRPO have `awm_clip_range` and "
+    "`grpo_clip_range`); `advantage_clip` limits the advantages"
 )
-_NO_NOISE = "no noise is added while images are sampled; the solver is the pipeline's scheduler"
+_NO_NOISE = (
+    "the default loss adds no noise while images are sampled (GRPO's is `grpo_noise_level`); the solver is the "
+    "pipeline's scheduler"
+)
 _NO_TEXT = "nothing generates text; `num_inference_steps` and `guidance_scale` set how images are sampled"
 _NO_ENGINE = "the pipeline itself samples the images; see `rollout_batch_size`"
 _RATIO = "`warmup_steps` below 1 is a fraction of the run: `warmup_steps=0.1`"
@@ -36,7 +39,7 @@ OTHER_TRAINERS = {
     "epsilon": _NO_RATIO,
     "epsilon_high": _NO_RATIO,
     "delta": _NO_RATIO,
-    "loss_type": "set `policy_loss`, the loss, to 'nft' or 'awm'",
+    "loss_type": "set `policy_loss`, the loss, to 'nft', 'awm' or 'grpo'",
     "importance_sampling_level": _NO_RATIO,
     "sync_ref_model": "old_policy_preset",
     "ref_model_mixup_alpha": "old_policy_preset",

@@ -100,7 +100,8 @@ def test_an_unknown_setting_that_is_near_to_none_is_refused() -> None:
         ("vllm_max_model_length", "the pipeline itself samples the images; see `rollout_batch_size`."),
         (
             "epsilon",
-            "no likelihood ratio to clip (that of AWM has `awm_clip_range`); `advantage_clip` limits the advantages.",
+            "no likelihood ratio to clip (those of AWM and GRPO have `awm_clip_range` and `grpo_clip_range`); "
+            "`advantage_clip` limits the advantages.",
         ),
         ("clip_range", "`advantage_clip` limits the advantages."),
         ("warmup_ratio", "is a fraction of the run: `warmup_steps=0.1`."),

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 
 import torch
 
-from ..balance import OLD_POLICY_PRESETS, BalanceSchedule, old_policy_decay
-from ..losses import Drawn, FrozenVelocities, PolicyLoss, StepCounts
+from ..balance import BalanceSchedule, old_policy_decay
+from ..losses import Drawn, FrozenVelocities, GRPOLoss, PolicyLoss, StepCounts
+from ..sde import Transitions
 from ..trainer import MarbleConfig
 from ..trainer.construction import build_policy_loss
 from ..update.micro_steps import draw_micro_steps
@@ -80,9 +81,11 @@ def compute_passes(
             they take one for each reward.
     """
     loss = build_policy_loss(args)
-    preset = OLD_POLICY_PRESETS[args.old_policy_preset]
+    preset = args.old_policy_schedule
     schedule = BalanceSchedule(num_rewards, args.balance_every, args.balance_ema)
     per_sample = max(1, int(args.num_inference_steps * args.timestep_fraction))
+    if isinstance(loss, GRPOLoss):
+        per_sample = loss.grpo_window_size
     micro_steps = args.gradient_accumulation_steps // num_processes * per_sample
     updates = args.steps_per_generation // args.gradient_accumulation_steps * args.num_iterations
     penalized = _share(args.regularizer_fraction, micro_steps)
@@ -128,6 +131,8 @@ def _objectives(loss: PolicyLoss, has_old: bool, has_penalties: bool) -> int:
     velocity = torch.zeros(1, 1, requires_grad=True)
     zeros = torch.zeros(1, 1)
     drawn, frozen = Drawn(zeros, torch.ones(1), zeros, zeros), FrozenVelocities(zeros if has_old else None)
+    if isinstance(loss, GRPOLoss):
+        drawn = next(loss.replay(zeros, Transitions(torch.zeros(1, 2, 1), torch.tensor([1.0, 0.5, 0.0]), 0)))
     counts = StepCounts(torch.ones(1), torch.ones(()), 1)
     terms = loss.terms(velocity, drawn, frozen)
     acting = len(loss.coefficients(terms, zeros, counts))

@@ -4,12 +4,13 @@
 from .awm import AWMLoss
 from .building import build_loss, settings_of
 from .forward_process import noise_samples
+from .grpo import GRPOLoss
 from .nft import NFTLoss
-from .policy_loss import Drawn, FrozenVelocities, Penalties, PolicyLoss, StepCounts
+from .policy_loss import Drawn, FrozenVelocities, Penalties, PolicyLoss, StepCounts, Transition
 
 
 # The losses by the name that `MarbleConfig.policy_loss` has for them. One more loss is one more entry.
-LOSSES: dict[str, type[PolicyLoss]] = {"nft": NFTLoss, "awm": AWMLoss}
+LOSSES: dict[str, type[PolicyLoss]] = {"nft": NFTLoss, "awm": AWMLoss, "grpo": GRPOLoss}
 
 
 __all__ = [
@@ -17,10 +18,12 @@ __all__ = [
     "AWMLoss",
     "Drawn",
     "FrozenVelocities",
+    "GRPOLoss",
     "NFTLoss",
     "Penalties",
     "PolicyLoss",
     "StepCounts",
+    "Transition",
     "build_loss",
     "noise_samples",
     "settings_of",

@@ -7,6 +7,26 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from ..sde import SDESteps
+
+
+class Transition(NamedTuple):
+    """
+    A step with noise of a rollout, one for each sample of a micro-batch.
+
+    Args:
+        x_next (`torch.Tensor` of shape `(B, ...)`):
+            Where it went.
+        step ([`~trl_marble.sde.SDESteps`]):
+            Its numbers, of shape `(B,)`.
+        weight (`torch.Tensor` of shape `(B,)`):
+            Its weight in the loss.
+    """
+
+    x_next: Tensor
+    step: SDESteps
+    weight: Tensor
+
 
 class Drawn(NamedTuple):
     """
@@ -21,12 +41,18 @@ class Drawn(NamedTuple):
             Clean latents.
         noise (`torch.Tensor` of shape `(B, ...)`):
             The noise.
+        transition ([`Transition`], *optional*):
+            The step that the rollout went from `x_t`, for losses on such steps.
+        kl_weight (`torch.Tensor` of shape `(B,)`, *optional*):
+            By what the squared distance of velocities is to be multiplied for the [`Penalties`]. Defaults to 1.
     """
 
     x_t: Tensor
     t: Tensor
     x0: Tensor
     noise: Tensor
+    transition: Transition | None = None
+    kl_weight: Tensor | None = None
 
 
 class FrozenVelocities(NamedTuple):

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..pipelines import Conditioning, row_digests
+from ..sde import Transitions
 
 
 _TENSORS = (
@@ -59,6 +60,8 @@ class RolloutBatch:
             Number of samples that any reward scores in each optimizer step of one pass, on all processes.
         weighted_sum (`Tensor` of shape `[K]`, float32):
             How a weighted sum of the raw rewards would have mixed the per-reward gradients.
+        transitions ([`~trl_marble.sde.Transitions`], *optional*):
+            What the solver steps with noise went through, for losses on them; 0 where latents are not finite.
     """
 
     prompts: list[str]
@@ -73,6 +76,7 @@ class RolloutBatch:
     active: Tensor
     scored: Tensor
     weighted_sum: Tensor
+    transitions: Transitions | None = None
 
     def prompts_of(self, sample_ids: Tensor) -> list[str]:
         """The prompts of some of this process's samples."""
@@ -82,6 +86,8 @@ class RolloutBatch:
     def save(self, path: Path) -> None:
         """Write it to a safetensors file. The embeddings are computed again from the rows when training goes on."""
         tensors = {name: getattr(self, name).detach().cpu().contiguous() for name in _TENSORS}
+        if self.transitions is not None:
+            tensors |= self.transitions.tensors()
         save_file(tensors, path, metadata={"rows": self.rows_digest})
 
 
@@ -95,10 +101,13 @@ class StoredBatch:
             See [`RolloutBatch`].
         tensors (`dict[str, Tensor]`):
             Its tensors by name.
+        transitions ([`~trl_marble.sde.Transitions`], *optional*):
+            See [`RolloutBatch`].
     """
 
     rows_digest: str
     tensors: dict[str, Tensor]
+    transitions: Transitions | None = None
 
     @classmethod
     def load(cls, path: Path, device: torch.device) -> "StoredBatch":
@@ -113,7 +122,9 @@ class StoredBatch:
         """
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name).to(device, copy=True) for name in _TENSORS}
-            return cls(file.metadata()["rows"], tensors)
+            others = {name: file.get_tensor(name).clone() for name in file.keys() if name not in _TENSORS}
+            transitions = Transitions.of_tensors(others, device) if others else None
+            return cls(file.metadata()["rows"], tensors, transitions)
 
     def with_rows(
         self, prompts: list[str], images: Sequence[Image.Image] | None, encode: Callable[[], Conditioning]
@@ -138,7 +149,7 @@ class StoredBatch:
                 f"those of this run (the first is {prompts[0]!r}). Resume with the same `train_dataset` and without "
                 "`ignore_data_skip`, or from a checkpoint between two generation batches."
             )
-        return RolloutBatch(prompts, encode(), self.rows_digest, **self.tensors)
+        return RolloutBatch(prompts, encode(), self.rows_digest, **self.tensors, transitions=self.transitions)
 
 
 def digest_of(prompts: Sequence[str], images: Sequence[Image.Image] | None = None) -> str:

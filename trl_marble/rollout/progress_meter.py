@@ -18,6 +18,7 @@ from ..memory_advice import rollout_advice
 from ..metrics import MetricBuffer
 from ..pipelines import adapters_disabled, encode_distinct, row_digests
 from ..rewards import RewardScorer
+from ..sde import SDEWindow
 from ..seeding import Draw, derive_seed
 from .sampler import RolloutSampler, Samples
 
@@ -84,7 +85,12 @@ class ProgressMeter:
         self._said_that_all_are_reached = False
 
     def prepare(
-        self, row_numbers: Sequence[int], prompts: Sequence[str], images: Sequence[Any] | None, trainer_state: Any
+        self,
+        row_numbers: Sequence[int],
+        prompts: Sequence[str],
+        images: Sequence[Any] | None,
+        trainer_state: Any,
+        sde: SDEWindow | None = None,
     ) -> Tensor:
         """
         Begin a generation batch: sample the base model's images of prompts that are new. All processes call it.
@@ -98,6 +104,8 @@ class ProgressMeter:
                 The images to be edited.
             trainer_state ([`~transformers.TrainerState`]):
                 Passed on to the rewards.
+            sde ([`~trl_marble.sde.SDEWindow`], *optional*):
+                Solver steps that add noise, as in the rollouts that are compared with these images.
 
         Returns:
             `Tensor` of shape `[B]`, int64: the id of the prompt of each image of all processes.
@@ -111,7 +119,7 @@ class ProgressMeter:
         rows = dict(gathered.tolist())
         if missing := self.weights.missing(gathered[:, 0]):
             base_ids = torch.tensor(missing).repeat_interleave(self.settings.images_per_prompt)
-            rewards = self._sample_base([rows[prompt] for prompt in missing], trainer_state)
+            rewards = self._sample_base([rows[prompt] for prompt in missing], trainer_state, sde)
             with self.sampler.together.phase():
                 self.weights.add_base(base_ids, rewards)
         return gathered[:, 0]
@@ -142,7 +150,7 @@ class ProgressMeter:
                     "below its target. Until then only the trust region and the KL penalty act."
                 )
 
-    def _sample_base(self, rows: Sequence[int], trainer_state: Any) -> Tensor:
+    def _sample_base(self, rows: Sequence[int], trainer_state: Any, sde: SDEWindow | None) -> Tensor:
         """The rewards `[K, rows x images per prompt]` of the base model's images, on all processes."""
         images_per_prompt, number = self.settings.images_per_prompt, len(rows) * self.settings.images_per_prompt
         # Equal shares: the last image is sampled again until they are, and only its first scores are used.
@@ -161,7 +169,7 @@ class ProgressMeter:
             )
         with rollout_advice("rollout_batch_size", batch_size), adapters_disabled(flow.transformer):
             samples = self.sampler.sample_rows(
-                self.scorer, prompts, columns, seeds, conditioning, prompt_index, batch_size, trainer_state
+                self.scorer, prompts, columns, seeds, conditioning, prompt_index, batch_size, trainer_state, sde
             )
         self._warn_of_missing_scores(samples)
         return self._gather(samples.scores.rewards.T)[:number].T

@@ -17,6 +17,7 @@ from ..pipelines import Acceleration, Conditioning, FlowPipeline
 from ..processes import FailingTogether
 from ..progress import MakeBar
 from ..rewards import RewardScorer, Scores
+from ..sde import SDEWindow, Transitions
 from ..seeding import Draw, derive_seed
 from ..step_times import StepTimes
 from .reward_failures import FailurePolicy
@@ -59,6 +60,8 @@ class Samples(NamedTuple):
             The rewards' scores: one row per reward, those of the first scorer first.
         measured (`Tensor` of shape `[B, ...]`, *optional*):
             What was measured of each sample where it was sampled; NaN for those that are not finite.
+        transitions ([`~trl_marble.sde.Transitions`], *optional*):
+            What the steps with noise went through, where there are any; 0 for samples that are not finite.
     """
 
     latents: Tensor
@@ -66,6 +69,7 @@ class Samples(NamedTuple):
     finite: Tensor
     scores: Scores
     measured: Tensor | None = None
+    transitions: Transitions | None = None
 
     @staticmethod
     def concatenate(parts: "Sequence[Samples]") -> "Samples":
@@ -75,6 +79,7 @@ class Samples(NamedTuple):
             [image for part in parts for image in part.images],
             torch.cat([part.finite for part in parts]),
             Scores.concatenate([part.scores for part in parts]),
+            transitions=Transitions.concatenate([part.transitions for part in parts]),
         )
 
 
@@ -131,6 +136,7 @@ class RolloutSampler:
         deliver: Callable[[Samples], None],
         max_waiting: int | None = None,
         measure: Callable[[SampleBatch, Tensor], Tensor] | None = None,
+        sde: SDEWindow | None = None,
     ) -> None:
         """
         Sample and score batch by batch. A failure that ends the run does so before more is sampled.
@@ -154,6 +160,8 @@ class RolloutSampler:
             measure (`Callable[[SampleBatch, Tensor], Tensor]`, *optional*):
                 Called with each batch and its latents as soon as it is sampled, with the weights that sampled it; its
                 result, with one row per sample, becomes `Samples.measured`.
+            sde ([`~trl_marble.sde.SDEWindow`], *optional*):
+                Solver steps that add noise. By default there are none.
 
         Raises:
             [`~trl_marble.rewards.RewardError`]: If a reward returned something that is not a score, or failed and the
@@ -161,22 +169,22 @@ class RolloutSampler:
             `FloatingPointError`: If latents are not finite and the failure policy is to raise.
         """
         with RewardRequests(scorers, self.failures, self.reward_timeout) as requests:
-            waiting: deque[tuple[Tensor, list[Sample], Tensor, Tensor | None]] = deque()
+            waiting: deque[tuple[Tensor, list[Sample], Tensor, Tensor | None, Transitions | None]] = deque()
 
             def deliver_next(deadline: float | None) -> None:
-                latents, images, finite, measured = waiting.popleft()
-                deliver(Samples(latents, images, finite, requests.collect_next(deadline), measured))
+                latents, images, finite, measured, transitions = waiting.popleft()
+                deliver(Samples(latents, images, finite, requests.collect_next(deadline), measured, transitions))
 
             with self.make_bar("rollout", num_images) as bar:
                 for _ in range(rounds):
                     with self.together.phase(exchanges=self.calls_together, ask=False):
                         batch = next(batches, None)
                         if batch is not None:
-                            latents, images, finite = self._sample(batch)
+                            latents, images, finite, transitions = self._sample(batch, sde)
                             measured = None
                             if measure is not None:
                                 measured = self._check_measured(measure(batch, latents), finite)
-                            waiting.append((latents, images, finite, measured))
+                            waiting.append((latents, images, finite, measured, transitions))
                             requests.ask(images, batch.prompts, batch.columns, finite, trainer_state)
                     # Here processes learn of each other's failures, so that none of them goes on when one has failed.
                     with self.together.phase(), reward_advice():
@@ -207,6 +215,7 @@ class RolloutSampler:
         prompt_index: Tensor,
         batch_size: int,
         trainer_state: Any,
+        sde: SDEWindow | None = None,
     ) -> Samples:
         """
         Sample and score this process's rows, as many as on every other process, and keep them all.
@@ -228,6 +237,8 @@ class RolloutSampler:
                 Images that one call of the pipeline samples.
             trainer_state ([`~transformers.TrainerState`]):
                 Passed on to the rewards.
+            sde ([`~trl_marble.sde.SDEWindow`], *optional*):
+                Solver steps that add noise. By default there are none.
         """
         starts = range(0, len(prompts), batch_size)
 
@@ -237,7 +248,9 @@ class RolloutSampler:
             return SampleBatch(prompts[part], part_columns, seeds[part], conditioning.select(prompt_index[part]))
 
         parts: list[Samples] = []
-        self.sample_and_score([scorer], map(cut, starts), len(starts), len(prompts), trainer_state, parts.append)
+        self.sample_and_score(
+            [scorer], map(cut, starts), len(starts), len(prompts), trainer_state, parts.append, sde=sde
+        )
         samples = Samples.concatenate(parts)
         if self.times is not None:
             for name, seconds in samples.scores.seconds.items():
@@ -247,7 +260,9 @@ class RolloutSampler:
     def _deadline(self) -> float | None:
         return None if self.reward_timeout is None else time.monotonic() + self.reward_timeout
 
-    def _sample(self, batch: SampleBatch) -> tuple[Tensor, list[Sample], Tensor]:
+    def _sample(
+        self, batch: SampleBatch, sde: SDEWindow | None
+    ) -> tuple[Tensor, list[Sample], Tensor, Transitions | None]:
         device = self.flow.device
         # Solvers that draw noise at every step draw it from the global generator. With the seed of an image that noise
         # would be the image's initial noise again.
@@ -259,6 +274,7 @@ class RolloutSampler:
                 self.num_inference_steps,
                 times=self.times,
                 acceleration=self.acceleration,
+                sde=sde,
             )
         is_finite = rollout.latents.flatten(1).isfinite().all(dim=1)
         keep = is_finite.view(-1, *[1] * (rollout.latents.ndim - 1))
@@ -270,7 +286,10 @@ class RolloutSampler:
                 f"finite, first for the prompt {first!r}. {CAUSES} To leave such images out instead, set "
                 f"{self.failures.how_to_leave_out_nonfinite}."
             )
-        return torch.where(keep, rollout.latents, 0.0), list(rollout.images), finite
+        transitions = rollout.transitions
+        if transitions is not None:
+            transitions = transitions.without(~is_finite)
+        return torch.where(keep, rollout.latents, 0.0), list(rollout.images), finite, transitions
 
     def _check_measured(self, measured: Tensor, finite: Tensor) -> Tensor:
         """NaN for samples without finite latents, and for those that something infinite was measured of."""

@@ -20,6 +20,7 @@ from ..metrics import MetricBuffer, mean_rms
 from ..nonfinite import CAUSES
 from ..pipelines import Conditioning, encode_distinct
 from ..rewards import RewardScorer, Scores
+from ..sde import SDEWindow
 from ..seeding import Draw, derive_seed
 from .batch import RolloutBatch, StoredBatch, digest_of, steps_of_samples, training_order
 from .diversity import group_diversity, thumbnails
@@ -103,6 +104,8 @@ class RolloutSource:
             Where to record.
         progress_meter ([`ProgressMeter`], *optional*):
             Takes in the rewards of each generation batch before its advantages are computed.
+        choose_window (`Callable[[int], SDEWindow]`, *optional*):
+            From the number of a generation batch to the solver steps that add noise. By default none do.
     """
 
     def __init__(
@@ -117,11 +120,13 @@ class RolloutSource:
         accelerator: Accelerator,
         metrics: MetricBuffer,
         progress_meter: ProgressMeter | None = None,
+        choose_window: Callable[[int], SDEWindow] | None = None,
     ) -> None:
         self.sampler, self.scorer, self.dataset = sampler, scorer, dataset
         self.layout, self.settings = layout, settings
         self.compute_advantages, self.compare_with_sum = compute_advantages, compare_with_sum
         self.accelerator, self.metrics, self.progress_meter = accelerator, metrics, progress_meter
+        self.choose_window = choose_window
         self.together = sampler.together
         self._silent_rewards: set[str] = set()
 
@@ -180,7 +185,8 @@ class RolloutSource:
             columns = read_rows(self.dataset, row_numbers)
         prompts, images = columns.pop("prompt"), self._images_to_edit(columns)
         meter = self.progress_meter
-        prompt_ids = None if meter is None else meter.prepare(row_numbers, prompts, images, trainer_state)
+        sde = None if self.choose_window is None else self.choose_window(generation)
+        prompt_ids = None if meter is None else meter.prepare(row_numbers, prompts, images, trainer_state, sde)
         advice = ("rollout_batch_size", self.settings.batch_size)
         with self.together.phase(), rollout_advice(*advice):
             conditioning, prompt_index = encode_distinct(self.sampler.flow, prompts, images)
@@ -194,6 +200,7 @@ class RolloutSource:
                 prompt_index,
                 self.settings.batch_size,
                 trainer_state,
+                sde,
             )
         rewards = self._gather(samples.scores.rewards.T).T
         groups = torch.arange(rewards.shape[1]) // self.settings.num_generations
@@ -292,6 +299,7 @@ class RolloutSource:
             active=self.accelerator.reduce(signals.to(device), reduction="sum") > 0,
             scored=self.accelerator.reduce(scored.to(device), reduction="sum"),
             weighted_sum=self.compare_with_sum(rewards).to(device),
+            transitions=None if samples.transitions is None else samples.transitions.select(order.to(device)),
         )
 
     def _gather(self, values: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from ..balance import (
 )
 from ..evaluation.policy_evaluation import PolicyEvaluator
 from ..evaluation.prompt_sets import evaluation_sets, set_label
-from ..losses import LOSSES, PolicyLoss, build_loss
+from ..losses import LOSSES, GRPOLoss, PolicyLoss, build_loss
 from ..metrics import MetricBuffer
 from ..pipelines import (
     Acceleration,
@@ -120,8 +120,13 @@ def build_scorers(reward_funcs: Any, eval_reward_funcs: Any, args: MarbleConfig)
 
 
 def build_flow(pipeline: DiffusionPipeline, args: MarbleConfig) -> FlowPipeline:
-    """The pipeline with the settings of the rollouts."""
-    return FlowPipeline(
+    """
+    The pipeline with the settings of the rollouts.
+
+    Raises:
+        `ValueError`: If it cannot have them.
+    """
+    flow = FlowPipeline(
         pipeline,
         args.height,
         args.width,
@@ -130,6 +135,13 @@ def build_flow(pipeline: DiffusionPipeline, args: MarbleConfig) -> FlowPipeline:
         num_frames=args.num_frames,
         autocast_dtype=torch.bfloat16 if args.bf16 else None,
     )
+    if args.policy_loss == "grpo" and flow.is_guided:
+        raise ValueError(
+            f"`policy_loss='grpo'` needs the velocity that the rollouts follow, and with "
+            f"`guidance_scale={args.guidance_scale}` they follow a guided one, which is not trained; set "
+            "`guidance_scale=1.0`."
+        )
+    return flow
 
 
 def check_prompts(
@@ -287,6 +299,10 @@ def build_source(
     args: MarbleConfig,
 ) -> RolloutSource:
     """What makes generation batches."""
+    loss = build_policy_loss(args)
+    choose_window = None
+    if isinstance(loss, GRPOLoss):
+        choose_window = functools.partial(loss.window, num_steps=args.num_inference_steps, seed=args.seed)
     reward_weights = torch.tensor(args.reward_weights or [1.0] * len(scorer))
     meter = _build_meter(sampler, scorer, dataset, edits, accelerator, metrics, args)
 
@@ -308,6 +324,7 @@ def build_source(
         accelerator,
         metrics,
         meter,
+        choose_window,
     )
 
 
@@ -371,7 +388,10 @@ def build_update(
         balance = BalanceSettings(schedule, chosen, args.balance_fraction, reward_names)
         linears = measured_linears(weights.flow, weights.trained, edits, args.per_device_train_batch_size)
     grid_times = weights.flow.training_times(args.num_inference_steps)
-    grid = TimeGrid(grid_times, max(1, int(len(grid_times) * args.timestep_fraction)))
+    if isinstance(loss, GRPOLoss):
+        grid = TimeGrid(grid_times, loss.grpo_window_size)
+    else:
+        grid = TimeGrid(grid_times, max(1, int(len(grid_times) * args.timestep_fraction)))
     _check_regularizer_fraction(args, layout.micro_batches_per_update * grid.per_sample)
     return PolicyUpdate(
         loss,

@@ -16,6 +16,8 @@ from ..balance import OLD_POLICY_PRESETS, WEIGHTINGS
 from ..extras import EXTRAS, require_extra
 from ..losses import LOSSES, build_loss, settings_of
 from ..losses.awm import AWMWeighting
+from ..losses.grpo import Reweighting, WindowPlacement
+from ..sde import SDEKind
 from ..setting_names import suggest_name
 from ..world_size import check_world_size
 from .inherited_arguments import check_arguments, check_combinations
@@ -177,8 +179,9 @@ class MarbleConfig(TrainingArguments):
 
         policy_loss (`str`, *optional*, defaults to `"nft"`):
             The loss: `"nft"` (DiffusionNFT, see [`~trl_marble.losses.NFTLoss`]) or `"awm"` (advantage weighted
-            matching, https://huggingface.co/papers/2509.25050, see [`~trl_marble.losses.AWMLoss`]). A setting that the
-            chosen loss does not use is refused.
+            matching, https://huggingface.co/papers/2509.25050, see [`~trl_marble.losses.AWMLoss`]) or `"grpo"`
+            (Flow-GRPO and successors, https://huggingface.co/papers/2505.05470, see
+            [`~trl_marble.losses.GRPOLoss`]). A setting that the chosen loss does not use is refused.
         nft_beta (`float`, *optional*, defaults to `0.1`):
             Mixing coefficient b of the implicit positive and negative policies, v± = v_old ± b (v - v_old)
             (DiffusionNFT, https://huggingface.co/papers/2509.16117). Greater than 0.
@@ -212,6 +215,29 @@ class MarbleConfig(TrainingArguments):
         awm_ema_beta (`float`, *optional*, defaults to `1.0`):
             Coefficient of the trust region `mean((v - v_old)^2)` around the old policy, a fast moving average of the
             trained weights (the paper's is `old_policy_preset=3`). With `0.0` its forward pass is not run.
+
+        grpo_sde (`str`, *optional*, defaults to `"flow_sde"`):
+            How rollouts of `policy_loss="grpo"` add noise, on whose probability it trains: `"flow_sde"` (Flow-GRPO)
+            or `"cps"` (coefficients-preserving sampling, https://huggingface.co/papers/2509.05952). Evaluations add
+            none.
+        grpo_noise_level (`float`, *optional*, defaults to `0.7`):
+            How much noise, in `(0, 1]`.
+        grpo_window_size (`int`, *optional*, defaults to `2`):
+            Number of consecutive solver steps that add noise, which are those that each image is trained on; less than
+            `num_inference_steps`, as the last step adds none.
+        grpo_window (`str`, *optional*, defaults to `"random"`):
+            Where these steps are: `"fixed"` (the first ones), `"random"` (drawn for each generation batch) or
+            `"sliding"` (the first ones, and one step later every `grpo_window_every` generation batches).
+        grpo_window_every (`int`, *optional*, defaults to `25`):
+            See `grpo_window`.
+        grpo_clip_range (`float`, *optional*, defaults to `1e-4`):
+            Clip of the likelihood ratio, where a generation batch is used for several optimizer steps. Greater than 0.
+            Log-likelihoods are means over the numbers of an image, so that ratios are close to 1.
+        grpo_guard (`bool`, *optional*, defaults to `False`):
+            Whether the likelihood ratio is normalized as in GRPO-Guard (https://huggingface.co/papers/2510.22319).
+        grpo_reweighting (`str`, *optional*, defaults to `"none"`):
+            Weights of the solver steps: `"none"`, `"noise"` (by the noise that they add, TempFlow-GRPO,
+            https://huggingface.co/papers/2508.04324) or `"step"` (by the inverse of their length, GRPO-Guard's).
 
         > Parameters that control the balancing
 
@@ -419,7 +445,7 @@ class MarbleConfig(TrainingArguments):
     )
 
     # Parameters that control the loss
-    policy_loss: str = field(default="nft", metadata={"help": "The loss: 'nft' or 'awm'."})
+    policy_loss: str = field(default="nft", metadata={"help": "The loss: 'nft', 'awm' or 'grpo'."})
     nft_beta: float = field(default=0.1, metadata={"help": "Mixing coefficient of the implicit policies."})
     advantage_clip: float = field(default=5.0, metadata={"help": "Advantages are clipped to ± this value."})
     beta: float = field(default=0.1, metadata={"help": "Coefficient of the KL penalty toward the base model."})
@@ -439,6 +465,25 @@ class MarbleConfig(TrainingArguments):
     awm_clip_range: float = field(default=1.0, metadata={"help": "Clip of AWM's likelihood ratio, off-policy."})
     awm_ema_beta: float = field(
         default=1.0, metadata={"help": "Coefficient of AWM's trust region around the old policy."}
+    )
+
+    grpo_sde: Literal["flow_sde", "cps"] = field(
+        default="flow_sde", metadata={"help": "How rollouts of GRPO add noise: 'flow_sde' or 'cps'."}
+    )
+    grpo_noise_level: float = field(default=0.7, metadata={"help": "How much noise rollouts of GRPO add."})
+    grpo_window_size: int = field(
+        default=2, metadata={"help": "Number of solver steps that add noise and are trained on by GRPO."}
+    )
+    grpo_window: Literal["fixed", "random", "sliding"] = field(
+        default="random", metadata={"help": "Where GRPO's steps are: 'fixed', 'random' or 'sliding'."}
+    )
+    grpo_window_every: int = field(
+        default=25, metadata={"help": "Generation batches after which GRPO's sliding window moves by a step."}
+    )
+    grpo_clip_range: float = field(default=1e-4, metadata={"help": "Clip of GRPO's likelihood ratio."})
+    grpo_guard: bool = field(default=False, metadata={"help": "Whether GRPO-Guard normalizes the likelihood ratio."})
+    grpo_reweighting: Literal["none", "noise", "step"] = field(
+        default="none", metadata={"help": "Weights of GRPO's solver steps: 'none', 'noise' or 'step'."}
     )
 
     # Parameters that control the balancing
@@ -521,6 +566,9 @@ class MarbleConfig(TrainingArguments):
         for name, choices in (
             ("policy_loss", tuple(LOSSES)),
             ("awm_weighting", get_args(AWMWeighting)),
+            ("grpo_sde", get_args(SDEKind)),
+            ("grpo_window", get_args(WindowPlacement)),
+            ("grpo_reweighting", get_args(Reweighting)),
             ("multi_objective_aggregation", AGGREGATIONS),
             ("weighting", tuple(WEIGHTINGS)),
             ("balance_on", BALANCE_ON),
@@ -541,6 +589,8 @@ class MarbleConfig(TrainingArguments):
             "num_generations_eval": (1, "an evaluation needs at least one image per prompt"),
             "progress_base_images": (1, "progress is measured against the base model"),
             "balance_every": (1, "1 solves at every optimizer step"),
+            "grpo_window_size": (1, "only steps that add noise are trained on"),
+            "grpo_window_every": (1, "1 moves the window after each generation batch"),
             "num_images_to_log": (1, "set `log_images=False` to log none"),
             "log_images_steps": (1, "1 logs images at every logging step"),
             "per_device_train_batch_size": (1, "a forward pass needs an image"),
@@ -561,7 +611,7 @@ class MarbleConfig(TrainingArguments):
                 raise ValueError(f"`{name}` is {getattr(self, name)!r}; it must be an integer.")
             if getattr(self, name) is not None and getattr(self, name) < minimum:
                 raise ValueError(f"`{name}` is {getattr(self, name)}; it must be at least {minimum}: {why}.")
-        for name in ("nft_beta", "advantage_clip", "awm_clip_range", "progress_temperature"):
+        for name in ("nft_beta", "advantage_clip", "awm_clip_range", "grpo_clip_range", "progress_temperature"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"`{name}` is {getattr(self, name)}; it must be a finite number greater than 0.")
         if self.reward_timeout is not None and not 0 < self.reward_timeout < math.inf:
@@ -591,7 +641,7 @@ class MarbleConfig(TrainingArguments):
         for name in ("balance_ema", "weight_ema_decay", "progress_ema"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"`{name}` is {getattr(self, name)}; a decay must be in [0, 1).")
-        for name in ("timestep_fraction", "balance_fraction", "regularizer_fraction", "awm_power"):
+        for name in ("timestep_fraction", "balance_fraction", "regularizer_fraction", "awm_power", "grpo_noise_level"):
             if not 0 < getattr(self, name) <= 1:
                 raise ValueError(f"`{name}` is {getattr(self, name)}; it must be in (0, 1].")
         if self.reward_weights is not None and not _are_finite_numbers(self.reward_weights):
@@ -658,6 +708,8 @@ class MarbleConfig(TrainingArguments):
         unused |= dict.fromkeys(self._settings_of_other_losses(), f"`policy_loss={self.policy_loss!r}`")
         if self.policy_loss == "awm":
             unused |= self._unused_by_awm()
+        if self.policy_loss == "grpo":
+            unused |= self._unused_by_grpo()
         if not self.log_images:
             unused["log_images_steps"] = "`log_images=False`"
         return unused
@@ -694,6 +746,36 @@ class MarbleConfig(TrainingArguments):
         unused["awm_clip_range"] = "`awm_off_policy=False`, where the likelihood ratio is 1"
         if self.awm_ema_beta == 0:
             unused["old_policy_preset"] = "`awm_ema_beta=0.0` and `awm_off_policy=False`, which need no old policy"
+        return unused
+
+    def _unused_by_grpo(self) -> dict[str, str]:
+        if self.grpo_window_size >= self.num_inference_steps:
+            raise ValueError(
+                f"`grpo_window_size` is {self.grpo_window_size} and `num_inference_steps` is "
+                f"{self.num_inference_steps}; it must be smaller, as the last step adds no noise."
+            )
+        if self.grpo_guard and self.grpo_reweighting == "noise":
+            raise ValueError(
+                "`grpo_guard=True` weights steps by their noise already, as `grpo_reweighting='noise'` does; leave "
+                "one of the two out, or set `grpo_reweighting='step'`."
+            )
+        if self.rollout_cache is not None:
+            raise ValueError(
+                "`rollout_cache` changes the velocities of rollouts, and `policy_loss='grpo'` trains on the "
+                "probability of their steps; leave `rollout_cache` out."
+            )
+        loss = "`policy_loss='grpo'`"
+        unused = {
+            "timestep_fraction": f"{loss}, which trains on `grpo_window_size` steps",
+            "old_policy_preset": f"{loss}, which samples each generation batch with the trained policy",
+        }
+        if self.grpo_window != "sliding":
+            unused["grpo_window_every"] = f"`grpo_window={self.grpo_window!r}`"
+        if self.num_iterations == 1 and self.steps_per_generation == self.gradient_accumulation_steps:
+            unused["grpo_clip_range"] = (
+                "one optimizer step for each generation batch, where the likelihood ratio is 1 (`num_iterations` and "
+                "`steps_per_generation` give it more)"
+            )
         return unused
 
     def _check_launch(self) -> None:
@@ -744,6 +826,11 @@ class MarbleConfig(TrainingArguments):
         from ..pipelines import Acceleration  # here, because the help of the command line needs no diffusers
 
         return Acceleration(self.rollout_attention_backend, self.rollout_cache)  # type: ignore[arg-type]
+
+    @property
+    def old_policy_schedule(self) -> tuple[int, float, float]:
+        """`flat`, `rate` and `max` of the old policy's decay; with `policy_loss="grpo"` it does not lag."""
+        return OLD_POLICY_PRESETS[0 if self.policy_loss == "grpo" else self.old_policy_preset]
 
     @property
     def evaluation_steps(self) -> int:

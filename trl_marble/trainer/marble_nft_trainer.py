@@ -19,7 +19,7 @@ from transformers import TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import TrainOutput
 
-from ..balance import OLD_POLICY_PRESETS, BalanceSchedule, old_policy_decay, weight_ema_decay
+from ..balance import BalanceSchedule, old_policy_decay, weight_ema_decay
 from ..callbacks import LiveTableCallback, MarbleCallback, RolloutPicture, RunPictures
 from ..checkpoint.folder import check_writable
 from ..checkpoint.run_state import base_fingerprint
@@ -344,7 +344,7 @@ class MarbleNFTTrainer(WithoutPredictions, ObservedTrainer):
         self.rollouts.commit()
         self.weights.averaged.lerp_(min(weight_ema_decay(step), self.args.weight_ema_decay))
         if self.layout.locate(self._micro_step).starts_generation:
-            flat, rate, maximum = OLD_POLICY_PRESETS[self.args.old_policy_preset]
+            flat, rate, maximum = self.args.old_policy_schedule
             self.weights.old.lerp_(old_policy_decay(step, flat, rate, maximum))
         self.times.end("optimizer")
         self.times.end("step")

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..losses import FrozenVelocities, Penalties, PolicyLoss, StepCounts
+from ..losses import Drawn, FrozenVelocities, GRPOLoss, Penalties, PolicyLoss, StepCounts
 from ..losses.forward_process import add_shared, mean_square_distance
 from ..metrics import MetricBuffer, finite_mean, mean_rms
 from ..pipelines import Conditioning, PolicyWeights
@@ -161,7 +161,10 @@ class PolicyUpdate:
         loss = torch.zeros((), device=x0.device)
         first_place = position.micro_batch_of_update * num_times
         with self.make_bar("update", num_times) as bar:
-            draws = self.loss.draw(x0, self.grid.times, num_times, generators)
+            if isinstance(self.loss, GRPOLoss) and batch.transitions is not None:
+                draws = self.loss.replay(x0, batch.transitions.select(part))
+            else:
+                draws = self.loss.draw(x0, self.grid.times, num_times, generators)
             for place, drawn in enumerate(draws, start=first_place):
                 penalties = self._penalties if place in self._regularized else Penalties()
                 frozen = self._frozen_velocities(drawn.x_t, drawn.t, conditioning, penalties)
@@ -171,7 +174,7 @@ class PolicyUpdate:
                         terms = self.loss.terms(velocity, drawn, frozen)
                     self.guard.note(drawn.t, sample_ids, prompts, terms)
                     with self.times.measure("backward"):
-                        loss += self._backward(velocity, terms, frozen, penalties, batch.advantages[:, part])
+                        loss += self._backward(velocity, terms, drawn, frozen, penalties, batch.advantages[:, part])
                 bar.update()
         return loss
 
@@ -179,6 +182,7 @@ class PolicyUpdate:
         self,
         velocity: Tensor,
         terms: Sequence[Tensor],
+        drawn: Drawn,
         frozen: FrozenVelocities,
         penalties: Penalties,
         advantages: Tensor,
@@ -188,6 +192,8 @@ class PolicyUpdate:
         acting = terms[: len(coefficients)]
         shared = self.loss.shared(velocity, terms, frozen, ~advantages.isnan().all(dim=0), self._counts)
         kl = None if frozen.reference is None else mean_square_distance(velocity, frozen.reference)
+        if kl is not None and drawn.kl_weight is not None:
+            kl = drawn.kl_weight * kl
         if penalties.old > 0 and frozen.old is not None:
             distance = mean_square_distance(velocity, frozen.old)
             shared = add_shared(shared, penalties.old * (1 / self._num_regularized) * distance)
