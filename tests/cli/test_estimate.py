@@ -121,6 +121,8 @@ COUNTED = {
     "progress": {"multi_objective_aggregation": "progress", "old_policy_preset": 0},
     "two steps per batch": {"steps_per_generation": 4, "old_policy_preset": 0, "num_generations": 4},
     "AWM": {"policy_loss": "awm", "old_policy_preset": 3},
+    "GRPO": {"policy_loss": "grpo", "timestep_fraction": 0.99},
+    "GRPO, two passes over a batch": {"policy_loss": "grpo", "timestep_fraction": 0.99, "num_iterations": 2},
     "guidance": {"guidance_scale": 4.0},
 }
 

@@ -59,6 +59,15 @@ EQUAL = {
         "per_device_eval_batch_size": 4,
         "eval_prompts": 9,  # more batches on one process than on the other
     },
+    "transitions": {
+        "policy_loss": "grpo",
+        "grpo_clip_range": 0.1,  # far from all ratios: rounding must not decide which samples are clipped
+        "timestep_fraction": 0.99,
+        "num_inference_steps": 3,
+        "num_iterations": 2,
+        "kl_target": 1e-4,
+        "max_steps": 4,
+    },
     "adam": {"optim": "adamw_torch", "learning_rate": 1e-4, "max_grad_norm": 1.0},
 }
 SAVED = {"optim": "adamw_torch", "learning_rate": 1e-3, "steps_per_generation": 2, "max_steps": 4, "shard_base": True}

@@ -203,8 +203,9 @@ def test_evaluation_counts_samples_without_latents(tmp_path):
         {"balance_fraction": 0.5},
         {"multi_objective_aggregation": "sum_then_normalize"},
         {"policy_loss": "awm", "awm_ema_beta": 0.5},
+        {"policy_loss": "grpo", "timestep_fraction": 0.99, "num_inference_steps": 3},
     ],
-    ids=["advantage", "loss", "streaming", "one loss", "awm"],
+    ids=["advantage", "loss", "streaming", "one loss", "awm", "grpo"],
 )
 def test_a_step_with_a_sample_that_overflows_is_skipped_and_counted(tmp_path, settings):
     trainer = build(tmp_path / "a", on_nonfinite="skip", max_steps=3, **settings)
