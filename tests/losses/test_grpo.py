@@ -207,13 +207,16 @@ def test_rounding_in_float32_does_not_reach_the_ratio():
 
 def test_windows():
     assert grpo().window(7, num_steps=6, seed=0).begin == 0
-    moved = [grpo(grpo_window="sliding", grpo_window_every=3).window(i, 6, 0).begin for i in range(15)]
-    assert moved == [0] * 3 + [1] * 3 + [2] * 3 + [3] * 3 + [0] * 3  # the last of six steps is never among them
-    drawn = [grpo(grpo_window="random").window(i, 6, 0) for i in range(400)]
-    assert drawn == [grpo(grpo_window="random").window(i, 6, 0) for i in range(400)]
+    assert grpo(grpo_window="random", grpo_window_size=5).window(7, num_steps=6, seed=0).begin == 0
+    moved = [grpo(grpo_window="sliding", grpo_window_every=3).window(i, 10, 0).begin for i in range(15)]
+    assert moved == [0] * 3 + [1] * 3 + [2] * 3 + [3] * 3 + [0] * 3  # steps 0 to 4 of 10
+    drawn = [grpo(grpo_window="random").window(i, 10, 0) for i in range(400)]
+    assert drawn == [grpo(grpo_window="random").window(i, 10, 0) for i in range(400)]
     assert Counter(window.begin for window in drawn).keys() == {0, 1, 2, 3}
     assert min(Counter(window.begin for window in drawn).values()) > 70
-    assert [window.begin for window in drawn] != [grpo(grpo_window="random").window(i, 6, 1).begin for i in range(400)]
+    assert [window.begin for window in drawn] != [
+        grpo(grpo_window="random").window(i, 10, 1).begin for i in range(400)
+    ]
 
 
 # ---- Settings ----

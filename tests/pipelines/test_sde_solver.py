@@ -116,7 +116,7 @@ def test_without_noise_every_point_is_that_of_diffusers_step(sd3):
 
 @torch.no_grad()
 def test_cps_from_the_first_step_on(sd3):
-    kept = roll(sd3, SDEWindow("cps", 0.7, 0, 3)).transitions
+    kept = roll(sd3, SDEWindow("cps", 0.7, 0, 2)).transitions
     generators = [torch.Generator().manual_seed(derive_seed(seed, Draw.SOLVER)) for seed in SEEDS]
     for found in noise_of(kept, "cps", 0.7, sd3, sd3.encode(PROMPTS)):
         drawn = torch.stack([torch.randn(found.shape[1:], generator=generator) for generator in generators])
@@ -151,6 +151,8 @@ def test_in_half_precision_the_points_are_those_that_the_pipeline_goes_on_from()
 def test_what_would_give_wrong_probabilities_is_refused(sd3):
     with pytest.raises(ValueError, match="Step 4 of 4 is to add noise, and the last one must not"):
         roll(sd3, SDEWindow("flow_sde", 0.7, 2, 2))
+    with pytest.raises(ValueError, match="Step 3 of 4 ends at t = 0.00893, where cps adds noise of deviation 0.008"):
+        roll(sd3, SDEWindow("cps", 0.7, 0, 3))
     noisy = FlowPipeline(tiny_sd3(num_layers=1), max_sequence_length=16)
     noisy.pipeline.scheduler.register_to_config(stochastic_sampling=True)
     with pytest.raises(ValueError, match="has stochastic_sampling=True"):

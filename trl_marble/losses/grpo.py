@@ -42,10 +42,10 @@ class GRPOLoss:
             Number of steps that add noise, which are those that are trained on; less than the steps of a rollout.
         grpo_window (`str`):
             Where they are, the same place for all images of a generation batch: `"fixed"`, from the first step on;
-            `"random"`, drawn anew for each generation batch
-            ([Flow-GRPO-Fast](https://huggingface.co/papers/2505.05470)); or `"sliding"`, from the first step on and
-            later by one step every `grpo_window_every` generation batches, and then from the beginning
-            ([MixGRPO](https://huggingface.co/papers/2507.21802)).
+            `"random"`, drawn for each generation batch from the first half of the rollout
+            ([Flow-GRPO-Fast](https://huggingface.co/papers/2505.05470)); or `"sliding"`, from the first step on, later
+            by one step every `grpo_window_every` generation batches, and after the first half from the beginning
+            ([MixGRPO](https://huggingface.co/papers/2507.21802)). Noise of late steps would stay in the images.
         grpo_window_every (`int`):
             See above.
         grpo_clip_range (`float`):
@@ -91,7 +91,7 @@ class GRPOLoss:
             seed (`int`):
                 Seed of the run.
         """
-        begin, places = 0, num_steps - self.grpo_window_size  # the last step adds none
+        begin, places = 0, max(1, num_steps // 2 - self.grpo_window_size + 1)
         if self.grpo_window == "random":
             generator = torch.Generator().manual_seed(derive_seed(seed, Draw.WINDOW, generation))
             begin = int(torch.randint(places, (), generator=generator))

@@ -15,6 +15,9 @@ from ..seeding import Draw, derive_seed
 from .schedulers import has_inverted_time
 
 
+MIN_DEVIATION = 0.01  # of the noise of a step
+
+
 def euler_of(scheduler: Any) -> FlowMatchEulerDiscreteScheduler:
     """
     A copy of a pipeline's own scheduler, or for a multistep solver the Euler scheduler of the same shift.
@@ -115,6 +118,13 @@ class SDESolver:
             )
         x = sample.float()
         velocity = -model_output.float() if has_inverted_time(self._solver) else model_output.float()
-        step = SDESteps.of_grid(self._window.kind, self._window.noise_level, times).at(index).expand(x)
+        step = SDESteps.of_grid(self._window.kind, self._window.noise_level, times).at(index)
+        if 0 < step.deviation < MIN_DEVIATION:
+            raise ValueError(
+                f"Step {index + 1} of {len(times) - 1} ends at t = {step.t_next:.3g}, where {self._window.kind} adds "
+                f"noise of deviation {step.deviation:.2g}: so little that the step's probability would outweigh those "
+                "of all others. Use a smaller window (`grpo_window_size`)."
+            )
+        step = step.expand(x)
         noise = torch.stack([torch.randn(x.shape[1:], generator=generator) for generator in self._generators]).to(x)
         return step.mean(x, velocity) + step.deviation.view(-1, *[1] * (x.ndim - 1)) * noise

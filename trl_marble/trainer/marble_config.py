@@ -226,8 +226,9 @@ class MarbleConfig(TrainingArguments):
             Number of consecutive solver steps that add noise, which are those that each image is trained on; less than
             `num_inference_steps`, as the last step adds none.
         grpo_window (`str`, *optional*, defaults to `"random"`):
-            Where these steps are: `"fixed"` (the first ones), `"random"` (drawn for each generation batch) or
-            `"sliding"` (the first ones, and one step later every `grpo_window_every` generation batches).
+            Where these steps are: `"fixed"` (the first ones), `"random"` (drawn for each generation batch from the
+            first half of the rollout) or `"sliding"` (the first ones, one step later every `grpo_window_every`
+            generation batches, and after the first half the first ones again).
         grpo_window_every (`int`, *optional*, defaults to `25`):
             See `grpo_window`.
         grpo_clip_range (`float`, *optional*, defaults to `1e-4`):
