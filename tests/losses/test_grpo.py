@@ -379,7 +379,7 @@ RESUMED = GRPO | {
     "num_generations": 4,
     "save_strategy": "steps",
     "save_steps": 1,
-    "max_steps": 6,
+    "max_steps": 5,
     "kl_target": 0.01,
     "regularizer_fraction": 0.5,
 }
@@ -388,7 +388,7 @@ RESUMED = GRPO | {
 def test_resumed_run_equals_the_uninterrupted_run(tmp_path):
     whole = small_trainer(tmp_path / "whole", **RESUMED)
     whole.train()
-    for step in (1, 4, 5):  # in the middle of a generation batch, between two, and in the middle again
+    for step in (1, 4):  # in the middle of a generation batch, and between two
         resumed = small_trainer(tmp_path / f"resumed-{step}", **RESUMED)
         resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{step}"))
         assert weights_of(resumed).equal(weights_of(whole))
