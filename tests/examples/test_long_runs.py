@@ -149,18 +149,25 @@ def test_other_methods_end_beside_the_recipe_at_its_kl_between_their_strengths()
     recipe = [BASE, point(20, 0.06, 0.5, 0.4, 0.4, 0.4, 0.3)]
     weak = [BASE, point(20, 0.10, 0.5, 0.5, 0.5, 0.5, 0.1)]
     strong = [BASE, point(20, 0.02, 0.3, 0.3, 0.3, 0.3, 0.3)]
+    far = [BASE, point(20, 2.0, 0.5, 0.5, 0.5, 0.5, -3.0)]
     results = {
         methods.RECIPE: result(methods.RECIPE, [recipe, recipe]),
-        "marble@0.05": result("marble@0.05", [weak, weak]),
-        "marble@0.1": result("marble@0.1", [strong, weak]),  # the second seed drifts too far
-        "gdpo@0.2": result("gdpo@0.2", [weak]),
+        "gdpo@0.2": result("gdpo@0.2", [weak, weak]),
+        "gdpo@0.4": result("gdpo@0.4", [strong, weak]),  # the second seed drifts too far
+        "gdpo@0": result("gdpo@0", [far]),  # without a limit
+        "weighted_sum_x10@0.1": result("weighted_sum_x10@0.1", [weak]),
+        "weighted_sum@target0.06": result("weighted_sum@target0.06", [strong]),
+        "specialist_calm@0.1": result("specialist_calm@0.1", [weak]),
     }
     table = long_report.beside_recipe_table(results)
-    assert table.count("\n") == 4
+    assert table.count("\n") == 5
     # Half way between the strengths of the first seed.
-    row = "| MARBLE, N = 1, beta 0.05 to 0.1 | 1 (1 outside) | 0.060 | 0.20 ± – | 0.36 ± – | 0.10 ± – | 0.04 ± – |"
-    assert row in table
-    assert "| GDPO, beta 0.2 | 1 | 0.100 | 0.10 ± – | 0.42 ± – | 0.20 ± – | -0.02 ± – |" in table  # as it is
+    assert "| GDPO, beta 0.2 to 0.4 | 1 (1 outside) | 0.060 | 0.20 ± – | 0.36 ± – | 0.10 ± – | 0.04 ± – |" in table
+    # As they are.
+    assert "| weighted sum, calm x 10, beta 0.1 | 1 | 0.100 | 0.10 ± – | 0.42 ± – | 0.20 ± – | -0.02 ± – |" in table
+    assert "| weighted sum, target 0.06 | 1 | 0.020 | 0.30 ± – |" in table
+    alone = long_report.beside_recipe_table({name: results[name] for name in (methods.RECIPE, "gdpo@0.2")})
+    assert "| GDPO, beta 0.2 | 2 | 0.100 |" in alone
 
 
 def test_a_run_shorter_than_the_early_step_has_no_change_since_then():

@@ -15,7 +15,7 @@ from trl_marble.evaluation.records import write_atomically
 from trl_marble.evaluation.results import to_json
 
 from .long_pictures import plot_steps
-from .methods import LONG_BASES, LONG_STRENGTHS, RECIPE, REWARDS, SPECIALISTS, find_method
+from .methods import LONG_BASES, LONG_MAIN, LONG_STRENGTHS, RECIPE, REWARDS, SPECIALISTS, find_method
 from .runs import MAIN, TUNING, Run, Scale, base_run, load_report, load_scores
 from .statistics import Estimate, mean_over_seeds
 from .tables import ABSENT, estimate_text, table
@@ -321,9 +321,8 @@ def beside_recipe_table(results: Mapping[str, LongResult]) -> str:
     """
     recipe = results.get(RECIPE)
     rows = []
-    for method in LONG_STRENGTHS:
-        own = [result for entry, result in results.items() if entry.partition("@")[0] == method]
-        if recipe is None or not own or recipe in own:
+    for label, own in _comparable(results).items():
+        if recipe is None or recipe in own:
             continue
         seeds = [seed for seed in recipe.seeds if all(seed in result.seeds for result in own)]
         pairs = [(_end_at_kl(own, seed, recipe.end_of(seed).kl[0]), recipe.end_of(seed)) for seed in seeds]
@@ -334,10 +333,29 @@ def beside_recipe_table(results: Mapping[str, LongResult]) -> str:
         columns = [*others.T[1:], *(ours - others[:, 1:]).T]
         cells = [estimate_text(mean_over_seeds(column), digits=2) for column in columns]
         outside = f" ({len(seeds) - len(found)} outside)" if len(found) < len(seeds) else ""
-        label = f"{LONG_BASES[method].label}, beta {' to '.join(result.entry.partition('@')[2] for result in own)}"
         rows.append([label, f"{len(found)}{outside}", f"{others[:, 0].mean():.3f}", *cells])
     header = ["", "seeds", "KL", "worst", "mean", "worst of the recipe, minus this", "mean of the recipe, minus this"]
     return table(header, rows) if rows else ""
+
+
+def _comparable(results: Mapping[str, LongResult]) -> dict[str, list[LongResult]]:
+    """
+    What stands in a row beside the recipe, by its label: the strengths of a method that are run for it, and each other
+    entry with all rewards and a limit to its drift.
+    """
+    rows: dict[str, list[LongResult]] = {}
+    for method, strengths in LONG_STRENGTHS.items():
+        own = [results[f"{method}@{strength}"] for strength in strengths if f"{method}@{strength}" in results]
+        if len(own) > 1:
+            betas = " to ".join(result.entry.partition("@")[2] for result in own)
+            rows[f"{LONG_BASES[method].label}, beta {betas}"] = own
+        elif own:
+            rows[own[0].label] = own
+    for entry, result in results.items():
+        limited = entry.partition("@")[2] != "0"
+        if entry not in LONG_MAIN and limited and len(find_method(entry).rewards) == len(REWARDS):
+            rows[result.label] = [result]
+    return rows
 
 
 def _end_at_kl(results: Sequence[LongResult], seed: int, kl: float) -> tuple[float, float, float] | None:
