@@ -62,6 +62,7 @@ CARD_SETTINGS = (
     "progress_temperature",
     "progress_ema",
     "progress_base_images",
+    "reward_priorities",
     "reward_targets",
     "reward_bounds",
     "scale_rewards",

@@ -97,12 +97,13 @@ def build_scorers(reward_funcs: Any, eval_reward_funcs: Any, args: MarbleConfig)
     What calls the rewards: those that are trained on, and the held-out ones where there are any.
 
     Raises:
-        `ValueError`: If `reward_weights`, `reward_targets` or `reward_bounds` does not have one value per reward, or a
-            held-out reward is trained on.
+        `ValueError`: If `reward_weights`, `reward_priorities`, `reward_targets` or `reward_bounds` does not have one
+            value per reward, or a held-out reward is trained on.
     """
     scorer = RewardScorer(reward_funcs, args.reward_timeout)
     for setting, what in (
         ("reward_weights", "weight"),
+        ("reward_priorities", "priority"),
         ("reward_targets", "target (or `None`)"),
         ("reward_bounds", "bound (or `None`)"),
     ):
@@ -324,7 +325,12 @@ def _build_meter(
     if args.multi_objective_aggregation != "progress":
         return None
     weights = ProgressWeights(
-        scorer.names, args.progress_temperature, args.progress_ema, args.reward_targets, args.reward_bounds
+        scorer.names,
+        args.progress_temperature,
+        args.progress_ema,
+        args.reward_targets,
+        args.reward_bounds,
+        args.reward_priorities,
     )
     settings = BaseImageSettings(args.seed, args.progress_base_images, args.rollout_batch_size, edits)
     return ProgressMeter(weights, sampler, scorer, dataset, settings, accelerator, metrics)
@@ -368,7 +374,8 @@ def build_update(
     if args.balances_gradients:
         is_equal = args.multi_objective_aggregation == "equal"
         chosen = get_weighting("equal" if is_equal else weighting or args.weighting)
-        balance = BalanceSettings(schedule, chosen, args.balance_fraction, reward_names)
+        priorities = None if args.reward_priorities is None else torch.tensor(args.reward_priorities)
+        balance = BalanceSettings(schedule, chosen, args.balance_fraction, reward_names, priorities)
         linears = measured_linears(weights.flow, weights.trained, edits, args.per_device_train_batch_size)
     grid_times = weights.flow.training_times(args.num_inference_steps)
     grid = TimeGrid(grid_times, max(1, int(len(grid_times) * args.timestep_fraction)))

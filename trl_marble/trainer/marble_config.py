@@ -246,6 +246,10 @@ class MarbleConfig(TrainingArguments):
         progress_base_images (`int`, *optional*, defaults to `4`):
             Number of images of the base model for each prompt, sampled and scored when the prompt is drawn for the
             first time. The progress is measured against them.
+        reward_priorities (`list[float]`, *optional*):
+            How much each reward matters, in the order of `reward_funcs`: numbers above 0 of which only ratios count.
+            With `"marble"` the update's cosine with the gradient of a reward of twice the priority is twice as large;
+            with `"progress"` that reward is to come twice as far. Defaults to equal ones.
         reward_targets (`list[float | None]`, *optional*):
             For each reward, in the order of `reward_funcs`, the mean from which on it weighs nothing, in its own unit;
             `None` for a reward without one. Defaults to no targets.
@@ -460,6 +464,10 @@ class MarbleConfig(TrainingArguments):
     progress_base_images: int = field(
         default=4, metadata={"help": "Images of the base model per prompt that the progress is measured against."}
     )
+    reward_priorities: list[float] | None = field(
+        default=None,
+        metadata={"help": "How much each reward matters: with 'marble' or 'progress', only the ratios count."},
+    )
     reward_targets: list[NumberOrNone] | None = field(
         default=None, metadata={"help": "Mean of each reward from which on it weighs nothing; 'none' for no target."}
     )
@@ -598,6 +606,13 @@ class MarbleConfig(TrainingArguments):
             raise ValueError(
                 f"`reward_weights` is {self.reward_weights!r}; pass a list with one finite number for each reward."
             )
+        if self.reward_priorities is not None and not (
+            _are_finite_numbers(self.reward_priorities) and all(value > 0 for value in self.reward_priorities)
+        ):
+            raise ValueError(
+                f"`reward_priorities` is {self.reward_priorities!r}; pass a list with one number above 0 for each "
+                "reward."
+            )
 
         for name in ("reward_targets", "reward_bounds"):
             if (values := getattr(self, name)) is not None:
@@ -644,6 +659,9 @@ class MarbleConfig(TrainingArguments):
         if not self.balances_gradients:
             reason = f"`multi_objective_aggregation={self.multi_objective_aggregation!r}`, which balances no gradients"
             unused = dict.fromkeys(BALANCE_SETTINGS, reason)
+        if self.multi_objective_aggregation not in ("marble", "progress"):
+            reason = f"`multi_objective_aggregation={self.multi_objective_aggregation!r}`"
+            unused["reward_priorities"] = f"{reason}, which does not look at them (`reward_weights` are for sums)"
         if self.multi_objective_aggregation != "marble":
             unused["weighting"] = f"`multi_objective_aggregation={self.multi_objective_aggregation!r}`"
         if "beta" not in settings_of(LOSSES[self.policy_loss]):

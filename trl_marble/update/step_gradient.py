@@ -53,12 +53,15 @@ class BalanceSettings:
             Fraction of a step's micro-steps that a solution is taken from, in (0, 1].
         names (`list[str]`):
             Of the rewards.
+        priorities (`Tensor` of shape `[K]`, *optional*):
+            Of the rewards, see [`~trl_marble.balance.harmonize`]. Defaults to equal ones.
     """
 
     schedule: BalanceSchedule
     weighting: Weighting
     fraction: float
     names: list[str]
+    priorities: Tensor | None = None
 
 
 class StepGradient:
@@ -277,7 +280,8 @@ class StepGradient:
             self._record_halves(halves.cpu(), weightings)
 
     def _solve(self, gram: Tensor, active: Tensor, weighting: Weighting) -> Harmonization:
-        return harmonize(gram, weighting, active)
+        assert self.balance is not None
+        return harmonize(gram, weighting, active, self.balance.priorities)
 
     def _record_balance(self, solution: Harmonization | None) -> None:
         """Record a measured step; NaN where it was not finite, as every step records the same metrics."""
