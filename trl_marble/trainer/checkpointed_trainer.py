@@ -24,7 +24,7 @@ from ..checkpoint.folder import (
     prune_checkpoints,
     write_checkpoint,
 )
-from ..checkpoint.random_state import random_state, set_random_state
+from ..checkpoint.random_state import find_random_file, random_file, random_state, set_random_state
 from ..checkpoint.settings import (
     Changes,
     SettingsFrom,
@@ -170,10 +170,7 @@ class CheckpointedTrainer(Trainer):
             ):
                 kind = type(part).__name__
                 save_tree(folder / file, {**part.state_dict(), "kind": kind}, f"the {what} {kind}")
-        save_tree(folder / self._random_file(), random_state(self.args.device), "the random generators")
-
-    def _random_file(self) -> str:
-        return f"random_state_{self.args.process_index}.safetensors"
+        save_tree(random_file(folder, self.args.process_index), random_state(self.args.device), "the random generators")
 
     def _prune(self, newest: Path) -> None:
         """Delete old checkpoints, now that a newer one is complete; not while one of them may be being pushed."""
@@ -268,7 +265,8 @@ class CheckpointedTrainer(Trainer):
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
-            set_random_state(load_tree(Path(checkpoint) / self._random_file()), self.args.device)
+            file = find_random_file(Path(checkpoint), self.args.process_index)
+            set_random_state(load_tree(file), self.args.device)
 
     def _load_scaler(self, checkpoint: str | None) -> None:
         """Nothing: there is no loss scaling, and `transformers` would read a file that can run code."""

@@ -21,6 +21,7 @@ from transformers.trainer_utils import TrainOutput
 
 from ..balance import OLD_POLICY_PRESETS, BalanceSchedule, old_policy_decay, weight_ema_decay
 from ..callbacks import LiveTableCallback, MarbleCallback, RolloutPicture, RunPictures
+from ..checkpoint.division import BatchDivision
 from ..checkpoint.folder import check_writable
 from ..checkpoint.run_state import base_fingerprint
 from ..data import RepeatPromptSampler, prepare_prompts, source_weights
@@ -201,6 +202,7 @@ class MarbleNFTTrainer(WithoutPredictions, ObservedTrainer):
             self.update.kl_control,
             self.base_evaluations,
             identity,
+            BatchDivision(args.world_size, self.layout),
         )
         self.evaluator = construction.build_evaluator(
             self.flow, self.scorers, self.accelerator, self.together, self.progress, args
@@ -371,7 +373,7 @@ class MarbleNFTTrainer(WithoutPredictions, ObservedTrainer):
             self.run_state.save(folder)
         # By the step: a failure may have come some micro-batches after it.
         if not self.layout.starts_generation_after(self.state.global_step):
-            self._batch.save(folder / self._batch_file())
+            self._batch.save(folder, self.args.process_index)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         folder = Path(resume_from_checkpoint)
@@ -384,10 +386,8 @@ class MarbleNFTTrainer(WithoutPredictions, ObservedTrainer):
         step = TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME)).global_step
         self._micro_step = step * self.layout.micro_batches_per_update
         if not self.layout.starts_generation_after(step):
-            self._stored_batch = StoredBatch.load(folder / self._batch_file(), self.args.device)
+            own = self.layout.own_samples(self.args.process_index)
+            self._stored_batch = StoredBatch.load(folder, own, self.layout.updates_per_pass, self.args.device)
 
     def _load_run_state(self, folder: Path) -> None:
         self.run_state.load(folder)
-
-    def _batch_file(self) -> str:
-        return f"generation_batch_{self.args.process_index}.safetensors"
