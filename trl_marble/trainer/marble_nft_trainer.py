@@ -256,15 +256,15 @@ class MarbleNFTTrainer(WithoutPredictions, ObservedTrainer):
         Train, see [`~transformers.Trainer.train`].
 
         If training stops by an exception, what was trained so far is saved as a checkpoint first, and training can be
-        resumed from there.
+        resumed from there. So it is if the process receives SIGTERM: then the run stops and the process exits.
 
         Args:
             resume_from_checkpoint (`str` or `bool`, *optional*):
                 The folder of a checkpoint to go on from; `True` or `"latest"` for the latest valid one in
                 `args.output_dir`, where a warning names checkpoints that were damaged since they were written, or not
-                written to their end; `"auto"` for the same if there is any; `False` to begin anew. Defaults to
-                `args.resume_from_checkpoint`. Settings that are not those of the checkpoint are used, and a warning
-                names them.
+                written to their end; `"auto"` for the same if there is one, else to begin anew; `False` to begin anew.
+                Defaults to `args.resume_from_checkpoint`. Settings that are not those of the checkpoint are used, and
+                a warning names them. The number of processes may be another one, with the same images per step.
             kwargs:
                 See [`~transformers.Trainer.train`].
 
