@@ -14,9 +14,10 @@
 python examples/launchers/ray_train.py --num_workers 8 --use_gpu --config train.yaml
 ```
 
-All other options are those of `trl-marble train`, without those of `accelerate launch`. Start it in a folder that all nodes
-share, and set an `output_dir` that they share too. If a worker fails or a node is lost, Ray starts all workers again, and
-they continue from the latest valid checkpoint: choose `save_steps` by how many steps you can afford to lose.
+All other options are those of `trl-marble train`, without those of `accelerate launch`. Start it in a folder that all
+nodes share, and set an `output_dir` that they share too. If a worker fails or a node is lost, Ray starts all workers
+again, and they continue from the latest valid checkpoint, so choose `save_steps` by how many steps you can afford to
+lose.
 """
 
 import os

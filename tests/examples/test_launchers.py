@@ -1,7 +1,7 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
 """
-The files of `examples/launchers`, without a cluster: the SLURM script with stand-ins for SLURM's commands, and Ray Train
-on a local Ray where that is installed.
+The files of `examples/launchers`, without a cluster: the SLURM script with stand-ins for SLURM's commands, and Ray
+Train on a local Ray where that is installed.
 """
 
 import importlib.util
@@ -179,7 +179,7 @@ def test_a_job_that_gets_sigterm_saves_is_requeued_and_goes_on_with_fewer_proces
     second = slurm(workplace, 1, *rewards, "--per_device_train_batch_size", "8")
     assert second.returncode == 0, second.stderr[-3000:]
     assert re.search(r"Resuming from `run/checkpoint-2`, step 2.*num_processes 2 -> 1", second.stderr)
-    assert (workplace / "asked_of_scontrol").read_text().count("\n") == 1  # neither a refusal nor the end asks for more
+    assert (workplace / "asked_of_scontrol").read_text().count("\n") == 1  # neither of the two was put back
     assert_same(load_file(workplace / "run" / ADAPTER), train_alone(workplace, "terminated"))
 
 

@@ -251,9 +251,10 @@ def find_checkpoint(wanted: str | bool | None, output_dir: Path) -> Path | None:
     found, passed_over = _search(output_dir)
     names = ", ".join(passed_over)
     if found is None and word != "auto":
+        instead = f"; found: {names}" if names else ""
         raise FileNotFoundError(
-            f"There is no checkpoint in `{output_dir}` to resume from{f'; found: {names}' if names else ''}. Leave out "
-            "`resume_from_checkpoint` to begin anew."
+            f"There is no checkpoint in `{output_dir}` to resume from{instead}. Leave out `resume_from_checkpoint` to "
+            "begin anew."
         )
     if names:
         what = "Training begins anew" if found is None else f"Resuming from `{found}`"

@@ -81,7 +81,8 @@ class RolloutBatch:
             process (`int`):
                 Number of the process whose part of the generation batch it is.
         """
-        tensors = {name: getattr(self, name).detach().cpu().contiguous() for name in (*_OF_SAMPLES, *_OF_ALL_PROCESSES)}
+        names = (*_OF_SAMPLES, *_OF_ALL_PROCESSES)
+        tensors = {name: getattr(self, name).detach().cpu().contiguous() for name in names}
         save_file(tensors, _part_file(folder, process), metadata={"rows": self.rows_digest})
 
 

@@ -174,7 +174,8 @@ class CheckpointedTrainer(Trainer):
             ):
                 kind = type(part).__name__
                 save_tree(folder / file, {**part.state_dict(), "kind": kind}, f"the {what} {kind}")
-        save_tree(random_file(folder, self.args.process_index), random_state(self.args.device), "the random generators")
+        path = random_file(folder, self.args.process_index)
+        save_tree(path, random_state(self.args.device), "the random generators")
 
     def _prune(self, newest: Path) -> None:
         """Delete old checkpoints, now that a newer one is complete; not while one of them may be being pushed."""
