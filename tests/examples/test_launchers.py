@@ -41,18 +41,24 @@ def bright(images, **kwargs):
     return [round(float(np.asarray(image).mean()) / 255, 3) for image in images]
 
 
+def left(images, **kwargs):
+    """How much brighter the left half is than the right one."""
+    grey = [np.asarray(image).mean(axis=2) / 255 for image in images]
+    return [round(float(pixels[:, :8].mean() - pixels[:, 8:].mean()), 3) for pixels in grey]
+
+
 def terminated(images, trainer_state, **kwargs):
     """Process 1 receives SIGTERM in the third step of the first run."""
     if trainer_state.global_step == 2 and once("terminated"):
         os.kill(os.getpid(), signal.SIGTERM)
-    return [-value for value in bright(images)]
+    return left(images)
 
 
 def broken(images, trainer_state, **kwargs):
     """Process 1 fails in the third step of the first run."""
     if trainer_state.global_step == 2 and once("broken"):
         raise ConnectionError("scorer went away")
-    return [-value for value in bright(images)]
+    return left(images)
 '''
 SETTINGS = {
     "model": "base",

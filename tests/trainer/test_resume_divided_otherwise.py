@@ -119,7 +119,9 @@ def test_a_checkpoint_says_on_how_many_processes_it_was_trained_and_when(two) ->
 
 def test_a_step_of_other_images_is_refused_with_what_to_set(one) -> None:
     folder = one / "refused"
-    scenarios.run_scenario(folder, resume="one/out/checkpoint-1", **WHOLE | HALVES)
+    scenarios.run_scenario(folder, resume="one/out/checkpoint-1", **WHOLE | {"per_device_train_batch_size": 4})
     error = json.loads((folder / "rank0.json").read_text())["error"]
-    assert "6 images per optimizer step" in error and "this run has 3 images" in error
-    assert error.endswith("Set `gradient_accumulation_steps=2` and `steps_per_generation=4`.")
+    assert "6 images per optimizer step" in error and "this run has 4 images" in error
+    assert error.endswith(
+        "Set `per_device_train_batch_size=3` and `gradient_accumulation_steps=2` and `steps_per_generation=4`."
+    )
