@@ -275,6 +275,7 @@ class MarbleNFTTrainer(WithoutPredictions, ObservedTrainer):
             `ValueError`: If the files of the checkpoint are not those that were written (the message names the latest
                 valid one), or if it belongs to another run.
             `OSError`: If a checkpoint cannot be written, as on a full disk. Those before it are as they were.
+            `SystemExit`: With status 143, after SIGTERM.
         """
         self._micro_step, self._stored_batch = 0, None
         self.forget_recorded()
