@@ -1,6 +1,7 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
 """Where generation batches come from: sampled now, or read from a checkpoint."""
 
+import functools
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -129,21 +130,22 @@ class RolloutSource:
 
     def restore(self, stored: StoredBatch, row_numbers: Sequence[int]) -> RolloutBatch:
         """
-        A generation batch of a checkpoint, with the embeddings of its prompts.
+        A generation batch of a checkpoint, with the embeddings of its prompts. All processes call it.
 
         Args:
             stored ([`StoredBatch`]):
                 The batch.
             row_numbers (`Sequence[int]`):
-                The rows of the dataset that it was sampled from.
+                The row of the dataset of each of this process's images.
 
         Raises:
             `ValueError`: If it was sampled from others.
         """
+        rows = gather_object(list(row_numbers))  # of all processes, in the order of the generation batch
         with self.together.phase():
-            columns = read_rows(self.dataset, row_numbers)
-            prompts, images = columns["prompt"], self._images_to_edit(columns)
-            return stored.with_rows(prompts, images, lambda: encode_distinct(self.sampler.flow, prompts, images)[0])
+            columns = read_rows(self.dataset, [rows[place] for place in stored.covered])
+            encode = functools.partial(encode_distinct, self.sampler.flow)
+            return stored.with_rows(columns["prompt"], self._images_to_edit(columns), encode)
 
     @property
     def progress(self) -> ProgressWeights | None:
@@ -174,8 +176,7 @@ class RolloutSource:
         Returns:
             `tuple[RolloutBatch, RolloutRecord]`: What is trained on, and what can be shown.
         """
-        first = len(row_numbers) * self.accelerator.process_index
-        own = range(first, first + len(row_numbers))
+        own = self.layout.own_samples(self.accelerator.process_index)
         with self.together.phase():  # it may fail in one process, where a dataset reads files
             columns = read_rows(self.dataset, row_numbers)
         prompts, images = columns.pop("prompt"), self._images_to_edit(columns)

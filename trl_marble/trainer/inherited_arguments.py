@@ -86,7 +86,7 @@ REFUSED: dict[str, Refusal] = {
     "local_rank": Refusal((-1,), "the launcher says which process this is, by the environment variable `LOCAL_RANK`"),
     # Saving and scripts
     "enable_jit_checkpoint": Refusal(
-        (False,), "it would save in the middle of an optimizer step. Set `save_steps` to what you can afford to lose"
+        (False,), "SIGTERM makes a run save its last complete optimizer step and end in any case; leave it out"
     ),
     "do_train": Refusal((False,), f"{_SCRIPTS}; call `trainer.train()`"),
     "do_predict": Refusal((False,), f"{_SCRIPTS}; call `trainer.evaluate(prompts)`"),

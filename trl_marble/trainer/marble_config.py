@@ -285,7 +285,7 @@ class MarbleConfig(TrainingArguments):
             starts anew among the checkpoints of an earlier one is refused.
         resume_from_checkpoint (`str`, *optional*):
             The checkpoint that `train()` goes on from: its path, `"latest"` for the latest valid one in `output_dir`,
-            or `"auto"` for that one where there are checkpoints, and a new run where there are none.
+            or `"auto"` for that one where there is one, and a new run where there is none.
 
         > Parameters that control logging
 

@@ -21,6 +21,7 @@ from transformers.trainer_utils import TrainOutput
 
 from ..balance import OLD_POLICY_PRESETS, BalanceSchedule, old_policy_decay, weight_ema_decay
 from ..callbacks import LiveTableCallback, MarbleCallback, RolloutPicture, RunPictures
+from ..checkpoint.division import BatchDivision
 from ..checkpoint.folder import check_writable
 from ..checkpoint.run_state import base_fingerprint
 from ..data import RepeatPromptSampler, prepare_prompts, source_weights
@@ -201,6 +202,7 @@ class MarbleNFTTrainer(WithoutPredictions, ObservedTrainer):
             self.update.kl_control,
             self.base_evaluations,
             identity,
+            BatchDivision(args.world_size, self.layout),
         )
         self.evaluator = construction.build_evaluator(
             self.flow, self.scorers, self.accelerator, self.together, self.progress, args
@@ -254,15 +256,15 @@ class MarbleNFTTrainer(WithoutPredictions, ObservedTrainer):
         Train, see [`~transformers.Trainer.train`].
 
         If training stops by an exception, what was trained so far is saved as a checkpoint first, and training can be
-        resumed from there.
+        resumed from there. So it is if the process receives SIGTERM: then the run stops and the process exits.
 
         Args:
             resume_from_checkpoint (`str` or `bool`, *optional*):
                 The folder of a checkpoint to go on from; `True` or `"latest"` for the latest valid one in
                 `args.output_dir`, where a warning names checkpoints that were damaged since they were written, or not
-                written to their end; `"auto"` for the same if there is any; `False` to begin anew. Defaults to
-                `args.resume_from_checkpoint`. Settings that are not those of the checkpoint are used, and a warning
-                names them.
+                written to their end; `"auto"` for the same if there is one, else to begin anew; `False` to begin anew.
+                Defaults to `args.resume_from_checkpoint`. Settings that are not those of the checkpoint are used, and
+                a warning names them. The number of processes may be another one, with the same images per step.
             kwargs:
                 See [`~transformers.Trainer.train`].
 
@@ -273,6 +275,7 @@ class MarbleNFTTrainer(WithoutPredictions, ObservedTrainer):
             `ValueError`: If the files of the checkpoint are not those that were written (the message names the latest
                 valid one), or if it belongs to another run.
             `OSError`: If a checkpoint cannot be written, as on a full disk. Those before it are as they were.
+            `SystemExit`: With status 143, after SIGTERM.
         """
         self._micro_step, self._stored_batch = 0, None
         self.forget_recorded()
@@ -371,7 +374,7 @@ class MarbleNFTTrainer(WithoutPredictions, ObservedTrainer):
             self.run_state.save(folder)
         # By the step: a failure may have come some micro-batches after it.
         if not self.layout.starts_generation_after(self.state.global_step):
-            self._batch.save(folder / self._batch_file())
+            self._batch.save(folder, self.args.process_index)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         folder = Path(resume_from_checkpoint)
@@ -384,10 +387,8 @@ class MarbleNFTTrainer(WithoutPredictions, ObservedTrainer):
         step = TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME)).global_step
         self._micro_step = step * self.layout.micro_batches_per_update
         if not self.layout.starts_generation_after(step):
-            self._stored_batch = StoredBatch.load(folder / self._batch_file(), self.args.device)
+            own = self.layout.own_samples(self.args.process_index)
+            self._stored_batch = StoredBatch.load(folder, own, self.layout.updates_per_pass, self.args.device)
 
     def _load_run_state(self, folder: Path) -> None:
         self.run_state.load(folder)
-
-    def _batch_file(self) -> str:
-        return f"generation_batch_{self.args.process_index}.safetensors"
