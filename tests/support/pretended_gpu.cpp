@@ -129,14 +129,24 @@ static_assert(sizeof(Hooks) == sizeof(at::CUDAHooksInterface));
 
 bool on_device(const Tensor& tensor) { return tensor.defined() && tensor.device().type() == DeviceType::CUDA; }
 
-Tensor with_storage(c10::Storage storage, DispatchKey key, const Tensor& like) {
-  auto tensor = at::detail::make_tensor<c10::TensorImpl>(std::move(storage), c10::DispatchKeySet(key), like.dtype());
+Tensor shaped(Tensor tensor, const Tensor& like) {
   auto* impl = tensor.unsafeGetTensorImpl();
   impl->set_storage_offset(like.storage_offset());
   impl->set_sizes_and_strides(like.sizes(), like.strides());
   if (like.is_conj()) tensor._set_conj(true);
   if (like.is_neg()) tensor._set_neg(true);
   return tensor;
+}
+
+Tensor with_storage(c10::Storage storage, DispatchKey key, const Tensor& like) {
+  return shaped(at::detail::make_tensor<c10::TensorImpl>(std::move(storage), c10::DispatchKeySet(key), like.dtype()), like);
+}
+
+// A view, which is of the inference mode if its base is, whatever the mode is now.
+Tensor view_of(const Tensor& base, const Tensor& like) {
+  auto storage = base.storage();
+  return shaped(at::detail::make_tensor<c10::TensorImpl>(
+      c10::TensorImpl::VIEW, std::move(storage), base.key_set(), like.dtype()), like);
 }
 
 Tensor on_cpu(const Tensor& tensor) {
@@ -224,7 +234,7 @@ void fallback(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
     if (!tensor.defined()) return tensor;
     for (const auto& [mine, its] : pairs) {
       if (tensor.is_same(its)) return mine;
-      if (tensor.storage().is_alias_of(its.storage())) return with_storage(mine.storage(), DispatchKey::CUDA, tensor);
+      if (tensor.storage().is_alias_of(its.storage())) return view_of(mine, tensor);
     }
     return to_pretended(tensor);
   };

@@ -26,6 +26,8 @@ _TENSORS = (
     "scored",
     "weighted_sum",
 )
+# What the program looks at, and would have to wait for on a device.
+_ON_CPU = frozenset({"prompt_index", "sample_ids", "active", "weighted_sum"})
 
 
 @dataclass
@@ -41,7 +43,8 @@ class RolloutBatch:
         rows_digest (`str`):
             Of the rows of the dataset that were sampled from, see [`digest_of`].
         prompt_index (`Tensor` of shape `[B]`, int64):
-            Which row of `conditioning` each sample belongs to.
+            Which row of `conditioning` each sample belongs to. On the CPU, as `sample_ids`, `active` and
+            `weighted_sum` are.
         sample_ids (`Tensor` of shape `[B]`, int64):
             Place of each sample in the generation batch of all processes: the seed of its training noise.
         latents (`Tensor` of shape `[B, ...]`):
@@ -109,10 +112,11 @@ class StoredBatch:
             path (`Path`):
                 A file written by [`RolloutBatch.save`].
             device (`torch.device`):
-                Where to put the tensors.
+                Where to put the tensors that are computed with.
         """
         with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name).to(device, copy=True) for name in _TENSORS}
+            where = {name: torch.device("cpu") if name in _ON_CPU else device for name in _TENSORS}
+            tensors = {name: file.get_tensor(name).to(where[name], copy=True) for name in _TENSORS}
             return cls(file.metadata()["rows"], tensors)
 
     def with_rows(

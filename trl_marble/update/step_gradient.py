@@ -262,7 +262,7 @@ class StepGradient:
             weightings = [copy.deepcopy(self.balance.weighting) for _ in range(2 if self._solves else 0)]
             gradients, second = gradients.chunk(2)
             gradients += second  # in place: rows are large
-        gram = gram_matrix(gradients)
+        gram = gram_matrix(gradients).cpu()  # small, and every look at it on a device would be waited for
         if not self.guard.check_rewards(self.balance.names, gram.diagonal()):
             drop_gradients(self.parameters)
             self._record_balance(None)
