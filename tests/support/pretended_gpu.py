@@ -60,7 +60,14 @@ def _build() -> Path:
     library.parent.mkdir(mode=0o700, exist_ok=True)
     beside = library.with_suffix(f".{os.getpid()}")
     folder = Path(torch.__file__).parent
-    flags = ["-std=c++20", "-O1", "-w", "-fPIC", "-shared", f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"]
+    flags = [
+        "-std=c++20",
+        "-O1",
+        "-w",
+        "-fPIC",
+        "-shared",
+        f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
+    ]
     paths = ["-isystem", str(folder / "include"), f"-L{folder / 'lib'}", "-lc10", "-ltorch_cpu"]
     subprocess.run([_compiler(), *flags, str(source), "-o", str(beside), *paths], check=True)
     beside.rename(library)
@@ -119,7 +126,9 @@ class Log(list[Happening]):
 
     def __init__(self) -> None:
         super().__init__()
-        self.kernels: collections.Counter[tuple[str, int]] = collections.Counter()  # of other kinds, by thread's stream
+        self.kernels: collections.Counter[tuple[str, int]] = (
+            collections.Counter()
+        )  # of other kinds, by thread's stream
 
     def of(self, kind: str) -> "list[Happening]":
         """What happened of one kind."""
@@ -181,6 +190,7 @@ def _place(frame: Any) -> str:
 
 
 _deepcopy = torch.Tensor.__deepcopy__
+
 
 class _Stream:
     """A stream that has always ended."""

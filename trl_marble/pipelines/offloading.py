@@ -15,8 +15,8 @@ def offload_components(pipeline: DiffusionPipeline, device: torch.device | str) 
     Keep everything but the transformer on the CPU between its uses.
 
     Text encoders, image encoders and the VAE move to the device when they are called, one at a time, and back to the
-    CPU before the transformer runs. Their weights do not change, so they stay in the CPU's memory meanwhile, and nothing
-    is copied back. (`pipeline.enable_model_cpu_offload` would move the transformer too, between every
+    CPU before the transformer runs. Their weights do not change, so they stay in the CPU's memory meanwhile, and
+    nothing is copied back. (`pipeline.enable_model_cpu_offload` would move the transformer too, between every
     rollout's last step and the VAE.) A text encoder whose layers the pipeline calls one by one, as Ideogram 4 does,
     computes on the CPU. The hooks are those of `accelerate`; `pipeline.remove_all_hooks()` removes them and moves
     nothing.
@@ -77,13 +77,16 @@ def _way_back(module: nn.Module) -> Callable[[], Any]:
     """What puts a module that is on the CPU, and moves to the device now, back as it was."""
     parameters = [(parameter, parameter.data) for parameter in module.parameters()]
     buffers = [(part._buffers, name, value) for part in module.modules() for name, value in part._buffers.items()]
-    if any(type(parameter) is not nn.Parameter for parameter, _ in parameters):  # quantized weights change as they move
-        return lambda: module.to("cpu")
+    is_plain = all(
+        type(parameter) is nn.Parameter for parameter, _ in parameters
+    )  # quantized ones change as they move
 
     def come_back() -> None:
-        for parameter, data in parameters:
-            parameter.data = data
-        for owner, name, value in buffers:
-            owner[name] = value
+        if is_plain:
+            for parameter, data in parameters:
+                parameter.data = data
+            for owner, name, value in buffers:
+                owner[name] = value
+        module.to("cpu")  # what is left
 
     return come_back

@@ -94,7 +94,8 @@ REFUSED: dict[str, Refusal] = {
         ("", [], None), "set `on_nonfinite` for numbers that are not finite; its default names where they arose"
     ),
     "logging_nan_inf_filter": Refusal(
-        (False,), "it would wait for the device after every micro-batch; set `on_nonfinite` for losses that are not finite"
+        (False,),
+        "it would wait for the device after every micro-batch; set `on_nonfinite` for losses that are not finite",
     ),
     "optim_target_modules": Refusal((None,), "it is of GaLore and APOLLO, which are not supported; leave it out"),
 }
