@@ -106,7 +106,7 @@ def _from_memory(name: str, billions: float, **more: Any) -> Published:
 
 
 def flux2_klein() -> DiffusionPipeline:
-    """FLUX.2-klein-4B, as in scripts/convert_flux2_to_diffusers.py of diffusers ("klein-4b"); its VAE is the default."""
+    """FLUX.2-klein-4B, as in scripts/convert_flux2_to_diffusers.py of diffusers; its VAE is the default."""
     return Flux2KleinPipeline(
         transformer=Flux2Transformer2DModel(
             num_layers=5, num_single_layers=20, num_attention_heads=24, joint_attention_dim=7680, guidance_embeds=False
@@ -119,7 +119,7 @@ def flux2_klein() -> DiffusionPipeline:
 
 
 def wan_1b() -> DiffusionPipeline:
-    """Wan2.1-T2V-1.3B, as in scripts/convert_wan_to_diffusers.py of diffusers; what it shares with 14B are defaults."""
+    """Wan2.1-T2V-1.3B, as in scripts/convert_wan_to_diffusers.py of diffusers; the rest are defaults."""
     return WanPipeline(
         transformer=WanTransformer3DModel(num_attention_heads=12, num_layers=30, ffn_dim=8960),
         vae=AutoencoderKLWan(),
@@ -173,8 +173,10 @@ class Operations(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        result = func(*args, **(kwargs or {}))
         name = func._schema.name.removeprefix("aten::")
+        if name == "_local_scalar_dense" and tensors[0].device.type == "cpu":
+            return 1.0  # a number of the CPU, which nothing waits for: Wan's pipeline reads the solver's
+        result = func(*args, **(kwargs or {}))
         if name in PRODUCTS or "scaled_dot_product" in name:
             operands = tensors[:3] if "scaled_dot_product" in name else tensors  # without sums of its softmax
             floats = {str(each.dtype).removeprefix("torch.") for each in operands if each.is_floating_point()}

@@ -75,18 +75,23 @@ def _move_to_cpu(moved: Moved) -> None:
 
 def _way_back(module: nn.Module) -> Callable[[], Any]:
     """What puts a module that is on the CPU, and moves to the device now, back as it was."""
-    parameters = [(parameter, parameter.data) for parameter in module.parameters()]
-    buffers = [(part._buffers, name, value) for part in module.modules() for name, value in part._buffers.items()]
-    is_plain = all(
-        type(parameter) is nn.Parameter for parameter, _ in parameters
-    )  # quantized ones change as they move
+    if any(type(parameter) is not nn.Parameter for parameter in module.parameters()):  # quantized ones change
+        return lambda: module.to("cpu")
+    parts = list(module.modules())
+    parameters = [
+        (part._parameters, name, parameter, parameter.data)
+        for part in parts
+        for name, parameter in part._parameters.items()
+        if parameter is not None
+    ]
+    buffers = [(part._buffers, name, buffer) for part in parts for name, buffer in part._buffers.items()]
 
     def come_back() -> None:
-        if is_plain:
-            for parameter, data in parameters:
-                parameter.data = data
-            for owner, name, value in buffers:
-                owner[name] = value
+        for owner, name, parameter, data in parameters:
+            parameter.data = data
+            owner[name] = parameter
+        for owner, name, buffer in buffers:
+            owner[name] = buffer
         module.to("cpu")  # what is left
 
     return come_back
