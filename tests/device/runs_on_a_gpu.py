@@ -89,10 +89,10 @@ def bf16_run(tmp_path_factory):
             **settings,
         )
 
-    trainer = make(eval_dataset=prompts, num_generations_eval=2, save_strategy="steps", save_steps=2, log_images=True)
+    saved = {"save_strategy": "steps", "save_steps": 2, "log_images": True}
+    trainer = make(eval_dataset=prompts, num_generations_eval=2, eval_strategy="steps", eval_steps=2, **saved)
     with listening() as log:
         trainer.train()
-        trainer.evaluate()
     resumed = make(max_steps=3)
     with listening() as second_log:
         resumed.train(resume_from_checkpoint="latest")
@@ -166,8 +166,8 @@ def waits_of_a_step(tmp_path, **settings):
 
 @pytest.mark.parametrize("kind", list(KINDS))
 def test_an_update_waits_as_often_whatever_the_number_of_micro_steps(tmp_path, kind):
-    few = waits_of_a_step(tmp_path / "few", gradient_accumulation_steps=1, **KINDS[kind])
-    many = waits_of_a_step(tmp_path / "many", gradient_accumulation_steps=3, num_inference_steps=4, **KINDS[kind])
+    few = waits_of_a_step(tmp_path / "few", gradient_accumulation_steps=2, **KINDS[kind])
+    many = waits_of_a_step(tmp_path / "many", gradient_accumulation_steps=4, num_inference_steps=4, **KINDS[kind])
     assert few == many, (few, many)
     assert sum(few[0].values()) <= 8, few
 

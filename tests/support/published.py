@@ -163,19 +163,23 @@ class Operations(TorchDispatchMode):
         products (`Counter`):
             Products by operation and the dtypes of their operands.
         copies (`Counter`):
-            Copies from one device to another: how often, by the two devices and the function of PyTorch.
+            Copies from one device to another: how often, by the two devices.
+        reads (`int`):
+            How often a value is read, for which the program waits.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.products: collections.Counter[tuple[str, ...]] = collections.Counter()
         self.copies: collections.Counter[tuple[str, str]] = collections.Counter()
+        self.reads = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         name = func._schema.name.removeprefix("aten::")
-        if name == "_local_scalar_dense" and tensors[0].device.type == "cpu":
-            return 1.0  # a number of the CPU, which nothing waits for: Wan's pipeline reads the solver's
+        if name == "_local_scalar_dense":  # a number of the CPU is there: Wan's pipeline reads one of the solver's
+            self.reads += tensors[0].device.type != "cpu"
+            return False if tensors[0].dtype == torch.bool else 1.0
         result = func(*args, **(kwargs or {}))
         if name in PRODUCTS or "scaled_dot_product" in name:
             operands = tensors[:3] if "scaled_dot_product" in name else tensors  # without sums of its softmax
