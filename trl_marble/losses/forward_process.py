@@ -25,10 +25,15 @@ def noise_samples(x0: Tensor, times: Tensor, num_times: int, generators: Sequenc
     """
     drawn = torch.stack([torch.randperm(len(times), generator=g)[:num_times] for g in generators])  # [B, num_times]
     for column in drawn.T:
-        t = times[column].to(x0)
-        noise = torch.stack([torch.randn(x0.shape[1:], generator=g) for g in generators]).to(x0)
+        t = _send(times[column], x0)
+        noise = _send(torch.stack([torch.randn(x0.shape[1:], generator=g) for g in generators]), x0)
         t_ = t.view(-1, *[1] * (x0.ndim - 1))
         yield Drawn((1 - t_) * x0 + t_ * noise, t, x0, noise)
+
+
+def _send(tensor: Tensor, other: Tensor) -> Tensor:
+    """A tensor in the dtype of another one and on its device; on CUDA without waiting for what it is computing."""
+    return tensor.to(other, non_blocking=other.is_cuda)
 
 
 def divide_by_counts(advantages: Tensor, counts: StepCounts) -> tuple[Tensor, Tensor]:

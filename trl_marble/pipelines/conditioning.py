@@ -59,7 +59,7 @@ class Conditioning:
         """
         selected = Conditioning(
             {
-                name: rows[indices.to(rows.device)]
+                name: rows[indices.to(rows.device, non_blocking=rows.is_cuda)]
                 if isinstance(rows, Tensor)
                 else [rows[i] for i in indices.tolist()]
                 for name, rows in self.kwargs.items()

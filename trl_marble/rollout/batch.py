@@ -18,6 +18,8 @@ from ..pipelines import Conditioning, row_digests
 
 _OF_SAMPLES = {"sample_ids": 0, "latents": 0, "advantages": 1, "first_half": 0}  # and the dimension of the samples
 _OF_ALL_PROCESSES = ("counts", "active", "scored", "weighted_sum")
+# What the program looks at, and would have to wait for on a device.
+_ON_CPU = frozenset({"sample_ids", "active", "weighted_sum"})
 
 
 @dataclass
@@ -33,7 +35,8 @@ class RolloutBatch:
         rows_digest (`str`):
             Of the rows of the dataset that were sampled from, see [`digest_of`].
         prompt_index (`Tensor` of shape `[B]`, int64):
-            Which row of `conditioning` each sample belongs to.
+            Which row of `conditioning` each sample belongs to. On the CPU, as `sample_ids`, `active` and
+            `weighted_sum` are.
         sample_ids (`Tensor` of shape `[B]`, int64):
             Place of each sample in the generation batch of all processes: the seed of its training noise.
         latents (`Tensor` of shape `[B, ...]`):
@@ -135,11 +138,12 @@ class StoredBatch:
             num_updates (`int`):
                 Number of optimizer steps of one pass over the generation batch.
             device (`torch.device`):
-                Where to put the tensors.
+                Where to put the tensors that are computed with.
 
         Raises:
             `FileNotFoundError`: If samples are missing.
         """
+        where = {name: torch.device("cpu") if name in _ON_CPU else device for name in (*_OF_SAMPLES, *_OF_ALL_PROCESSES)}
         parts: list[Part] = []
         steps: list[Tensor] = []
         found: dict[str, list[Tensor]] = {name: [] for name in _OF_SAMPLES}
@@ -155,7 +159,7 @@ class StoredBatch:
                 steps.append(chosen // (len(ids) // num_updates))
                 for name, dimension in _OF_SAMPLES.items():
                     found[name].append(file.get_tensor(name).index_select(dimension, chosen))
-                shared = {name: file.get_tensor(name).to(device, copy=True) for name in _OF_ALL_PROCESSES}
+                shared = {name: file.get_tensor(name).to(where[name], copy=True) for name in _OF_ALL_PROCESSES}
         number = sum(map(len, steps))
         if number < len(own):
             raise FileNotFoundError(
@@ -165,7 +169,7 @@ class StoredBatch:
             )
         order = torch.cat(steps).argsort(stable=True)
         of_samples = {
-            name: torch.cat(tensors, dim=_OF_SAMPLES[name]).index_select(_OF_SAMPLES[name], order).to(device)
+            name: torch.cat(tensors, dim=_OF_SAMPLES[name]).index_select(_OF_SAMPLES[name], order).to(where[name])
             for name, tensors in found.items()
         }
         return cls(own, parts, of_samples | shared)
@@ -210,12 +214,12 @@ class StoredBatch:
                 )
         rows = rows_of(self.own)
         conditioning, prompt_index = encode(*rows)
-        place = self.tensors["sample_ids"].cpu() - self.own.start
+        place = self.tensors["sample_ids"] - self.own.start
         return RolloutBatch(
             prompts=rows[0],
             conditioning=conditioning,
             rows_digest=digest_of(*rows),
-            prompt_index=prompt_index[place].to(self.tensors["latents"].device),
+            prompt_index=prompt_index.cpu()[place],
             **self.tensors,
         )
 

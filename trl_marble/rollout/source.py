@@ -247,7 +247,7 @@ class RolloutSource:
         features = self._gather(thumbnails(samples.images).masked_fill(~samples.finite[:, None], torch.nan))
         self.metrics.record("drift/diversity", group_diversity(features, groups).nanmean().item())
         own_finite = samples.finite.to(samples.latents.device)
-        self.metrics.record("drift/latent_rms", mean_rms(samples.latents[own_finite]).item())
+        self.metrics.record("drift/latent_rms", mean_rms(samples.latents[own_finite]))
 
     def _arrange(
         self,
@@ -284,15 +284,15 @@ class RolloutSource:
             prompts=prompts,
             conditioning=conditioning,
             rows_digest=rows_digest,
-            prompt_index=prompt_index[order].to(device),
+            prompt_index=prompt_index[order],
             sample_ids=torch.tensor(own)[order],
             latents=samples.latents[order.to(device)],
             advantages=advantages.to(device),
             first_half=first_half.to(device),
             counts=self.accelerator.reduce(counts.to(device), reduction="sum"),
-            active=self.accelerator.reduce(signals.to(device), reduction="sum") > 0,
+            active=(self.accelerator.reduce(signals.to(device), reduction="sum") > 0).cpu(),
             scored=self.accelerator.reduce(scored.to(device), reduction="sum"),
-            weighted_sum=self.compare_with_sum(rewards).to(device),
+            weighted_sum=self.compare_with_sum(rewards),
         )
 
     def _gather(self, values: Tensor) -> Tensor:

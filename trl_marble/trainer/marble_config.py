@@ -331,6 +331,9 @@ class MarbleConfig(TrainingArguments):
         default=144, metadata={"help": "Number of micro-batches in one optimizer step (8 x 144 = 48 prompts x 24)."}
     )
     logging_steps: float = field(default=1, metadata={"help": "Log every X optimizer steps."})
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "Must stay `False`: see `on_nonfinite` for losses that are not finite."}
+    )
     save_steps: float = field(default=50, metadata={"help": "Save a checkpoint every X optimizer steps."})
     dataloader_pin_memory: bool = field(
         default=False, metadata={"help": "Whether to pin memory. Has no effect: a batch has only row numbers."}

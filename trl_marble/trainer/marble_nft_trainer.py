@@ -328,8 +328,8 @@ class MarbleNFTTrainer(WithoutPredictions, ObservedTrainer):
                 self.update.finish()
             self.times.begin("optimizer")
         self._micro_step += 1
-        # `Trainer` averages over processes what here is each process's share of a sum.
-        return loss * self.args.world_size
+        # `Trainer` averages over processes what here is each process's share of a sum, and goes on adding to it.
+        return loss.nan_to_num(0.0, 0.0, 0.0) * self.args.world_size
 
     def _sample(self, row_numbers: list[int], generation: int) -> RolloutBatch:
         """Sample the rows' prompts, score the images and compare them with their group."""
