@@ -3,20 +3,26 @@
 
 from .awm import AWMLoss
 from .building import build_loss, settings_of
+from .crd import CRDLoss
+from .dgpo import DGPOLoss
 from .forward_process import noise_samples
+from .groups import Groups
 from .nft import NFTLoss
 from .policy_loss import Drawn, FrozenVelocities, Penalties, PolicyLoss, StepCounts
 
 
 # The losses by the name that `MarbleConfig.policy_loss` has for them. One more loss is one more entry.
-LOSSES: dict[str, type[PolicyLoss]] = {"nft": NFTLoss, "awm": AWMLoss}
+LOSSES: dict[str, type[PolicyLoss]] = {"nft": NFTLoss, "awm": AWMLoss, "crd": CRDLoss, "dgpo": DGPOLoss}
 
 
 __all__ = [
     "LOSSES",
     "AWMLoss",
+    "CRDLoss",
+    "DGPOLoss",
     "Drawn",
     "FrozenVelocities",
+    "Groups",
     "NFTLoss",
     "Penalties",
     "PolicyLoss",

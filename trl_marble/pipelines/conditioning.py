@@ -75,6 +75,23 @@ class Conditioning:
             derived[key] = self.select(indices)
         return derived[key]
 
+    def twin(self, name: str, replaced: dict[str, Rows] | None = None) -> "Conditioning":
+        """
+        The same rows under another name, some of them replaced: the same object each time as long as no row has
+        changed.
+
+        Args:
+            name (`str`):
+                What it is for.
+            replaced (`dict[str, torch.Tensor | list]`, *optional*):
+                Rows to put in the place of those of the same names.
+        """
+        derived, key = self.derived(), ("twin", name)
+        if key not in derived:
+            derived[key] = Conditioning(self.kwargs | (replaced or {}))
+            derived[key]._row_outputs[:] = self._row_outputs
+        return derived[key]
+
     def derived(self) -> dict[Hashable, Any]:
         """
         What was computed from exactly these rows, to be kept with them. It is empty again when a row has been replaced
