@@ -21,8 +21,8 @@ CRDObjective = Literal["mse", "bce"]
 @dataclass(frozen=True)
 class CRDLoss:
     """
-    CRD's loss, one per reward. A policy that has gone from the old one to where a KL-regularized reward is greatest has
-    the reward in it: `b log(p / p_old)` is the reward minus a number that only depends on the prompt. So both are
+    CRD's loss, one per reward. A policy that has gone from the old one to where a KL-regularized reward is greatest
+    has the reward in it: `b log(p / p_old)` is the reward minus a number that only depends on the prompt. So both are
     centred within the prompt's group, where that number goes, and one is regressed on the other.
 
     `rho_i = mse_old,i / w_old,i - mse_i / w_i` stands for `log(p / p_old)`, with the matching error

@@ -26,8 +26,8 @@ class DGPOLoss:
     `s[k,g] = (dgpo_beta / |g|) sum_{j in g} A[k,j] (mse_j - mse_ref,j)`,
 
     where `s` is a constant: the more the policy prefers what the reward prefers, compared with the reference, the
-    smaller `s`, and the less the group weighs. Sums are over the samples of the prompt in the optimizer step that reward
-    k applies to, and `|g|` is their number. All of them have the same time and the same noise, as published.
+    smaller `s`, and the less the group weighs. Sums are over the samples of the prompt in the optimizer step that
+    reward k applies to, and `|g|` is their number. All of them have the same time and the same noise, as published.
 
     A sample has no gradient where the policy has moved far enough from the old one: where
     `exp(mse_old,i - mse_i)` is above `1 + c` and `A[k,i] > 0`, or below `1 - c` and `A[k,i] <= 0`. Here the old policy

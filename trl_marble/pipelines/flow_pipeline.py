@@ -183,9 +183,10 @@ class FlowPipeline:
                 The images to be edited, one per prompt, for a family that edits images.
 
         Returns:
-            `Conditioning`: one row per prompt, in the transformer's dtype. With classifier-free guidance (of rollouts or
-            of the reference) it has the embeddings of the empty negative prompt too. For a pipeline that takes no embeddings it has the text, and
-            the text encoders run when it is used. Images are in RGB, see [`~trl_marble.media.to_rgb`].
+            `Conditioning`: one row per prompt, in the transformer's dtype. With classifier-free guidance (of rollouts
+            or of the reference) it has the embeddings of the empty negative prompt too. For a pipeline that takes no
+            embeddings it has the text, and the text encoders run when it is used. Images are in RGB, see
+            [`~trl_marble.media.to_rgb`].
 
         Raises:
             `TypeError`: `prompts` is one string.

@@ -15,8 +15,8 @@ from .weight_shadow import WeightShadow, check_same_weights
 class PolicyWeights:
     """
     Owns the weights of a policy: those that are trained, the old policy's, their moving average, the base model's
-    (without the adapter), and where images are sampled by none of these, those that sample. All of them run through the same module in the same precision, that of the
-    [`~trl_marble.pipelines.FlowPipeline`].
+    (without the adapter), and those that sample images, where these are none of the others. All of them run through
+    the same module in the same precision, that of the [`~trl_marble.pipelines.FlowPipeline`].
 
     Create it when the weights are on their final device.
 
