@@ -36,7 +36,7 @@ OTHER_TRAINERS = {
     "epsilon": _NO_RATIO,
     "epsilon_high": _NO_RATIO,
     "delta": _NO_RATIO,
-    "loss_type": "set `policy_loss`, the loss, to 'nft', 'awm', 'crd' or 'dgpo'",
+    "loss_type": "set `policy_loss`, the loss, to 'nft', 'awm', 'crd', 'dgpo', 'gdro' or 'dpo'",
     "importance_sampling_level": _NO_RATIO,
     "sync_ref_model": "old_policy_preset",
     "ref_model_mixup_alpha": "old_policy_preset",

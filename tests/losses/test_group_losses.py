@@ -7,7 +7,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 
 from trl_marble import MarbleConfig
 from trl_marble.balance import Objective, SeparateBackward
-from trl_marble.losses import CRDLoss, DGPOLoss, Drawn, FrozenVelocities, Penalties
+from trl_marble.losses import CRDLoss, DGPOLoss, DPOLoss, Drawn, FrozenVelocities, GDROLoss, Penalties
 from trl_marble.update.group_table import GroupTable
 
 
@@ -25,6 +25,11 @@ def crd(**settings):
 def dgpo(**settings):
     defaults = {"dgpo_beta": 3.0, "dgpo_reference": "base", "dgpo_clip_range": 0.1, "beta": 0.0}
     return DGPOLoss(**(defaults | {"reference_guidance_scale": None} | settings))
+
+
+def gdro(**settings):
+    defaults = {"gdro_beta": 2.0, "gdro_temperature": 0.7, "gdro_best": 0.1, "beta": 0.0}
+    return GDROLoss(**(defaults | settings))
 
 
 @pytest.fixture
@@ -178,7 +183,80 @@ def test_dgpo_compared_with_the_policy_itself_weighs_every_group_by_a_half(probl
     torch.testing.assert_close(own, 0.5 * problem.advantages.nan_to_num() / counts.valid[:, None])
 
 
-@pytest.mark.parametrize("loss", [crd(), crd(crd_objective="bce"), dgpo()], ids=["mse", "bce", "dgpo"])
+def preferences(problem, beta):
+    """`-beta (mse - mse_ref)` of each sample."""
+    target = problem.drawn.noise - problem.drawn.x0
+    mse, other = (
+        (velocity - target).square().mean(dim=1) for velocity in (problem.velocity(), problem.frozen.reference)
+    )
+    return mse, -beta * (mse - other)
+
+
+def groups_of(advantages):
+    """The samples of each group that a reward applies to."""
+    for group in GROUPS.unique():
+        yield ((group == GROUPS) & ~advantages.isnan()).nonzero().flatten()
+
+
+def test_all_gradients_of_gdro_from_one_weighted_pass_are_those_of_k_losses(problem):
+    """The published ranking loss, pick by pick."""
+    loss = gdro()
+    terms, counts = prepare(problem, loss)
+    found = rows_of(problem, loss, terms, counts)
+    for k, own in enumerate(problem.advantages):
+        mse, s = preferences(problem, 2.0)
+        total = torch.zeros(())
+        for members in groups_of(own):
+            ranked = members[own[members].argsort(descending=True)]
+            each = torch.zeros(())
+            for i in range(len(ranked) - 1):
+                left = ranked[i:]
+                q = (own[left] / 0.7).softmax(dim=0)
+                each = each + s[left].logsumexp(dim=0) - (q * s[left]).sum()
+            if len(ranked) > 0:
+                each = each + 0.1 * 2.0 * mse[ranked[0]]
+            total = total + len(members) * each
+        assert_same(found[k], problem.gradient(total / counts.valid[k]))
+
+
+def test_all_gradients_of_dpo_from_one_weighted_pass_are_those_of_k_losses(problem):
+    """Each reward's best and worst of a prompt: two samples with a gradient, or none."""
+    loss = DPOLoss(dpo_beta=4.0, beta=0.0)
+    terms, counts = prepare(problem, loss)
+    (coefficients,), found = (
+        loss.coefficients(terms, problem.advantages, counts),
+        rows_of(problem, loss, terms, counts),
+    )
+    for k, own in enumerate(problem.advantages):
+        _, s = preferences(problem, 2.0)
+        total = torch.zeros(())
+        for members in groups_of(own):
+            assert (coefficients[k, members] != 0).sum() == (2 if len(members) > 1 else 0)
+            if len(members) > 1:
+                best, worst = members[own[members].argmax()], members[own[members].argmin()]
+                total = total - len(members) * (s[best] - s[worst]).sigmoid().log()
+        assert_same(found[k], problem.gradient(total / counts.valid[k]))
+
+
+def test_a_prompt_whose_samples_are_alike_makes_no_pair(problem):
+    problem.advantages[0] = 1.5
+    problem.advantages[0, GROUPS == 2] = torch.tensor([1.0, 1.0, -2.0], dtype=torch.float64)
+    loss = DPOLoss(dpo_beta=4.0, beta=0.0)
+    terms, counts = prepare(problem, loss)
+    (own,) = loss.coefficients(terms, problem.advantages, counts)
+    assert (own[0, GROUPS != 2] == 0).all() and sorted(own[0, GROUPS == 2].sign().tolist()) == [-1, 0, 1]
+
+
+EACH = {
+    "mse": crd(),
+    "bce": crd(crd_objective="bce"),
+    "dgpo": dgpo(),
+    "gdro": gdro(),
+    "dpo": DPOLoss(dpo_beta=4.0, beta=0.0),
+}
+
+
+@pytest.mark.parametrize("loss", EACH.values(), ids=EACH)
 def test_how_a_group_is_cut_changes_nothing(problem, loss):
     terms, counts = prepare(problem, loss)
     (whole,) = loss.coefficients(terms, problem.advantages, counts)
@@ -207,11 +285,12 @@ def test_the_table_finds_groups_wherever_their_samples_lie():
     assert GroupTable(ids, -ids[None].double(), None, 4).at(0, ids).own() is None
 
 
-def test_what_is_not_finite_in_one_sample_is_seen_in_its_group_only(problem):
-    loss = crd()
-    velocity = problem.frozen.old.clone()
-    velocity[0] = torch.nan  # of group 0
-    broken = problem._replace(frozen=problem.frozen._replace(old=velocity))
+@pytest.mark.parametrize("loss", EACH.values(), ids=EACH)
+def test_what_is_not_finite_in_one_sample_is_seen_in_its_group_only(problem, loss):
+    frozen = FrozenVelocities(*(velocity.clone() for velocity in problem.frozen))
+    for velocity in frozen:
+        velocity[0] = torch.nan  # of group 0
+    broken = problem._replace(frozen=frozen)
     terms, counts = prepare(broken, loss)
     (own,) = loss.coefficients(terms, problem.advantages, counts)
     assert own[0, GROUPS == 0].isnan().any() and own[:, GROUPS != 0].isfinite().all()
@@ -223,6 +302,8 @@ def test_what_is_not_finite_in_one_sample_is_seen_in_its_group_only(problem):
         (crd(beta=0.3), {"old", "group"}, Penalties(reference=0.3)),
         (dgpo(beta=0.2), {"old", "group", "reference"}, Penalties(reference=0.2)),
         (dgpo(dgpo_reference="old"), {"old", "group"}, Penalties()),
+        (gdro(), {"group", "reference"}, Penalties()),
+        (DPOLoss(dpo_beta=4.0, beta=0.1), {"group", "reference"}, Penalties(reference=0.1)),
     ],
 )
 def test_what_the_losses_need(loss, needs, penalties):
@@ -239,7 +320,7 @@ def test_half_precision_is_computed_in_float32():
     tensors = [torch.randn(3, 2, 5, generator=torch.Generator().manual_seed(i)).bfloat16() for i in range(3)]
     t = torch.tensor([0.2, 0.5, 0.8])
     drawn = Drawn(tensors[0], t, tensors[0], tensors[1])
-    for loss in (crd(), dgpo()):
+    for loss in EACH.values():
         terms = loss.terms(tensors[2], drawn, FrozenVelocities(tensors[1], tensors[0]))
         assert {term.dtype for term in terms} == {torch.float32} and {term.shape for term in terms} == {(3,)}
 
@@ -262,6 +343,10 @@ def test_half_precision_is_computed_in_float32():
         ({"policy_loss": "crd", "sampling_policy_preset": 9}, "`sampling_policy_preset` is 9; it must be one of None"),
         ({"policy_loss": "dgpo", "dgpo_reference": "ema"}, "`dgpo_reference` is 'ema'"),
         ({"policy_loss": "dgpo", "dgpo_clip_range": -1.0}, "`dgpo_clip_range` is -1.0"),
+        ({"policy_loss": "gdro", "dpo_beta": 10.0}, r"`dpo_beta=10.0` has no effect with `policy_loss='gdro'`"),
+        ({"policy_loss": "dpo", "gdro_best": 1.0}, r"`gdro_best=1.0` has no effect with `policy_loss='dpo'`"),
+        ({"policy_loss": "gdro", "gdro_best": -1.0}, "`gdro_best` is -1.0; it must be 0 or greater"),
+        ({"policy_loss": "gdro", "gdro_temperature": 0.0}, "`gdro_temperature` is 0.0"),
     ],
 )
 def test_settings_that_the_loss_does_not_use_are_refused(tmp_path, settings, message):

@@ -81,7 +81,7 @@ def test_the_policy_that_samples_has_a_schedule_of_its_own(tmp_path):
     sample = trainer.rollouts.sample
 
     def sample_and_look(*args):
-        sampled.append(weights.parameters[0].detach().clone())
+        sampled.append(weights.trained[name].data_ptr() == weights.sampler.state_dict()[name].data_ptr())
         return sample(*args)
 
     trainer.rollouts.sample = sample_and_look
@@ -96,11 +96,9 @@ def test_the_policy_that_samples_has_a_schedule_of_its_own(tmp_path):
 
     trainer.add_callback(Follow())
     trainer.train()
-    assert len(sampled) == 3
+    assert sampled == [True] * 3
     old, sampler = (getattr(weights, kind).state_dict()[name] for kind in ("old", "sampler"))
     assert not old.equal(sampler)
-    with weights.sampler.swapped_in():
-        assert not sampled[2].equal(sampled[1])
 
 
 def test_the_schedule_of_crd_begins_at_a_quarter():

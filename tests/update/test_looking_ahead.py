@@ -64,8 +64,16 @@ def relative_error(a, b):
 
 @pytest.mark.parametrize(
     "settings",
-    [CRD, CRD | {"balance_on": "loss", "crd_objective": "bce"}, CRD | SUM, DGPO, DGPO | {"dgpo_reference": "old"}],
-    ids=["crd", "crd, complete losses", "crd, weighted sum", "dgpo", "dgpo, old"],
+    [
+        CRD,
+        CRD | {"balance_on": "loss", "crd_objective": "bce"},
+        CRD | SUM,
+        DGPO,
+        DGPO | {"dgpo_reference": "old"},
+        {"policy_loss": "gdro"},
+        {"policy_loss": "dpo"},
+    ],
+    ids=["crd", "crd, complete losses", "crd, weighted sum", "dgpo", "dgpo, old", "gdro", "dpo"],
 )
 def test_the_direction_does_not_depend_on_the_batch_split(tmp_path, settings):
     found = {}
@@ -147,6 +155,7 @@ def test_the_direction_is_that_of_autograd_on_the_formula_of_crd(tmp_path, objec
         (DGPO | {"beta": 0.0}, 2, 1, 1, 1),
         (DGPO | {"dgpo_reference": "old", "beta": 0.0, "lags": False}, 1, 0, 0, 1),
         (DGPO | {"dgpo_reference": "old", "beta": 0.0}, 2, 1, 0, 1),
+        ({"policy_loss": "gdro", "beta": 0.0}, 2, 0, 1, 1),
         ({"lags": True}, 1, 1, 1, 2),  # DiffusionNFT compares no samples
     ],
 )

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .forward_process import at_least_float32, divide_by_counts, mean_square_distance, noise_samples
+from .forward_process import divide_by_counts, matching_errors, noise_samples
 from .groups import group_mean
 from .policy_loss import Drawn, FrozenVelocities, Penalties, StepCounts
 
@@ -69,12 +69,8 @@ class DGPOLoss:
 
     def terms(self, velocity: Tensor, drawn: Drawn, frozen: FrozenVelocities) -> Sequence[Tensor]:
         """The matching errors of the trained policy, the old one and the reference."""
-        target = at_least_float32(drawn.noise) - at_least_float32(drawn.x0)
-        own = mean_square_distance(velocity, target)
-        old = own.detach() if frozen.old is None else mean_square_distance(frozen.old, target)
-        if self.dgpo_reference == "old":
-            return own, old, old
-        return own, old, own.detach() if frozen.reference is None else mean_square_distance(frozen.reference, target)
+        own, old, base = matching_errors(drawn, velocity, frozen.old, frozen.reference)
+        return own, old, base if self.dgpo_reference == "base" else old
 
     def coefficients(self, terms: Sequence[Tensor], advantages: Tensor, counts: StepCounts) -> Sequence[Tensor]:
         groups = counts.compared_with()

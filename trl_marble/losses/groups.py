@@ -34,6 +34,12 @@ class Groups(NamedTuple):
         place = self.place.expand(len(self.terms), -1)[..., None]
         return self.terms.gather(2, place).squeeze(2)
 
+    def looked_ahead(self) -> Tensor:
+        """The terms `(N, B, G)`, for a loss that always has them."""
+        if self.terms is None:
+            raise ValueError("This loss needs the terms of the samples that it compares, and there are none.")
+        return self.terms
+
 
 def group_mean(values: Tensor, valid: Tensor) -> Tensor:
     """

@@ -180,9 +180,12 @@ class MarbleConfig(TrainingArguments):
         policy_loss (`str`, *optional*, defaults to `"nft"`):
             The loss: `"nft"` (DiffusionNFT, see [`~trl_marble.losses.NFTLoss`]), `"awm"` (advantage weighted
             matching, https://huggingface.co/papers/2509.25050, see [`~trl_marble.losses.AWMLoss`]), `"crd"` (centered
-            reward distillation, https://huggingface.co/papers/2603.14128, see [`~trl_marble.losses.CRDLoss`]) or
+            reward distillation, https://huggingface.co/papers/2603.14128, see [`~trl_marble.losses.CRDLoss`]),
             `"dgpo"` (direct group preference optimization, https://huggingface.co/papers/2510.08425, see
-            [`~trl_marble.losses.DGPOLoss`]). A setting that the chosen loss does not use is refused.
+            [`~trl_marble.losses.DGPOLoss`]), `"gdro"` (group-level direct reward optimization,
+            https://huggingface.co/papers/2601.02036, see [`~trl_marble.losses.GDROLoss`]) or `"dpo"` (pairs of each
+            reward's best and worst sample, https://huggingface.co/papers/2311.12908, see
+            [`~trl_marble.losses.DPOLoss`]). A setting that the chosen loss does not use is refused.
         nft_beta (`float`, *optional*, defaults to `0.1`):
             Mixing coefficient b of the implicit positive and negative policies, v± = v_old ± b (v - v_old)
             (DiffusionNFT, https://huggingface.co/papers/2509.16117). Greater than 0.
@@ -238,6 +241,15 @@ class MarbleConfig(TrainingArguments):
         dgpo_clip_range (`float`, *optional*, defaults to `1e-3`):
             How far from 1 the likelihood ratio of the trained to the old policy may be in DGPO before a sample has no
             gradient. Greater than 0.
+        gdro_beta (`float`, *optional*, defaults to `1000.0`):
+            How much of a difference of matching errors is a preference of the policy in GDRO. Greater than 0.
+        gdro_temperature (`float`, *optional*, defaults to `0.2`):
+            Temperature of the ranking that GDRO aims at, in units of the advantages. Greater than 0.
+        gdro_best (`float`, *optional*, defaults to `0.05`):
+            How much each group's best sample is learned by itself in GDRO, in units of `gdro_beta`.
+        dpo_beta (`float`, *optional*, defaults to `5000.0`):
+            How much of a difference of matching errors is a preference of the policy with `policy_loss="dpo"`. Greater
+            than 0.
 
         > Parameters that control the balancing
 
@@ -446,7 +458,9 @@ class MarbleConfig(TrainingArguments):
     )
 
     # Parameters that control the loss
-    policy_loss: str = field(default="nft", metadata={"help": "The loss: 'nft', 'awm', 'crd' or 'dgpo'."})
+    policy_loss: str = field(
+        default="nft", metadata={"help": "The loss: 'nft', 'awm', 'crd', 'dgpo', 'gdro' or 'dpo'."}
+    )
     nft_beta: float = field(default=0.1, metadata={"help": "Mixing coefficient of the implicit policies."})
     advantage_clip: float = field(default=5.0, metadata={"help": "Advantages are clipped to ± this value."})
     beta: float = field(default=0.1, metadata={"help": "Coefficient of the KL penalty toward the base model."})
@@ -485,6 +499,14 @@ class MarbleConfig(TrainingArguments):
         default="base", metadata={"help": "What DGPO compares the policy's preferences with."}
     )
     dgpo_clip_range: float = field(default=1e-3, metadata={"help": "Clip of DGPO's likelihood ratio."})
+    gdro_beta: float = field(
+        default=1000.0, metadata={"help": "GDRO: how much of a difference of matching errors is a preference."}
+    )
+    gdro_temperature: float = field(default=0.2, metadata={"help": "Temperature of the ranking that GDRO aims at."})
+    gdro_best: float = field(default=0.05, metadata={"help": "How much GDRO learns the best sample by itself."})
+    dpo_beta: float = field(
+        default=5000.0, metadata={"help": "DPO: how much of a difference of matching errors is a preference."}
+    )
 
     # Parameters that control the balancing
     weighting: str = field(default="mgda", metadata={"help": "Rule for the balancing weights: 'mgda' or 'equal'."})
@@ -610,7 +632,7 @@ class MarbleConfig(TrainingArguments):
             if getattr(self, name) is not None and getattr(self, name) < minimum:
                 raise ValueError(f"`{name}` is {getattr(self, name)}; it must be at least {minimum}: {why}.")
         above_zero = ("nft_beta", "advantage_clip", "awm_clip_range", "crd_beta", "dgpo_beta", "dgpo_clip_range")
-        for name in (*above_zero, "progress_temperature"):
+        for name in (*above_zero, "gdro_beta", "gdro_temperature", "dpo_beta", "progress_temperature"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"`{name}` is {getattr(self, name)}; it must be a finite number greater than 0.")
         if self.reward_timeout is not None and not 0 < self.reward_timeout < math.inf:
@@ -623,6 +645,8 @@ class MarbleConfig(TrainingArguments):
                 raise ValueError(
                     f"`{name}` is {getattr(self, name)}; it must be 0 (no penalty toward the {policy}) or greater."
                 )
+        if not 0 <= self.gdro_best < math.inf:
+            raise ValueError(f"`gdro_best` is {self.gdro_best}; it must be 0 or greater.")
         if self.kl_target is not None and not 0 < self.kl_target < math.inf:
             raise ValueError(
                 f"`kl_target` is {self.kl_target}; it must be a finite number greater than 0. Leave it out to keep "
