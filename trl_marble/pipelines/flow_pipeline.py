@@ -410,7 +410,7 @@ class FlowPipeline:
             `torch.Tensor`: the velocity, of the shape and dtype of `x_t`.
         """
         scale = self.reference_guidance_scale
-        if scale is None or (self.family.guidance == "classifier_free" and scale == 1):
+        if scale is None or not self.guides_reference:
             return self.velocity(x_t, t, conditioning)
         if self.family.guidance == "embedded":
             guided = copy.copy(self)
@@ -676,10 +676,17 @@ class FlowPipeline:
         return self.family.guidance == "classifier_free" and self.guidance_scale > 1
 
     @property
+    def guides_reference(self) -> bool:
+        """Whether [`~FlowPipeline.reference_velocity`] is another than the velocity."""
+        scale, unguided = self.reference_guidance_scale, 1.0
+        if self.family.guidance == "embedded":
+            unguided = self.guidance_scale
+        return scale is not None and scale != unguided
+
+    @property
     def _encodes_negatives(self) -> bool:
         """Whether prompts are encoded together with the empty negative prompt."""
-        guides_reference = self.family.guidance == "classifier_free" and (self.reference_guidance_scale or 1) > 1
-        return self.is_guided or guides_reference
+        return self.is_guided or (self.family.guidance == "classifier_free" and self.guides_reference)
 
     def _find_length_limit(self, max_sequence_length: int | None) -> int | None:
         if "max_sequence_length" in self._call_parameters:

@@ -196,9 +196,9 @@ class MarbleConfig(TrainingArguments):
             decides how far a policy drifts, and with that whether long runs keep every reward. The papers' `1e-4` is
             next to no penalty. With `0.0` the base model's forward pass is not run.
         kl_target (`float`, *optional*):
-            The KL to hold, as `kl` is logged: the mean over elements of `(v - v_ref)^2`. `beta` is then the first
-            value of a coefficient that follows the KL, see [`~trl_marble.update.KLControl`]: begin high, with 0.5 for
-            example. By default `beta` stays as it is.
+            The KL to hold, as `kl` (or `guided_kl`) is logged: the mean over elements of `(v - v_ref)^2`. `beta` is
+            then the first value of a coefficient that follows the KL, see [`~trl_marble.update.KLControl`]: begin
+            high, with 0.5 for example. By default `beta` stays as it is.
         regularizer_fraction (`float`, *optional*, defaults to `1.0`):
             In `(0, 1]`: the fraction of an optimizer step's forward passes (timesteps of micro-batches, the same ones
             on all processes) in which the penalties are evaluated: that of `beta`, and AWM's trust region. They are
@@ -230,9 +230,10 @@ class MarbleConfig(TrainingArguments):
             old policy samples.
         reference_guidance_scale (`float`, *optional*):
             For CRD and DGPO, guidance scale of the base model where the policy is compared with it, in the convention
-            of `guidance_scale`; 4.5 in the published settings. The penalty of `beta`, and what is logged as `kl`, is
-            then the distance to the guided base model. It costs a second forward pass of the base model, but for
-            guidance-distilled pipelines, which take the value as input. By default the base model is not guided.
+            of `guidance_scale`; 4.5 in the published settings. The penalty of `beta`, and what `kl_target` holds, is
+            then the distance to the guided base model, which is logged as `guided_kl`. It costs a second forward pass
+            of the base model, but for guidance-distilled pipelines, which take the value as input. By default the base
+            model is not guided.
         dgpo_beta (`float`, *optional*, defaults to `100.0`):
             How much the weight of a prompt's group depends on what the policy prefers already in DGPO. Greater than 0.
         dgpo_reference (`str`, *optional*, defaults to `"base"`):

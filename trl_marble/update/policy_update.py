@@ -253,7 +253,9 @@ class PolicyUpdate:
             if kl is not None:
                 if self.kl_control is not None:
                     self._kls.append(kl.detach())
-                self.metrics.record("kl", finite_mean(kl))
+                # Not under one name: what watches a run takes `kl` for how far the policy has drifted.
+                name = "guided_kl" if self.weights.flow.guides_reference else "kl"
+                self.metrics.record(name, finite_mean(kl))
             num_rewards = (counts.valid > 0).sum().clamp(min=1)
             total = torch.stack([(own * term).sum() for term, own in zip(acting, coefficients, strict=True)]).sum()
             return total / num_rewards if shared is None else total / num_rewards + shared.sum()
