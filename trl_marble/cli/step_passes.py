@@ -95,7 +95,7 @@ def compute_passes(
         batch_start = step - step % updates
         lags = step > batch_start or (batch_start > 0 and old_policy_decay(batch_start, *preset) > 0)
         reads_old = lags and "old" in loss.needs
-        ahead = "group" in loss.needs and (reads_old or "reference" in loss.needs)
+        ahead = "group" in loss.needs and (reads_old or "reference" in loss.needs or "old" not in loss.needs)
         reads = frozenset[str]() if ahead else loss.needs
         sums["old"] += ahead and reads_old
         sums["reference"] += ahead and "reference" in loss.needs
