@@ -16,7 +16,7 @@ from trl_marble.pipelines.schedulers import OneStep
 
 SCALE = 3.0
 # Pipelines that guide by `negative + scale * (positive - negative)` and nothing more.
-PLAIN = ["StableDiffusion3Pipeline", "SanaPipeline", "ChromaPipeline", "ZImagePipeline", "AuraFlowPipeline"]
+PLAIN = ["StableDiffusion3Pipeline", "SanaPipeline", "ChromaPipeline", "AuraFlowPipeline"]
 
 
 def make_flow(name, **settings):
@@ -63,6 +63,18 @@ def test_it_is_what_the_pipeline_itself_makes_of_both_predictions(name):
     plain = flow.velocity(x_t, t, conditioning)
     assert (found - plain).norm() > 1e-3 * plain.norm()
     torch.testing.assert_close(make_flow(name).reference_velocity(x_t, t, conditioning), plain)  # without a scale
+
+
+@pytest.mark.parametrize("name", ["ZImagePipeline", "QwenImagePipeline", "Flux2KleinPipeline", "Krea2Pipeline"])
+@torch.no_grad()
+def test_it_is_the_formula_where_the_pipeline_does_more_or_encodes_in_two_calls(name):
+    flow = make_flow(name, reference_guidance_scale=SCALE)
+    conditioning, empty = flow.encode(["a red cat", "two dogs"]), flow.encode(["", ""])
+    x_t, t = latents_of(flow, conditioning), torch.tensor([0.3, 0.9])
+    positive, negative = (flow.velocity(x_t, t, each) for each in (conditioning, empty))
+    found = flow.reference_velocity(x_t, t, conditioning)
+    torch.testing.assert_close(found, negative + SCALE * (positive - negative), rtol=1e-3, atol=1e-4)
+    assert (found - positive).norm() > 1e-3 * positive.norm()
 
 
 @torch.no_grad()

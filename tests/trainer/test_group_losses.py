@@ -159,8 +159,8 @@ def flat(images, **kwargs):
 
 def test_the_kl_to_the_guided_base_model_teaches_guidance(tmp_path):
     """With a reward that says nothing, the unguided policy goes where guidance would take the base model."""
-    settings = SETTINGS | {"max_steps": 8, "steps_per_generation": 2, "learning_rate": 3e-2, "beta": 1.0}
-    guided = {"policy_loss": "crd", "reference_guidance_scale": 4.0}
+    settings = SETTINGS | {"max_steps": 8, "steps_per_generation": 2, "beta": 1.0, "timestep_fraction": 1.0}
+    guided = {"policy_loss": "crd", "reference_guidance_scale": 4.0, "per_device_train_batch_size": 4}
     trainer = small_trainer(tmp_path / "run", reward_funcs=[flat], **settings | guided)
     seen = {}
 
@@ -179,6 +179,6 @@ def test_the_kl_to_the_guided_base_model_teaches_guidance(tmp_path):
     look("after")
     assert seen["before"].norm() == 0 and guidance.norm() > 0
     cosine = torch.cosine_similarity(seen["after"].flatten(), guidance.flatten(), dim=0)
-    assert cosine > 0.3 and (seen["after"] - guidance).norm() < 0.95 * guidance.norm()
+    assert cosine > 0.4 and (seen["after"] - guidance).norm() < 0.9 * guidance.norm()
     rows = [row for row in trainer.state.log_history if "loss" in row]
-    assert rows[-1]["guided_kl"] < rows[0]["guided_kl"] and not any("kl" in row for row in rows)
+    assert rows[-1]["guided_kl"] < 0.8 * rows[0]["guided_kl"] and not any("kl" in row for row in rows)

@@ -71,7 +71,7 @@ def relative_error(a, b):
         DGPO,
         DGPO | {"dgpo_reference": "old"},
         {"policy_loss": "gdro"},
-        {"policy_loss": "dpo"},
+        {"policy_loss": "dpo", "dpo_beta": 50.0},  # which multiplies what is rounded
     ],
     ids=["crd", "crd, complete losses", "crd, weighted sum", "dgpo", "dgpo, old", "gdro", "dpo"],
 )

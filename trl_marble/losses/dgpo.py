@@ -82,7 +82,9 @@ class DGPOLoss:
         weight = (self.dgpo_beta * group_mean(compared, ~groups.advantages.isnan())).sigmoid()
         ratio = (own[1] - own[0]).exp()
         moved = torch.where(values > 0, ratio > 1 + self.dgpo_clip_range, ratio < 1 - self.dgpo_clip_range)
-        return (share * weight * values * ~moved,)
+        # A ratio that is not finite is no reason to leave it out, or to keep it: it is to be seen.
+        kept = torch.where(ratio.isfinite(), (~moved).to(ratio), torch.nan)
+        return (share * weight * values * kept,)
 
     def shared(
         self,

@@ -72,7 +72,7 @@ class GDROLoss:
         p, q = (_softmax(values[:, :, None], left) for values in (preferred, wanted))
         pushed = ((q - p) * picks).sum(dim=2)
         rank = order.argsort(dim=2).gather(2, groups.place.expand(len(order), -1)[..., None])
-        weights = pushed.gather(2, rank).squeeze(2) + self.gdro_best * (rank.squeeze(2) == 0)
+        weights = pushed.gather(2, rank).squeeze(2) + self.gdro_best * (rank.squeeze(2) == 0).to(pushed)
         return (share * size * self.gdro_beta * weights,)
 
     def shared(
