@@ -66,12 +66,12 @@ def relative_error(a, b):
     "settings",
     [
         CRD,
-        CRD | {"balance_on": "loss", "crd_objective": "bce"},
-        CRD | SUM,
+        pytest.param(CRD | {"balance_on": "loss", "crd_objective": "bce"}, marks=pytest.mark.slow),
+        pytest.param(CRD | SUM, marks=pytest.mark.slow),
         DGPO,
-        DGPO | {"dgpo_reference": "old"},
+        pytest.param(DGPO | {"dgpo_reference": "old"}, marks=pytest.mark.slow),
         {"policy_loss": "gdro"},
-        {"policy_loss": "dpo", "dpo_beta": 50.0},  # which multiplies what is rounded
+        pytest.param({"policy_loss": "dpo", "dpo_beta": 50.0}, marks=pytest.mark.slow),  # it multiplies a rounding
     ],
     ids=["crd", "crd, complete losses", "crd, weighted sum", "dgpo", "dgpo, old", "gdro", "dpo"],
 )

@@ -86,9 +86,9 @@ class CRDLoss:
         values, share = divide_by_counts(advantages, counts)
         valid = ~groups.advantages.isnan()
         rewards = (values - group_mean(groups.advantages, valid)) / (2 * self.advantage_clip)
-        rho = (
-            self._centred(terms[0].detach(), groups, valid) if self.balance_on == "loss" else torch.zeros_like(values)
-        )
+        rho = torch.zeros_like(values)
+        if self.balance_on == "loss":
+            rho = self._centred(terms[0].detach(), groups, valid)
         if self.crd_objective == "mse":
             return (2 * self.advantage_clip * share * (self.crd_beta * rho - rewards),)
         return (self.advantage_clip * share * ((self.crd_beta * rho).sigmoid() - rewards.sigmoid()),)
