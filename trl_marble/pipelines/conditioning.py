@@ -75,20 +75,19 @@ class Conditioning:
             derived[key] = self.select(indices)
         return derived[key]
 
-    def twin(self, name: str, replaced: dict[str, Rows] | None = None) -> "Conditioning":
+    def twin(self, name: str, kwargs: dict[str, Rows] | None = None) -> "Conditioning":
         """
-        The same rows under another name, some of them replaced: the same object each time as long as no row has
-        changed.
+        Another conditioning of the same prompts: the same object each time as long as no row has changed.
 
         Args:
             name (`str`):
                 What it is for.
-            replaced (`dict[str, torch.Tensor | list]`, *optional*):
-                Rows to put in the place of those of the same names.
+            kwargs (`dict[str, torch.Tensor | list]`, *optional*):
+                Its arguments. By default they are the same.
         """
         derived, key = self.derived(), ("twin", name)
         if key not in derived:
-            derived[key] = Conditioning(self.kwargs | (replaced or {}))
+            derived[key] = Conditioning(self.kwargs if kwargs is None else kwargs)
             derived[key]._row_outputs[:] = self._row_outputs
         return derived[key]
 

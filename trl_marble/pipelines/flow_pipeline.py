@@ -421,12 +421,13 @@ class FlowPipeline:
 
     def _negatives(self, conditioning: Conditioning) -> Conditioning:
         """The negative prompts of a conditioning in the place of its prompts."""
-        if self.family.encoded_names is None:
-            return conditioning.twin("negative", {"prompt": [self.family.empty_prompt] * len(conditioning)})
-        negatives = {name: rows for name, rows in conditioning.kwargs.items() if name.startswith("negative_")}
-        return conditioning.twin(
-            "negative", {name.removeprefix("negative_"): rows for name, rows in negatives.items()}
-        )
+        rows, encoded = conditioning.kwargs, self.family.encoded_names
+        if encoded is None:
+            return conditioning.twin("negative", rows | {"prompt": [self.family.empty_prompt] * len(conditioning)})
+        # Not the prompts' own where there is no negative one: a mask is left out where nothing is padded.
+        others = {name: row for name, row in rows.items() if name not in encoded and not name.startswith("negative_")}
+        negatives = {name.removeprefix("negative_"): row for name, row in rows.items() if name.startswith("negative_")}
+        return conditioning.twin("negative", others | negatives)
 
     def training_times(self, num_inference_steps: int, scheduler: SchedulerMixin | None = None) -> Tensor:
         """
