@@ -18,6 +18,7 @@ class Draw(IntEnum):
     HALVES = 7
     EVALUATION_NOISE = 8
     REGULARIZED = 9
+    GROUP_NOISE = 12
 
 
 def derive_seed(seed: int, draw: Draw, *place: int) -> int:

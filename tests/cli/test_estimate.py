@@ -121,6 +121,9 @@ COUNTED = {
     "progress": {"multi_objective_aggregation": "progress", "old_policy_preset": 0},
     "two steps per batch": {"steps_per_generation": 4, "old_policy_preset": 0, "num_generations": 4},
     "AWM": {"policy_loss": "awm", "old_policy_preset": 3},
+    "CRD": {"policy_loss": "crd", "reference_guidance_scale": 4.0, "sampling_policy_preset": 2},
+    "CRD, complete losses": {"policy_loss": "crd", "balance_on": "loss", "regularizer_fraction": 0.5},
+    "DGPO": {"policy_loss": "dgpo", "old_policy_preset": 3, "beta": 0.0},
     "guidance": {"guidance_scale": 4.0},
 }
 
@@ -145,7 +148,7 @@ def test_the_passes_are_those_that_a_trainer_makes(name, tmp_path):
 
     trainer.flow.transformer.register_forward_hook(count)
     trainer.train()
-    passes = compute_passes(trainer.args, 1, name == "guidance", num_rewards=2, num_prompts=len(PROMPTS))
+    passes = compute_passes(trainer.args, 1, True, num_rewards=2, num_prompts=len(PROMPTS))
     assert counted == {"forward": round(4 * passes.forward), "backward": round(4 * passes.backward)}
 
 

@@ -143,7 +143,7 @@ def test_notebooks_and_inspect_see_the_settings() -> None:
         ({"multi_objective_aggregation": "marbles"}, ["'marbles'", "'marble', 'equal', 'sum_then_normalize'"]),
         ({"balance_on": "both"}, ["'both'", "'loss', 'advantage'"]),
         ({"scale_rewards": True}, ["True", "'batch', 'group', 'none'"]),
-        ({"old_policy_preset": 4}, ["4", "0, 1, 2, 3"]),
+        ({"old_policy_preset": 5}, ["5", "0, 1, 2, 3, 4"]),
         ({"num_generations": 1}, ["is 1", "at least 2", "compare the images of one prompt"]),
         ({"num_inference_steps": 0}, ["is 0", "at least 1"]),
         ({"num_iterations": 0}, ["is 0", "at least 1"]),

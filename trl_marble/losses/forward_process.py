@@ -71,6 +71,25 @@ def mean_square_distance(velocity: Tensor, other: Tensor) -> Tensor:
     return (at_least_float32(velocity) - at_least_float32(other)).square().flatten(1).mean(dim=1)
 
 
+def matching_errors(drawn: Drawn, *velocities: Tensor | None) -> tuple[Tensor, ...]:
+    """
+    The flow-matching error `mean((v - (noise - x0))^2)` of every sample.
+
+    Args:
+        drawn ([`Drawn`]):
+            The noisy inputs.
+        velocities (`torch.Tensor` of shape `(B, ...)`, *optional*):
+            The trained policy's, and those of frozen ones; `None` stands for the trained one's, detached.
+
+    Returns:
+        `tuple[torch.Tensor, ...]`: one for each velocity, of shape `(B,)`.
+    """
+    target = at_least_float32(drawn.noise) - at_least_float32(drawn.x0)
+    own, *others = (None if each is None else mean_square_distance(each, target) for each in velocities)
+    assert own is not None
+    return own, *(own.detach() if other is None else other for other in others)
+
+
 def add_shared(*parts: Tensor | None) -> Tensor | None:
     """The sum of what is there; `None` where nothing is."""
     present = [part for part in parts if part is not None]

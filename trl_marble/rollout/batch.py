@@ -143,7 +143,8 @@ class StoredBatch:
         Raises:
             `FileNotFoundError`: If samples are missing.
         """
-        where = {name: torch.device("cpu") if name in _ON_CPU else device for name in (*_OF_SAMPLES, *_OF_ALL_PROCESSES)}
+        names = (*_OF_SAMPLES, *_OF_ALL_PROCESSES)
+        where = {name: torch.device("cpu") if name in _ON_CPU else device for name in names}
         parts: list[Part] = []
         steps: list[Tensor] = []
         found: dict[str, list[Tensor]] = {name: [] for name in _OF_SAMPLES}

@@ -130,6 +130,7 @@ def build_flow(pipeline: DiffusionPipeline, args: MarbleConfig) -> FlowPipeline:
         args.max_sequence_length,
         num_frames=args.num_frames,
         autocast_dtype=torch.bfloat16 if args.bf16 else None,
+        reference_guidance_scale=args.reference_guidance_scale,
     )
 
 
@@ -390,6 +391,7 @@ def build_update(
         args.regularizer_fraction,
         args.seed,
         args.world_size,
+        args.num_generations,
         metrics,
         make_bar,
         times,

@@ -16,6 +16,8 @@ from ..balance import OLD_POLICY_PRESETS, WEIGHTINGS
 from ..extras import EXTRAS, require_extra
 from ..losses import LOSSES, build_loss, settings_of
 from ..losses.awm import AWMWeighting
+from ..losses.crd import CRDObjective
+from ..losses.dgpo import DGPOReference
 from ..setting_names import suggest_name
 from ..world_size import check_world_size
 from .inherited_arguments import check_arguments, check_combinations
@@ -176,9 +178,14 @@ class MarbleConfig(TrainingArguments):
         > Parameters that control the loss
 
         policy_loss (`str`, *optional*, defaults to `"nft"`):
-            The loss: `"nft"` (DiffusionNFT, see [`~trl_marble.losses.NFTLoss`]) or `"awm"` (advantage weighted
-            matching, https://huggingface.co/papers/2509.25050, see [`~trl_marble.losses.AWMLoss`]). A setting that the
-            chosen loss does not use is refused.
+            The loss: `"nft"` (DiffusionNFT, see [`~trl_marble.losses.NFTLoss`]), `"awm"` (advantage weighted
+            matching, https://huggingface.co/papers/2509.25050, see [`~trl_marble.losses.AWMLoss`]), `"crd"` (centered
+            reward distillation, https://huggingface.co/papers/2603.14128, see [`~trl_marble.losses.CRDLoss`]),
+            `"dgpo"` (direct group preference optimization, https://huggingface.co/papers/2510.08425, see
+            [`~trl_marble.losses.DGPOLoss`]), `"gdro"` (group-level direct reward optimization,
+            https://huggingface.co/papers/2601.02036, see [`~trl_marble.losses.GDROLoss`]) or `"dpo"` (pairs of each
+            reward's best and worst sample, https://huggingface.co/papers/2311.12908, see
+            [`~trl_marble.losses.DPOLoss`]). A setting that the chosen loss does not use is refused.
         nft_beta (`float`, *optional*, defaults to `0.1`):
             Mixing coefficient b of the implicit positive and negative policies, v± = v_old ± b (v - v_old)
             (DiffusionNFT, https://huggingface.co/papers/2509.16117). Greater than 0.
@@ -189,9 +196,9 @@ class MarbleConfig(TrainingArguments):
             decides how far a policy drifts, and with that whether long runs keep every reward. The papers' `1e-4` is
             next to no penalty. With `0.0` the base model's forward pass is not run.
         kl_target (`float`, *optional*):
-            The KL to hold, as `kl` is logged: the mean over elements of `(v - v_ref)^2`. `beta` is then the first
-            value of a coefficient that follows the KL, see [`~trl_marble.update.KLControl`]: begin high, with 0.5 for
-            example. By default `beta` stays as it is.
+            The KL to hold, as `kl` (or `guided_kl`) is logged: the mean over elements of `(v - v_ref)^2`. `beta` is
+            then the first value of a coefficient that follows the KL, see [`~trl_marble.update.KLControl`]: begin
+            high, with 0.5 for example. By default `beta` stays as it is.
         regularizer_fraction (`float`, *optional*, defaults to `1.0`):
             In `(0, 1]`: the fraction of an optimizer step's forward passes (timesteps of micro-batches, the same ones
             on all processes) in which the penalties are evaluated: that of `beta`, and AWM's trust region. They are
@@ -212,6 +219,38 @@ class MarbleConfig(TrainingArguments):
         awm_ema_beta (`float`, *optional*, defaults to `1.0`):
             Coefficient of the trust region `mean((v - v_old)^2)` around the old policy, a fast moving average of the
             trained weights (the paper's is `old_policy_preset=3`). With `0.0` its forward pass is not run.
+        crd_objective (`str`, *optional*, defaults to `"mse"`):
+            How CRD compares the centred log ratio of the policies with the centred reward: `"mse"`, by their squared
+            difference, or `"bce"`, by the cross-entropy of their sigmoids.
+        crd_beta (`float`, *optional*, defaults to `1.0`):
+            Factor b of the log ratio in CRD: the higher, the nearer the policy stays to the old one. Greater than 0.
+        sampling_policy_preset (`int`, *optional*):
+            For CRD, a schedule as `old_policy_preset` has them, of a policy apart from the old one that samples the
+            images. The published settings are `old_policy_preset=4` with `sampling_policy_preset=2`. By default the
+            old policy samples.
+        reference_guidance_scale (`float`, *optional*):
+            For CRD and DGPO, guidance scale of the base model where the policy is compared with it, in the convention
+            of `guidance_scale`; 4.5 in the published settings. The penalty of `beta`, and what `kl_target` holds, is
+            then the distance to the guided base model, which is logged as `guided_kl`. It costs a second forward pass
+            of the base model, but for guidance-distilled pipelines, which take the value as input. By default the base
+            model is not guided.
+        dgpo_beta (`float`, *optional*, defaults to `100.0`):
+            How much the weight of a prompt's group depends on what the policy prefers already in DGPO. Greater than 0.
+        dgpo_reference (`str`, *optional*, defaults to `"base"`):
+            Which policy's preferences DGPO compares the trained one's with: `"base"` (the base model) or `"old"`
+            (published with a `dgpo_beta` of 2000 to 5000).
+        dgpo_clip_range (`float`, *optional*, defaults to `1e-3`):
+            How far from 1 the likelihood ratio of the trained to the old policy may be in DGPO before a sample has no
+            gradient. Greater than 0.
+        gdro_beta (`float`, *optional*, defaults to `1000.0`):
+            How much of a difference of matching errors is a preference of the policy in GDRO. Greater than 0.
+        gdro_temperature (`float`, *optional*, defaults to `0.2`):
+            Temperature of the ranking that GDRO aims at, in units of the advantages. Greater than 0.
+        gdro_best (`float`, *optional*, defaults to `0.05`):
+            How much each group's best sample is learned by itself in GDRO, in units of `gdro_beta`.
+        dpo_beta (`float`, *optional*, defaults to `5000.0`):
+            How much of a difference of matching errors is a preference of the policy with `policy_loss="dpo"`. Greater
+            than 0.
 
         > Parameters that control the balancing
 
@@ -231,9 +270,10 @@ class MarbleConfig(TrainingArguments):
         balance_ema (`float`, *optional*, defaults to `0.7`):
             Decay, in `[0, 1)`, of the moving average of the solutions that is used between solves.
         balance_on (`str`, *optional*, defaults to `"advantage"`):
-            Which gradients of `policy_loss="nft"` are balanced: those of each reward's complete loss (`"loss"`, the
-            paper's), or only those of its advantage-weighted part (`"advantage"`); the trust region around the old
-            policy that all rewards share is then applied once, in the same backward pass as the penalty of `beta`.
+            Which gradients of `policy_loss="nft"` or `"crd"` are balanced: those of each reward's complete loss
+            (`"loss"`, the paper's), or only those of its advantage-weighted part (`"advantage"`); the trust region
+            around the old policy that all rewards share is then applied once, in the same backward pass as the penalty
+            of `beta`.
 
         > Parameters that control the weights by progress
 
@@ -264,7 +304,7 @@ class MarbleConfig(TrainingArguments):
             How fast the policy that samples follows the one that is trained: old <- eta old + (1 - eta) current with
             eta = min(max(0, step - flat) * rate, max), applied after each generation batch. `0`: fully on-policy;
             `1`: rate 0.001 up to 0.95 (the paper's); `2`: flat 75, rate 0.0075, max 0.999; `3`: rate 0.001 up to 0.3
-            (AWM's).
+            (AWM's and DGPO's); `4`: from 0.25 on, rate 0.005 up to 0.999 (CRD's).
         weight_ema_decay (`float`, *optional*, defaults to `0.9`):
             Upper limit, in `[0, 1)`, of the decay of the averaged weights, min((1 + step) / (10 + step), this), which
             are the ones that are evaluated, saved and pushed. `0.0` evaluates and saves the trained weights
@@ -426,7 +466,9 @@ class MarbleConfig(TrainingArguments):
     )
 
     # Parameters that control the loss
-    policy_loss: str = field(default="nft", metadata={"help": "The loss: 'nft' or 'awm'."})
+    policy_loss: str = field(
+        default="nft", metadata={"help": "The loss: 'nft', 'awm', 'crd', 'dgpo', 'gdro' or 'dpo'."}
+    )
     nft_beta: float = field(default=0.1, metadata={"help": "Mixing coefficient of the implicit policies."})
     advantage_clip: float = field(default=5.0, metadata={"help": "Advantages are clipped to ± this value."})
     beta: float = field(default=0.1, metadata={"help": "Coefficient of the KL penalty toward the base model."})
@@ -446,6 +488,32 @@ class MarbleConfig(TrainingArguments):
     awm_clip_range: float = field(default=1.0, metadata={"help": "Clip of AWM's likelihood ratio, off-policy."})
     awm_ema_beta: float = field(
         default=1.0, metadata={"help": "Coefficient of AWM's trust region around the old policy."}
+    )
+    crd_objective: Literal["mse", "bce"] = field(
+        default="mse", metadata={"help": "How CRD compares the policies' log ratio with the reward."}
+    )
+    crd_beta: float = field(default=1.0, metadata={"help": "Factor of the policies' log ratio in CRD."})
+    sampling_policy_preset: int | None = field(
+        default=None, metadata={"help": "CRD: schedule of a policy that samples apart from the old one."}
+    )
+    reference_guidance_scale: float | None = field(
+        default=None,
+        metadata={"help": "CRD, DGPO: guidance scale of the base model that the policy is compared with."},
+    )
+    dgpo_beta: float = field(
+        default=100.0, metadata={"help": "How much DGPO's group weights depend on what the policy prefers."}
+    )
+    dgpo_reference: Literal["base", "old"] = field(
+        default="base", metadata={"help": "What DGPO compares the policy's preferences with."}
+    )
+    dgpo_clip_range: float = field(default=1e-3, metadata={"help": "Clip of DGPO's likelihood ratio."})
+    gdro_beta: float = field(
+        default=1000.0, metadata={"help": "GDRO: how much of a difference of matching errors is a preference."}
+    )
+    gdro_temperature: float = field(default=0.2, metadata={"help": "Temperature of the ranking that GDRO aims at."})
+    gdro_best: float = field(default=0.05, metadata={"help": "How much GDRO learns the best sample by itself."})
+    dpo_beta: float = field(
+        default=5000.0, metadata={"help": "DPO: how much of a difference of matching errors is a preference."}
     )
 
     # Parameters that control the balancing
@@ -480,7 +548,7 @@ class MarbleConfig(TrainingArguments):
 
     # Parameters that control the old policy and the averaged weights
     old_policy_preset: int = field(
-        default=1, metadata={"help": "Schedule of the old policy, which samples the images: 0, 1, 2 or 3."}
+        default=1, metadata={"help": "Schedule of the old policy, which samples the images: 0, 1, 2, 3 or 4."}
     )
     weight_ema_decay: float = field(
         default=0.9,
@@ -532,6 +600,8 @@ class MarbleConfig(TrainingArguments):
         for name, choices in (
             ("policy_loss", tuple(LOSSES)),
             ("awm_weighting", get_args(AWMWeighting)),
+            ("crd_objective", get_args(CRDObjective)),
+            ("dgpo_reference", get_args(DGPOReference)),
             ("multi_objective_aggregation", AGGREGATIONS),
             ("weighting", tuple(WEIGHTINGS)),
             ("balance_on", BALANCE_ON),
@@ -539,6 +609,7 @@ class MarbleConfig(TrainingArguments):
             ("reward_failure", REWARD_FAILURE),
             ("on_nonfinite", ON_NONFINITE),
             ("old_policy_preset", tuple(OLD_POLICY_PRESETS)),
+            ("sampling_policy_preset", (None, *OLD_POLICY_PRESETS)),
         ):
             value = getattr(self, name)
             if value not in choices:
@@ -572,7 +643,8 @@ class MarbleConfig(TrainingArguments):
                 raise ValueError(f"`{name}` is {getattr(self, name)!r}; it must be an integer.")
             if getattr(self, name) is not None and getattr(self, name) < minimum:
                 raise ValueError(f"`{name}` is {getattr(self, name)}; it must be at least {minimum}: {why}.")
-        for name in ("nft_beta", "advantage_clip", "awm_clip_range", "progress_temperature"):
+        above_zero = ("nft_beta", "advantage_clip", "awm_clip_range", "crd_beta", "dgpo_beta", "dgpo_clip_range")
+        for name in (*above_zero, "gdro_beta", "gdro_temperature", "dpo_beta", "progress_temperature"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"`{name}` is {getattr(self, name)}; it must be a finite number greater than 0.")
         if self.reward_timeout is not None and not 0 < self.reward_timeout < math.inf:
@@ -585,6 +657,8 @@ class MarbleConfig(TrainingArguments):
                 raise ValueError(
                     f"`{name}` is {getattr(self, name)}; it must be 0 (no penalty toward the {policy}) or greater."
                 )
+        if not 0 <= self.gdro_best < math.inf:
+            raise ValueError(f"`gdro_best` is {self.gdro_best}; it must be 0 or greater.")
         if self.kl_target is not None and not 0 < self.kl_target < math.inf:
             raise ValueError(
                 f"`kl_target` is {self.kl_target}; it must be a finite number greater than 0. Leave it out to keep "
@@ -679,6 +753,8 @@ class MarbleConfig(TrainingArguments):
         unused |= dict.fromkeys(self._settings_of_other_losses(), f"`policy_loss={self.policy_loss!r}`")
         if self.policy_loss == "awm":
             unused |= self._unused_by_awm()
+        if self.beta == 0 and not (self.policy_loss == "dgpo" and self.dgpo_reference == "base"):
+            unused.setdefault("reference_guidance_scale", "`beta=0.0`, with which no base model is compared with")
         if not self.log_images:
             unused["log_images_steps"] = "`log_images=False`"
         return unused

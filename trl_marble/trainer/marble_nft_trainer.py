@@ -169,7 +169,7 @@ class MarbleNFTTrainer(WithoutPredictions, ObservedTrainer):
         self.model_accepts_loss_kwargs, self.loss_is_scaled_for_ga = False, True
 
         self.together, self.metrics = FailingTogether(), MetricBuffer()
-        self.weights = PolicyWeights(self.model, trainable)
+        self.weights = PolicyWeights(self.model, trainable, samples_apart=args.sampling_policy_preset is not None)
         self.schedule = BalanceSchedule(len(self.scorer), args.balance_every, args.balance_ema)
         self.policy_loss = construction.build_policy_loss(args)
         self.base_evaluations = BaseEvaluations()
@@ -319,9 +319,12 @@ class MarbleNFTTrainer(WithoutPredictions, ObservedTrainer):
         elif self._stored_batch is not None:
             self._batch, self._stored_batch = self.rollouts.restore(self._stored_batch, inputs), None
         advice = functools.partial(update_advice, self.layout.micro_batch_size, self.layout.micro_batches_per_update)
-        with self.together.phase(exchanges=self.args.base_is_sharded, ask=is_last), advice():
-            if position.micro_batch_of_update == 0:
+        phase = functools.partial(self.together.phase, self.args.base_is_sharded)
+        if position.micro_batch_of_update == 0:
+            with phase(ask=self.update.compares_groups), advice():
                 self.update.begin(self.state.global_step, self._batch, position)
+            self.update.join_groups()
+        with phase(ask=is_last), advice():
             loss = self.update.accumulate(self._batch, position)
         if is_last:
             with self.together.phase(), advice():
@@ -333,22 +336,25 @@ class MarbleNFTTrainer(WithoutPredictions, ObservedTrainer):
 
     def _sample(self, row_numbers: list[int], generation: int) -> RolloutBatch:
         """Sample the rows' prompts, score the images and compare them with their group."""
-        old = self.weights.old.swapped_in() if self.policy_loss.samples_with_old else nullcontext()
-        with self.times.measure("rollout"), self.weights.sampling(old):
+        sampler = self.weights.sampler or (self.weights.old if self.policy_loss.samples_with_old else None)
+        weights = nullcontext() if sampler is None else sampler.swapped_in()
+        with self.times.measure("rollout"), self.weights.sampling(weights):
             batch, record = self.rollouts.sample(row_numbers, generation, self.state)
         if self.args.log_images:
             self.latest_rollout = RolloutPicture.of(record, self.args.num_images_to_log)
         return batch
 
     def _after_optimizer_step(self) -> None:
-        """Let the averaged weights follow every step, and the old policy every generation batch."""
+        """Let the averaged weights follow every step, and the policies that sample every generation batch."""
         step = self.state.global_step
         self.update.commit()
         self.rollouts.commit()
         self.weights.averaged.lerp_(min(weight_ema_decay(step), self.args.weight_ema_decay))
         if self.layout.locate(self._micro_step).starts_generation:
-            flat, rate, maximum = OLD_POLICY_PRESETS[self.args.old_policy_preset]
-            self.weights.old.lerp_(old_policy_decay(step, flat, rate, maximum))
+            presets = (self.args.old_policy_preset, self.args.sampling_policy_preset)
+            for shadow, preset in zip((self.weights.old, self.weights.sampler), presets, strict=True):
+                if shadow is not None and preset is not None:
+                    shadow.lerp_(old_policy_decay(step, *OLD_POLICY_PRESETS[preset]))
         self.times.end("optimizer")
         self.times.end("step")
         self._between_steps = True

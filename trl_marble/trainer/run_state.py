@@ -80,7 +80,9 @@ class RunState:
         """
         groups = load_state(folder, self.identity)
         self.division.check_continues(BatchDivision.from_json(load_identity(folder)), folder)
-        self.weights.load_state_dict({kind: groups[kind] for kind in self.weights.state_dict()})
+        # A checkpoint of a run that did not sample apart has no weights for it.
+        kinds = {kind: kind if kind in groups else "current" for kind in self.weights.state_dict()}
+        self.weights.load_state_dict({kind: groups[found] for kind, found in kinds.items()})
         for name, component in self.components.items():
             if name in groups:
                 component.load_state_dict(groups[name])
