@@ -119,7 +119,7 @@ def train_alone(folder: Path, reward: str) -> dict[str, torch.Tensor]:
     words = ["--config", "run.yaml", "--rewards", "my_rewards.bright", f"my_rewards.{reward}", "--output_dir", "alone"]
     words += ["--per_device_train_batch_size", "8"]
     done = run(folder, sys.executable, "-m", "trl_marble.cli.main", "train", *words)
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.returncode == 0, done.stderr
     return load_file(folder / "alone" / ADAPTER)
 
 
@@ -173,7 +173,7 @@ def slurm(folder: Path, num_tasks: int, *words: str) -> subprocess.CompletedProc
 def test_a_job_that_gets_sigterm_saves_is_requeued_and_goes_on_with_fewer_processes(workplace) -> None:
     rewards = ["--rewards", "my_rewards.bright", "my_rewards.terminated"]
     first = slurm(workplace, 2, *rewards)
-    assert first.returncode == 143, first.stderr[-3000:]
+    assert first.returncode == 143, first.stderr
     assert "begins anew" in first.stderr and "has received SIGTERM: the run ends here" in first.stderr
     assert first.stderr.count("Ended by SIGTERM. Continue from the latest checkpoint") == 1
     assert [path.name for path in (workplace / "run").glob("*checkpoint-*")] == ["checkpoint-2"]
@@ -183,7 +183,7 @@ def test_a_job_that_gets_sigterm_saves_is_requeued_and_goes_on_with_fewer_proces
     assert refused.returncode not in (0, 143)
     assert "Set `gradient_accumulation_steps=2` and `steps_per_generation=2`." in refused.stderr
     second = slurm(workplace, 1, *rewards, "--per_device_train_batch_size", "8")
-    assert second.returncode == 0, second.stderr[-3000:]
+    assert second.returncode == 0, second.stderr
     assert re.search(r"Resuming from `run/checkpoint-2`, step 2.*num_processes 2 -> 1", second.stderr)
     assert (workplace / "asked_of_scontrol").read_text().count("\n") == 1  # neither of the two was put back
     assert_same(load_file(workplace / "run" / ADAPTER), train_alone(workplace, "terminated"))
@@ -209,7 +209,7 @@ def test_ray_workers_train_together_and_go_on_after_a_failure(workplace) -> None
     ray = {"RAY_ADDRESS": "local", "RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
     script = str(LAUNCHERS / "ray_train.py")
     done = run(workplace, sys.executable, script, "--num_workers", "2", "--max_failures", "1", *words, **ray)
-    assert done.returncode == 0, done.stderr[-5000:]
+    assert done.returncode == 0, done.stderr
     assert (workplace / "broken").exists()
     history = load_settings(workplace / "run" / "checkpoint-4")
     assert [each.settings["num_processes"] for each in history] == [2]
