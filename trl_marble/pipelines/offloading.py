@@ -90,8 +90,8 @@ def _way_back(module: nn.Module) -> Callable[[], Any]:
         for owner, name, parameter, data in parameters:
             parameter.data = data
             owner[name] = parameter
-        for owner, name, buffer in buffers:
-            owner[name] = buffer
+        for holder, name, buffer in buffers:
+            holder[name] = buffer
         module.to("cpu")  # what is left
 
     return come_back
