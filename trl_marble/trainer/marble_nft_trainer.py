@@ -331,9 +331,7 @@ class MarbleNFTTrainer(WithoutPredictions, ObservedTrainer):
                 self.update.finish()
             self.times.begin("optimizer")
         self._micro_step += 1
-        # `Trainer` averages over processes what here is each process's share of a sum. It keeps a running sum, in
-        # which a NaN would stay: the loss of such a micro-batch is left out, and `on_nonfinite` says what becomes of
-        # the step.
+        # `Trainer` averages over processes what here is a share of a sum, and keeps a sum in which a NaN would stay.
         return loss.nan_to_num(0.0, 0.0, 0.0) * self.args.world_size
 
     def _sample(self, row_numbers: list[int], generation: int) -> RolloutBatch:
