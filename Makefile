@@ -29,7 +29,7 @@ EVIDENCE := runs/compare
 LONG := runs/long
 TIMES := runs/time_to_reward
 
-.PHONY: demo evidence ablations long variants time_to_reward test slow gpu fuzz audit docs lint build test-lowest test-latest clean help
+.PHONY: demo evidence ablations long variants time_to_reward test slow gpu pretended-gpu fuzz audit docs lint build test-lowest test-latest clean help
 
 help:
 	@echo "make demo   train ShapeWorld against five rewards; results in runs/demo/"
@@ -41,6 +41,7 @@ help:
 	@echo "make test   lint rules and the tests"
 	@echo "make slow   the tests that are left out of 'make test' because they take long"
 	@echo "make gpu    the tests that need a GPU"
+	@echo "make pretended-gpu  whole runs on a GPU that is made of the CPU's memory; needs a C++ compiler"
 	@echo "make fuzz   many more examples for the tests that feed the parsers with anybody's bytes"
 	@echo "make audit  known vulnerabilities of the versions in constraints.txt; needs pypi.org"
 	@echo "make docs   the documentation as a static site in build/site/"
@@ -79,6 +80,9 @@ slow: $(INSTALLED)
 
 gpu: $(INSTALLED)
 	$(PYTEST) tests -m gpu
+
+pretended-gpu: $(INSTALLED)
+	$(PYTEST) tests/device -m ''
 
 fuzz: $(INSTALLED)
 	$(PYTEST) tests/safety/test_fuzz.py --hypothesis-profile=long

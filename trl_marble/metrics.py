@@ -2,6 +2,8 @@
 """Values recorded during optimizer steps, until they are logged."""
 
 from collections import defaultdict
+from collections.abc import Sequence
+from itertools import islice
 
 import torch
 from accelerate import Accelerator
@@ -32,11 +34,21 @@ class MetricBuffer:
 
     def flush(self, accelerator: Accelerator) -> dict[str, float]:
         """The means of everything recorded since the last call, on every process; then start anew."""
-        own = [nan_aware_mean([float(value) for value in values]) for values in self._values.values()]
+        numbers = iter(_read([value for values in self._values.values() for value in values]))
+        own = [nan_aware_mean(list(islice(numbers, len(values)))) for values in self._values.values()]
         gathered = accelerator.gather(torch.tensor(own, device=accelerator.device)[None]).cpu()
         names = list(self._values)
         self.clear()
         return {name: nan_aware_mean(column.tolist()) for name, column in zip(names, gathered.T, strict=True)}
+
+
+def _read(values: Sequence[float | Tensor]) -> list[float]:
+    """The values as numbers. Those on a device are read together: the program waits for it once."""
+    waiting = [value for value in values if isinstance(value, Tensor) and value.device.type != "cpu"]
+    read = iter(torch.stack([value.float() for value in waiting]).tolist() if waiting else [])
+    return [
+        next(read) if isinstance(value, Tensor) and value.device.type != "cpu" else float(value) for value in values
+    ]
 
 
 def nan_aware_mean(values: list[float]) -> float:

@@ -19,6 +19,7 @@ class Draw(IntEnum):
     EVALUATION_NOISE = 8
     REGULARIZED = 9
     WINDOW = 11
+    GROUP_NOISE = 12
 
 
 def derive_seed(seed: int, draw: Draw, *place: int) -> int:

@@ -36,6 +36,7 @@ LANGUAGES = {
     ".yml": "yaml",
     ".md": "markdown",
     ".toml": "toml",
+    ".sh": "bash",
     "": "text",
 }
 PICTURES = (".png", ".jpg", ".svg")

@@ -38,7 +38,7 @@ class Problem(NamedTuple):
     def terms(self, samples: Sequence[int] = range(6), balance_on: str = "loss") -> list[Tensor]:
         """What the rewards act through: one tensor `(B,)` for each of its backward passes."""
         i = list(samples)
-        drawn = Drawn(*(part[i] for part in self.drawn))
+        drawn = Drawn(*(part[i] for part in self.drawn[:4]))
         terms = self._loss(balance_on).terms(
             self.net(drawn.x_t, drawn.t), drawn, FrozenVelocities(self.old_velocity[i])
         )

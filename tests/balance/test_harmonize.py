@@ -166,3 +166,34 @@ def test_equal_weighting_is_the_mean_of_unit_gradients(gradients):
     result = harmonize(gram_matrix(gradients), equal_weights)
     expected = (gradients / norms[:, None]).mean(dim=0)
     torch.testing.assert_close(unit_direction(gradients, result.weights), expected)
+
+
+def test_cosines_are_in_the_ratio_of_the_priorities():
+    gradients = torch.eye(3, 5, dtype=torch.float64) + 0.1  # nearly orthogonal, so that none is left out
+    gradients *= torch.tensor([[1.0], [10.0], [0.1]])
+    priorities = torch.tensor([1.0, 2.0, 1.5], dtype=torch.float64)
+    found = harmonize(gradients @ gradients.T, mgda_weights, priorities=priorities)
+    assert (found.alpha > 0).all()
+    direction = found.weights @ gradients
+    cosines = torch.cosine_similarity(gradients, direction[None], dim=1)
+    torch.testing.assert_close(cosines / cosines[0], priorities, rtol=1e-6, atol=0)
+    # Only their ratios count.
+    torch.testing.assert_close(
+        harmonize(gradients @ gradients.T, mgda_weights, priorities=100 * priorities).weights, found.weights
+    )
+
+
+def test_equal_priorities_change_no_bit():
+    gradients = torch.randn(4, 9, generator=torch.Generator().manual_seed(3))
+    active = torch.tensor([True, True, False, True])
+    plain = harmonize(gradients @ gradients.T, mgda_weights, active)
+    equal = harmonize(gradients @ gradients.T, mgda_weights, active, torch.full((4,), 2.0))
+    assert torch.equal(plain.weights, equal.weights) and torch.equal(plain.alpha, equal.alpha)
+
+
+def test_priorities_of_rewards_that_take_no_part_do_not_count():
+    gradients = torch.randn(3, 9, generator=torch.Generator().manual_seed(3))
+    active = torch.tensor([True, False, True])
+    some = harmonize(gradients @ gradients.T, mgda_weights, active, torch.tensor([1.0, 50.0, 3.0]))
+    others = harmonize(gradients @ gradients.T, mgda_weights, active, torch.tensor([1.0, 1.0, 3.0]))
+    assert torch.equal(some.weights, others.weights)

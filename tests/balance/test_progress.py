@@ -249,6 +249,8 @@ def test_prompts_are_sampled_from_the_base_model_once():
         ({"ema": 1.0}, r"ema must be in \[0, 1\)"),
         ({"targets": [1.0]}, "targets has 1 values for 3 rewards"),
         ({"bounds": [1.0, NAN, None]}, "bounds must be finite"),
+        ({"priorities": [1.0, 2.0, 0.0]}, "priorities must be 3 positive numbers"),
+        ({"priorities": [1.0]}, "priorities must be 3 positive numbers"),
     ],
 )
 def test_impossible_settings_are_refused(settings, message):
@@ -276,3 +278,17 @@ def test_a_bound_that_a_resumed_run_sets_too_low_is_refused_at_once():
     ):
         ProgressWeights(["a"], bounds=[0.5]).load_state_dict(before.state_dict())
     ProgressWeights(["a"], bounds=[0.7]).load_state_dict(before.state_dict())
+
+
+def test_a_reward_of_twice_the_priority_is_to_come_twice_as_far():
+    prompts = torch.tensor([7, 7])
+
+    def weights(gains, **settings):
+        progress = ProgressWeights(["a", "b"], ema=0.0, **settings)
+        progress.add_base(prompts, torch.tensor([[0.0, 2.0], [0.0, 2.0]]))  # standard deviation 1
+        progress.observe(prompts, 1 + torch.tensor(gains)[:, None].expand(2, 2))
+        return progress.weights
+
+    assert weights([0.3, 0.6], priorities=[1, 2]).tolist() == pytest.approx([0.5, 0.5])
+    torch.testing.assert_close(weights([0.3, 0.6], priorities=[2, 2]), weights([0.3, 0.6]))
+    torch.testing.assert_close(weights([0.3, 0.6], priorities=[10, 20]), weights([0.3, 0.6], priorities=[1, 2]))

@@ -12,8 +12,8 @@ from trl_marble.checkpoint.folder import (
     CheckpointWriteError,
     DamagedCheckpointError,
     check_checkpoint,
+    find_checkpoint,
     find_damage,
-    latest_valid_checkpoint,
     prune_checkpoints,
     write_checkpoint,
 )
@@ -149,7 +149,7 @@ def test_damage_is_named_and_passed_over(tmp_path, kind, caplog) -> None:
     with pytest.raises(DamagedCheckpointError, match=message) as caught:
         check_checkpoint(tmp_path / "checkpoint-10")
     assert f"resume from `{tmp_path / 'checkpoint-9'}`, the latest valid one" in str(caught.value)
-    assert latest_valid_checkpoint(tmp_path) == tmp_path / "checkpoint-9"
+    assert find_checkpoint("latest", tmp_path) == tmp_path / "checkpoint-9"
     (warning,) = caplog.messages
     assert "Passed over: `checkpoint-10` (" in warning and str(find_damage(tmp_path / "checkpoint-10")) in warning
 
@@ -159,23 +159,23 @@ def test_whole_checkpoints_pass_in_silence(tmp_path, caplog) -> None:
         save(tmp_path, step)
     write_content(tmp_path / "checkpoint-10", {"added-by-a-callback": b"x", "optimizer.pt": b"never read"})
     check_checkpoint(tmp_path / "checkpoint-10")
-    assert latest_valid_checkpoint(tmp_path) == tmp_path / "checkpoint-10" and caplog.messages == []
+    assert find_checkpoint("latest", tmp_path) == tmp_path / "checkpoint-10" and caplog.messages == []
 
 
 def test_a_write_that_was_cut_off_is_told_of(tmp_path, caplog) -> None:
     save(tmp_path, 2)
     write_content((tmp_path / "tmp-checkpoint-4").mkdir() or tmp_path / "tmp-checkpoint-4")
-    assert latest_valid_checkpoint(tmp_path) == tmp_path / "checkpoint-2"
+    assert find_checkpoint("latest", tmp_path) == tmp_path / "checkpoint-2"
     assert "`tmp-checkpoint-4` (it was not written to its end)" in caplog.messages[0]
 
 
 def test_without_a_whole_checkpoint_there_is_an_error_with_what_was_found(tmp_path) -> None:
     for folder in (tmp_path, tmp_path / "nowhere"):
         with pytest.raises(FileNotFoundError, match=f"no checkpoint in `{folder}` to resume from. Leave out"):
-            latest_valid_checkpoint(folder)
+            find_checkpoint("latest", folder)
     (save(tmp_path, 2) / "empty").unlink()
     with pytest.raises(FileNotFoundError, match="found: `checkpoint-2` .`empty` is missing.. Leave out"):
-        latest_valid_checkpoint(tmp_path)
+        find_checkpoint("latest", tmp_path)
     with pytest.raises(DamagedCheckpointError, match="there is no valid one beside it"):
         check_checkpoint(tmp_path / "checkpoint-2")
     with pytest.raises(FileNotFoundError, match="There is no folder `.*nowhere` to resume from. Pass the path of"):

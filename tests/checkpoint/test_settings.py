@@ -176,9 +176,44 @@ def test_what_resuming_means(tmp_path):
         with pytest.raises(FileNotFoundError, match="no checkpoint"):
             find_checkpoint(wanted, tmp_path)
     (tmp_path / "checkpoint-3").mkdir()
-    for wanted in ("auto", "latest", True):
+    for wanted in ("latest", True):
         with pytest.raises(FileNotFoundError, match=r"`checkpoint-3` \(it is empty\)"):
             find_checkpoint(wanted, tmp_path)
+
+
+def test_auto_takes_what_is_valid_and_else_begins_anew_and_says_which(make_trainer, saved, caplog):
+    def said(text):
+        messages = [record.message for record in caplog.records if text in record.message]
+        caplog.clear()
+        return messages
+
+    (saved / "tmp-checkpoint-3").mkdir()
+    (saved / "checkpoint-2" / "trainer_state.json").unlink()
+    trainer = make_trainer(saved, **STEPS)
+    trainer.train(resume_from_checkpoint="auto")
+    (passed_over, resumed) = said("Resuming from")
+    assert passed_over.startswith(f"Resuming from `{saved}/checkpoint-1`. Passed over: `tmp-checkpoint-3` (it was not")
+    assert "`checkpoint-2` (`trainer_state.json` is missing)" in passed_over and "step 1." in resumed
+    expected = {name: value.detach().clone() for name, value in trainer.weights.trained.items()}
+    for step in (1, 2):
+        (saved / f"checkpoint-{step}" / "trainer_state.json").unlink()
+    anew = make_trainer(saved, **STEPS)
+    anew.train(resume_from_checkpoint="auto")
+    (passed_over, begins) = said("raining begins anew")
+    assert passed_over.startswith("Training begins anew. Passed over: `checkpoint-2` (`trainer_state.json` is miss")
+    assert begins == f"There is no valid checkpoint in `{saved}`: training begins anew."
+    assert all(value.equal(expected[name]) for name, value in anew.weights.trained.items())
+    assert find_checkpoint("latest", saved) == saved / "checkpoint-2"  # written anew, in the place of the damaged one
+    (saved / "checkpoint-2" / "trainer_state.json").unlink()
+    (saved / "checkpoint-1" / "trainer_state.json").unlink()
+    with pytest.raises(FileExistsError, match="has checkpoints of an earlier run"):  # nobody has said that they may go
+        make_trainer(saved, **STEPS).train()
+
+
+def test_auto_begins_a_run_in_an_empty_folder_and_says_so(make_trainer, caplog):
+    make_trainer("fresh", **STEPS | {"max_steps": 1}).train(resume_from_checkpoint="auto")
+    (message,) = [record.message for record in caplog.records if "begins anew" in record.message]
+    assert message.startswith("There is no valid checkpoint in `")
 
 
 def test_no_token_and_no_folder_is_written(make_trainer):

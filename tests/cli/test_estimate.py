@@ -123,6 +123,9 @@ COUNTED = {
     "AWM": {"policy_loss": "awm", "old_policy_preset": 3},
     "GRPO": {"policy_loss": "grpo", "timestep_fraction": 0.99},
     "GRPO, two passes over a batch": {"policy_loss": "grpo", "timestep_fraction": 0.99, "num_iterations": 2},
+    "CRD": {"policy_loss": "crd", "reference_guidance_scale": 4.0, "sampling_policy_preset": 2},
+    "CRD, complete losses": {"policy_loss": "crd", "balance_on": "loss", "regularizer_fraction": 0.5},
+    "DGPO": {"policy_loss": "dgpo", "old_policy_preset": 3, "beta": 0.0},
     "guidance": {"guidance_scale": 4.0},
 }
 
@@ -147,7 +150,7 @@ def test_the_passes_are_those_that_a_trainer_makes(name, tmp_path):
 
     trainer.flow.transformer.register_forward_hook(count)
     trainer.train()
-    passes = compute_passes(trainer.args, 1, name == "guidance", num_rewards=2, num_prompts=len(PROMPTS))
+    passes = compute_passes(trainer.args, 1, True, num_rewards=2, num_prompts=len(PROMPTS))
     assert counted == {"forward": round(4 * passes.forward), "backward": round(4 * passes.backward)}
 
 

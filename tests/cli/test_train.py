@@ -92,6 +92,21 @@ def test_an_interrupted_run_can_be_continued(workplace, capsys, interruptible):
     assert (workplace / "run" / "checkpoint-3").is_dir()
 
 
+def test_sigterm_saves_the_last_whole_step_and_auto_ends_as_if_nothing_had_happened(workplace, capsys):
+    words = ["train", "--config", "run.yaml", "--max_steps", "3", "--save_steps", "3"]
+    words += ["--rewards", "my_rewards.bright", "my_rewards.terminated", "--resume_from_checkpoint", "auto"]
+    before = signal.getsignal(signal.SIGTERM)
+    assert main(words) == 143
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert capsys.readouterr().err.splitlines()[-1].startswith("Ended by SIGTERM. Continue from the latest checkpoint")
+    assert [path.name for path in (workplace / "run").glob("*checkpoint-*")] == ["checkpoint-1"]
+    assert main(words) == 0
+    assert main([*words, "--output_dir", "whole"]) == 0  # there is no signal any more
+    for name in ("marble_state.safetensors", "pytorch_lora_weights.safetensors"):
+        stopped, whole = (workplace / run / "checkpoint-3" / name for run in ("run", "whole"))
+        assert stopped.read_bytes() == whole.read_bytes()
+
+
 def test_a_reward_that_fails_ends_with_a_message_after_its_own_traceback(workplace, capsys):
     assert main(["train", "--config", "run.yaml", "--rewards", "my_rewards.broken"]) == 1
     *lines, last = capsys.readouterr().err.splitlines()

@@ -80,7 +80,7 @@ def point(step, kl, *gains):
     return GainPoint((kl, 0.0), named, (min(gains), 0.1), (float(np.mean(gains)), 0.1), step=step)
 
 
-def result(entry, curves, cpu=100.0):
+def result(entry, curves):
     history = [
         {"step": step, "balance/cos/calm": 0.4, "balance/heldout_cos/calm": value, "balance/cos/reader": NAN}
         for step, value in enumerate((0.1, 0.3))
@@ -92,7 +92,6 @@ def result(entry, curves, cpu=100.0):
         ends=[curve[-1] for curve in curves],
         diversity=[0.9] * len(curves),
         histories=[history] * len(curves),
-        cpu_seconds=[cpu] * len(curves),
     )
 
 
@@ -123,12 +122,23 @@ def test_tables_have_every_entry_and_fractions_of_what_a_reward_reaches_alone():
         f"specialist_{name}@0.1": result(f"specialist_{name}@0.1", [[BASE, point(20, 0.1, 1, 1, 1, 1, 0.4)]])
         for name in methods.REWARDS
     }
-    results = {"marble@0.1": result("marble@0.1", [FIRST, SECOND], cpu=150.0), **alone}
+    results = {"marble@0.1": result("marble@0.1", [FIRST, SECOND]), **alone}
     table = long_report.end_table(results)
     row = next(line for line in table.splitlines() if line.startswith("| MARBLE"))
     # MARBLE's seeds end at a KL of .07, where the reader alone has .7.
-    assert "-0.30 (coverage, 10)" in row and "0.43 (reader)" in row and "1.50x" in row
+    assert "-0.30 (coverage, 10)" in row and "0.43 (reader)" in row
     assert "calm alone" in table and table.count("\n") == 8
+    assert long_report.bounds_table(results).splitlines()[2:] == [
+        "| MARBLE, N = 1, beta 0.1 | 0.57 | 0.43 | 0.71 | 0.57 | 1.07 |"
+    ]
+    # They are known at any strength, but only with all bounds.
+    stronger = {"marble@0.4": result("marble@0.4", [FIRST, SECOND]), **alone}
+    assert "0.43" in long_report.bounds_table(stronger)
+    # Of two strengths the one that reaches more counts.
+    better = result("specialist_reader@0.2", [[BASE, point(20, 0.1, 0, 1.2, 0, 0, 0)]])
+    assert "| 0.57 | 0.36 |" in long_report.bounds_table({**stronger, "specialist_reader@0.2": better})
+    stronger.pop("specialist_calm@0.1")
+    assert long_report.bounds_table(stronger) == ""
     cosines = long_report.cosine_table({"marble@0.1": results["marble@0.1"]})
     assert "0.40 / 0.200 ± 0.058" in cosines  # four values of .1 and .3 over two seeds
     assert "–" in cosines  # `reader` was not measured
@@ -139,18 +149,25 @@ def test_other_methods_end_beside_the_recipe_at_its_kl_between_their_strengths()
     recipe = [BASE, point(20, 0.06, 0.5, 0.4, 0.4, 0.4, 0.3)]
     weak = [BASE, point(20, 0.10, 0.5, 0.5, 0.5, 0.5, 0.1)]
     strong = [BASE, point(20, 0.02, 0.3, 0.3, 0.3, 0.3, 0.3)]
+    far = [BASE, point(20, 2.0, 0.5, 0.5, 0.5, 0.5, -3.0)]
     results = {
         methods.RECIPE: result(methods.RECIPE, [recipe, recipe]),
-        "marble@0.05": result("marble@0.05", [weak, weak]),
-        "marble@0.1": result("marble@0.1", [strong, weak]),  # the second seed drifts too far
-        "gdpo@0.2": result("gdpo@0.2", [weak]),
+        "gdpo@0.2": result("gdpo@0.2", [weak, weak]),
+        "gdpo@0.4": result("gdpo@0.4", [strong, weak]),  # the second seed drifts too far
+        "gdpo@0": result("gdpo@0", [far]),  # without a limit
+        "weighted_sum_x10@0.1": result("weighted_sum_x10@0.1", [weak]),
+        "weighted_sum@target0.06": result("weighted_sum@target0.06", [strong]),
+        "specialist_calm@0.1": result("specialist_calm@0.1", [weak]),
     }
     table = long_report.beside_recipe_table(results)
-    assert table.count("\n") == 4
+    assert table.count("\n") == 5
     # Half way between the strengths of the first seed.
-    row = "| MARBLE, N = 1, beta 0.05 to 0.1 | 1 (1 outside) | 0.060 | 0.20 ± – | 0.36 ± – | 0.10 ± – | 0.04 ± – |"
-    assert row in table
-    assert "| GDPO, beta 0.2 | 1 | 0.100 | 0.10 ± – | 0.42 ± – | 0.20 ± – | -0.02 ± – |" in table  # as it is
+    assert "| GDPO, beta 0.2 to 0.4 | 1 (1 outside) | 0.060 | 0.20 ± – | 0.36 ± – | 0.10 ± – | 0.04 ± – |" in table
+    # As they are.
+    assert "| weighted sum, calm x 10, beta 0.1 | 1 | 0.100 | 0.10 ± – | 0.42 ± – | 0.20 ± – | -0.02 ± – |" in table
+    assert "| weighted sum, target 0.06 | 1 | 0.020 | 0.30 ± – |" in table
+    alone = long_report.beside_recipe_table({name: results[name] for name in (methods.RECIPE, "gdpo@0.2")})
+    assert "| GDPO, beta 0.2 | 2 | 0.100 |" in alone
 
 
 def test_a_run_shorter_than_the_early_step_has_no_change_since_then():

@@ -63,7 +63,7 @@ def test_every_tensor_of_a_step_is_on_the_gpu(make_trainer):
     moments = [state[name] for state in trainer.optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
     assert on_device(moments)
     batch = trainer._batch
-    assert on_device([batch.latents, batch.advantages, batch.first_half, batch.prompt_index, batch.counts])
+    assert on_device([batch.latents, batch.advantages, batch.first_half, batch.counts])
     assert on_device(batch.conditioning.kwargs.values())
 
 

@@ -81,7 +81,10 @@ def test_no_forward_pass_of_the_old_policy_where_none_is_needed(settings, needs,
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"policy_loss": "nfd"}, r"`policy_loss` is 'nfd'; it must be one of 'nft', 'awm', 'grpo'"),
+        (
+            {"policy_loss": "nfd"},
+            r"`policy_loss` is 'nfd'; it must be one of 'nft', 'awm', 'crd', 'dgpo', 'gdro', 'dpo', 'grpo'",
+        ),
         ({"policy_loss": "awm", "nft_beta": 0.2}, r"`nft_beta=0.2` has no effect with `policy_loss='awm'`"),
         ({"policy_loss": "awm", "balance_on": "loss"}, r"`balance_on='loss'` has no effect with `policy_loss='awm'`"),
         ({"awm_ema_beta": 0.5}, r"`awm_ema_beta=0.5` has no effect with `policy_loss='nft'`"),

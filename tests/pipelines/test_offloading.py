@@ -48,6 +48,8 @@ class DeviceRecord(TorchDispatchMode):
         return tuple(sorted(name for name, place in self.places.items() if place == DEVICE))
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.detach.default:  # as in `parameter.data`: nothing is computed
+            return func(*args, **(kwargs or {}))
         for leaf in tree_leaves((args, kwargs or {})):
             if isinstance(leaf, torch.Tensor) and (name := self.owners.get(leaf.data_ptr())) is not None:
                 self.uses.add((name, self.on_device))

@@ -453,7 +453,7 @@ def renamed(images, **kwargs):
             {"peft_config": LoraConfig(r=32, lora_alpha=64, target_modules=["to_q"])},
             "The saved weights belong to another adapter",
         ),
-        ({"steps_per_generation": 4}, "generation_batch = .*, this run has"),
+        ({"steps_per_generation": 4}, "2 optimizer steps .*, and this run has .* Set `steps_per_generation=2`"),
     ],
     ids=["base", "other reward", "other order", "fewer rewards", "rank", "alpha", "other layers", "batch"],
 )

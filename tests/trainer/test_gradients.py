@@ -198,3 +198,16 @@ def test_rescaling_a_reward_does_not_change_the_update(gradients_of, rewards):
     plain = gradients_of(**weighted)
     rescaled = gradients_of(reward_funcs=[bright_percent, *others], **weighted)
     assert relative_error(rescaled[0], plain[0]) > 0.1
+
+
+def test_the_update_has_cosines_in_the_ratio_of_the_priorities(make_trainer):
+    priorities = [1.0, 1.5, 2.0]
+    trainer = make_trainer(max_steps=1, reward_priorities=priorities)
+    trainer.train()
+    (step,) = (row for row in trainer.state.log_history if "loss" in row)
+    ratios = [step[f"balance/cos/{name}"] / own for name, own in zip(trainer.scorer.names, priorities, strict=True)]
+    used = [step[f"balance/alpha/{name}"] > 1e-6 for name in trainer.scorer.names]
+    assert sum(used) >= 2
+    least = min(ratios)
+    for ratio, is_used in zip(ratios, used, strict=True):
+        assert ratio == pytest.approx(least, rel=1e-4) if is_used else ratio > least

@@ -199,7 +199,18 @@ def test_base_images_that_a_reward_fails_for_are_left_out(make_trainer, rewards,
     assert all(map(math.isfinite, logged(trainer, "progress/brightness")))
 
 
+def test_priorities_reach_the_weights(make_trainer):
+    weights = []
+    for name, priorities in (("equal", [1.0, 1.0, 1.0]), ("other", [1.0, 1.0, 4.0])):
+        trainer = build(make_trainer, name, max_steps=1, reward_priorities=priorities)
+        trainer.train()
+        weights.append(logged(trainer, "progress/weight/brightness"))
+    assert weights[0] != weights[1]
+
+
 def test_one_value_for_each_reward(make_trainer):
+    with pytest.raises(ValueError, match="`reward_priorities` has 2 values .* for 3 rewards .* one priority"):
+        build(make_trainer, reward_priorities=[1.0, 2.0])
     for setting in ("reward_targets", "reward_bounds"):
         with pytest.raises(ValueError, match=f"`{setting}` has 2 values .* for 3 rewards .*or `None`"):
             build(make_trainer, **{setting: [None, 0.9]})

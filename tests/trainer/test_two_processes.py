@@ -51,6 +51,24 @@ EQUAL = {
         "max_steps": 4,
         "eval_prompts": 7,
     },
+    # The same, with losses that compare the samples of a group.
+    "crd": {
+        "policy_loss": "crd",
+        "old_policy_preset": 4,
+        "sampling_policy_preset": 3,
+        "reference_guidance_scale": 3.0,
+        "per_device_train_batch_size": 6,
+        "prompts": [*scenarios.PROMPTS, "sea"],
+        "max_steps": 4,
+    },
+    "dgpo": {
+        "policy_loss": "dgpo",
+        "old_policy_preset": 3,
+        "dgpo_clip_range": 10.0,  # what is at the clip would be on either side of it by a rounding
+        "per_device_train_batch_size": 3,
+        "gradient_accumulation_steps": 2,
+        "prompts": [*scenarios.PROMPTS, "sea"],
+    },
     "several updates": {"steps_per_generation": 2, "num_iterations": 2, "max_steps": 5},
     "accumulated": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "eval_prompts": 1},
     "sharded": {

@@ -1,12 +1,14 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
 """The decay of the two moving averages: the old policy, and the weights that are evaluated and saved."""
 
-# (flat, rate, max) of `old_policy_decay`. DiffusionNFT's own preset 1 ends at 0.5; 0.95 is MARBLE's; 3 is AWM's.
+# (flat, rate, max) of `old_policy_decay`. DiffusionNFT's own preset 1 ends at 0.5; 0.95 is MARBLE's; 3 is AWM's. 4 is
+# CRD's, which begins at 0.25.
 OLD_POLICY_PRESETS: dict[int, tuple[int, float, float]] = {
     0: (0, 0.0, 0.0),
     1: (0, 0.001, 0.95),
     2: (75, 0.0075, 0.999),
     3: (0, 0.001, 0.3),
+    4: (-50, 0.005, 0.999),
 }
 
 

@@ -17,7 +17,8 @@ class Harmonization(NamedTuple):
         weights (`torch.Tensor` of shape `(K,)`):
             `w` of the update direction `d = sum_k w_k g_k`, over the gradients as they are. 0 for inactive rewards.
         alpha (`torch.Tensor` of shape `(K,)`):
-            What the weighting returned, over the normalized gradients. 0 for inactive rewards.
+            What the weighting returned, divided by the priorities: over the normalized gradients. 0 for inactive
+            rewards.
         norms (`torch.Tensor` of shape `(K,)`):
             `||g_k||`.
         gram (`torch.Tensor` of shape `(K, K)`):
@@ -34,13 +35,19 @@ class Harmonization(NamedTuple):
 
 
 @torch.no_grad()
-def harmonize(gram: Tensor, weighting: Weighting, active: Tensor | None = None) -> Harmonization:
+def harmonize(
+    gram: Tensor, weighting: Weighting, active: Tensor | None = None, priorities: Tensor | None = None
+) -> Harmonization:
     """
     Harmonizes per-reward gradients ([MARBLE](https://huggingface.co/papers/2605.06507)). Only their inner products are
     needed: gradients are brought to unit norm, a weighting finds `alpha`, and the direction gets the gradients' mean
     norm back,
 
     `d = sum_k w_k g_k` with `w_k = alpha_k * mean_j ||g_j|| / ||g_k||`.
+
+    With priorities the weighting sees `g_k / (p_k ||g_k||)` instead of unit gradients. What it would bring to equal
+    inner products with the direction then gets cosines in the ratio of the priorities: of two rewards, the one with
+    twice the priority gets twice the cosine. MGDA does so for all rewards that it gives a positive `alpha`.
 
     Args:
         gram (`torch.Tensor` of shape `(K, K)`):
@@ -51,6 +58,8 @@ def harmonize(gram: Tensor, weighting: Weighting, active: Tensor | None = None) 
         active (`torch.BoolTensor` of shape `(K,)`, *optional*):
             The rewards that apply to any sample of the step. Defaults to all. Rewards with a zero gradient take no
             part in any case.
+        priorities (`torch.Tensor` of shape `(K,)`, *optional*):
+            `p`, positive; only their ratios matter. Defaults to equal ones.
 
     Returns:
         [`Harmonization`], in the dtype and on the device of `gram`. All weights are 0 if no reward is active.
@@ -89,12 +98,14 @@ def harmonize(gram: Tensor, weighting: Weighting, active: Tensor | None = None) 
     if active.any():
         active_norms = norms[active]
         active_gram = gram[active][:, active] / active_norms.outer(active_norms)
-        active_alpha = torch.as_tensor(weighting(active_gram)).to(gram)
+        p = torch.ones_like(active_norms) if priorities is None else priorities.to(gram)[active]
+        p = p / p.mean()
+        active_alpha = torch.as_tensor(weighting(active_gram / p.outer(p))).to(gram)
         if active_alpha.shape != active_norms.shape or not active_alpha.isfinite().all():
             raise ValueError(
                 f"The weighting returned {active_alpha.tolist()} for a Gram matrix of {len(active_norms)} gradients: "
                 f"it must return {len(active_norms)} finite weights."
             )
-        alpha[active] = active_alpha
+        alpha[active] = active_alpha = active_alpha / p
         weights[active] = active_alpha * active_norms.mean() / active_norms
     return Harmonization(weights=weights, alpha=alpha, norms=norms, gram=gram, active=active)

@@ -25,6 +25,8 @@ class ProgressWeights:
       all have the same reward, it is the one over all images so far, those of training included, and a reward that
       has never varied adds nothing. With a bound, `c_k` is what lies between it and the base model, so that the
       progress is a share of that way.
+    - **Priorities.** Divided by them before the weights are formed: a reward with twice the priority is to come twice
+      as far.
     - **Targets.** A reward whose level, `J_k(base)` plus its gain, is at its target or above weighs nothing until it
       falls below again.
 
@@ -43,6 +45,8 @@ class ProgressWeights:
             One per reward, in the reward's own unit. `None`: the reward always counts.
         bounds (`Sequence[float | None]`, *optional*):
             One per reward: the highest value that can be hoped for. `None`: `c_k` is the standard deviation.
+        priorities (`Sequence[float]`, *optional*):
+            One per reward, positive; only their ratios matter. Defaults to equal ones.
 
     Raises:
         `ValueError`: if a setting is out of range.
@@ -68,6 +72,7 @@ class ProgressWeights:
         ema: float = 0.9,
         targets: Sequence[float | None] | None = None,
         bounds: Sequence[float | None] | None = None,
+        priorities: Sequence[float] | None = None,
     ):
         if not names:
             raise ValueError("names is empty: weights need at least one reward.")
@@ -78,6 +83,7 @@ class ProgressWeights:
         self.names, self.temperature, self.ema = list(names), temperature, ema
         self._targets = _optional_values("targets", targets, len(names))
         self._bounds = _optional_values("bounds", bounds, len(names))
+        self._priorities = _shares("priorities", [1.0] * len(names) if priorities is None else priorities, len(names))
         self._committed = self._state = _State.empty(len(names))
 
     # ---- What is found ----
@@ -119,7 +125,7 @@ class ProgressWeights:
         reached = self.reached
         if reached.all():
             return torch.zeros(len(self.names), dtype=torch.float64)
-        logits = -self.progress.nan_to_num(nan=0.0) / self.temperature
+        logits = -self.progress.nan_to_num(nan=0.0) / self._priorities / self.temperature
         return logits.masked_fill(reached, -math.inf).softmax(dim=0)
 
     def in_units_of_scales(self, rewards: Tensor) -> Tensor:
@@ -292,6 +298,14 @@ def _optional_values(what: str, values: Sequence[float | None] | None, number: i
     if not all(value is None or math.isfinite(value) for value in values):
         raise ValueError(f"{what} must be finite numbers or None, got {list(values)}.")
     return torch.tensor([math.nan if value is None else value for value in values], dtype=torch.float64)
+
+
+def _shares(what: str, values: Sequence[float], number: int) -> Tensor:
+    """One positive number per reward, divided by their mean."""
+    if len(values) != number or not all(0 < value < math.inf for value in values):
+        raise ValueError(f"{what} must be {number} positive numbers, one per reward, got {list(values)}.")
+    given = torch.tensor(values, dtype=torch.float64)
+    return given / given.mean()
 
 
 def _means_by_prompt(prompts: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:

@@ -229,36 +229,64 @@ def find_checkpoint(wanted: str | bool | None, output_dir: Path) -> Path | None:
     Args:
         wanted (`str` or `bool`, *optional*):
             The folder of a checkpoint; `True`, `"true"` or `"latest"` for the latest valid one in the output folder;
-            `"auto"` for the same where there is any checkpoint, so that one command begins a run and goes on with it;
-            `None`, `False` or `"false"` for none.
+            `"auto"` for the same where there is one, so that one command begins a run and goes on with it; `None`,
+            `False` or `"false"` for none.
         output_dir (`Path`):
             The output folder of the run.
 
     Returns:
-        `Path`: The checkpoint's folder, whose files are as they were written; or `None` to begin anew.
+        `Path`: The checkpoint's folder, whose files are as they were written; or `None` to begin anew. A warning names
+        later checkpoints that are not valid, and with `"auto"` all that there are.
 
     Raises:
-        `FileNotFoundError`: If there is no such folder, or no valid checkpoint.
+        `FileNotFoundError`: If there is no such folder, or no valid checkpoint and one is needed.
         [`DamagedCheckpointError`]: If the files of the checkpoint are not those that were written.
     """
     word = str(wanted).lower()
-    if wanted is None or word == "false" or (word == "auto" and not _checkpoints(output_dir)):
+    if wanted is None or word == "false":
         return None
-    if word in ("true", "latest", "auto"):
-        return latest_valid_checkpoint(output_dir)
-    check_checkpoint(Path(str(wanted)))
-    return Path(str(wanted))
+    if word not in ("true", "latest", "auto"):
+        check_checkpoint(Path(str(wanted)))
+        return Path(str(wanted))
+    found, passed_over = _search(output_dir)
+    names = ", ".join(passed_over)
+    if found is None and word != "auto":
+        instead = f"; found: {names}" if names else ""
+        raise FileNotFoundError(
+            f"There is no checkpoint in `{output_dir}` to resume from{instead}. Leave out `resume_from_checkpoint` to "
+            "begin anew."
+        )
+    if names:
+        what = "Training begins anew" if found is None else f"Resuming from `{found}`"
+        logger.warning(f"{what}. Passed over: {names}.")
+    return found
 
 
-def find_replaced(output_dir: Path, resumed: Path | None, overwrite: bool, warns: bool) -> list[Path]:
+def _search(output_dir: Path) -> tuple[Path | None, list[str]]:
+    """The latest valid checkpoint, and what is wrong with later ones."""
+    unfinished = sorted(output_dir.glob(f"{UNFINISHED}{PREFIX_CHECKPOINT_DIR}-*"))
+    passed_over = [f"`{folder.name}` (it was not written to its end)" for folder in unfinished]
+    for folder in reversed(_checkpoints(output_dir)):
+        damage = find_damage(folder)
+        if damage is None:
+            return folder, passed_over
+        passed_over.append(f"`{folder.name}` ({damage})")
+    return None, passed_over
+
+
+def find_replaced(
+    output_dir: Path, wanted: str | bool | None, resumed: Path | None, overwrite: bool, warns: bool
+) -> list[Path]:
     """
     See that a run does not write its checkpoints among those of another run, whose latest would be taken for its own.
 
     Args:
         output_dir (`Path`):
             The output folder of the run.
+        wanted (`str` or `bool`, *optional*):
+            `resume_from_checkpoint`. With `"auto"` a run may begin among checkpoints of which none is valid.
         resumed (`Path`, *optional*):
-            The checkpoint that it resumes from.
+            The checkpoint that it resumes from, see [`find_checkpoint`].
         overwrite (`bool`):
             Whether the checkpoints that it does not go on from are to be deleted: all others, or those after `resumed`
             where that is one of them.
@@ -278,6 +306,8 @@ def find_replaced(output_dir: Path, resumed: Path | None, overwrite: bool, warns
         others = [folder for folder in others if _step(folder) > _step(resumed)]
     if not others or overwrite:
         return others
+    if resumed is None and str(wanted).lower() == "auto":
+        return []
     names = ", ".join(folder.name for folder in others)
     if not goes_on:
         raise FileExistsError(
@@ -318,36 +348,6 @@ def check_checkpoint(folder: Path) -> None:
     valid = next((other for other in others if find_damage(other) is None), None)
     how = "there is no valid one beside it" if valid is None else f"resume from `{valid}`, the latest valid one"
     raise DamagedCheckpointError(f"`{folder}` is no valid checkpoint: {damage}; {how}.")
-
-
-def latest_valid_checkpoint(output_dir: Path) -> Path:
-    """
-    The latest checkpoint of a run that is valid. A warning names later ones that are not.
-
-    Args:
-        output_dir (`Path`):
-            Where the checkpoints are.
-
-    Returns:
-        `Path`: The checkpoint folder.
-
-    Raises:
-        `FileNotFoundError`: If there is none, with what is wrong with those that there are.
-    """
-    unfinished = sorted(output_dir.glob(f"{UNFINISHED}{PREFIX_CHECKPOINT_DIR}-*"))
-    passed_over = [f"`{folder.name}` (it was not written to its end)" for folder in unfinished]
-    for folder in reversed(_checkpoints(output_dir)):
-        damage = find_damage(folder)
-        if damage is None:
-            if passed_over:
-                logger.warning(f"Resuming from `{folder}`. Passed over: {', '.join(passed_over)}.")
-            return folder
-        passed_over.append(f"`{folder.name}` ({damage})")
-    found = f"; found: {', '.join(passed_over)}" if passed_over else ""
-    raise FileNotFoundError(
-        f"There is no checkpoint in `{output_dir}` to resume from{found}. Leave out `resume_from_checkpoint` to begin "
-        "anew."
-    )
 
 
 def find_damage(folder: Path) -> str | None:

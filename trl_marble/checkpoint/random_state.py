@@ -2,6 +2,7 @@
 """The global random generators of a process, as tensors and numbers."""
 
 import random
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -48,3 +49,32 @@ def set_random_state(state: dict[str, Any], device: torch.device) -> None:
     torch.set_rng_state(state["cpu"])
     if device.type in state and device.type != "cpu":
         torch.get_device_module(device).set_rng_state(state[device.type])
+
+
+def random_file(folder: Path, process: int) -> Path:
+    """
+    The file of a checkpoint for the state of one process.
+
+    Args:
+        folder (`Path`):
+            The checkpoint folder.
+        process (`int`):
+            Number of the process.
+    """
+    return folder / f"random_state_{process}.safetensors"
+
+
+def find_random_file(folder: Path, process: int) -> Path:
+    """
+    The file that a process goes on from: its own, or where fewer processes have saved, one of theirs. (At the start of
+    a run the states of all processes are the same too.)
+
+    Args:
+        folder (`Path`):
+            The checkpoint folder.
+        process (`int`):
+            Number of the process.
+    """
+    saved = sorted(folder.glob("random_state_*.safetensors"))
+    own = random_file(folder, process)
+    return own if own in saved else saved[process % len(saved)]

@@ -52,7 +52,7 @@ def save_state(folder: Path, tensors: Mapping[str, Mapping[str, Tensor]], identi
         tensors (`Mapping[str, Mapping[str, Tensor]]`):
             Named groups of named tensors.
         identity (`Mapping[str, Any]`):
-            JSON-serializable facts that a run resumed from here must share.
+            JSON-serializable facts that a run resumed from here must share, or has to know.
     """
     folder.mkdir(parents=True, exist_ok=True)
     flat = {
@@ -88,7 +88,7 @@ def load_state(folder: Path, identity: Mapping[str, Any]) -> dict[str, dict[str,
                 "`checkpoint-<step>` folder."
             )
     try:
-        saved = dict(json.loads((folder / IDENTITY_FILE).read_text()))
+        saved = load_identity(folder)
         flat = load_file(folder / STATE_FILE)
     except (ValueError, TypeError, SafetensorError) as error:
         raise ValueError(f"`{folder}` is damaged ({error}); resume from an earlier checkpoint.") from error
@@ -108,3 +108,14 @@ def load_state(folder: Path, identity: Mapping[str, Any]) -> dict[str, dict[str,
         group, _, name = key.partition("/")
         groups.setdefault(group, {})[name] = tensor
     return groups
+
+
+def load_identity(folder: Path) -> dict[str, Any]:
+    """
+    Read the identity that [`save_state`] wrote.
+
+    Args:
+        folder (`Path`):
+            The checkpoint folder.
+    """
+    return dict(json.loads((folder / IDENTITY_FILE).read_text()))

@@ -46,7 +46,7 @@ class SettingsFrom:
 
 def describe_settings(args: TrainingArguments) -> Settings:
     """
-    All settings of a run, but for tokens and for where the run is.
+    All settings of a run and its number of processes, but for tokens and for where the run is.
 
     Args:
         args ([`~transformers.TrainingArguments`]):
@@ -55,7 +55,8 @@ def describe_settings(args: TrainingArguments) -> Settings:
     Returns:
         `dict[str, Any]`: Name -> value, as JSON has it.
     """
-    kept = {name: value for name, value in args.to_dict().items() if not name.endswith("_token")}
+    given = args.to_dict() | {"num_processes": args.world_size}
+    kept = {name: value for name, value in given.items() if not name.endswith("_token")}
     return json.loads(json.dumps({name: kept[name] for name in kept.keys() - NOT_KEPT}, default=str, sort_keys=True))
 
 

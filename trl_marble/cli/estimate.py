@@ -171,8 +171,8 @@ def describe(
     costs = find_costs(script_args.model)
     num_rewards = sum(SHAPEWORLD_REWARDS if name == "shapeworld" else 1 for name in script_args.rewards)
     # Flux takes its guidance as an input.
-    guided = args.guidance_scale > 1 and (costs is None or costs.name != "flux")
-    passes = compute_passes(args, num_processes, guided, num_rewards, _generated_prompts(script_args.prompts))
+    classifier_free = costs is None or costs.name != "flux"
+    passes = compute_passes(args, num_processes, classifier_free, num_rewards, _generated_prompts(script_args.prompts))
     images = args.generation_batch_size
     devices = "1 GPU" if num_processes == 1 else f"{num_processes} GPUs"
     lines = [

@@ -7,6 +7,7 @@ from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from typing import Any
 
 from ..extras import MissingExtraError, require_extra
+from ..termination import EXIT_STATUS, RunTerminated
 from . import card, compare, demo, env, estimate, eval, push, selftest, train
 from .environment import prepare_environment
 from .errors import RUN_ERROR, USAGE_ERROR, RunError, UsageError, unknown_option
@@ -65,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
 
     Returns:
         `int`: The exit status: 0, 1 if the run stopped, 2 if the command cannot be run as it was written, 130 if it
-        was interrupted.
+        was interrupted, 143 if SIGTERM ended a training.
     """
     prepare_environment()
     argv = sys.argv[1:] if argv is None else argv
@@ -99,10 +100,17 @@ def main(argv: list[str] | None = None) -> int:
         print(f"trl-marble {args.command}: error: {error}", file=sys.stderr)
         return RUN_ERROR
     except KeyboardInterrupt:
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            advice = " Continue from the latest checkpoint, if there is one, with `--resume_from_checkpoint auto`."
-            print("Interrupted." + (advice if args.command == "train" else ""), file=sys.stderr)
+        _say_how_to_continue("Interrupted.", args.command)
         return INTERRUPTED
+    except RunTerminated:
+        _say_how_to_continue("Ended by SIGTERM.", args.command)
+        return EXIT_STATUS
+
+
+def _say_how_to_continue(what: str, command: str) -> None:
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        advice = " Continue from the latest checkpoint, if there is one, with `--resume_from_checkpoint auto`."
+        print(what + (advice if command == "train" else ""), file=sys.stderr)
 
 
 def _commands(parser: ArgumentParser) -> dict[str, ArgumentParser]:

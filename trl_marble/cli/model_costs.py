@@ -67,7 +67,8 @@ class ModelCosts:
         adapter = self.numbers["adapter_of_rank_32"] * script_args.lora_r / RANK
         # A gradient of each reward in both halves of the step, and of what they share; or one of all rewards.
         gradients = 2 * num_rewards + 1 if args.balances_gradients else 1
-        training = adapter * (1 + 2 + 2 + gradients)
+        copies = 2 if args.sampling_policy_preset is None else 3  # old, averaged, and what samples
+        training = adapter * (1 + copies + 2 + gradients)
         texts = list(self.numbers["text_encoders"])
         if not script_args.use_t5:
             del texts[T5]

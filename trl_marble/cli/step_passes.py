@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from ..balance import BalanceSchedule, old_policy_decay
-from ..losses import Drawn, FrozenVelocities, GRPOLoss, PolicyLoss, StepCounts
+from ..losses import Drawn, FrozenVelocities, Groups, GRPOLoss, PolicyLoss, StepCounts
 from ..sde import Transitions
 from ..trainer import MarbleConfig
 from ..trainer.construction import build_policy_loss
@@ -57,7 +57,7 @@ class StepPasses:
 def compute_passes(
     args: MarbleConfig,
     num_processes: int,
-    guided: bool,
+    classifier_free: bool,
     num_rewards: int,
     num_prompts: int | None = None,
     weighted_rows: bool = True,
@@ -70,8 +70,8 @@ def compute_passes(
             The settings of one process that does the work of all: with `num_processes` times the accumulation.
         num_processes (`int`):
             Processes that share the work.
-        guided (`bool`):
-            Whether rollouts call the transformer twice for each image, with a prompt and without.
+        classifier_free (`bool`):
+            Whether guidance calls the transformer twice for each image, with a prompt and without.
         num_rewards (`int`):
             K.
         num_prompts (`int`, *optional*):
@@ -90,24 +90,34 @@ def compute_passes(
     updates = args.steps_per_generation // args.gradient_accumulation_steps * args.num_iterations
     penalized = _share(args.regularizer_fraction, micro_steps)
     streamed = _share(args.balance_fraction, micro_steps)
-    sums = {"old": 0.0, "reference": 0.0, "backward": 0.0}
+    base_calls = 2 if classifier_free and (args.reference_guidance_scale or 1) > 1 else 1
+    sums = {"old": 0.0, "reference": 0.0, "trained": 0.0, "backward": 0.0}
     steps = args.max_steps if args.max_steps > 0 else UNBOUNDED_STEPS
     for step in range(steps):
         # The old policy follows after each generation batch; at decay 0 it is the trained policy again.
         batch_start = step - step % updates
         lags = step > batch_start or (batch_start > 0 and old_policy_decay(batch_start, *preset) > 0)
+        reads_old = lags and "old" in loss.needs
+        ahead = "group" in loss.needs and (reads_old or "reference" in loss.needs or "old" not in loss.needs)
+        reads = frozenset[str]() if ahead else loss.needs
+        sums["old"] += ahead and reads_old
+        sums["reference"] += ahead and "reference" in loss.needs
+        sums["trained"] += 1 + ahead
         measured = 0.0
         if args.balances_gradients and schedule.is_due(step):
             measured = 1.0 if step == 0 else streamed
         for share, has_penalties in ((penalized, True), (1 - penalized, False)):
-            old = lags and ("old" in loss.needs or (has_penalties and loss.penalties.old > 0))
-            reference = "reference" in loss.needs or (has_penalties and loss.penalties.reference > 0)
-            rows = _objectives(loss, old, has_penalties and (reference or old)) if weighted_rows else num_rewards
+            old = lags and ("old" in reads or (has_penalties and loss.penalties.old > 0))
+            reference = "reference" in reads or (has_penalties and loss.penalties.reference > 0)
+            rows = num_rewards
+            if weighted_rows:
+                rows = _objectives(loss, old, ahead, has_penalties and (reference or old))
             sums["old"] += share * old
             sums["reference"] += share * reference
             sums["backward"] += share * (measured * rows + 1 - measured)
-    trained = args.per_device_train_batch_size * args.gradient_accumulation_steps * per_sample
-    solver_passes = args.num_inference_steps * (2 if guided else 1)
+    sums["reference"] *= base_calls
+    samples = args.per_device_train_batch_size * args.gradient_accumulation_steps * per_sample
+    solver_passes = args.num_inference_steps * (2 if classifier_free and args.guidance_scale > 1 else 1)
     new_prompts = args.prompts_per_generation / updates  # in a step; each has images of the base model once in a run
     if num_prompts is not None:
         new_prompts = min(new_prompts, num_prompts / steps)
@@ -115,8 +125,7 @@ def compute_passes(
     return StepPasses(
         rollout=args.generation_batch_size * solver_passes / updates,
         base_images=new_prompts * base_images * solver_passes,
-        **{name: total / steps * trained for name, total in sums.items()},
-        trained=trained,
+        **{name: total / steps * samples for name, total in sums.items()},
         checkpointed=bool(args.activation_checkpointing),
     )
 
@@ -126,15 +135,17 @@ def _share(fraction: float, micro_steps: int) -> float:
     return len(draw_micro_steps(fraction, micro_steps, seed=0)) / micro_steps
 
 
-def _objectives(loss: PolicyLoss, has_old: bool, has_penalties: bool) -> int:
+def _objectives(loss: PolicyLoss, has_old: bool, ahead: bool, has_penalties: bool) -> int:
     """The weighted backward passes of a micro-step: what the loss itself makes of one sample."""
     velocity = torch.zeros(1, 1, requires_grad=True)
     zeros = torch.zeros(1, 1)
     drawn, frozen = Drawn(zeros, torch.ones(1), zeros, zeros), FrozenVelocities(zeros if has_old else None)
     if isinstance(loss, GRPOLoss):
         drawn = next(loss.replay(zeros, Transitions(torch.zeros(1, 2, 1), torch.tensor([1.0, 0.5, 0.0]), 0)))
-    counts = StepCounts(torch.ones(1), torch.ones(()), 1)
     terms = loss.terms(velocity, drawn, frozen)
+    compared = torch.zeros(len(terms), 1, 1) if ahead else None
+    groups = Groups(torch.zeros(1, dtype=torch.int64), zeros[None], compared)
+    counts = StepCounts(torch.ones(1), torch.ones(()), 1, groups)
     acting = len(loss.coefficients(terms, zeros, counts))
     shared = loss.shared(velocity, terms, frozen, torch.ones(1, dtype=torch.bool), counts)
     return acting + (has_penalties or (shared is not None and shared.requires_grad))

@@ -144,8 +144,10 @@ def train(script_args: ScriptArguments, training_args: "MarbleConfig") -> None:
         check_hub_access(training_args.hub_token)  # before models are loaded
     with hub_errors("nothing was trained"), usage_errors():
         folder = Path(training_args.output_dir)
-        checkpoint = find_checkpoint(training_args.resume_from_checkpoint, folder)  # before models are loaded
-        find_replaced(folder, checkpoint, training_args.overwrite_output_dir, warns=False)  # refuses a mixed folder
+        wanted = training_args.resume_from_checkpoint
+        checkpoint = find_checkpoint(wanted, folder)  # before models are loaded
+        overwrite = training_args.overwrite_output_dir
+        find_replaced(folder, wanted, checkpoint, overwrite, warns=False)  # refuses a mixed folder
         prompts = load_sources(
             script_args.prompts,
             column=script_args.prompt_column,

@@ -3,22 +3,40 @@
 
 from .awm import AWMLoss
 from .building import build_loss, settings_of
+from .crd import CRDLoss
+from .dgpo import DGPOLoss
+from .dpo import DPOLoss
 from .forward_process import noise_samples
+from .gdro import GDROLoss
+from .groups import Groups
 from .grpo import GRPOLoss
 from .nft import NFTLoss
 from .policy_loss import Drawn, FrozenVelocities, Penalties, PolicyLoss, StepCounts, Transition
 
 
 # The losses by the name that `MarbleConfig.policy_loss` has for them. One more loss is one more entry.
-LOSSES: dict[str, type[PolicyLoss]] = {"nft": NFTLoss, "awm": AWMLoss, "grpo": GRPOLoss}
+LOSSES: dict[str, type[PolicyLoss]] = {
+    "nft": NFTLoss,
+    "awm": AWMLoss,
+    "crd": CRDLoss,
+    "dgpo": DGPOLoss,
+    "gdro": GDROLoss,
+    "dpo": DPOLoss,
+    "grpo": GRPOLoss,
+}
 
 
 __all__ = [
     "LOSSES",
     "AWMLoss",
+    "CRDLoss",
+    "DGPOLoss",
+    "DPOLoss",
     "Drawn",
     "FrozenVelocities",
+    "GDROLoss",
     "GRPOLoss",
+    "Groups",
     "NFTLoss",
     "Penalties",
     "PolicyLoss",

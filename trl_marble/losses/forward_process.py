@@ -25,10 +25,15 @@ def noise_samples(x0: Tensor, times: Tensor, num_times: int, generators: Sequenc
     """
     drawn = torch.stack([torch.randperm(len(times), generator=g)[:num_times] for g in generators])  # [B, num_times]
     for column in drawn.T:
-        t = times[column].to(x0)
-        noise = torch.stack([torch.randn(x0.shape[1:], generator=g) for g in generators]).to(x0)
+        t = _send(times[column], x0)
+        noise = _send(torch.stack([torch.randn(x0.shape[1:], generator=g) for g in generators]), x0)
         t_ = t.view(-1, *[1] * (x0.ndim - 1))
         yield Drawn((1 - t_) * x0 + t_ * noise, t, x0, noise)
+
+
+def _send(tensor: Tensor, other: Tensor) -> Tensor:
+    """A tensor in the dtype of another one and on its device; on CUDA without waiting for what it is computing."""
+    return tensor.to(other, non_blocking=other.is_cuda)
 
 
 def divide_by_counts(advantages: Tensor, counts: StepCounts) -> tuple[Tensor, Tensor]:
@@ -64,6 +69,25 @@ def mean_square_distance(velocity: Tensor, other: Tensor) -> Tensor:
         `torch.Tensor` of shape `(B,)`.
     """
     return (at_least_float32(velocity) - at_least_float32(other)).square().flatten(1).mean(dim=1)
+
+
+def matching_errors(drawn: Drawn, *velocities: Tensor | None) -> tuple[Tensor, ...]:
+    """
+    The flow-matching error `mean((v - (noise - x0))^2)` of every sample.
+
+    Args:
+        drawn ([`Drawn`]):
+            The noisy inputs.
+        velocities (`torch.Tensor` of shape `(B, ...)`, *optional*):
+            The trained policy's, and those of frozen ones; `None` stands for the trained one's, detached.
+
+    Returns:
+        `tuple[torch.Tensor, ...]`: one for each velocity, of shape `(B,)`.
+    """
+    target = at_least_float32(drawn.noise) - at_least_float32(drawn.x0)
+    own, *others = (None if each is None else mean_square_distance(each, target) for each in velocities)
+    assert own is not None
+    return own, *(own.detach() if other is None else other for other in others)
 
 
 def add_shared(*parts: Tensor | None) -> Tensor | None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..sde import SDESteps
+from .groups import Groups
 
 
 class Transition(NamedTuple):
@@ -99,11 +100,20 @@ class StepCounts(NamedTuple):
             Samples that any reward applies to.
         total (`int`):
             All samples.
+        groups ([`Groups`], *optional*):
+            What the samples of this micro-step are compared with, for a loss that needs it.
     """
 
     valid: Tensor
     scored: Tensor
     total: int
+    groups: Groups | None = None
+
+    def compared_with(self) -> Groups:
+        """The groups, for a loss whose [`~PolicyLoss.needs`] has them."""
+        if self.groups is None:
+            raise ValueError("This loss compares the samples of a prompt with each other: `groups` is missing.")
+        return self.groups
 
 
 class PolicyLoss(Protocol):
@@ -117,7 +127,16 @@ class PolicyLoss(Protocol):
 
     @property
     def needs(self) -> frozenset[str]:
-        """The frozen velocities that the loss reads itself, in every micro-step: any of `"old"` and `"reference"`."""
+        """
+        What the loss reads itself, in every micro-step: the velocities of frozen policies, any of `"old"` and
+        `"reference"`; and `"group"`, what a sample is compared with ([`Groups`]).
+
+        With `"group"` all samples of a prompt are drawn with one generator. Where the policies differ, each optimizer
+        step begins with a pass without gradients over all its samples, in which the frozen velocities are read and
+        [`~PolicyLoss.terms`] computed; these reach [`~PolicyLoss.coefficients`] and [`~PolicyLoss.shared`] as
+        `counts.groups`. In the step itself the frozen velocities are not read once more: values are to be taken from
+        `counts.groups`, gradients from the terms.
+        """
         ...
 
     @property
@@ -147,7 +166,8 @@ class PolicyLoss(Protocol):
             num_times (`int`):
                 How many timesteps each sample is trained on: the number of inputs to yield.
             generators (`Sequence[torch.Generator]`):
-                One per sample, so that how samples are split into micro-batches changes nothing.
+                One per sample, so that how samples are split into micro-batches changes nothing. They are those of
+                the prompts, alike for all samples of one, where [`~PolicyLoss.needs`] has `"group"`.
         """
         ...
 

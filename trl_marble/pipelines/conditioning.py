@@ -59,7 +59,7 @@ class Conditioning:
         """
         selected = Conditioning(
             {
-                name: rows[indices.to(rows.device)]
+                name: rows[indices.to(rows.device, non_blocking=rows.is_cuda)]
                 if isinstance(rows, Tensor)
                 else [rows[i] for i in indices.tolist()]
                 for name, rows in self.kwargs.items()
@@ -73,6 +73,22 @@ class Conditioning:
         derived, key = self.derived(), ("part", *indices.tolist())
         if key not in derived:
             derived[key] = self.select(indices)
+        return derived[key]
+
+    def twin(self, name: str, kwargs: dict[str, Rows] | None = None) -> "Conditioning":
+        """
+        Another conditioning of the same prompts: the same object each time as long as no row has changed.
+
+        Args:
+            name (`str`):
+                What it is for.
+            kwargs (`dict[str, torch.Tensor | list]`, *optional*):
+                Its arguments. By default they are the same.
+        """
+        derived, key = self.derived(), ("twin", name)
+        if key not in derived:
+            derived[key] = Conditioning(self.kwargs if kwargs is None else kwargs)
+            derived[key]._row_outputs[:] = self._row_outputs
         return derived[key]
 
     def derived(self) -> dict[Hashable, Any]:

@@ -92,11 +92,14 @@ class FlowPipeline:
         autocast_dtype (`torch.dtype`, *optional*):
             The dtype of autocast for the transformer, such as `torch.bfloat16`, in rollouts and velocities alike. The
             other components compute in their own dtype, and so does the transformer by default.
+        reference_guidance_scale (`float`, *optional*):
+            Guidance scale of [`~FlowPipeline.reference_velocity`], in the convention of `guidance_scale`. By default
+            it is the velocity as it is.
 
     Raises:
         `TypeError`: `pipeline` is not a `DiffusionPipeline`.
         `ValueError`: the pipeline is not flow matching, has no `transformer` or two of them for different times, or
-            is of a class that is known not to work; `guidance_scale` is below 1 or would be ignored; only one of
+            is of a class that is known not to work; a guidance scale is below 1 or would be ignored; only one of
             `height` and `width` is given, and the pipeline would change it; or the pipeline has no argument
             `max_sequence_length` or `num_frames`.
     """
@@ -110,6 +113,7 @@ class FlowPipeline:
         max_sequence_length: int | None = None,
         num_frames: int | None = None,
         autocast_dtype: torch.dtype | None = None,
+        reference_guidance_scale: float | None = None,
     ):
         check_trainable(pipeline)
         self.pipeline = pipeline
@@ -117,10 +121,15 @@ class FlowPipeline:
         self.is_listed = family is not None
         self.family = family or assume_family(pipeline)
         check_size(pipeline, self.family, height, width, num_frames)
-        check_guidance(pipeline, self.family, guidance_scale)
+        for scale in {
+            guidance_scale,
+            guidance_scale if reference_guidance_scale is None else reference_guidance_scale,
+        }:
+            check_guidance(pipeline, self.family, scale)
         self.height = height
         self.width = width
         self.guidance_scale = guidance_scale
+        self.reference_guidance_scale = reference_guidance_scale
         pipeline_class: Any = self.family.pipeline_class
         self._encode_parameters = inspect.signature(pipeline_class.encode_prompt).parameters
         self._call_parameters = inspect.signature(pipeline_class.__call__).parameters
@@ -179,9 +188,10 @@ class FlowPipeline:
                 The images to be edited, one per prompt, for a family that edits images.
 
         Returns:
-            `Conditioning`: one row per prompt, in the transformer's dtype. With classifier-free guidance it has the
-            embeddings of the empty negative prompt too. For a pipeline that takes no embeddings it has the text, and
-            the text encoders run when it is used. Images are in RGB, see [`~trl_marble.media.to_rgb`].
+            `Conditioning`: one row per prompt, in the transformer's dtype. With classifier-free guidance (of rollouts
+            or of the reference) it has the embeddings of the empty negative prompt too. For a pipeline that takes no
+            embeddings it has the text, and the text encoders run when it is used. Images are in RGB, see
+            [`~trl_marble.media.to_rgb`].
 
         Raises:
             `TypeError`: `prompts` is one string.
@@ -202,7 +212,7 @@ class FlowPipeline:
         if self.family.encoded_names is None:
             return Conditioning({**rows, "prompt": list(prompts)})
         rows |= self._encode_in_chunks(list(prompts), self.family.encoded_names)
-        if self.is_guided and self.family.negative_names is not None:
+        if self._encodes_negatives and self.family.negative_names is not None:
             rows |= self._encode_in_chunks([""] * len(prompts), self.family.negative_names)
         conditioning = Conditioning(rows)
         return conditioning if self._embeddings is None else conditioning.to(self.device)
@@ -234,7 +244,7 @@ class FlowPipeline:
             self.family.encoded_names,
             self.family.negative_names,
             self.max_sequence_length,
-            self.is_guided,
+            self._encodes_negatives,
             self.dtype,
         ]
         self._embeddings = EmbeddingCache(Path(folder), encoder_fingerprint(self.pipeline, settings))
@@ -391,6 +401,44 @@ class FlowPipeline:
         samples = [torch.nonzero(calls == call).flatten() for call in calls.unique()]
         parts = [self._velocity_at(x_t[rows], t[rows[0]], conditioning.part(rows)) for rows in samples]
         return torch.cat(parts)[torch.argsort(torch.cat(samples))]
+
+    def reference_velocity(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+        """
+        The velocity with `reference_guidance_scale`, where there is one.
+
+        In the `"classifier_free"` families it is `negative + scale * (positive - negative)` of two velocities, without
+        the rescaling that some pipelines add. In the `"embedded"` families the transformer takes the value as input.
+
+        Args:
+            x_t (`torch.Tensor` of shape `[batch, ...]`):
+                See [`~FlowPipeline.velocity`].
+            t (`torch.Tensor` of shape `[batch]`):
+                See [`~FlowPipeline.velocity`].
+            conditioning (`Conditioning`):
+                See [`~FlowPipeline.velocity`].
+
+        Returns:
+            `torch.Tensor`: the velocity, of the shape and dtype of `x_t`.
+        """
+        scale = self.reference_guidance_scale
+        if scale is None or not self.guides_reference:
+            return self.velocity(x_t, t, conditioning)
+        if self.family.guidance == "embedded":
+            guided = copy.copy(self)
+            guided.guidance_scale = scale
+            return guided.velocity(x_t, t, conditioning.twin("guided"))  # whose recorded calls are other ones
+        negative = self.velocity(x_t, t, self._negatives(conditioning))
+        return negative + scale * (self.velocity(x_t, t, conditioning) - negative)
+
+    def _negatives(self, conditioning: Conditioning) -> Conditioning:
+        """The negative prompts of a conditioning in the place of its prompts."""
+        rows, encoded = conditioning.kwargs, self.family.encoded_names
+        if encoded is None:
+            return conditioning.twin("negative", rows | {"prompt": [self.family.empty_prompt] * len(conditioning)})
+        # Not the prompts' own where there is no negative one: a mask is left out where nothing is padded.
+        others = {name: row for name, row in rows.items() if name not in encoded and not name.startswith("negative_")}
+        negatives = {name.removeprefix("negative_"): row for name, row in rows.items() if name.startswith("negative_")}
+        return conditioning.twin("negative", others | negatives)
 
     def training_times(self, num_inference_steps: int, scheduler: SchedulerMixin | None = None) -> Tensor:
         """
@@ -617,7 +665,7 @@ class FlowPipeline:
         arguments = {
             **self.family.arguments,
             "max_sequence_length": self.max_sequence_length,
-            "do_classifier_free_guidance": self.is_guided,
+            "do_classifier_free_guidance": self._encodes_negatives,
             "device": self._encoder_device or self.device,
         }
         outputs = self.pipeline.encode_prompt(prompts, **_select_known(arguments, self._encode_parameters))
@@ -643,6 +691,19 @@ class FlowPipeline:
     def is_guided(self) -> bool:
         """Whether rollouts use classifier-free guidance."""
         return self.family.guidance == "classifier_free" and self.guidance_scale > 1
+
+    @property
+    def guides_reference(self) -> bool:
+        """Whether [`~FlowPipeline.reference_velocity`] is another than the velocity."""
+        scale, unguided = self.reference_guidance_scale, 1.0
+        if self.family.guidance == "embedded":
+            unguided = self.guidance_scale
+        return scale is not None and scale != unguided
+
+    @property
+    def _encodes_negatives(self) -> bool:
+        """Whether prompts are encoded together with the empty negative prompt."""
+        return self.is_guided or (self.family.guidance == "classifier_free" and self.guides_reference)
 
     def _find_length_limit(self, max_sequence_length: int | None) -> int | None:
         if "max_sequence_length" in self._call_parameters:

@@ -1,6 +1,7 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
 """Keep the components of a pipeline other than the transformer on the CPU while they are not used."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,7 +15,8 @@ def offload_components(pipeline: DiffusionPipeline, device: torch.device | str) 
     Keep everything but the transformer on the CPU between its uses.
 
     Text encoders, image encoders and the VAE move to the device when they are called, one at a time, and back to the
-    CPU before the transformer runs. (`pipeline.enable_model_cpu_offload` would move the transformer too, between every
+    CPU before the transformer runs. Their weights do not change, so they stay in the CPU's memory meanwhile, and
+    nothing is copied back. (`pipeline.enable_model_cpu_offload` would move the transformer too, between every
     rollout's last step and the VAE.) A text encoder whose layers the pipeline calls one by one, as Ideogram 4 does,
     computes on the CPU. The hooks are those of `accelerate`; `pipeline.remove_all_hooks()` removes them and moves
     nothing.
@@ -27,7 +29,7 @@ def offload_components(pipeline: DiffusionPipeline, device: torch.device | str) 
             The device of all computations.
     """
     device = torch.device(device)
-    moved: list[nn.Module] = []
+    moved: Moved = []
     for name, component in pipeline.components.items():
         if isinstance(component, nn.Module):
             if "transformer" in name:
@@ -37,24 +39,27 @@ def offload_components(pipeline: DiffusionPipeline, device: torch.device | str) 
     add_hook_to_module(pipeline.transformer, _MoveOthersToCpu(moved), append=True)
 
 
+Moved = list[tuple[nn.Module, Callable[[], Any]]]  # what is on the device, and how each comes back
+
+
 class _MoveToDevice(CpuOffload):
     """Before a component is called, move it to the device and the other components to the CPU."""
 
-    def __init__(self, device: torch.device, moved: list[nn.Module]) -> None:
+    def __init__(self, device: torch.device, moved: Moved) -> None:
         super().__init__(device)
         self.moved = moved
 
     def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if self.moved != [module]:
+        if [each for each, _ in self.moved] != [module]:
             _move_to_cpu(self.moved)
-            self.moved.append(module)
+            self.moved.append((module, _way_back(module)))
         return super().pre_forward(module, *args, **kwargs)
 
 
 class _MoveOthersToCpu(ModelHook):
     """Before the transformer is called, move all components that were moved to the device back to the CPU."""
 
-    def __init__(self, moved: list[nn.Module]) -> None:
+    def __init__(self, moved: Moved) -> None:
         self.moved = moved
 
     def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -62,6 +67,31 @@ class _MoveOthersToCpu(ModelHook):
         return args, kwargs
 
 
-def _move_to_cpu(moved: list[nn.Module]) -> None:
+def _move_to_cpu(moved: Moved) -> None:
     while moved:
-        moved.pop().to("cpu")
+        _, come_back = moved.pop()
+        come_back()
+
+
+def _way_back(module: nn.Module) -> Callable[[], Any]:
+    """What puts a module that is on the CPU, and moves to the device now, back as it was."""
+    if any(type(parameter) is not nn.Parameter for parameter in module.parameters()):  # quantized ones change
+        return lambda: module.to("cpu")
+    parts = list(module.modules())
+    parameters = [
+        (part._parameters, name, parameter, parameter.data)
+        for part in parts
+        for name, parameter in part._parameters.items()
+        if parameter is not None
+    ]
+    buffers = [(part._buffers, name, buffer) for part in parts for name, buffer in part._buffers.items()]
+
+    def come_back() -> None:
+        for owner, name, parameter, data in parameters:
+            parameter.data = data
+            owner[name] = parameter
+        for holder, name, buffer in buffers:
+            holder[name] = buffer
+        module.to("cpu")  # what is left
+
+    return come_back

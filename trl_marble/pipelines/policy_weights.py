@@ -2,7 +2,7 @@
 """All weights of a policy, and the velocities that they give: trained, old, averaged and base."""
 
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -14,9 +14,9 @@ from .weight_shadow import WeightShadow, check_same_weights
 
 class PolicyWeights:
     """
-    Owns the weights of a policy: those that are trained, the old policy's, their moving average, and the base model's
-    (without the adapter). All of them run through the same module in the same precision, that of the
-    [`~trl_marble.pipelines.FlowPipeline`].
+    Owns the weights of a policy: those that are trained, the old policy's, their moving average, the base model's
+    (without the adapter), and those that sample images, where these are none of the others. All of them run through
+    the same module in the same precision, that of the [`~trl_marble.pipelines.FlowPipeline`].
 
     Create it when the weights are on their final device.
 
@@ -25,15 +25,18 @@ class PolicyWeights:
             The module.
         trained (`Mapping[str, nn.Parameter]`):
             Its trainable weights by unique names.
+        samples_apart (`bool`, *optional*, defaults to `False`):
+            Whether there are weights of their own for sampling images, `sampler`.
     """
 
-    def __init__(self, policy: Policy, trained: Mapping[str, nn.Parameter]) -> None:
+    def __init__(self, policy: Policy, trained: Mapping[str, nn.Parameter], samples_apart: bool = False) -> None:
         self.policy = policy
         self.flow = policy.flow
         self.trained = dict(trained)
         self.parameters = list(self.trained.values())
         self.old = WeightShadow(self.trained.items())
         self.averaged = WeightShadow(self.trained.items())
+        self.sampler = WeightShadow(self.trained.items()) if samples_apart else None
         modules = list(policy.modules())  # listed once: there are thousands of them
         self._module_attributes = [vars(module) for module in modules]
         self._adapter_layers = adapter_layers(policy.transformer)
@@ -54,6 +57,12 @@ class PolicyWeights:
         return self.policy(x_t, t, conditioning)
 
     @torch.no_grad()
+    def detached_velocity(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+        """The trained policy's velocity, as the policy samples: detached and without dropout."""
+        with self.sampling(nullcontext()):
+            return self.policy(x_t, t, conditioning)
+
+    @torch.no_grad()
     def old_velocity(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         """
         The old policy's velocity.
@@ -66,9 +75,12 @@ class PolicyWeights:
 
     @torch.no_grad()
     def base_velocity(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
-        """The base model's velocity. See [`~PolicyWeights.old_velocity`] for when to ask."""
+        """
+        The base model's velocity, guided where the pipeline has a `reference_guidance_scale`. See
+        [`~PolicyWeights.old_velocity`] for when to ask.
+        """
         with self.sampling(adapters_disabled(self.policy.transformer, self._adapter_layers)):
-            return self.policy(x_t, t, conditioning)
+            return self.flow.reference_velocity(x_t, t, conditioning)
 
     @contextmanager
     def sampling(self, weights: AbstractContextManager[None]) -> Iterator[None]:
@@ -91,12 +103,13 @@ class PolicyWeights:
     # ---- State ----
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
-        """The trained, old and averaged weights; they are not copied."""
-        return {
-            "current": {name: parameter.detach() for name, parameter in self.trained.items()},
-            "old": self.old.state_dict(),
-            "average": self.averaged.state_dict(),
-        }
+        """All weights but the base model's; they are not copied."""
+        shadows = {name: shadow.state_dict() for name, shadow in self._shadows().items()}
+        return {"current": {name: parameter.detach() for name, parameter in self.trained.items()}, **shadows}
+
+    def _shadows(self) -> dict[str, WeightShadow]:
+        shadows = {"old": self.old, "average": self.averaged}
+        return shadows if self.sampler is None else shadows | {"sampler": self.sampler}
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: Mapping[str, Mapping[str, Tensor]]) -> None:
@@ -114,5 +127,5 @@ class PolicyWeights:
             check_same_weights(self.trained, saved)
         for name, parameter in self.trained.items():
             parameter.copy_(state_dict["current"][name])
-        self.old.load_state_dict(state_dict["old"])
-        self.averaged.load_state_dict(state_dict["average"])
+        for kind, shadow in self._shadows().items():
+            shadow.load_state_dict(state_dict[kind])

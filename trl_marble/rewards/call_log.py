@@ -14,7 +14,18 @@ from .reward_value import to_number
 LOG_KEYWORDS = ("log_metric", "log_extra")
 # Names of the trainer's own metrics, which a metric of a reward would replace.
 OWN_METRICS = frozenset(
-    {"loss", "grad_norm", "learning_rate", "epoch", "step", "kl", "beta", "images_per_second", "num_input_tokens_seen"}
+    {
+        "loss",
+        "grad_norm",
+        "learning_rate",
+        "epoch",
+        "step",
+        "kl",
+        "guided_kl",
+        "beta",
+        "images_per_second",
+        "num_input_tokens_seen",
+    }
 )
 OWN_PREFIXES = (
     "rewards/",

@@ -225,10 +225,10 @@ def read_detections(
             mask = F.interpolate(mask, size=tuple(size), mode="bilinear", align_corners=False)
         mask = mask[0, 0]
         inside = mask > 0
-        if not inside.any():
+        pixels = inside.cpu().numpy()
+        if not pixels.any():
             continue
         score = probability * (mask.sigmoid() * inside).sum() / (inside.sum() + 1e-6)
-        pixels = inside.cpu().numpy()
         columns, rows = np.flatnonzero(pixels.any(axis=0)), np.flatnonzero(pixels.any(axis=1))
         box = (int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1)
         found[CLASSES[label]].append(Detection(box, score.item(), pixels))

@@ -1,5 +1,8 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
-"""Threads on which rewards run. They never prevent the interpreter from ending."""
+"""
+Threads on which rewards run. They never prevent the interpreter from ending. On a CUDA device each has a stream of its
+own, so that a reward does not wait for the sampling of the next images, nor the sampling for it.
+"""
 
 import asyncio
 import atexit
@@ -69,13 +72,16 @@ class Worker:
             self._thread.join()
 
     def _run(self) -> None:
-        set_current_device(self._device)
+        use_device(self._device)
         while (entry := self._calls.get()) is not None:
             future, call = entry
             if not future.set_running_or_notify_cancel():
                 continue
             try:
-                future.set_result(call())
+                result = call()
+                finish_stream(self._device)
+                future.set_result(result)
+                del result
             except BaseException as error:
                 future.set_exception(error)
             del entry, future, call  # free their images while waiting for the next call
@@ -108,7 +114,7 @@ class EventLoopThread:
 
     def submit(self, call: Callable[[], Awaitable[Any]]) -> Future:
         """Start a call, while others are running."""
-        return asyncio.run_coroutine_threadsafe(_await(call), self._loop)
+        return asyncio.run_coroutine_threadsafe(_await(call, self._device), self._loop)
 
     def stop(self) -> None:
         """Cancel all calls and end the thread; if they do not end within a second, do not wait for them."""
@@ -121,7 +127,7 @@ class EventLoopThread:
             self._loop.close()  # also closes its executor
 
     def _run(self) -> None:
-        set_current_device(self._device)
+        use_device(self._device)
         self._loop.run_forever()
 
 
@@ -147,12 +153,15 @@ class _DaemonExecutor(ThreadPoolExecutor):
             self._calls.put(None)
 
     def _work(self) -> None:
-        set_current_device(self._device)
+        use_device(self._device)
         while (entry := self._calls.get()) is not None:
             future, call = entry
             if future.set_running_or_notify_cancel():
                 try:
-                    future.set_result(call())
+                    result = call()
+                    finish_stream(self._device)
+                    future.set_result(result)
+                    del result
                 except BaseException as error:
                     future.set_exception(error)
 
@@ -176,14 +185,28 @@ def wait_until(futures: Sequence[Future], deadline: float | None, return_when: s
             return
 
 
-def set_current_device(device: torch.device) -> None:
-    """Set the current device of this thread; by default it is the first of its type."""
+def use_device(device: torch.device) -> None:
+    """
+    Set the current device of this thread, which by default is the first of its type, and on CUDA a new stream of it.
+    """
     if device.index is not None and device.type not in ("cpu", "meta"):
         torch.accelerator.set_device_index(device.index)
+    if device.type == "cuda":
+        stream = torch.cuda.Stream(device)
+        stream.wait_stream(torch.cuda.default_stream(device))  # on which a reward may have been made
+        torch.cuda.set_stream(stream)
 
 
-async def _await(call: Callable[[], Awaitable[Any]]) -> Any:
-    return await call()
+def finish_stream(device: torch.device) -> None:
+    """Wait, on this thread alone, for what it has computed: another thread, on another stream, may read it."""
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()
+
+
+async def _await(call: Callable[[], Awaitable[Any]], device: torch.device) -> Any:
+    result = await call()
+    finish_stream(device)
+    return result
 
 
 async def _cancel_other_tasks_and_stop() -> None:

@@ -5,6 +5,7 @@ import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from PIL import Image
@@ -16,17 +17,11 @@ from ..pipelines import Conditioning, row_digests
 from ..sde import Transitions
 
 
-_TENSORS = (
-    "prompt_index",
-    "sample_ids",
-    "latents",
-    "advantages",
-    "first_half",
-    "counts",
-    "active",
-    "scored",
-    "weighted_sum",
-)
+_FIELDS = ("sample_ids", "latents", "advantages", "first_half", "counts", "active", "scored", "weighted_sum")
+# The dimension of the samples. What is not here is the same on all processes.
+_OF_SAMPLES = {"sample_ids": 0, "latents": 0, "advantages": 1, "first_half": 0, "transitions.points": 0}
+# What the program looks at, and would have to wait for on a device.
+_ON_CPU = frozenset({"sample_ids", "active", "weighted_sum"})
 
 
 @dataclass
@@ -42,7 +37,8 @@ class RolloutBatch:
         rows_digest (`str`):
             Of the rows of the dataset that were sampled from, see [`digest_of`].
         prompt_index (`Tensor` of shape `[B]`, int64):
-            Which row of `conditioning` each sample belongs to.
+            Which row of `conditioning` each sample belongs to. On the CPU, as `sample_ids`, `active` and
+            `weighted_sum` are.
         sample_ids (`Tensor` of shape `[B]`, int64):
             Place of each sample in the generation batch of all processes: the seed of its training noise.
         latents (`Tensor` of shape `[B, ...]`):
@@ -83,73 +79,169 @@ class RolloutBatch:
         first = int(self.sample_ids.min())
         return [self.prompts[number - first] for number in sample_ids.tolist()]
 
-    def save(self, path: Path) -> None:
-        """Write it to a safetensors file. The embeddings are computed again from the rows when training goes on."""
-        tensors = {name: getattr(self, name).detach().cpu().contiguous() for name in _TENSORS}
+    def save(self, folder: Path, process: int) -> None:
+        """
+        Write it to a checkpoint. The embeddings are computed again from the rows when training goes on.
+
+        Args:
+            folder (`Path`):
+                The checkpoint folder.
+            process (`int`):
+                Number of the process whose part of the generation batch it is.
+        """
+        tensors = {name: getattr(self, name).detach().cpu().contiguous() for name in _FIELDS}
         if self.transitions is not None:
             tensors |= self.transitions.tensors()
-        save_file(tensors, path, metadata={"rows": self.rows_digest})
+        save_file(tensors, _part_file(folder, process), metadata={"rows": self.rows_digest})
+
+
+class Part(NamedTuple):
+    """
+    What one process has saved of a generation batch.
+
+    Args:
+        samples (`range`):
+            The places of its samples in the generation batch of all processes.
+        rows_digest (`str`):
+            Of the rows of the dataset that they were sampled from, see [`digest_of`].
+    """
+
+    samples: range
+    rows_digest: str
 
 
 @dataclass(frozen=True)
 class StoredBatch:
     """
-    A generation batch as it is in a checkpoint.
+    A process's samples of a generation batch, from a checkpoint that any number of processes have saved.
 
     Args:
-        rows_digest (`str`):
-            See [`RolloutBatch`].
+        own (`range`):
+            The places of the samples in the generation batch of all processes.
+        parts (`list[Part]`):
+            The saved parts that they are in, in their order.
         tensors (`dict[str, Tensor]`):
-            Its tensors by name.
+            Tensors of a [`RolloutBatch`] by name.
         transitions ([`~trl_marble.sde.Transitions`], *optional*):
             See [`RolloutBatch`].
     """
 
-    rows_digest: str
+    own: range
+    parts: list[Part]
     tensors: dict[str, Tensor]
     transitions: Transitions | None = None
 
     @classmethod
-    def load(cls, path: Path, device: torch.device) -> "StoredBatch":
+    def load(cls, folder: Path, own: range, num_updates: int, device: torch.device) -> "StoredBatch":
         """
-        Read a generation batch back.
+        Read a process's samples, whichever processes they were saved by.
+
+        Each sample stays in its optimizer step. Within a step the samples of one saved part follow those of another,
+        so that a process which has saved a part itself finds it in the order in which it was.
 
         Args:
-            path (`Path`):
-                A file written by [`RolloutBatch.save`].
+            folder (`Path`):
+                The checkpoint folder, see [`RolloutBatch.save`].
+            own (`range`):
+                The places of the samples in the generation batch of all processes.
+            num_updates (`int`):
+                Number of optimizer steps of one pass over the generation batch.
             device (`torch.device`):
-                Where to put the tensors.
+                Where to put the tensors that are computed with.
+
+        Raises:
+            `FileNotFoundError`: If samples are missing.
         """
-        with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name).to(device, copy=True) for name in _TENSORS}
-            others = {name: file.get_tensor(name).clone() for name in file.keys() if name not in _TENSORS}
-            transitions = Transitions.of_tensors(others, device) if others else None
-            return cls(file.metadata()["rows"], tensors, transitions)
+        parts: list[Part] = []
+        steps: list[Tensor] = []
+        found: dict[str, list[Tensor]] = {}
+        tensors: dict[str, Tensor] = {}
+        for path in _part_files(folder):
+            with safe_open(path, framework="pt") as file:
+                ids = file.get_tensor("sample_ids")
+                chosen = ((ids >= own.start) & (ids < own.stop)).nonzero().flatten()
+                if len(chosen) == 0:
+                    continue
+                first = int(ids.min())
+                parts.append(Part(range(first, first + len(ids)), file.metadata()["rows"]))
+                steps.append(chosen // (len(ids) // num_updates))
+                for name in file.keys():
+                    if name in _OF_SAMPLES:
+                        own_part = file.get_tensor(name).index_select(_OF_SAMPLES[name], chosen)
+                        found.setdefault(name, []).append(own_part)
+                    else:
+                        tensors[name] = file.get_tensor(name).clone()
+        number = sum(map(len, steps))
+        if number < len(own):
+            raise FileNotFoundError(
+                f"`{folder}` was saved in the middle of a generation batch and has {number} of the {len(own)} images "
+                f"that this process goes on with. Copy the files `{_part_file(folder, '*').name}` of all processes "
+                "there, or resume from a checkpoint between two generation batches."
+            )
+        order = torch.cat(steps).argsort(stable=True)
+        for name, of_parts in found.items():
+            tensors[name] = torch.cat(of_parts, dim=_OF_SAMPLES[name]).index_select(_OF_SAMPLES[name], order)
+        fields = {name: tensors.pop(name).to("cpu" if name in _ON_CPU else device) for name in _FIELDS}
+        return cls(own, parts, fields, Transitions.of_tensors(tensors, device) if tensors else None)
+
+    @property
+    def covered(self) -> range:
+        """The places of all samples of the saved parts."""
+        return range(self.parts[0].samples.start, self.parts[-1].samples.stop)
 
     def with_rows(
-        self, prompts: list[str], images: Sequence[Image.Image] | None, encode: Callable[[], Conditioning]
+        self,
+        prompts: list[str],
+        images: list[Image.Image] | None,
+        encode: Callable[[list[str], list[Image.Image] | None], tuple[Conditioning, Tensor]],
     ) -> RolloutBatch:
         """
         The batch with what is made anew from its rows of the dataset.
 
         Args:
             prompts (`list[str]`):
-                The prompts, one per sample.
-            images (`Sequence[PIL.Image.Image]`, *optional*):
-                The images to be edited, one per sample.
-            encode (`Callable[[], Conditioning]`):
-                Makes their embeddings.
+                The prompt of each sample that is `covered`.
+            images (`list[PIL.Image.Image]`, *optional*):
+                The images to be edited, one per prompt.
+            encode (`Callable`):
+                From prompts and images to their different embeddings, and the index of those of each prompt.
 
         Raises:
             `ValueError`: If these are not the rows that the batch was sampled from.
         """
-        if digest_of(prompts, images) != self.rows_digest:
-            raise ValueError(
-                "The checkpoint was saved in the middle of a generation batch that was sampled from other rows than "
-                f"those of this run (the first is {prompts[0]!r}). Resume with the same `train_dataset` and without "
-                "`ignore_data_skip`, or from a checkpoint between two generation batches."
-            )
-        return RolloutBatch(prompts, encode(), self.rows_digest, **self.tensors, transitions=self.transitions)
+
+        def rows_of(samples: range) -> tuple[list[str], list[Image.Image] | None]:
+            places = slice(samples.start - self.covered.start, samples.stop - self.covered.start)
+            return prompts[places], None if images is None else images[places]
+
+        for part in self.parts:
+            rows = rows_of(part.samples)
+            if digest_of(*rows) != part.rows_digest:
+                raise ValueError(
+                    "The checkpoint was saved in the middle of a generation batch that was sampled from other rows "
+                    f"than those of this run (the first is {rows[0][0]!r}). Resume with the same `train_dataset` and "
+                    "without `ignore_data_skip`, or from a checkpoint between two generation batches."
+                )
+        rows = rows_of(self.own)
+        conditioning, prompt_index = encode(*rows)
+        place = self.tensors["sample_ids"] - self.own.start
+        return RolloutBatch(
+            prompts=rows[0],
+            conditioning=conditioning,
+            rows_digest=digest_of(*rows),
+            prompt_index=prompt_index.cpu()[place],
+            **self.tensors,
+            transitions=self.transitions,
+        )
+
+
+def _part_file(folder: Path, process: int | str) -> Path:
+    return folder / f"generation_batch_{process}.safetensors"
+
+
+def _part_files(folder: Path) -> list[Path]:
+    """The parts of all processes, in their order."""
+    return sorted(folder.glob(_part_file(folder, "*").name), key=lambda path: int(path.stem.rpartition("_")[2]))
 
 
 def digest_of(prompts: Sequence[str], images: Sequence[Image.Image] | None = None) -> str:

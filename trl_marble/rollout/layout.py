@@ -87,6 +87,11 @@ class BatchLayout:
         """Whether a generation batch is used up after some optimizer steps, so that the next one is to be sampled."""
         return self.locate(step * self.micro_batches_per_update).starts_generation
 
+    def own_samples(self, process: int) -> range:
+        """The places of a process's samples in the generation batch of all processes."""
+        number = self.micro_batch_size * self.micro_batches_per_pass
+        return range(process * number, (process + 1) * number)
+
     def samples_of(self, micro_batch: int) -> slice:
         """The samples of a micro-batch, by their place in the process's part of the generation batch."""
         return slice(micro_batch * self.micro_batch_size, (micro_batch + 1) * self.micro_batch_size)

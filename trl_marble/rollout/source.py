@@ -1,6 +1,7 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
 """Where generation batches come from: sampled now, or read from a checkpoint."""
 
+import functools
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -134,21 +135,22 @@ class RolloutSource:
 
     def restore(self, stored: StoredBatch, row_numbers: Sequence[int]) -> RolloutBatch:
         """
-        A generation batch of a checkpoint, with the embeddings of its prompts.
+        A generation batch of a checkpoint, with the embeddings of its prompts. All processes call it.
 
         Args:
             stored ([`StoredBatch`]):
                 The batch.
             row_numbers (`Sequence[int]`):
-                The rows of the dataset that it was sampled from.
+                The row of the dataset of each of this process's images.
 
         Raises:
             `ValueError`: If it was sampled from others.
         """
+        rows = gather_object(list(row_numbers))  # of all processes, in the order of the generation batch
         with self.together.phase():
-            columns = read_rows(self.dataset, row_numbers)
-            prompts, images = columns["prompt"], self._images_to_edit(columns)
-            return stored.with_rows(prompts, images, lambda: encode_distinct(self.sampler.flow, prompts, images)[0])
+            columns = read_rows(self.dataset, [rows[place] for place in stored.covered])
+            encode = functools.partial(encode_distinct, self.sampler.flow)
+            return stored.with_rows(columns["prompt"], self._images_to_edit(columns), encode)
 
     @property
     def progress(self) -> ProgressWeights | None:
@@ -179,8 +181,7 @@ class RolloutSource:
         Returns:
             `tuple[RolloutBatch, RolloutRecord]`: What is trained on, and what can be shown.
         """
-        first = len(row_numbers) * self.accelerator.process_index
-        own = range(first, first + len(row_numbers))
+        own = self.layout.own_samples(self.accelerator.process_index)
         with self.together.phase():  # it may fail in one process, where a dataset reads files
             columns = read_rows(self.dataset, row_numbers)
         prompts, images = columns.pop("prompt"), self._images_to_edit(columns)
@@ -253,7 +254,7 @@ class RolloutSource:
         features = self._gather(thumbnails(samples.images).masked_fill(~samples.finite[:, None], torch.nan))
         self.metrics.record("drift/diversity", group_diversity(features, groups).nanmean().item())
         own_finite = samples.finite.to(samples.latents.device)
-        self.metrics.record("drift/latent_rms", mean_rms(samples.latents[own_finite]).item())
+        self.metrics.record("drift/latent_rms", mean_rms(samples.latents[own_finite]))
 
     def _arrange(
         self,
@@ -290,15 +291,15 @@ class RolloutSource:
             prompts=prompts,
             conditioning=conditioning,
             rows_digest=rows_digest,
-            prompt_index=prompt_index[order].to(device),
+            prompt_index=prompt_index[order],
             sample_ids=torch.tensor(own)[order],
             latents=samples.latents[order.to(device)],
             advantages=advantages.to(device),
             first_half=first_half.to(device),
             counts=self.accelerator.reduce(counts.to(device), reduction="sum"),
-            active=self.accelerator.reduce(signals.to(device), reduction="sum") > 0,
+            active=(self.accelerator.reduce(signals.to(device), reduction="sum") > 0).cpu(),
             scored=self.accelerator.reduce(scored.to(device), reduction="sum"),
-            weighted_sum=self.compare_with_sum(rewards).to(device),
+            weighted_sum=self.compare_with_sum(rewards),
             transitions=None if samples.transitions is None else samples.transitions.select(order.to(device)),
         )
 

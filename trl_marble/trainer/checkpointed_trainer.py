@@ -24,7 +24,7 @@ from ..checkpoint.folder import (
     prune_checkpoints,
     write_checkpoint,
 )
-from ..checkpoint.random_state import random_state, set_random_state
+from ..checkpoint.random_state import find_random_file, random_file, random_state, set_random_state
 from ..checkpoint.settings import (
     Changes,
     SettingsFrom,
@@ -94,7 +94,10 @@ class CheckpointedTrainer(Trainer):
         wanted = self.args.resume_from_checkpoint if resume_from_checkpoint is None else resume_from_checkpoint
         checkpoint = find_checkpoint(wanted, folder)
         resume_from_checkpoint = None if checkpoint is None else str(checkpoint)
-        self._replaced = find_replaced(folder, checkpoint, self.args.overwrite_output_dir, self.args.should_save)
+        overwrite, warns = self.args.overwrite_output_dir, self.args.should_save
+        self._replaced = find_replaced(folder, wanted, checkpoint, overwrite, warns)
+        if checkpoint is None and str(wanted).lower() == "auto" and self.is_world_process_zero():
+            logger.warning(f"There is no valid checkpoint in `{folder}`: training begins anew.")
         self.together.failed = False
         self._resumed_step, self._best_step = 0, None
         self.settings_history, self._changed_settings = [SettingsFrom(0, describe_settings(self.args))], {}
@@ -103,11 +106,12 @@ class CheckpointedTrainer(Trainer):
             self._resumed_step = state.global_step
             self._compare_settings(checkpoint)
         self._saved_step, self._between_steps = self._resumed_step, False
-        try:
-            output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
-        except BaseException as error:
-            self._save_on_failure(error)
-            raise
+        with self.together.ending_on_sigterm():  # also while a checkpoint is saved because of it
+            try:
+                output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+            except BaseException as error:
+                self._save_on_failure(error)
+                raise
         if self._saved_step > 0:
             self._catch_up(Path(self._get_output_dir(None)) / f"{PREFIX_CHECKPOINT_DIR}-{self._saved_step}")
         return output
@@ -170,10 +174,8 @@ class CheckpointedTrainer(Trainer):
             ):
                 kind = type(part).__name__
                 save_tree(folder / file, {**part.state_dict(), "kind": kind}, f"the {what} {kind}")
-        save_tree(folder / self._random_file(), random_state(self.args.device), "the random generators")
-
-    def _random_file(self) -> str:
-        return f"random_state_{self.args.process_index}.safetensors"
+        path = random_file(folder, self.args.process_index)
+        save_tree(path, random_state(self.args.device), "the random generators")
 
     def _prune(self, newest: Path) -> None:
         """Delete old checkpoints, now that a newer one is complete; not while one of them may be being pushed."""
@@ -268,7 +270,8 @@ class CheckpointedTrainer(Trainer):
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
-            set_random_state(load_tree(Path(checkpoint) / self._random_file()), self.args.device)
+            file = find_random_file(Path(checkpoint), self.args.process_index)
+            set_random_state(load_tree(file), self.args.device)
 
     def _load_scaler(self, checkpoint: str | None) -> None:
         """Nothing: there is no loss scaling, and `transformers` would read a file that can run code."""

@@ -97,12 +97,13 @@ def build_scorers(reward_funcs: Any, eval_reward_funcs: Any, args: MarbleConfig)
     What calls the rewards: those that are trained on, and the held-out ones where there are any.
 
     Raises:
-        `ValueError`: If `reward_weights`, `reward_targets` or `reward_bounds` does not have one value per reward, or a
-            held-out reward is trained on.
+        `ValueError`: If `reward_weights`, `reward_priorities`, `reward_targets` or `reward_bounds` does not have one
+            value per reward, or a held-out reward is trained on.
     """
     scorer = RewardScorer(reward_funcs, args.reward_timeout)
     for setting, what in (
         ("reward_weights", "weight"),
+        ("reward_priorities", "priority"),
         ("reward_targets", "target (or `None`)"),
         ("reward_bounds", "bound (or `None`)"),
     ):
@@ -134,6 +135,7 @@ def build_flow(pipeline: DiffusionPipeline, args: MarbleConfig) -> FlowPipeline:
         args.max_sequence_length,
         num_frames=args.num_frames,
         autocast_dtype=torch.bfloat16 if args.bf16 else None,
+        reference_guidance_scale=args.reference_guidance_scale,
     )
     if args.policy_loss == "grpo" and flow.is_guided:
         raise ValueError(
@@ -341,7 +343,12 @@ def _build_meter(
     if args.multi_objective_aggregation != "progress":
         return None
     weights = ProgressWeights(
-        scorer.names, args.progress_temperature, args.progress_ema, args.reward_targets, args.reward_bounds
+        scorer.names,
+        args.progress_temperature,
+        args.progress_ema,
+        args.reward_targets,
+        args.reward_bounds,
+        args.reward_priorities,
     )
     settings = BaseImageSettings(args.seed, args.progress_base_images, args.rollout_batch_size, edits)
     return ProgressMeter(weights, sampler, scorer, dataset, settings, accelerator, metrics)
@@ -385,7 +392,8 @@ def build_update(
     if args.balances_gradients:
         is_equal = args.multi_objective_aggregation == "equal"
         chosen = get_weighting("equal" if is_equal else weighting or args.weighting)
-        balance = BalanceSettings(schedule, chosen, args.balance_fraction, reward_names)
+        priorities = None if args.reward_priorities is None else torch.tensor(args.reward_priorities)
+        balance = BalanceSettings(schedule, chosen, args.balance_fraction, reward_names, priorities)
         linears = measured_linears(weights.flow, weights.trained, edits, args.per_device_train_batch_size)
     grid_times = weights.flow.training_times(args.num_inference_steps)
     if isinstance(loss, GRPOLoss):
@@ -403,6 +411,7 @@ def build_update(
         args.regularizer_fraction,
         args.seed,
         args.world_size,
+        args.num_generations,
         metrics,
         make_bar,
         times,

@@ -86,12 +86,16 @@ REFUSED: dict[str, Refusal] = {
     "local_rank": Refusal((-1,), "the launcher says which process this is, by the environment variable `LOCAL_RANK`"),
     # Saving and scripts
     "enable_jit_checkpoint": Refusal(
-        (False,), "it would save in the middle of an optimizer step. Set `save_steps` to what you can afford to lose"
+        (False,), "SIGTERM makes a run save its last complete optimizer step and end in any case; leave it out"
     ),
     "do_train": Refusal((False,), f"{_SCRIPTS}; call `trainer.train()`"),
     "do_predict": Refusal((False,), f"{_SCRIPTS}; call `trainer.evaluate(prompts)`"),
     "debug": Refusal(
         ("", [], None), "set `on_nonfinite` for numbers that are not finite; its default names where they arose"
+    ),
+    "logging_nan_inf_filter": Refusal(
+        (False,),
+        "it would wait for the device after every micro-batch; set `on_nonfinite` for losses that are not finite",
     ),
     "optim_target_modules": Refusal((None,), "it is of GaLore and APOLLO, which are not supported; leave it out"),
 }
@@ -105,7 +109,7 @@ WORKS: frozenset[str] = frozenset(
     optim optim_args weight_decay adam_beta1 adam_beta2 adam_epsilon
     bf16 tf32 activation_checkpointing activation_checkpointing_kwargs gradient_checkpointing
     gradient_checkpointing_kwargs torch_compile torch_compile_backend torch_compile_mode use_cpu
-    logging_strategy logging_steps logging_first_step log_on_each_node logging_nan_inf_filter log_level
+    logging_strategy logging_steps logging_first_step log_on_each_node log_level
     log_level_replica disable_tqdm report_to run_name project trackio_space_id trackio_bucket_id
     trackio_static_space_id skip_memory_metrics
     eval_strategy eval_steps eval_delay eval_on_start do_eval

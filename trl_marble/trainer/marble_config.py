@@ -16,6 +16,8 @@ from ..balance import OLD_POLICY_PRESETS, WEIGHTINGS
 from ..extras import EXTRAS, require_extra
 from ..losses import LOSSES, build_loss, settings_of
 from ..losses.awm import AWMWeighting
+from ..losses.crd import CRDObjective
+from ..losses.dgpo import DGPOReference
 from ..losses.grpo import Reweighting, WindowPlacement
 from ..sde import SDEKind
 from ..setting_names import suggest_name
@@ -178,10 +180,16 @@ class MarbleConfig(TrainingArguments):
         > Parameters that control the loss
 
         policy_loss (`str`, *optional*, defaults to `"nft"`):
-            The loss: `"nft"` (DiffusionNFT, see [`~trl_marble.losses.NFTLoss`]) or `"awm"` (advantage weighted
-            matching, https://huggingface.co/papers/2509.25050, see [`~trl_marble.losses.AWMLoss`]) or `"grpo"`
-            (Flow-GRPO and successors, https://huggingface.co/papers/2505.05470, see
-            [`~trl_marble.losses.GRPOLoss`]). A setting that the chosen loss does not use is refused.
+            The loss: `"nft"` (DiffusionNFT, see [`~trl_marble.losses.NFTLoss`]), `"awm"` (advantage weighted
+            matching, https://huggingface.co/papers/2509.25050, see [`~trl_marble.losses.AWMLoss`]), `"crd"` (centered
+            reward distillation, https://huggingface.co/papers/2603.14128, see [`~trl_marble.losses.CRDLoss`]),
+            `"dgpo"` (direct group preference optimization, https://huggingface.co/papers/2510.08425, see
+            [`~trl_marble.losses.DGPOLoss`]), `"gdro"` (group-level direct reward optimization,
+            https://huggingface.co/papers/2601.02036, see [`~trl_marble.losses.GDROLoss`]), `"dpo"` (pairs of each
+            reward's best and worst sample, https://huggingface.co/papers/2311.12908, see
+            [`~trl_marble.losses.DPOLoss`]) or `"grpo"` (Flow-GRPO and successors,
+            https://huggingface.co/papers/2505.05470, see [`~trl_marble.losses.GRPOLoss`]). A setting that the chosen
+            loss does not use is refused.
         nft_beta (`float`, *optional*, defaults to `0.1`):
             Mixing coefficient b of the implicit positive and negative policies, v± = v_old ± b (v - v_old)
             (DiffusionNFT, https://huggingface.co/papers/2509.16117). Greater than 0.
@@ -192,9 +200,9 @@ class MarbleConfig(TrainingArguments):
             decides how far a policy drifts, and with that whether long runs keep every reward. The papers' `1e-4` is
             next to no penalty. With `0.0` the base model's forward pass is not run.
         kl_target (`float`, *optional*):
-            The KL to hold, as `kl` is logged: the mean over elements of `(v - v_ref)^2`. `beta` is then the first
-            value of a coefficient that follows the KL, see [`~trl_marble.update.KLControl`]: begin high, with 0.5 for
-            example. By default `beta` stays as it is.
+            The KL to hold, as `kl` (or `guided_kl`) is logged: the mean over elements of `(v - v_ref)^2`. `beta` is
+            then the first value of a coefficient that follows the KL, see [`~trl_marble.update.KLControl`]: begin
+            high, with 0.5 for example. By default `beta` stays as it is.
         regularizer_fraction (`float`, *optional*, defaults to `1.0`):
             In `(0, 1]`: the fraction of an optimizer step's forward passes (timesteps of micro-batches, the same ones
             on all processes) in which the penalties are evaluated: that of `beta`, and AWM's trust region. They are
@@ -215,6 +223,38 @@ class MarbleConfig(TrainingArguments):
         awm_ema_beta (`float`, *optional*, defaults to `1.0`):
             Coefficient of the trust region `mean((v - v_old)^2)` around the old policy, a fast moving average of the
             trained weights (the paper's is `old_policy_preset=3`). With `0.0` its forward pass is not run.
+        crd_objective (`str`, *optional*, defaults to `"mse"`):
+            How CRD compares the centred log ratio of the policies with the centred reward: `"mse"`, by their squared
+            difference, or `"bce"`, by the cross-entropy of their sigmoids.
+        crd_beta (`float`, *optional*, defaults to `1.0`):
+            Factor b of the log ratio in CRD: the higher, the nearer the policy stays to the old one. Greater than 0.
+        sampling_policy_preset (`int`, *optional*):
+            For CRD, a schedule as `old_policy_preset` has them, of a policy apart from the old one that samples the
+            images. The published settings are `old_policy_preset=4` with `sampling_policy_preset=2`. By default the
+            old policy samples.
+        reference_guidance_scale (`float`, *optional*):
+            For CRD and DGPO, guidance scale of the base model where the policy is compared with it, in the convention
+            of `guidance_scale`; 4.5 in the published settings. The penalty of `beta`, and what `kl_target` holds, is
+            then the distance to the guided base model, which is logged as `guided_kl`. It costs a second forward pass
+            of the base model, but for guidance-distilled pipelines, which take the value as input. By default the base
+            model is not guided.
+        dgpo_beta (`float`, *optional*, defaults to `100.0`):
+            How much the weight of a prompt's group depends on what the policy prefers already in DGPO. Greater than 0.
+        dgpo_reference (`str`, *optional*, defaults to `"base"`):
+            Which policy's preferences DGPO compares the trained one's with: `"base"` (the base model) or `"old"`
+            (published with a `dgpo_beta` of 2000 to 5000).
+        dgpo_clip_range (`float`, *optional*, defaults to `1e-3`):
+            How far from 1 the likelihood ratio of the trained to the old policy may be in DGPO before a sample has no
+            gradient. Greater than 0.
+        gdro_beta (`float`, *optional*, defaults to `1000.0`):
+            How much of a difference of matching errors is a preference of the policy in GDRO. Greater than 0.
+        gdro_temperature (`float`, *optional*, defaults to `0.2`):
+            Temperature of the ranking that GDRO aims at, in units of the advantages. Greater than 0.
+        gdro_best (`float`, *optional*, defaults to `0.05`):
+            How much each group's best sample is learned by itself in GDRO, in units of `gdro_beta`.
+        dpo_beta (`float`, *optional*, defaults to `5000.0`):
+            How much of a difference of matching errors is a preference of the policy with `policy_loss="dpo"`. Greater
+            than 0.
 
         grpo_sde (`str`, *optional*, defaults to `"flow_sde"`):
             How rollouts of `policy_loss="grpo"` add noise, on whose probability it trains: `"flow_sde"` (Flow-GRPO)
@@ -258,9 +298,10 @@ class MarbleConfig(TrainingArguments):
         balance_ema (`float`, *optional*, defaults to `0.7`):
             Decay, in `[0, 1)`, of the moving average of the solutions that is used between solves.
         balance_on (`str`, *optional*, defaults to `"advantage"`):
-            Which gradients of `policy_loss="nft"` are balanced: those of each reward's complete loss (`"loss"`, the
-            paper's), or only those of its advantage-weighted part (`"advantage"`); the trust region around the old
-            policy that all rewards share is then applied once, in the same backward pass as the penalty of `beta`.
+            Which gradients of `policy_loss="nft"` or `"crd"` are balanced: those of each reward's complete loss
+            (`"loss"`, the paper's), or only those of its advantage-weighted part (`"advantage"`); the trust region
+            around the old policy that all rewards share is then applied once, in the same backward pass as the penalty
+            of `beta`.
 
         > Parameters that control the weights by progress
 
@@ -273,6 +314,10 @@ class MarbleConfig(TrainingArguments):
         progress_base_images (`int`, *optional*, defaults to `4`):
             Number of images of the base model for each prompt, sampled and scored when the prompt is drawn for the
             first time. The progress is measured against them.
+        reward_priorities (`list[float]`, *optional*):
+            How much each reward matters, in the order of `reward_funcs`: numbers above 0 of which only ratios count.
+            With `"marble"` the update's cosine with the gradient of a reward of twice the priority is twice as large;
+            with `"progress"` that reward is to come twice as far. Defaults to equal ones.
         reward_targets (`list[float | None]`, *optional*):
             For each reward, in the order of `reward_funcs`, the mean from which on it weighs nothing, in its own unit;
             `None` for a reward without one. Defaults to no targets.
@@ -287,7 +332,7 @@ class MarbleConfig(TrainingArguments):
             How fast the policy that samples follows the one that is trained: old <- eta old + (1 - eta) current with
             eta = min(max(0, step - flat) * rate, max), applied after each generation batch. `0`: fully on-policy;
             `1`: rate 0.001 up to 0.95 (the paper's); `2`: flat 75, rate 0.0075, max 0.999; `3`: rate 0.001 up to 0.3
-            (AWM's).
+            (AWM's and DGPO's); `4`: from 0.25 on, rate 0.005 up to 0.999 (CRD's).
         weight_ema_decay (`float`, *optional*, defaults to `0.9`):
             Upper limit, in `[0, 1)`, of the decay of the averaged weights, min((1 + step) / (10 + step), this), which
             are the ones that are evaluated, saved and pushed. `0.0` evaluates and saves the trained weights
@@ -308,7 +353,7 @@ class MarbleConfig(TrainingArguments):
             starts anew among the checkpoints of an earlier one is refused.
         resume_from_checkpoint (`str`, *optional*):
             The checkpoint that `train()` goes on from: its path, `"latest"` for the latest valid one in `output_dir`,
-            or `"auto"` for that one where there are checkpoints, and a new run where there are none.
+            or `"auto"` for that one where there is one, and a new run where there is none.
 
         > Parameters that control logging
 
@@ -354,6 +399,9 @@ class MarbleConfig(TrainingArguments):
         default=144, metadata={"help": "Number of micro-batches in one optimizer step (8 x 144 = 48 prompts x 24)."}
     )
     logging_steps: float = field(default=1, metadata={"help": "Log every X optimizer steps."})
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "Must stay `False`: see `on_nonfinite` for losses that are not finite."}
+    )
     save_steps: float = field(default=50, metadata={"help": "Save a checkpoint every X optimizer steps."})
     dataloader_pin_memory: bool = field(
         default=False, metadata={"help": "Whether to pin memory. Has no effect: a batch has only row numbers."}
@@ -446,7 +494,9 @@ class MarbleConfig(TrainingArguments):
     )
 
     # Parameters that control the loss
-    policy_loss: str = field(default="nft", metadata={"help": "The loss: 'nft', 'awm' or 'grpo'."})
+    policy_loss: str = field(
+        default="nft", metadata={"help": "The loss: 'nft', 'awm', 'crd', 'dgpo', 'gdro', 'dpo' or 'grpo'."}
+    )
     nft_beta: float = field(default=0.1, metadata={"help": "Mixing coefficient of the implicit policies."})
     advantage_clip: float = field(default=5.0, metadata={"help": "Advantages are clipped to ± this value."})
     beta: float = field(default=0.1, metadata={"help": "Coefficient of the KL penalty toward the base model."})
@@ -466,6 +516,32 @@ class MarbleConfig(TrainingArguments):
     awm_clip_range: float = field(default=1.0, metadata={"help": "Clip of AWM's likelihood ratio, off-policy."})
     awm_ema_beta: float = field(
         default=1.0, metadata={"help": "Coefficient of AWM's trust region around the old policy."}
+    )
+    crd_objective: Literal["mse", "bce"] = field(
+        default="mse", metadata={"help": "How CRD compares the policies' log ratio with the reward."}
+    )
+    crd_beta: float = field(default=1.0, metadata={"help": "Factor of the policies' log ratio in CRD."})
+    sampling_policy_preset: int | None = field(
+        default=None, metadata={"help": "CRD: schedule of a policy that samples apart from the old one."}
+    )
+    reference_guidance_scale: float | None = field(
+        default=None,
+        metadata={"help": "CRD, DGPO: guidance scale of the base model that the policy is compared with."},
+    )
+    dgpo_beta: float = field(
+        default=100.0, metadata={"help": "How much DGPO's group weights depend on what the policy prefers."}
+    )
+    dgpo_reference: Literal["base", "old"] = field(
+        default="base", metadata={"help": "What DGPO compares the policy's preferences with."}
+    )
+    dgpo_clip_range: float = field(default=1e-3, metadata={"help": "Clip of DGPO's likelihood ratio."})
+    gdro_beta: float = field(
+        default=1000.0, metadata={"help": "GDRO: how much of a difference of matching errors is a preference."}
+    )
+    gdro_temperature: float = field(default=0.2, metadata={"help": "Temperature of the ranking that GDRO aims at."})
+    gdro_best: float = field(default=0.05, metadata={"help": "How much GDRO learns the best sample by itself."})
+    dpo_beta: float = field(
+        default=5000.0, metadata={"help": "DPO: how much of a difference of matching errors is a preference."}
     )
 
     grpo_sde: Literal["flow_sde", "cps"] = field(
@@ -506,6 +582,10 @@ class MarbleConfig(TrainingArguments):
     progress_base_images: int = field(
         default=4, metadata={"help": "Images of the base model per prompt that the progress is measured against."}
     )
+    reward_priorities: list[float] | None = field(
+        default=None,
+        metadata={"help": "How much each reward matters: with 'marble' or 'progress', only the ratios count."},
+    )
     reward_targets: list[NumberOrNone] | None = field(
         default=None, metadata={"help": "Mean of each reward from which on it weighs nothing; 'none' for no target."}
     )
@@ -515,7 +595,7 @@ class MarbleConfig(TrainingArguments):
 
     # Parameters that control the old policy and the averaged weights
     old_policy_preset: int = field(
-        default=1, metadata={"help": "Schedule of the old policy, which samples the images: 0, 1, 2 or 3."}
+        default=1, metadata={"help": "Schedule of the old policy, which samples the images: 0, 1, 2, 3 or 4."}
     )
     weight_ema_decay: float = field(
         default=0.9,
@@ -567,6 +647,8 @@ class MarbleConfig(TrainingArguments):
         for name, choices in (
             ("policy_loss", tuple(LOSSES)),
             ("awm_weighting", get_args(AWMWeighting)),
+            ("crd_objective", get_args(CRDObjective)),
+            ("dgpo_reference", get_args(DGPOReference)),
             ("grpo_sde", get_args(SDEKind)),
             ("grpo_window", get_args(WindowPlacement)),
             ("grpo_reweighting", get_args(Reweighting)),
@@ -577,6 +659,7 @@ class MarbleConfig(TrainingArguments):
             ("reward_failure", REWARD_FAILURE),
             ("on_nonfinite", ON_NONFINITE),
             ("old_policy_preset", tuple(OLD_POLICY_PRESETS)),
+            ("sampling_policy_preset", (None, *OLD_POLICY_PRESETS)),
         ):
             value = getattr(self, name)
             if value not in choices:
@@ -612,7 +695,16 @@ class MarbleConfig(TrainingArguments):
                 raise ValueError(f"`{name}` is {getattr(self, name)!r}; it must be an integer.")
             if getattr(self, name) is not None and getattr(self, name) < minimum:
                 raise ValueError(f"`{name}` is {getattr(self, name)}; it must be at least {minimum}: {why}.")
-        for name in ("nft_beta", "advantage_clip", "awm_clip_range", "grpo_clip_range", "progress_temperature"):
+        above_zero = (
+            "nft_beta",
+            "awm_clip_range",
+            "crd_beta",
+            "dgpo_beta",
+            "dgpo_clip_range",
+            "gdro_beta",
+            "dpo_beta",
+        )
+        for name in (*above_zero, "gdro_temperature", "grpo_clip_range", "advantage_clip", "progress_temperature"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"`{name}` is {getattr(self, name)}; it must be a finite number greater than 0.")
         if self.reward_timeout is not None and not 0 < self.reward_timeout < math.inf:
@@ -625,6 +717,8 @@ class MarbleConfig(TrainingArguments):
                 raise ValueError(
                     f"`{name}` is {getattr(self, name)}; it must be 0 (no penalty toward the {policy}) or greater."
                 )
+        if not 0 <= self.gdro_best < math.inf:
+            raise ValueError(f"`gdro_best` is {self.gdro_best}; it must be 0 or greater.")
         if self.kl_target is not None and not 0 < self.kl_target < math.inf:
             raise ValueError(
                 f"`kl_target` is {self.kl_target}; it must be a finite number greater than 0. Leave it out to keep "
@@ -648,6 +742,13 @@ class MarbleConfig(TrainingArguments):
         if self.reward_weights is not None and not _are_finite_numbers(self.reward_weights):
             raise ValueError(
                 f"`reward_weights` is {self.reward_weights!r}; pass a list with one finite number for each reward."
+            )
+        if self.reward_priorities is not None and not (
+            _are_finite_numbers(self.reward_priorities) and all(value > 0 for value in self.reward_priorities)
+        ):
+            raise ValueError(
+                f"`reward_priorities` is {self.reward_priorities!r}; pass a list with one number above 0 for each "
+                "reward."
             )
 
         for name in ("reward_targets", "reward_bounds"):
@@ -695,6 +796,9 @@ class MarbleConfig(TrainingArguments):
         if not self.balances_gradients:
             reason = f"`multi_objective_aggregation={self.multi_objective_aggregation!r}`, which balances no gradients"
             unused = dict.fromkeys(BALANCE_SETTINGS, reason)
+        if self.multi_objective_aggregation not in ("marble", "progress"):
+            reason = f"`multi_objective_aggregation={self.multi_objective_aggregation!r}`"
+            unused["reward_priorities"] = f"{reason}, which does not look at them (`reward_weights` are for sums)"
         if self.multi_objective_aggregation != "marble":
             unused["weighting"] = f"`multi_objective_aggregation={self.multi_objective_aggregation!r}`"
         if "beta" not in settings_of(LOSSES[self.policy_loss]):
@@ -711,6 +815,8 @@ class MarbleConfig(TrainingArguments):
             unused |= self._unused_by_awm()
         if self.policy_loss == "grpo":
             unused |= self._unused_by_grpo()
+        if self.beta == 0 and not (self.policy_loss == "dgpo" and self.dgpo_reference == "base"):
+            unused.setdefault("reference_guidance_scale", "`beta=0.0`, with which no base model is compared with")
         if not self.log_images:
             unused["log_images_steps"] = "`log_images=False`"
         return unused
@@ -832,6 +938,11 @@ class MarbleConfig(TrainingArguments):
     def old_policy_schedule(self) -> tuple[int, float, float]:
         """`flat`, `rate` and `max` of the old policy's decay; with `policy_loss="grpo"` it does not lag."""
         return OLD_POLICY_PRESETS[0 if self.policy_loss == "grpo" else self.old_policy_preset]
+
+    @property
+    def sampling_policy_schedule(self) -> tuple[int, float, float] | None:
+        """The same of a policy that samples apart from the old one; `None` where there is none."""
+        return None if self.sampling_policy_preset is None else OLD_POLICY_PRESETS[self.sampling_policy_preset]
 
     @property
     def evaluation_steps(self) -> int:

@@ -21,6 +21,7 @@ from transformers.trainer_utils import TrainOutput
 
 from ..balance import BalanceSchedule, old_policy_decay, weight_ema_decay
 from ..callbacks import LiveTableCallback, MarbleCallback, RolloutPicture, RunPictures
+from ..checkpoint.division import BatchDivision
 from ..checkpoint.folder import check_writable
 from ..checkpoint.run_state import base_fingerprint
 from ..data import RepeatPromptSampler, prepare_prompts, source_weights
@@ -168,7 +169,7 @@ class MarbleNFTTrainer(WithoutPredictions, ObservedTrainer):
         self.model_accepts_loss_kwargs, self.loss_is_scaled_for_ga = False, True
 
         self.together, self.metrics = FailingTogether(), MetricBuffer()
-        self.weights = PolicyWeights(self.model, trainable)
+        self.weights = PolicyWeights(self.model, trainable, samples_apart=args.sampling_policy_preset is not None)
         self.schedule = BalanceSchedule(len(self.scorer), args.balance_every, args.balance_ema)
         self.policy_loss = construction.build_policy_loss(args)
         self.base_evaluations = BaseEvaluations()
@@ -201,6 +202,7 @@ class MarbleNFTTrainer(WithoutPredictions, ObservedTrainer):
             self.update.kl_control,
             self.base_evaluations,
             identity,
+            BatchDivision(args.world_size, self.layout),
         )
         self.evaluator = construction.build_evaluator(
             self.flow, self.scorers, self.accelerator, self.together, self.progress, args
@@ -254,15 +256,15 @@ class MarbleNFTTrainer(WithoutPredictions, ObservedTrainer):
         Train, see [`~transformers.Trainer.train`].
 
         If training stops by an exception, what was trained so far is saved as a checkpoint first, and training can be
-        resumed from there.
+        resumed from there. So it is if the process receives SIGTERM: then the run stops and the process exits.
 
         Args:
             resume_from_checkpoint (`str` or `bool`, *optional*):
                 The folder of a checkpoint to go on from; `True` or `"latest"` for the latest valid one in
                 `args.output_dir`, where a warning names checkpoints that were damaged since they were written, or not
-                written to their end; `"auto"` for the same if there is any; `False` to begin anew. Defaults to
-                `args.resume_from_checkpoint`. Settings that are not those of the checkpoint are used, and a warning
-                names them.
+                written to their end; `"auto"` for the same if there is one, else to begin anew; `False` to begin anew.
+                Defaults to `args.resume_from_checkpoint`. Settings that are not those of the checkpoint are used, and
+                a warning names them. The number of processes may be another one, with the same images per step.
             kwargs:
                 See [`~transformers.Trainer.train`].
 
@@ -273,6 +275,7 @@ class MarbleNFTTrainer(WithoutPredictions, ObservedTrainer):
             `ValueError`: If the files of the checkpoint are not those that were written (the message names the latest
                 valid one), or if it belongs to another run.
             `OSError`: If a checkpoint cannot be written, as on a full disk. Those before it are as they were.
+            `SystemExit`: With status 143, after SIGTERM.
         """
         self._micro_step, self._stored_batch = 0, None
         self.forget_recorded()
@@ -316,36 +319,42 @@ class MarbleNFTTrainer(WithoutPredictions, ObservedTrainer):
         elif self._stored_batch is not None:
             self._batch, self._stored_batch = self.rollouts.restore(self._stored_batch, inputs), None
         advice = functools.partial(update_advice, self.layout.micro_batch_size, self.layout.micro_batches_per_update)
-        with self.together.phase(exchanges=self.args.base_is_sharded, ask=is_last), advice():
-            if position.micro_batch_of_update == 0:
+        phase = functools.partial(self.together.phase, self.args.base_is_sharded)
+        if position.micro_batch_of_update == 0:
+            with phase(ask=self.update.compares_groups), advice():
                 self.update.begin(self.state.global_step, self._batch, position)
+            self.update.join_groups()
+        with phase(ask=is_last), advice():
             loss = self.update.accumulate(self._batch, position)
         if is_last:
             with self.together.phase(), advice():
                 self.update.finish()
             self.times.begin("optimizer")
         self._micro_step += 1
-        # `Trainer` averages over processes what here is each process's share of a sum.
-        return loss * self.args.world_size
+        # `Trainer` averages over processes what here is a share of a sum, and keeps a sum in which a NaN would stay.
+        return loss.nan_to_num(0.0, 0.0, 0.0) * self.args.world_size
 
     def _sample(self, row_numbers: list[int], generation: int) -> RolloutBatch:
         """Sample the rows' prompts, score the images and compare them with their group."""
-        old = self.weights.old.swapped_in() if self.policy_loss.samples_with_old else nullcontext()
-        with self.times.measure("rollout"), self.weights.sampling(old):
+        sampler = self.weights.sampler or (self.weights.old if self.policy_loss.samples_with_old else None)
+        weights = nullcontext() if sampler is None else sampler.swapped_in()
+        with self.times.measure("rollout"), self.weights.sampling(weights):
             batch, record = self.rollouts.sample(row_numbers, generation, self.state)
         if self.args.log_images:
             self.latest_rollout = RolloutPicture.of(record, self.args.num_images_to_log)
         return batch
 
     def _after_optimizer_step(self) -> None:
-        """Let the averaged weights follow every step, and the old policy every generation batch."""
+        """Let the averaged weights follow every step, and the policies that sample every generation batch."""
         step = self.state.global_step
         self.update.commit()
         self.rollouts.commit()
         self.weights.averaged.lerp_(min(weight_ema_decay(step), self.args.weight_ema_decay))
         if self.layout.locate(self._micro_step).starts_generation:
-            flat, rate, maximum = self.args.old_policy_schedule
-            self.weights.old.lerp_(old_policy_decay(step, flat, rate, maximum))
+            schedules = (self.args.old_policy_schedule, self.args.sampling_policy_schedule)
+            for shadow, schedule in zip((self.weights.old, self.weights.sampler), schedules, strict=True):
+                if shadow is not None and schedule is not None:
+                    shadow.lerp_(old_policy_decay(step, *schedule))
         self.times.end("optimizer")
         self.times.end("step")
         self._between_steps = True
@@ -371,7 +380,7 @@ class MarbleNFTTrainer(WithoutPredictions, ObservedTrainer):
             self.run_state.save(folder)
         # By the step: a failure may have come some micro-batches after it.
         if not self.layout.starts_generation_after(self.state.global_step):
-            self._batch.save(folder / self._batch_file())
+            self._batch.save(folder, self.args.process_index)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         folder = Path(resume_from_checkpoint)
@@ -384,10 +393,8 @@ class MarbleNFTTrainer(WithoutPredictions, ObservedTrainer):
         step = TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME)).global_step
         self._micro_step = step * self.layout.micro_batches_per_update
         if not self.layout.starts_generation_after(step):
-            self._stored_batch = StoredBatch.load(folder / self._batch_file(), self.args.device)
+            own = self.layout.own_samples(self.args.process_index)
+            self._stored_batch = StoredBatch.load(folder, own, self.layout.updates_per_pass, self.args.device)
 
     def _load_run_state(self, folder: Path) -> None:
         self.run_state.load(folder)
-
-    def _batch_file(self) -> str:
-        return f"generation_batch_{self.args.process_index}.safetensors"

@@ -7,7 +7,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ..checkpoint.run_state import load_state, save_state
+from ..checkpoint.division import BatchDivision
+from ..checkpoint.run_state import load_identity, load_state, save_state
 from ..nonfinite import refuse_nonfinite
 from ..pipelines import FlowPipeline, PolicyWeights
 from ..rewards import RewardScorer
@@ -41,6 +42,8 @@ class RunState:
             What later evaluations are compared with.
         identity (`dict[str, Any]`):
             What a run must share with a checkpoint that it resumes from, see [`describe_run`].
+        division ([`~trl_marble.checkpoint.division.BatchDivision`]):
+            How the run divides its batches.
     """
 
     def __init__(
@@ -51,8 +54,9 @@ class RunState:
         kl_control: Stateful | None,
         base_evaluations: Stateful,
         identity: dict[str, Any],
+        division: BatchDivision,
     ) -> None:
-        self.weights, self.identity = weights, identity
+        self.weights, self.identity, self.division = weights, identity, division
         components = {
             "balance": balance,
             "progress": progress,
@@ -65,12 +69,20 @@ class RunState:
     def save(self, folder: Path) -> None:
         """Write to a checkpoint folder."""
         states = {name: component.state_dict() for name, component in self.components.items()}
-        save_state(folder, {**self.weights.state_dict(), **states}, self.identity)
+        save_state(folder, {**self.weights.state_dict(), **states}, self.identity | self.division.to_json())
 
     def load(self, folder: Path) -> None:
-        """Take over what [`~RunState.save`] wrote, see [`~trl_marble.checkpoint.run_state.load_state`]."""
+        """
+        Take over what [`~RunState.save`] wrote, see [`~trl_marble.checkpoint.run_state.load_state`].
+
+        Raises:
+            `ValueError`: If it belongs to another run.
+        """
         groups = load_state(folder, self.identity)
-        self.weights.load_state_dict({kind: groups[kind] for kind in self.weights.state_dict()})
+        self.division.check_continues(BatchDivision.from_json(load_identity(folder)), folder)
+        # A checkpoint of a run that did not sample apart has no weights for it.
+        kinds = {kind: kind if kind in groups else "current" for kind in self.weights.state_dict()}
+        self.weights.load_state_dict({kind: groups[found] for kind, found in kinds.items()})
         for name, component in self.components.items():
             if name in groups:
                 component.load_state_dict(groups[name])
@@ -115,11 +127,4 @@ def describe_run(
         "rewards": scorer.names,
         "source_weights": source_weights,
         "lora": lora,
-        "world_size": args.world_size,
-        "generation_batch": [
-            args.per_device_train_batch_size,
-            args.gradient_accumulation_steps,
-            args.steps_per_generation,
-            args.num_iterations,
-        ],
     }

@@ -3,7 +3,7 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +17,7 @@ from ..progress import MakeBar
 from ..rollout import BatchLayout, Position, RolloutBatch
 from ..seeding import Draw, derive_seed
 from ..step_times import StepTimes
+from .group_table import GroupTable
 from .kl_control import KLControl
 from .micro_steps import draw_micro_steps
 from .nonfinite import NonFiniteGuard
@@ -45,6 +46,7 @@ class PolicyUpdate:
 
     ```python
     update.begin(step, batch, position)        # at the step's first micro-batch
+    update.join_groups()                       # and then, where processes may wait for each other
     loss = update.accumulate(batch, position)  # at each micro-batch
     update.finish()                            # after the last one: the direction is in `.grad`
     update.commit()                            # when the optimizer has taken it
@@ -70,6 +72,8 @@ class PolicyUpdate:
             Seed of the run.
         num_processes (`int`):
             Processes that share the work.
+        num_generations (`int`):
+            Samples of each prompt in a generation batch.
         metrics ([`~trl_marble.metrics.MetricBuffer`]):
             Where to record.
         make_bar (`Callable[[str, int], ProgressBar]`):
@@ -91,6 +95,7 @@ class PolicyUpdate:
         regularizer_fraction: float,
         seed: int,
         num_processes: int,
+        num_generations: int,
         metrics: MetricBuffer,
         make_bar: MakeBar,
         times: StepTimes,
@@ -98,12 +103,17 @@ class PolicyUpdate:
     ) -> None:
         self.loss, self.weights, self.gradient, self.guard = loss, weights, gradient, guard
         self.layout, self.grid, self.regularizer_fraction = layout, grid, regularizer_fraction
-        self.seed, self.num_processes = seed, num_processes
+        self.seed, self.num_processes, self.num_generations = seed, num_processes, num_generations
         self.metrics, self.make_bar, self.times, self.kl_control = metrics, make_bar, times, kl_control
+
+    @property
+    def compares_groups(self) -> bool:
+        """Whether the loss compares the samples of a prompt with each other."""
+        return "group" in self.loss.needs
 
     def begin(self, step: int, batch: RolloutBatch, position: Position) -> None:
         """
-        Start an optimizer step.
+        Start an optimizer step: with a pass without gradients where samples are compared and policies differ.
 
         Args:
             step (`int`):
@@ -133,8 +143,57 @@ class PolicyUpdate:
         self._num_regularized = samples * len(self._regularized)
         reads_old = "old" in self.loss.needs or self._penalties.old > 0
         self._old_differs = reads_old and not self.weights.are_on_policy()
+        self._groups: GroupTable | None = None
+        self._reads = self.loss.needs  # of policies that are not trained, in every micro-step
+        if self.compares_groups:
+            self._look_ahead(batch, position)
         self.guard.begin(step)
         self.gradient.begin(step, batch.counts[update], batch.active[update], num_micro_steps, batch.weighted_sum)
+
+    def _look_ahead(self, batch: RolloutBatch, position: Position) -> None:
+        """Compute what samples are compared with, those of this process, with the noise that they will have."""
+        first, number = position.micro_batch, self.layout.micro_batches_per_update
+        parts = [self.layout.samples_of(place) for place in range(first, first + number)]
+        own = slice(parts[0].start, parts[-1].stop)
+        differs = self._old_differs or "reference" in self._reads or "old" not in self._reads
+        found = [self._terms_of(batch, part, position) for part in parts] if differs else None
+        if differs:
+            self._reads = frozenset()  # they have been read
+        terms = None if found is None else torch.cat(found, dim=2)
+        self._own_group_rows = batch.sample_ids[own], batch.advantages[:, own], terms
+
+    @torch.no_grad()
+    def _terms_of(self, batch: RolloutBatch, part: slice, position: Position) -> Tensor:
+        """The terms of a micro-batch at each of its draws, `[T, N, B]`."""
+        conditioning = batch.conditioning.select(batch.prompt_index[part])
+        terms = []
+        with self.make_bar("look ahead", self.grid.per_sample) as bar:
+            for drawn in self._draws(batch, part, position):
+                frozen = self._frozen_velocities(drawn.x_t, drawn.t, conditioning, Penalties())
+                with self.times.measure("forward"):
+                    velocity = self.weights.detached_velocity(drawn.x_t, drawn.t, conditioning)
+                    terms.append(torch.stack(list(self.loss.terms(velocity, drawn, frozen))))
+                bar.update()
+        return torch.stack(terms)
+
+    def join_groups(self) -> None:
+        """Bring together what samples are compared with. All processes call it, after [`~PolicyUpdate.begin`]."""
+        if self.compares_groups:
+            accelerator = self.gradient.accelerator
+            self._groups = GroupTable.gather(*self._own_group_rows, self.num_generations, accelerator)
+
+    def _draws(self, batch: RolloutBatch, part: slice, position: Position) -> Iterator[Drawn]:
+        """The noisy inputs of a micro-batch: those of its samples, or of their prompts where these are compared."""
+        x0 = batch.latents[part].float()
+        if isinstance(self.loss, GRPOLoss) and batch.transitions is not None:
+            return self.loss.replay(x0, batch.transitions.select(part))
+        place_of_run = (position.generation, position.iteration)
+        draw = Draw.GROUP_NOISE if self.compares_groups else Draw.TRAINING_NOISE
+        numbers = batch.sample_ids[part] // (self.num_generations if self.compares_groups else 1)
+        generators = [
+            torch.Generator().manual_seed(derive_seed(self.seed, draw, *place_of_run, i)) for i in numbers.tolist()
+        ]
+        return self.loss.draw(x0, self.grid.times, self.grid.per_sample, generators)
 
     def accumulate(self, batch: RolloutBatch, position: Position) -> Tensor:
         """
@@ -150,31 +209,26 @@ class PolicyUpdate:
             `Tensor` of shape `[]`: The micro-batch's share of the step's loss, detached.
         """
         part, num_times = self.layout.samples_of(position.micro_batch), self.grid.per_sample
-        x0, sample_ids = batch.latents[part].float(), batch.sample_ids[part]
+        sample_ids = batch.sample_ids[part]
         conditioning = batch.conditioning.select(batch.prompt_index[part])
-        place_of_run = (position.generation, position.iteration)
-        generators = [
-            torch.Generator().manual_seed(derive_seed(self.seed, Draw.TRAINING_NOISE, *place_of_run, i))
-            for i in sample_ids.tolist()
-        ]
         prompts = batch.prompts_of(sample_ids)
-        loss = torch.zeros((), device=x0.device)
+        loss = torch.zeros((), device=batch.latents.device)
         first_place = position.micro_batch_of_update * num_times
         with self.make_bar("update", num_times) as bar:
-            if isinstance(self.loss, GRPOLoss) and batch.transitions is not None:
-                draws = self.loss.replay(x0, batch.transitions.select(part))
-            else:
-                draws = self.loss.draw(x0, self.grid.times, num_times, generators)
-            for place, drawn in enumerate(draws, start=first_place):
+            for place, drawn in enumerate(self._draws(batch, part, position), start=first_place):
+                groups = None if self._groups is None else self._groups.at(place - first_place, sample_ids)
                 penalties = self._penalties if place in self._regularized else Penalties()
                 frozen = self._frozen_velocities(drawn.x_t, drawn.t, conditioning, penalties)
                 with self.gradient.recording(place, batch.first_half[part]):
                     with self.times.measure("forward"):
                         velocity = self.weights.velocity(drawn.x_t, drawn.t, conditioning)
                         terms = self.loss.terms(velocity, drawn, frozen)
-                    self.guard.note(drawn.t, sample_ids, prompts, terms)
+                    compared = None if groups is None else groups.own()
+                    self.guard.note(drawn.t, sample_ids, prompts, [*terms, *([] if compared is None else compared)])
+                    counts = self._counts._replace(groups=groups)
                     with self.times.measure("backward"):
-                        loss += self._backward(velocity, terms, drawn, frozen, penalties, batch.advantages[:, part])
+                        own_advantages = batch.advantages[:, part]
+                        loss += self._backward(velocity, terms, drawn, frozen, penalties, own_advantages, counts)
                 bar.update()
         return loss
 
@@ -186,11 +240,12 @@ class PolicyUpdate:
         frozen: FrozenVelocities,
         penalties: Penalties,
         advantages: Tensor,
+        counts: StepCounts,
     ) -> Tensor:
         """The backward passes of one micro-step. Returns its share of the step's loss."""
-        coefficients = self.loss.coefficients(terms, advantages, self._counts)
+        coefficients = self.loss.coefficients(terms, advantages, counts)
         acting = terms[: len(coefficients)]
-        shared = self.loss.shared(velocity, terms, frozen, ~advantages.isnan().all(dim=0), self._counts)
+        shared = self.loss.shared(velocity, terms, frozen, ~advantages.isnan().all(dim=0), counts)
         kl = None if frozen.reference is None else mean_square_distance(velocity, frozen.reference)
         if kl is not None and drawn.kl_weight is not None:
             kl = drawn.kl_weight * kl
@@ -205,8 +260,10 @@ class PolicyUpdate:
             if kl is not None:
                 if self.kl_control is not None:
                     self._kls.append(kl.detach())
-                self.metrics.record("kl", finite_mean(kl))
-            num_rewards = (self._counts.valid > 0).sum().clamp(min=1)
+                # Not under one name: what watches a run takes `kl` for how far the policy has drifted.
+                name = "guided_kl" if self.weights.flow.guides_reference else "kl"
+                self.metrics.record(name, finite_mean(kl))
+            num_rewards = (counts.valid > 0).sum().clamp(min=1)
             total = torch.stack([(own * term).sum() for term, own in zip(acting, coefficients, strict=True)]).sum()
             return total / num_rewards if shared is None else total / num_rewards + shared.sum()
 
@@ -215,10 +272,10 @@ class PolicyUpdate:
     ) -> FrozenVelocities:
         """The velocities that a micro-step needs of policies that are not trained: before the trained policy's."""
         old = base = None
-        if self._old_differs and ("old" in self.loss.needs or penalties.old > 0):
+        if self._old_differs and ("old" in self._reads or penalties.old > 0):
             with self.times.measure("old"):
                 old = self.weights.old_velocity(x_t, t, conditioning)
-        if "reference" in self.loss.needs or penalties.reference > 0:
+        if "reference" in self._reads or penalties.reference > 0:
             with self.times.measure("reference"):
                 base = self.weights.base_velocity(x_t, t, conditioning)
         return FrozenVelocities(old, base)

@@ -53,12 +53,15 @@ class BalanceSettings:
             Fraction of a step's micro-steps that a solution is taken from, in (0, 1].
         names (`list[str]`):
             Of the rewards.
+        priorities (`Tensor` of shape `[K]`, *optional*):
+            Of the rewards, see [`~trl_marble.balance.harmonize`]. Defaults to equal ones.
     """
 
     schedule: BalanceSchedule
     weighting: Weighting
     fraction: float
     names: list[str]
+    priorities: Tensor | None = None
 
 
 class StepGradient:
@@ -147,12 +150,14 @@ class StepGradient:
         self._solves = False
         device = self.accelerator.device
         if self.balance is None:
-            self._weights: Tensor | None = torch.ones(1, device=device)
+            self._weights: Tensor | None = torch.ones(1)
+            self._mixing: Tensor | None = self._weights.to(device)  # the same, where the losses are
             return
         schedule = self.balance.schedule
         due = schedule.is_due(step, active)
         self._solves = due and (self.balance.fraction == 1 or not schedule.knows(active))
-        self._weights = None if self._solves else schedule.weights(active).to(device, torch.float32)
+        self._weights = None if self._solves else schedule.weights(active).float()
+        self._mixing = None if self._weights is None else self._weights.to(device)
         if due:
             self._measured = self._draw_measured(step, num_micro_steps)
             number = len(self.balance.names) * (2 if self.has_halves else 1)
@@ -217,9 +222,9 @@ class StepGradient:
                 objectives.append(Objective(shared, _with_shared(torch.zeros_like(coefficients[0]), 1)))
             self._recorder.backward(objectives)
             return
-        assert self._weights is not None  # only a step that solves has none, and it measures every micro-step
+        assert self._mixing is not None  # only a step that solves has none, and it measures every micro-step
         # With the weights known, sum_k w_k L_k is one loss with mixed coefficients: exact, and one backward pass.
-        mixed = [self._weights.to(own) @ own * term for term, own in zip(terms, coefficients, strict=True)]
+        mixed = [self._mixing.to(own) @ own * term for term, own in zip(terms, coefficients, strict=True)]
         total = torch.stack(mixed).sum(dim=0).sum()
         if shared is not None:
             total = total + shared.sum()
@@ -262,7 +267,7 @@ class StepGradient:
             weightings = [copy.deepcopy(self.balance.weighting) for _ in range(2 if self._solves else 0)]
             gradients, second = gradients.chunk(2)
             gradients += second  # in place: rows are large
-        gram = gram_matrix(gradients)
+        gram = gram_matrix(gradients).cpu()  # small, and every look at it on a device would be waited for
         if not self.guard.check_rewards(self.balance.names, gram.diagonal()):
             drop_gradients(self.parameters)
             self._record_balance(None)
@@ -277,7 +282,8 @@ class StepGradient:
             self._record_halves(halves.cpu(), weightings)
 
     def _solve(self, gram: Tensor, active: Tensor, weighting: Weighting) -> Harmonization:
-        return harmonize(gram, weighting, active)
+        assert self.balance is not None
+        return harmonize(gram, weighting, active, self.balance.priorities)
 
     def _record_balance(self, solution: Harmonization | None) -> None:
         """Record a measured step; NaN where it was not finite, as every step records the same metrics."""

@@ -15,7 +15,7 @@ from trl_marble.evaluation.records import write_atomically
 from trl_marble.evaluation.results import to_json
 
 from .long_pictures import plot_steps
-from .methods import LONG_BASES, LONG_STRENGTHS, RECIPE, REWARDS, SPECIALISTS, find_method
+from .methods import LONG_BASES, LONG_MAIN, LONG_STRENGTHS, RECIPE, REWARDS, SPECIALISTS, find_method
 from .runs import MAIN, TUNING, Run, Scale, base_run, load_report, load_scores
 from .statistics import Estimate, mean_over_seeds
 from .tables import ABSENT, estimate_text, table
@@ -45,8 +45,6 @@ class LongResult:
             Of each seed: diversity within prompts divided by the base's.
         histories (`list[list[dict]]`):
             The logs.
-        cpu_seconds (`list[float]`):
-            Of each seed, with its evaluations.
     """
 
     entry: str
@@ -55,7 +53,6 @@ class LongResult:
     ends: list[GainPoint]
     diversity: list[float]
     histories: list[list[dict[str, Any]]]
-    cpu_seconds: list[float]
 
     @property
     def label(self) -> str:
@@ -157,7 +154,6 @@ def collect_long(runs: Sequence[Run], phase: str, scale: Scale, output_dir: Path
             ends=ends,
             diversity=[after.diversity()[0] / before.diversity()[0] for after in scores],
             histories=[report["history"] for report in reports],
-            cpu_seconds=[report["cpu_seconds"] for report in reports],
         )
     return results
 
@@ -195,6 +191,9 @@ def write_long_report(runs: Sequence[Run], scale: Scale, output_dir: Path) -> Pa
         beside = beside_recipe_table(results)
         if beside:
             parts += ["### At equal KL and equal steps\n", _BESIDE, beside]
+        bounds = bounds_table(results)
+        if bounds:
+            parts += ["### Shares of bounds\n", _BOUNDS, bounds]
         cosines = cosine_table(results)
         if cosines:
             parts += ["### Cosines\n", _COSINES, cosines]
@@ -227,6 +226,11 @@ _BESIDE = (
     "KL between two strengths of a method, seed by seed; a method with one strength as it is. Then the difference "
     "from the recipe with the same seed. Outside: seeds whose KL does not lie between the strengths.\n"
 )
+_BOUNDS = (
+    "What each reward gained, as a share of what it gains when it is trained alone, at the KL where the method ended, "
+    "the most of the strengths that were run. Of the evaluations on the way (8 images a prompt), linear in KL between "
+    "two of them, mean over seeds.\n"
+)
 _COSINES = (
     "Mean over steps of the cosine between the update and each reward's gradient: on the prompts that the update was "
     "computed from / between the update of one half of the prompts and the gradient of the other half, ± standard "
@@ -236,11 +240,11 @@ _COSINES = (
 
 def end_table(results: Mapping[str, LongResult]) -> str:
     """Where the runs ended."""
-    header = ["", "seeds", "KL", *REWARDS, "worst", "mean", "joint", "lowest", "since", "diversity", "bound", "CPU"]
+    header = ["", "seeds", "KL", *REWARDS, "worst", "mean", "joint", "lowest", "since", "diversity", "bound"]
     rows = []
-    cheapest = min(np.mean(own.cpu_seconds) for own in results.values())
     for result in results.values():
-        worst = _worst_fraction(result, results)
+        shares = shares_of_bounds(result, results)
+        worst = None if shares is None else min(shares.items(), key=lambda item: item[1])
         gain, name, step = result.lowest
         rise = result.least_rise
         rows.append(
@@ -261,27 +265,36 @@ def end_table(results: Mapping[str, LongResult]) -> str:
                 ABSENT if rise is None else f"{rise[0]:+.2f} ({rise[1]})",
                 f"{np.mean(result.diversity):.2f}",
                 ABSENT if worst is None else f"{worst[1]:.2f} ({worst[0]})",
-                f"{np.mean(result.cpu_seconds) / cheapest:.2f}x",
             ]
         )
     return table(header, rows)
 
 
-def _worst_fraction(result: LongResult, results: Mapping[str, LongResult]) -> tuple[str, float] | None:
+def shares_of_bounds(result: LongResult, results: Mapping[str, LongResult]) -> dict[str, float] | None:
     """
-    The reward with the lowest share of its bound, and that share; `None` while a bound is not known. A bound is what a
-    run on this reward alone had when its policy was as far from the base, or at its end if it never was.
+    How much of its bound each reward gained; `None` while a bound is not known. A bound is the most that a run on this
+    reward alone had when its policy was as far from the base, or at its end if it never was.
     """
-    _, _, strength = result.entry.partition("@")
     end = result.mean_curve[-1]
-    fractions = {}
+    shares = {}
     for name in find_method(result.entry).rewards:
-        alone = results.get(f"{SPECIALISTS[name]}@{strength}")
-        if alone is None or alone is result:
+        alone = [own for entry, own in results.items() if entry.startswith(f"{SPECIALISTS[name]}@")]
+        if not alone or result in alone:
             return None
-        bound = gains_at_kl(alone.mean_curve, end.kl[0]) or alone.mean_curve[-1]
-        fractions[name] = end.gains[name][0] / bound.gains[name][0]
-    return min(fractions.items(), key=lambda item: item[1])
+        bounds = [gains_at_kl(own.mean_curve, end.kl[0]) or own.mean_curve[-1] for own in alone]
+        shares[name] = end.gains[name][0] / max(bound.gains[name][0] for bound in bounds)
+    return shares
+
+
+def bounds_table(results: Mapping[str, LongResult]) -> str:
+    """How much of its bound each reward gained, for the methods with all rewards; empty while a bound is not known."""
+    rows = [
+        [result.label, *(f"{shares[name]:.2f}" for name in REWARDS)]
+        for result in results.values()
+        for shares in [shares_of_bounds(result, results)]
+        if shares is not None
+    ]
+    return table(["", *REWARDS], rows) if rows else ""
 
 
 def equal_kl_table(results: Mapping[str, LongResult]) -> str:
@@ -308,9 +321,8 @@ def beside_recipe_table(results: Mapping[str, LongResult]) -> str:
     """
     recipe = results.get(RECIPE)
     rows = []
-    for method in LONG_STRENGTHS:
-        own = [result for entry, result in results.items() if entry.partition("@")[0] == method]
-        if recipe is None or not own or recipe in own:
+    for label, own in _comparable(results).items():
+        if recipe is None or recipe in own:
             continue
         seeds = [seed for seed in recipe.seeds if all(seed in result.seeds for result in own)]
         pairs = [(_end_at_kl(own, seed, recipe.end_of(seed).kl[0]), recipe.end_of(seed)) for seed in seeds]
@@ -321,10 +333,29 @@ def beside_recipe_table(results: Mapping[str, LongResult]) -> str:
         columns = [*others.T[1:], *(ours - others[:, 1:]).T]
         cells = [estimate_text(mean_over_seeds(column), digits=2) for column in columns]
         outside = f" ({len(seeds) - len(found)} outside)" if len(found) < len(seeds) else ""
-        label = f"{LONG_BASES[method].label}, beta {' to '.join(result.entry.partition('@')[2] for result in own)}"
         rows.append([label, f"{len(found)}{outside}", f"{others[:, 0].mean():.3f}", *cells])
     header = ["", "seeds", "KL", "worst", "mean", "worst of the recipe, minus this", "mean of the recipe, minus this"]
     return table(header, rows) if rows else ""
+
+
+def _comparable(results: Mapping[str, LongResult]) -> dict[str, list[LongResult]]:
+    """
+    What stands in a row beside the recipe, by its label: the strengths of a method that are run for it, and each other
+    entry with all rewards and a limit to its drift.
+    """
+    rows: dict[str, list[LongResult]] = {}
+    for method, strengths in LONG_STRENGTHS.items():
+        own = [results[f"{method}@{strength}"] for strength in strengths if f"{method}@{strength}" in results]
+        if len(own) > 1:
+            betas = " to ".join(result.entry.partition("@")[2] for result in own)
+            rows[f"{LONG_BASES[method].label}, beta {betas}"] = own
+        elif own:
+            rows[own[0].label] = own
+    for entry, result in results.items():
+        limited = entry.partition("@")[2] != "0"
+        if entry not in LONG_MAIN and limited and len(find_method(entry).rewards) == len(REWARDS):
+            rows[result.label] = [result]
+    return rows
 
 
 def _end_at_kl(results: Sequence[LongResult], seed: int, kl: float) -> tuple[float, float, float] | None:
@@ -365,7 +396,6 @@ def _as_json(result: LongResult) -> dict[str, Any]:
         "lowest": {"gain": gain, "reward": name, "step": step},
         "least_rise": result.least_rise,
         "diversity": result.diversity,
-        "cpu_seconds": result.cpu_seconds,
         "cosines": {
             key: own and {name: estimate._asdict() for name, estimate in own.items()}
             for key in ("balance/cos", "balance/heldout_cos", "balance/signal")

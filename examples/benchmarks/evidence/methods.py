@@ -302,6 +302,8 @@ LONG_MAIN = tuple(f"{method}@{beta}" for method, strengths in LONG_STRENGTHS.ite
 # With the first seed only: what each reward reaches alone, a reward's scale that is off, and no limit at all.
 LONG_ONCE = (
     *(f"{method}@0.1" for method in SPECIALISTS.values()),
+    # Which drift twice as far as the recipe with that.
+    *(f"{SPECIALISTS[name]}@0.2" for name in ("centring", "calm")),
     *(f"{method}@0.1" for method in LONG_BASES if method.startswith("weighted_sum_x")),
     "progress@0.1",
     "equal@0.1",
