@@ -9,9 +9,11 @@ import torch
 from trl_marble.pipelines import Conditioning
 from trl_marble.rollout import RolloutBatch, StoredBatch, steps_of_samples, training_order
 from trl_marble.rollout.batch import digest_of
+from trl_marble.sde import Transitions
 
 
 NUMBER, UPDATES, SEED = 24, 2, 3
+TIMES = torch.tensor([1.0, 0.9, 0.6, 0.3, 0.0])
 PROMPTS = [f"prompt {i // 4}" for i in range(NUMBER)]
 
 
@@ -22,8 +24,13 @@ def encode(prompts, images):
     return Conditioning({"embeds": torch.tensor([float(prompt.split()[1]) for prompt in different])}), index
 
 
-def parts(processes: int) -> list[RolloutBatch]:
-    """What each of some processes has of one and the same generation batch."""
+def points_of(ids: torch.Tensor) -> torch.Tensor:
+    """What samples went through in two steps of their rollout."""
+    return ids.view(-1, 1, 1) + torch.tensor([0.0, 0.25, 0.5]).view(1, 3, 1) + torch.zeros(1, 1, 2)
+
+
+def parts(processes: int, with_steps: bool = False) -> list[RolloutBatch]:
+    """What each of some processes has of one and the same generation batch, with steps of rollouts or without."""
     share = NUMBER // processes
     batches = []
     for process in range(processes):
@@ -44,6 +51,7 @@ def parts(processes: int) -> list[RolloutBatch]:
             active=torch.ones(UPDATES, 2, 2, dtype=torch.bool),
             scored=torch.tensor([12, 11]),
             weighted_sum=torch.tensor([0.5, 2.0]),
+            transitions=Transitions(points_of(ids), TIMES, 1) if with_steps else None,
         )
         batches.append(batch)
     return batches
@@ -60,10 +68,11 @@ def restore(folder, process: int, processes: int, prompts: list[str] = PROMPTS) 
     return stored.with_rows(prompts[stored.covered.start : stored.covered.stop], None, encode)
 
 
+@pytest.mark.parametrize("with_steps", [False, True])
 @pytest.mark.parametrize("saving", [1, 2, 3, 4, 12])
 @pytest.mark.parametrize("reading", [1, 2, 3, 4, 12])
-def test_every_sample_is_found_in_its_step(tmp_path, saving, reading) -> None:
-    for process, batch in enumerate(parts(saving)):
+def test_every_sample_is_found_in_its_step(tmp_path, saving, reading, with_steps) -> None:
+    for process, batch in enumerate(parts(saving, with_steps)):
         batch.save(tmp_path, process)
     steps = steps_of_samples(NUMBER, UPDATES, SEED)
     seen: list[int] = []
@@ -84,6 +93,11 @@ def test_every_sample_is_found_in_its_step(tmp_path, saving, reading) -> None:
             for field in dataclasses.fields(RolloutBatch):
                 value = getattr(expected, field.name)
                 assert not torch.is_tensor(value) or getattr(found, field.name).equal(value), field.name
+        if with_steps:
+            assert found.transitions is not None and found.transitions.points.equal(points_of(ids))
+            assert found.transitions.times.equal(TIMES) and found.transitions.begin == 1
+        else:
+            assert found.transitions is None
         seen += ids.tolist()
     assert sorted(seen) == list(range(NUMBER))
 

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import scenarios
@@ -29,6 +30,15 @@ WHOLE = {
 }
 SAVED = {**WHOLE, "save_strategy": "steps", "save_steps": 1}
 HALVES = {"per_device_train_batch_size": 3}
+DIVIDED = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 3, "steps_per_generation": 6}
+# A generation batch that has steps of rollouts beside its images.
+GRPO = {
+    **WHOLE,
+    "policy_loss": "grpo",
+    "grpo_clip_range": 0.1,  # far from all ratios: rounding must not decide which samples are clipped
+    "timestep_fraction": 0.99,
+    "num_inference_steps": 3,
+}
 STEPS = (1, 3, 4)
 
 
@@ -64,11 +74,50 @@ def assert_logs_alike(found: Path, whole: Path) -> None:
 
 @pytest.mark.parametrize("step", [1, *(pytest.param(step, marks=pytest.mark.slow) for step in (3, 4))])
 def test_smaller_micro_batches_go_on_with_the_run(one, step) -> None:
-    divided = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 3, "steps_per_generation": 6}
     folder = one / f"divided after {step}"
-    scenarios.run_scenario(folder, resume=f"one/out/checkpoint-{step}", **WHOLE | divided)
+    scenarios.run_scenario(folder, resume=f"one/out/checkpoint-{step}", **WHOLE | DIVIDED)
     assert_ends_like(load_file(folder / "rank0.safetensors"), load_file(one / "one" / "rank0.safetensors"), step)
     assert_logs_alike(folder, one / "one")
+
+
+@pytest.fixture(scope="module")
+def grpo(tmp_path_factory) -> Path:
+    """The folder of an uninterrupted run of one process on steps of rollouts."""
+    folder = tmp_path_factory.mktemp("grpo")
+    scenarios.run_scenario(folder / "one", **GRPO, save_strategy="steps", save_steps=1)
+    return folder
+
+
+@pytest.mark.parametrize("step", [1, pytest.param(3, marks=pytest.mark.slow)])
+def test_steps_of_rollouts_are_gone_on_with_in_smaller_micro_batches(grpo, step) -> None:
+    folder = grpo / f"divided after {step}"
+    scenarios.run_scenario(folder, resume=f"one/out/checkpoint-{step}", **GRPO | DIVIDED)
+    assert_ends_like(load_file(folder / "rank0.safetensors"), load_file(grpo / "one" / "rank0.safetensors"), step)
+    assert_logs_alike(folder, grpo / "one")
+
+
+@pytest.mark.slow
+def test_steps_of_rollouts_are_divided_among_two_processes(grpo) -> None:
+    run = on_two_processes(
+        grpo, {f"two after {n}": {**GRPO, **HALVES, "resume": f"one/out/checkpoint-{n}"} for n in (1, 3)}
+    )
+    assert run.returncode == 0, run.stderr[-5000:]
+    for step in (1, 3):
+        found = load_file(grpo / f"two after {step}" / "rank0.safetensors")
+        assert_ends_like(found, load_file(grpo / "one" / "rank0.safetensors"), step)
+        assert_logs_alike(grpo / f"two after {step}", grpo / "one")
+
+
+def on_two_processes(folder: Path, given: dict[str, dict[str, Any]]) -> subprocess.CompletedProcess[str]:
+    """Scenarios on two processes, one after the other."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    return subprocess.run(
+        [*launcher, scenarios.__file__, str(folder), json.dumps(given)],
+        timeout=400,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
 
 
 @pytest.fixture(scope="module")
@@ -77,14 +126,7 @@ def two(one) -> Path:
     given = {f"two after {step} on one": {**WHOLE, **HALVES, "resume": f"one/out/checkpoint-{step}"} for step in STEPS}
     given |= {"two": {**SAVED, **HALVES}}
     given["two after 3 on one"] |= {"save_strategy": "steps", "save_steps": 4}
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    run = subprocess.run(
-        [*launcher, scenarios.__file__, str(one), json.dumps(given)],
-        timeout=400,
-        capture_output=True,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
+    run = on_two_processes(one, given)
     assert run.returncode == 0, run.stderr[-5000:]
     assert "Resuming from" in run.stderr and "num_processes 1 -> 2" in run.stderr
     return one
