@@ -91,7 +91,7 @@ def drawn_by(trainer):
     class Noting(type(trainer.policy_loss)):
         def draw(self, *args):
             for drawn in draw(*args):
-                noted.append(drawn)
+                noted.append(drawn[:4])
                 yield drawn
 
     trainer.update.loss = Noting(**vars(trainer.policy_loss))
