@@ -65,6 +65,7 @@ EQUAL = {
         "policy_loss": "dgpo",
         "old_policy_preset": 3,
         "dgpo_clip_range": 10.0,  # what is at the clip would be on either side of it by a rounding
+        "dgpo_beta": 10.0,  # which multiplies what is rounded
         "per_device_train_batch_size": 3,
         "gradient_accumulation_steps": 2,
         "prompts": [*scenarios.PROMPTS, "sea"],
