@@ -477,7 +477,7 @@ def test_every_thread_has_the_trainers_device(scorer, monkeypatch) -> None:
         return await asyncio.to_thread(ok, images)
 
     made = scorer(ok, later)
-    made.to(torch.device("cuda", 1), torch.float32)
+    made.to(torch.device("xpu", 1), torch.float32)
     assert score(made).tolist() == [[0, 0], [0, 0]]
     assert chosen == {"reward-ok": 1, "async-rewards": 1, "async-rewards-thread": 1}
     made.close()
@@ -485,6 +485,23 @@ def test_every_thread_has_the_trainers_device(scorer, monkeypatch) -> None:
     made.to(torch.device("cpu"), torch.float32)
     score(made)
     assert not chosen
+
+
+def test_a_device_that_a_thread_cannot_use_is_an_error_of_its_reward(scorer, monkeypatch) -> None:
+    """It is no silent end of the thread, which would be waited for without end."""
+
+    def refuse(index):
+        raise RuntimeError("out of memory on device 1")
+
+    monkeypatch.setattr(torch.accelerator, "set_device_index", refuse)
+
+    async def later(images, **kwargs):
+        return ok(images)
+
+    made = scorer(ok, later)
+    made.to(torch.device("xpu", 1), torch.float32)
+    errors = made.collect(made.submit(IMAGES, PROMPTS, {}, None)).errors
+    assert len(errors) == 2 and all("out of memory on device 1" in str(error) for error in errors)
 
 
 HANGING = """

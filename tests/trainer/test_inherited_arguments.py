@@ -62,7 +62,8 @@ def test_an_argument_without_effect_is_refused_with_its_value_and_a_reason(name)
 def test_the_defaults_and_copies_of_them_are_accepted() -> None:
     defaults = {f.name: f.default for f in dataclasses.fields(TrainingArguments) if f.name in REFUSED}
     given = {name: value for name, value in defaults.items() if value is not dataclasses.MISSING}
-    given |= {"dataloader_pin_memory": False, "remove_unused_columns": False}  # whose defaults are our own
+    own = ("dataloader_pin_memory", "remove_unused_columns", "logging_nan_inf_filter")
+    given |= dict.fromkeys(own, False)  # whose defaults are our own
     args = config(**given)
     assert dataclasses.replace(args, seed=3).seed == 3
 

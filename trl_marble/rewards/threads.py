@@ -46,7 +46,7 @@ class Worker:
     def __init__(self, name: str, device: torch.device) -> None:
         self._calls: queue.SimpleQueue[tuple[Future, Callable[[], Any]] | None] = queue.SimpleQueue()
         self._unfinished: set[Future] = set()
-        self._device = device
+        self._device = _DeviceOfThread(device)
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
         _started.add(self)
@@ -72,14 +72,14 @@ class Worker:
             self._thread.join()
 
     def _run(self) -> None:
-        use_device(self._device)
         while (entry := self._calls.get()) is not None:
             future, call = entry
             if not future.set_running_or_notify_cancel():
                 continue
             try:
+                self._device.use()
                 result = call()
-                finish_stream(self._device)
+                self._device.finish()
                 future.set_result(result)
                 del result
             except BaseException as error:
@@ -99,7 +99,7 @@ class EventLoopThread:
     """
 
     def __init__(self, name: str, device: torch.device) -> None:
-        self._device = device
+        self._device = _DeviceOfThread(device)
         self._loop = asyncio.new_event_loop()
         self._executor = _DaemonExecutor(device)
         self._loop.set_default_executor(self._executor)
@@ -127,7 +127,6 @@ class EventLoopThread:
             self._loop.close()  # also closes its executor
 
     def _run(self) -> None:
-        use_device(self._device)
         self._loop.run_forever()
 
 
@@ -153,13 +152,14 @@ class _DaemonExecutor(ThreadPoolExecutor):
             self._calls.put(None)
 
     def _work(self) -> None:
-        use_device(self._device)
+        device = _DeviceOfThread(self._device)
         while (entry := self._calls.get()) is not None:
             future, call = entry
             if future.set_running_or_notify_cancel():
                 try:
+                    device.use()
                     result = call()
-                    finish_stream(self._device)
+                    device.finish()
                     future.set_result(result)
                     del result
                 except BaseException as error:
@@ -185,27 +185,44 @@ def wait_until(futures: Sequence[Future], deadline: float | None, return_when: s
             return
 
 
-def use_device(device: torch.device) -> None:
+class _DeviceOfThread:
     """
-    Set the current device of this thread, which by default is the first of its type, and on CUDA a new stream of it.
+    The device that one thread computes on. It is set by the thread's first call, so that an error is that call's.
+
+    Args:
+        device (`torch.device`):
+            The device.
     """
-    if device.index is not None and device.type not in ("cpu", "meta"):
-        torch.accelerator.set_device_index(device.index)
-    if device.type == "cuda":
-        stream = torch.cuda.Stream(device)
-        stream.wait_stream(torch.cuda.default_stream(device))  # on which a reward may have been made
-        torch.cuda.set_stream(stream)
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._is_used = False
+
+    def use(self) -> None:
+        """
+        Make it the current device of this thread, which by default is the first of its type, and on CUDA begin a new
+        stream.
+        """
+        if self._is_used:
+            return
+        if self._device.index is not None and self._device.type not in ("cpu", "meta"):
+            torch.accelerator.set_device_index(self._device.index)
+        if self._device.type == "cuda":
+            stream = torch.cuda.Stream(self._device)
+            stream.wait_stream(torch.cuda.default_stream(self._device))  # on which a reward may have been made
+            torch.cuda.set_stream(stream)
+        self._is_used = True
+
+    def finish(self) -> None:
+        """Wait, on this thread alone, for what it has computed: another thread, on another stream, may read it."""
+        if self._device.type == "cuda":
+            torch.cuda.current_stream(self._device).synchronize()
 
 
-def finish_stream(device: torch.device) -> None:
-    """Wait, on this thread alone, for what it has computed: another thread, on another stream, may read it."""
-    if device.type == "cuda":
-        torch.cuda.current_stream(device).synchronize()
-
-
-async def _await(call: Callable[[], Awaitable[Any]], device: torch.device) -> Any:
+async def _await(call: Callable[[], Awaitable[Any]], device: _DeviceOfThread) -> Any:
+    device.use()
     result = await call()
-    finish_stream(device)
+    device.finish()
     return result
 
 

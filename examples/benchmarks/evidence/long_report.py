@@ -197,9 +197,12 @@ def write_long_report(runs: Sequence[Run], scale: Scale, output_dir: Path) -> Pa
         cosines = cosine_table(results)
         if cosines:
             parts += ["### Cosines\n", _COSINES, cosines]
-        several = {name: own for name, own in results.items() if len(find_method(name).rewards) > 1}
-        if several:
-            curves = {own.label: own.mean_curve for own in several.values()}
+        # One without a limit to its drift would press the others into a corner.
+        compared = [own for own_results in _comparable(results).values() for own in own_results]
+        if phase == MAIN:
+            compared = [own for own in compared if own.entry in LONG_MAIN]
+        if compared:
+            curves = {own.label: own.mean_curve for own in compared}
             plot_gains(curves, folder / f"{phase}_gain_against_kl.png", EQUAL_KL)
             plot_steps(curves, folder / f"{phase}_steps.png")
             parts.append(f"![Gains against the KL to the base]({phase}_gain_against_kl.png)\n")
