@@ -111,6 +111,8 @@ def test_every_part_of_the_accelerator_config_is_known(settings) -> None:
         ({"optim": "lomo"}, "`optim='lomo'` is not supported: it takes its steps"),
         ({"optim": "schedule_free_adamw"}, "`weight_ema_decay`"),
         ({"activation_checkpointing_kwargs": {"a": 1}}, "set `activation_checkpointing=True`"),
+        ({"activation_checkpointing_kwargs": "a"}, "is 'a'; pass a mapping"),
+        ({"lr_scheduler_kwargs": "num_cycles"}, "is 'num_cycles'; pass a mapping"),
         ({"report_to": "no"}, "`report_to` is 'no'.*'none'"),
         ({"dataloader_num_workers": 2}, "`dataloader_num_workers=2` is not supported: a batch holds row numbers only"),
         ({"hub_strategy": "end"}, "`hub_strategy='end'` has no effect with `push_to_hub=False`"),

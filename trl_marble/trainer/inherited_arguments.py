@@ -3,6 +3,7 @@
 
 import inspect
 import math
+from collections.abc import Mapping
 from numbers import Integral
 from typing import Any, NamedTuple
 
@@ -172,6 +173,9 @@ def check_combinations(args: Any) -> None:
         `ValueError`: With the values, the reason, and what to use instead.
     """
     _check_ranges(args)
+    for name in ("activation_checkpointing_kwargs", "lr_scheduler_kwargs"):
+        if (value := getattr(args, name)) is not None and not isinstance(value, Mapping):
+            raise ValueError(f"`{name}` is {value!r}; pass a mapping of names to values, in JSON on the command line.")
     if "no" in args.report_to:
         raise ValueError("`report_to` is 'no', which is no tracker; set `report_to='none'` to report to none.")
     _check_optimizer(args)
