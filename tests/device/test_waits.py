@@ -13,7 +13,7 @@ from trl_marble.nonfinite import refuse_nonfinite
 from trl_marble.pipelines import WeightShadow
 from trl_marble.pipelines.offloading import _way_back
 from trl_marble.rewards.threads import EventLoopThread, Worker
-from trl_marble.rollout.batch import _OF_ALL_PROCESSES, _ON_CPU, StoredBatch
+from trl_marble.rollout.batch import _FIELDS, _ON_CPU, StoredBatch
 
 
 CUDA = torch.device("cuda", 1)
@@ -79,8 +79,7 @@ def test_a_component_comes_back_without_a_copy():
 
 def test_a_stored_batch_keeps_on_the_cpu_what_the_program_looks_at(tmp_path):
     of_samples = {"sample_ids": torch.arange(2), "latents": torch.zeros(2, 1), "first_half": torch.zeros(2)}
-    shared = {name: torch.zeros(2) for name in _OF_ALL_PROCESSES}
-    tensors = of_samples | shared | {"advantages": torch.zeros(1, 2)}
+    tensors = {name: torch.zeros(1, 2) for name in _FIELDS} | of_samples
     save_file(tensors, tmp_path / "generation_batch_0.safetensors", metadata={"rows": "a"})
     stored = StoredBatch.load(tmp_path, range(2), num_updates=1, device=torch.device("meta"))
     assert {name for name, tensor in stored.tensors.items() if tensor.device.type == "cpu"} == _ON_CPU

@@ -134,7 +134,7 @@ def test_direction_is_that_of_autograd_on_the_formulas(monkeypatch, make_trainer
             per_call = len(conditionings) // len(calls)  # old, base and trained velocities of the same inputs
             given = conditionings[::per_call]
             losses = [0.0, 0.0, 0.0]
-            for ((x_t, t, x0, _), advantages), conditioning in zip(list(calls), given, strict=True):
+            for ((x_t, t, x0, *_), advantages), conditioning in zip(list(calls), given, strict=True):
                 with torch.no_grad(), trainer.weights.old.swapped_in():
                     old = trainer.model(x_t, t, conditioning)
                 with torch.no_grad():

@@ -42,7 +42,7 @@ class SDESolver:
     begins there, and so the probability of a step must be that of going there.
 
     Args:
-        solver ([`~diffusers.FlowMatchEulerDiscreteScheduler`]):
+        solver (`diffusers.FlowMatchEulerDiscreteScheduler`):
             A scheduler that is used for one call of a pipeline, changed in place.
         window ([`~trl_marble.sde.SDEWindow`]):
             The steps that add noise.
