@@ -71,7 +71,7 @@ SETTINGS = {
     "num_inference_steps": 2,
     "max_sequence_length": 16,
     "max_steps": 4,
-    # Plain gradient descent: Adam's first step makes a whole one of what is rounding in a gradient.
+    # Plain gradient descent: Adam's first step has full size even where a gradient is only a rounding error.
     "optim": "sgd",
     "learning_rate": 10.0,
     "max_grad_norm": 0.0,

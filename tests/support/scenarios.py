@@ -30,7 +30,7 @@ SETTINGS = {
     "num_generations": 4,
     "max_steps": 3,
     "balance_every": 1,
-    # Plain gradient descent: Adam's first step makes a whole one of what is rounding in a gradient.
+    # Plain gradient descent: Adam's first step has full size even where a gradient is only a rounding error.
     "optim": "sgd",
     "learning_rate": 10.0,
     "max_grad_norm": 0.0,

@@ -1,18 +1,17 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
 """Flow matching weighted by advantages ([AWM](https://huggingface.co/papers/2509.25050))."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from .forward_process import (
+    OnNoisedSamples,
     at_least_float32,
     divide_by_counts,
     mean_square_distance,
-    noise_samples,
 )
 from .policy_loss import Drawn, FrozenVelocities, Penalties, StepCounts
 
@@ -21,7 +20,7 @@ AWMWeighting = Literal["ghuber", "huber", "t", "t2", "uniform"]
 
 
 @dataclass(frozen=True)
-class AWMLoss:
+class AWMLoss(OnNoisedSamples):
     """
     AWM's loss, one per reward. The matching error `mse_i = mean((v_i - (noise_i - x0_i))^2)` stands for the log
     likelihood of a sample, `log p_i = -w(t_i, mse_i)`, and
@@ -72,11 +71,6 @@ class AWMLoss:
     def samples_with_old(self) -> bool:
         return self.awm_off_policy
 
-    def draw(
-        self, x0: Tensor, times: Tensor, num_times: int, generators: Sequence[torch.Generator]
-    ) -> Iterator[Drawn]:
-        return noise_samples(x0, times, num_times, generators)
-
     def terms(self, velocity: Tensor, drawn: Drawn, frozen: FrozenVelocities) -> Sequence[Tensor]:
         log_p = self._log_likelihood(velocity, drawn)
         if not self.awm_off_policy or frozen.old is None:
@@ -92,16 +86,6 @@ class AWMLoss:
         # The larger of both is the one without the clip, whose gradient with respect to log p is -A ratio.
         follows = values * ratio <= values * clipped
         return (-share * values * ratio * follows,)
-
-    def shared(
-        self,
-        velocity: Tensor,
-        terms: Sequence[Tensor],
-        frozen: FrozenVelocities,
-        scored: Tensor,
-        counts: StepCounts,
-    ) -> Tensor | None:
-        return None  # its trust region is a penalty
 
     def _log_likelihood(self, velocity: Tensor, drawn: Drawn) -> Tensor:
         target = at_least_float32(drawn.noise) - at_least_float32(drawn.x0)

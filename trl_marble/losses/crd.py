@@ -1,7 +1,7 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
 """Centered reward distillation ([CRD](https://huggingface.co/papers/2603.14128))."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from .forward_process import at_least_float32, divide_by_counts, mean_square_distance, noise_samples
+from .forward_process import OnNoisedSamples, at_least_float32, divide_by_counts, mean_square_distance
 from .groups import Groups, group_mean
 from .nft import MIN_ADAPTIVE_WEIGHT
 from .policy_loss import Drawn, FrozenVelocities, Penalties, StepCounts
@@ -19,7 +19,7 @@ CRDObjective = Literal["mse", "bce"]
 
 
 @dataclass(frozen=True)
-class CRDLoss:
+class CRDLoss(OnNoisedSamples):
     """
     CRD's loss, one per reward. A policy that has gone from the old one to where a KL-regularized reward is greatest
     has the reward in it: `b log(p / p_old)` is the reward minus a number that only depends on the prompt. So both are
@@ -66,16 +66,10 @@ class CRDLoss:
     sampling_policy_preset: int | None
 
     needs = frozenset({"old", "group"})
-    samples_with_old = True
 
     @property
     def penalties(self) -> Penalties:
         return Penalties(reference=self.beta)
-
-    def draw(
-        self, x0: Tensor, times: Tensor, num_times: int, generators: Sequence[torch.Generator]
-    ) -> Iterator[Drawn]:
-        return noise_samples(x0, times, num_times, generators)
 
     def terms(self, velocity: Tensor, drawn: Drawn, frozen: FrozenVelocities) -> Sequence[Tensor]:
         old = velocity.detach() if frozen.old is None else frozen.old

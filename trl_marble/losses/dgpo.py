@@ -1,14 +1,14 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
 """Direct group preference optimization ([DGPO](https://huggingface.co/papers/2510.08425))."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from .forward_process import divide_by_counts, matching_errors, noise_samples
+from .forward_process import OnNoisedSamples, divide_by_counts, matching_errors
 from .groups import group_mean
 from .policy_loss import Drawn, FrozenVelocities, Penalties, StepCounts
 
@@ -17,7 +17,7 @@ DGPOReference = Literal["base", "old"]
 
 
 @dataclass(frozen=True)
-class DGPOLoss:
+class DGPOLoss(OnNoisedSamples):
     """
     DGPO's loss, one per reward: a preference for the better half of a prompt's group over the worse one. With the
     matching error `mse_i = mean((v_i - (noise_i - x0_i))^2)`, which is smaller the likelier a sample is,
@@ -52,8 +52,6 @@ class DGPOLoss:
     beta: float
     reference_guidance_scale: float | None
 
-    samples_with_old = True
-
     @property
     def needs(self) -> frozenset[str]:
         return frozenset({"group", "old"} | ({"reference"} if self.dgpo_reference == "base" else set()))
@@ -61,11 +59,6 @@ class DGPOLoss:
     @property
     def penalties(self) -> Penalties:
         return Penalties(reference=self.beta)
-
-    def draw(
-        self, x0: Tensor, times: Tensor, num_times: int, generators: Sequence[torch.Generator]
-    ) -> Iterator[Drawn]:
-        return noise_samples(x0, times, num_times, generators)
 
     def terms(self, velocity: Tensor, drawn: Drawn, frozen: FrozenVelocities) -> Sequence[Tensor]:
         """The matching errors of the trained policy, the old one and the reference."""
@@ -85,13 +78,3 @@ class DGPOLoss:
         # A ratio that is not finite is no reason to leave it out, or to keep it: it is to be seen.
         kept = torch.where(ratio.isfinite(), (~moved).to(ratio), torch.nan)
         return (share * weight * values * kept,)
-
-    def shared(
-        self,
-        velocity: Tensor,
-        terms: Sequence[Tensor],
-        frozen: FrozenVelocities,
-        scored: Tensor,
-        counts: StepCounts,
-    ) -> Tensor | None:
-        return None

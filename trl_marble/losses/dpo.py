@@ -1,18 +1,18 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
 """Preference pairs made while training, with [Diffusion-DPO](https://huggingface.co/papers/2311.12908)'s loss."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .forward_process import divide_by_counts, matching_errors, noise_samples
+from .forward_process import OnNoisedSamples, divide_by_counts, matching_errors
 from .policy_loss import Drawn, FrozenVelocities, Penalties, StepCounts
 
 
 @dataclass(frozen=True)
-class DPOLoss:
+class DPOLoss(OnNoisedSamples):
     """
     Diffusion-DPO's loss on pairs that each reward makes for itself: w and l, the best and the worst sample of a
     prompt. With the matching error `mse_i = mean((v_i - (noise_i - x0_i))^2)`,
@@ -35,16 +35,10 @@ class DPOLoss:
     beta: float
 
     needs = frozenset({"group", "reference"})
-    samples_with_old = True
 
     @property
     def penalties(self) -> Penalties:
         return Penalties(reference=self.beta)
-
-    def draw(
-        self, x0: Tensor, times: Tensor, num_times: int, generators: Sequence[torch.Generator]
-    ) -> Iterator[Drawn]:
-        return noise_samples(x0, times, num_times, generators)
 
     def terms(self, velocity: Tensor, drawn: Drawn, frozen: FrozenVelocities) -> Sequence[Tensor]:
         return matching_errors(drawn, velocity, frozen.reference)
@@ -61,13 +55,3 @@ class DPOLoss:
         side = (place == winner).to(z.dtype) - (place == loser).to(z.dtype)
         weights = self.dpo_beta / 2 * (-z).sigmoid() * side * (best > worst)
         return (share * valid.sum(dim=2) * weights.squeeze(2),)
-
-    def shared(
-        self,
-        velocity: Tensor,
-        terms: Sequence[Tensor],
-        frozen: FrozenVelocities,
-        scored: Tensor,
-        counts: StepCounts,
-    ) -> Tensor | None:
-        return None

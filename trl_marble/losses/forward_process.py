@@ -6,7 +6,33 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from .policy_loss import Drawn, StepCounts
+from .policy_loss import Drawn, FrozenVelocities, StepCounts
+
+
+class OnNoisedSamples:
+    """
+    What losses on noised samples have in common: each sample at some times with fresh noise, images that the old
+    policy samples, and nothing that rewards share beside the penalties. A loss with another answer gives its own.
+    """
+
+    @property
+    def samples_with_old(self) -> bool:
+        return True
+
+    def draw(
+        self, x0: Tensor, times: Tensor, num_times: int, generators: Sequence[torch.Generator]
+    ) -> Iterator[Drawn]:
+        return noise_samples(x0, times, num_times, generators)
+
+    def shared(
+        self,
+        velocity: Tensor,
+        terms: Sequence[Tensor],
+        frozen: FrozenVelocities,
+        scored: Tensor,
+        counts: StepCounts,
+    ) -> Tensor | None:
+        return None
 
 
 def noise_samples(x0: Tensor, times: Tensor, num_times: int, generators: Sequence[torch.Generator]) -> Iterator[Drawn]:

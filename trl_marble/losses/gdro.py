@@ -1,18 +1,18 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
 """Group-level direct reward optimization ([GDRO](https://huggingface.co/papers/2601.02036))."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .forward_process import divide_by_counts, matching_errors, noise_samples
+from .forward_process import OnNoisedSamples, divide_by_counts, matching_errors
 from .policy_loss import Drawn, FrozenVelocities, Penalties, StepCounts
 
 
 @dataclass(frozen=True)
-class GDROLoss:
+class GDROLoss(OnNoisedSamples):
     """
     GDRO's loss, one per reward: the policy is to rank the samples of a prompt as the reward does. With the matching
     error `mse_i = mean((v_i - (noise_i - x0_i))^2)` and `s_i = -gdro_beta (mse_i - mse_ref,i)`, the policy picks
@@ -43,16 +43,10 @@ class GDROLoss:
     beta: float
 
     needs = frozenset({"group", "reference"})
-    samples_with_old = True
 
     @property
     def penalties(self) -> Penalties:
         return Penalties(reference=self.beta)
-
-    def draw(
-        self, x0: Tensor, times: Tensor, num_times: int, generators: Sequence[torch.Generator]
-    ) -> Iterator[Drawn]:
-        return noise_samples(x0, times, num_times, generators)
 
     def terms(self, velocity: Tensor, drawn: Drawn, frozen: FrozenVelocities) -> Sequence[Tensor]:
         return matching_errors(drawn, velocity, frozen.reference)
@@ -74,16 +68,6 @@ class GDROLoss:
         rank = order.argsort(dim=2).gather(2, groups.place.expand(len(order), -1)[..., None])
         weights = pushed.gather(2, rank).squeeze(2) + self.gdro_best * (rank.squeeze(2) == 0).to(pushed)
         return (share * size * self.gdro_beta * weights,)
-
-    def shared(
-        self,
-        velocity: Tensor,
-        terms: Sequence[Tensor],
-        frozen: FrozenVelocities,
-        scored: Tensor,
-        counts: StepCounts,
-    ) -> Tensor | None:
-        return None
 
 
 def _softmax(values: Tensor, valid: Tensor) -> Tensor:

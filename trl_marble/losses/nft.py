@@ -6,17 +6,16 @@ Every per-reward loss is affine in per-sample coefficients on the same two losse
 `L_k = sum_i positive[k, i] * l+_i + negative[k, i] * l-_i`.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from .forward_process import (
+    OnNoisedSamples,
     at_least_float32,
     divide_by_counts,
-    noise_samples,
 )
 from .policy_loss import Drawn, FrozenVelocities, Penalties, StepCounts
 
@@ -26,7 +25,7 @@ MIN_ADAPTIVE_WEIGHT = 1e-5
 
 
 @dataclass(frozen=True)
-class NFTLoss:
+class NFTLoss(OnNoisedSamples):
     """
     DiffusionNFT's loss, one per reward as in [MARBLE](https://huggingface.co/papers/2605.06507):
 
@@ -53,16 +52,10 @@ class NFTLoss:
     beta: float
 
     needs = frozenset({"old"})
-    samples_with_old = True
 
     @property
     def penalties(self) -> Penalties:
         return Penalties(reference=self.beta)
-
-    def draw(
-        self, x0: Tensor, times: Tensor, num_times: int, generators: Sequence[torch.Generator]
-    ) -> Iterator[Drawn]:
-        return noise_samples(x0, times, num_times, generators)
 
     def terms(self, velocity: Tensor, drawn: Drawn, frozen: FrozenVelocities) -> Sequence[Tensor]:
         old = velocity.detach() if frozen.old is None else frozen.old
