@@ -87,6 +87,14 @@ def test_evaluations_are_compared_with_the_first_one():
     assert signals([BEFORE, between, entry(step=6, bright=0.6, blue=0.5, dark=0.5, sharp=0.5)]) == []
 
 
+def test_after_a_resume_with_other_evaluation_prompts_they_are_compared_with_the_first_one_of_theirs():
+    resumed = entry(step=6, bright=0.9, blue=0.9, dark=0.1, sharp=0.5)
+    fallen = entry(step=9, bright=0.99, blue=0.9, dark=0.0, sharp=0.5)
+    of_others = [{key: row[key] for key in row if "gain" not in key} for row in (resumed, fallen)]
+    assert signals([BEFORE, resumed]) == ["dark"]
+    assert signals([BEFORE, of_others[0]]) == [] and signals([BEFORE, *of_others]) == ["dark"]
+
+
 def test_diversity_is_a_signal_of_its_own():
     fallen = BEFORE | {"eval_drift/diversity": 0.13}
     assert signals([BEFORE, fallen]) == ["diversity"]

@@ -113,6 +113,14 @@ def is_evaluation(row: Mapping[str, Any]) -> bool:
     return any(key.startswith("eval_rewards/") for key in row)
 
 
+def _has_gains(row: Mapping[str, Any]) -> bool:
+    """
+    Whether the same images were evaluated before the first step. In a run that has such evaluations, those without
+    gains are of others: it was resumed with another `eval_dataset`, or other settings of evaluations.
+    """
+    return any(key.startswith("eval_gain/") for key in row)
+
+
 def find_signals(
     history: History, names: Sequence[str], held_out_names: Sequence[str], limits: Limits
 ) -> list[HackingSignal]:
@@ -165,9 +173,9 @@ def last_good_step(history: History, names: Sequence[str], limits: Limits) -> in
 def _find_in_evaluation(
     history: History, names: Sequence[str], held_out_names: Sequence[str], limits: Limits
 ) -> list[HackingSignal]:
-    """Compare the latest evaluation with the first one of the run."""
+    """Compare the latest evaluation with the first one of the run that was of the same images."""
     now = history[-1]
-    first = next(row for row in history if is_evaluation(row))
+    first = next(row for row in history if is_evaluation(row) and _has_gains(row) == _has_gains(now))
     changes = {name: _evaluation_change(first, now, name) for name in (*names, *held_out_names)}
     signals = _find_exchanges(changes, names, held_out_names, limits.threshold)
     key = f"eval_{DIVERSITY}"

@@ -36,7 +36,7 @@ class RewardHackingCallback(MarbleCallback):
 
     Every signal is given once for each reward. Its message names the settings to change, and the checkpoint to go back
     to. A resumed run keeps the first evaluation and the first steps of the run that it resumes, and does not repeat
-    what was said.
+    what was said. Where it evaluates other prompts, or with other settings, the first evaluation of those counts.
 
     Nothing is needed for it, but it sees most with an `eval_dataset`, `eval_strategy="steps"`, held-out rewards, and
     `eval_on_start=True`, so that the first evaluation is of the base model.
