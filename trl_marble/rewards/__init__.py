@@ -15,6 +15,7 @@ from .pickscore import PickScore
 from .protocol import InfiniteRewardError, RewardError, RewardFunc, reward_names, reward_tensor
 from .remote import RemoteReward
 from .scoring import PendingScores, RewardScorer, Scores
+from .set_reward import SetReward
 from .vlm_judge import VLMJudge
 
 
@@ -36,6 +37,7 @@ __all__ = [
     "RewardFunc",
     "RewardScorer",
     "Scores",
+    "SetReward",
     "VLMJudge",
     "jpeg_compressibility",
     "jpeg_incompressibility",
