@@ -103,6 +103,12 @@ class Scores(NamedTuple):
             },
         )
 
+    def select(self, chosen: Sequence[int]) -> "Scores":
+        """The scores of some of the images, with everything that is not of single images."""
+        index = torch.tensor(chosen, dtype=torch.int64)
+        extras = {key: [values[i] for i in chosen] for key, values in self.extras.items()}
+        return self._replace(rewards=self.rewards[:, index], failed=self.failed[:, index], extras=extras)
+
     @staticmethod
     def stack(parts: "Sequence[Scores]") -> "Scores":
         """The scores of the same images by several scorers, the rows of one below those of the other."""
