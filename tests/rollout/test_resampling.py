@@ -50,7 +50,6 @@ def train(folder, **settings):
         pipeline=tiny_sd3(num_layers=1),
         train_dataset=Dataset.from_dict({"prompt": PROMPTS}),
         resample_silent_prompts=2,
-        per_device_train_batch_size=4,
         balance_every=1,
         **settings,
     )
