@@ -39,7 +39,7 @@ from ..processes import FailingTogether
 from ..progress import MakeBar
 from ..rewards import RewardScorer
 from ..rewards.held_out import held_out_scorer
-from ..rewards.protocol import check_media
+from ..rewards.protocol import check_media, reward_center
 from ..rewards.signatures import check_signatures
 from ..rollout import (
     BaseImageSettings,
@@ -98,7 +98,8 @@ def build_scorers(reward_funcs: Any, eval_reward_funcs: Any, args: MarbleConfig)
 
     Raises:
         `ValueError`: If `reward_weights`, `reward_priorities`, `reward_targets` or `reward_bounds` does not have one
-            value per reward, or a held-out reward is trained on.
+            value per reward, a held-out reward is trained on, or `progress_base_images` or `resample_silent_prompts`
+            does not fit a reward that compares images.
     """
     scorer = RewardScorer(reward_funcs, args.reward_timeout)
     for setting, what in (
@@ -112,6 +113,20 @@ def build_scorers(reward_funcs: Any, eval_reward_funcs: Any, args: MarbleConfig)
             raise ValueError(
                 f"`{setting}` has {len(values)} values ({values}) for {len(scorer)} rewards "
                 f"({', '.join(scorer.names)}); pass one {what} per reward, in their order."
+            )
+    sets = [name for name, scope in zip(scorer.names, scorer.scopes, strict=True) if scope != "image"]
+    if sets and args.multi_objective_aggregation == "progress" and args.progress_base_images != args.num_generations:
+        raise ValueError(
+            f"`progress_base_images={args.progress_base_images}` and `num_generations={args.num_generations}` differ, "
+            f"and what a reward that compares images says, such as `{sets[0]}`, depends on how many it compares. Set "
+            f"`progress_base_images={args.num_generations}`."
+        )
+    for name, scope in zip(scorer.names, scorer.scopes, strict=True):
+        if scope == "batch" and args.resample_silent_prompts:
+            raise ValueError(
+                f"`resample_silent_prompts={args.resample_silent_prompts}` samples a part of the generation batch "
+                f"again, and the reward `{name}` (`scope = 'batch'`) compares all of its images; leave one of the two "
+                "out."
             )
     held_out = held_out_scorer(eval_reward_funcs, reward_funcs, scorer)
     scorers = [scorer] if held_out is None else [scorer, held_out]
@@ -306,6 +321,7 @@ def build_source(
     if isinstance(loss, GRPOLoss):
         choose_window = functools.partial(loss.window, num_steps=args.num_inference_steps, seed=args.seed)
     reward_weights = torch.tensor(args.reward_weights or [1.0] * len(scorer))
+    batch_centred = torch.tensor([reward_center(func) == "batch" for func in scorer.funcs])
     meter = _build_meter(sampler, scorer, dataset, edits, accelerator, metrics, args)
 
     def compute_advantages(rewards: Tensor, groups: Tensor) -> Tensor:
@@ -313,14 +329,16 @@ def build_source(
         if meter is not None:
             rewards, weights = meter.weights.in_units_of_scales(rewards), meter.weights.weights
         mode, scale = args.multi_objective_aggregation, args.scale_rewards
-        return aggregate_advantages(rewards, groups, weights, mode, scale, args.advantage_clip)
+        return aggregate_advantages(rewards, groups, weights, mode, scale, args.advantage_clip, batch_centred)
 
     return RolloutSource(
         sampler,
         scorer,
         dataset,
         _build_layout(args),
-        RolloutSettings(args.seed, args.num_generations, args.rollout_batch_size, edits),
+        RolloutSettings(
+            args.seed, args.num_generations, args.rollout_batch_size, edits, int(args.resample_silent_prompts)
+        ),
         compute_advantages,
         functools.partial(_compare_with_sum, reward_weights=reward_weights, scales=args.scale_rewards != "none"),
         accelerator,
