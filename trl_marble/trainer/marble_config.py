@@ -280,6 +280,14 @@ class MarbleConfig(TrainingArguments):
             Weights of the solver steps: `"none"`, `"noise"` (by the noise that they add, TempFlow-GRPO,
             https://huggingface.co/papers/2508.04324) or `"step"` (by the inverse of their length, GRPO-Guard's).
 
+        > Parameters that control the teachers
+
+        teacher_weight (`float`, *optional*, defaults to `1.0`):
+            Coefficient of the teachers' loss, the mean over all samples of `mean((v - v_teacher)^2)`, where rewards
+            are summed (`"sum_then_normalize"`, `"normalize_then_sum"` and `"progress"`): it is added to their loss.
+            With `"marble"` and `"equal"` each teacher is balanced as a reward is, and this only defines the weighted
+            sum that the `balance/weighted_sum/*` metrics compare with. Greater than 0.
+
         > Parameters that control the balancing
 
         weighting (`str`, *optional*, defaults to `"mgda"`):
@@ -563,6 +571,11 @@ class MarbleConfig(TrainingArguments):
         default="none", metadata={"help": "Weights of GRPO's solver steps: 'none', 'noise' or 'step'."}
     )
 
+    # Parameters that control the teachers
+    teacher_weight: float = field(
+        default=1.0, metadata={"help": "Coefficient of the teachers' loss where rewards are summed."}
+    )
+
     # Parameters that control the balancing
     weighting: str = field(default="mgda", metadata={"help": "Rule for the balancing weights: 'mgda' or 'equal'."})
     balance_every: int = field(default=1, metadata={"help": "Solve the balancing problem every X optimizer steps."})
@@ -703,6 +716,7 @@ class MarbleConfig(TrainingArguments):
             "dgpo_clip_range",
             "gdro_beta",
             "dpo_beta",
+            "teacher_weight",
         )
         for name in (*above_zero, "gdro_temperature", "grpo_clip_range", "advantage_clip", "progress_temperature"):
             if not 0 < getattr(self, name) < math.inf:
