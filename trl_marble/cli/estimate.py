@@ -166,13 +166,18 @@ def describe(
         `list[str]`: the lines.
     """
     from .model_costs import find_costs
+    from .sources import read_teachers
     from .step_passes import compute_passes
 
     costs = find_costs(script_args.model)
-    num_rewards = sum(SHAPEWORLD_REWARDS if name == "shapeworld" else 1 for name in script_args.rewards)
+    num_rewards = sum(SHAPEWORLD_REWARDS if name == "shapeworld" else 1 for name in script_args.rewards or [])
+    teachers = read_teachers(script_args.teachers or [])
+    of_all = sum(name.partition(":")[0] == "all" for name in teachers)
+    lessons = {"num_lessons": of_all + (of_all < len(teachers)), "num_teachers": len(teachers)}
     # Flux takes its guidance as an input.
     classifier_free = costs is None or costs.name != "flux"
-    passes = compute_passes(args, num_processes, classifier_free, num_rewards, _generated_prompts(script_args.prompts))
+    num_prompts = _generated_prompts(script_args.prompts)
+    passes = compute_passes(args, num_processes, classifier_free, num_rewards, num_prompts, **lessons)
     images = args.generation_batch_size
     devices = "1 GPU" if num_processes == 1 else f"{num_processes} GPUs"
     lines = [
@@ -190,7 +195,8 @@ def describe(
             "`--seconds_per_pass`"
         )
     else:
-        lines += _lines_of_known_model(estimate_args, script_args, args, costs, passes, num_processes, num_rewards)
+        rows = num_rewards + len(teachers)
+        lines += _lines_of_known_model(estimate_args, script_args, args, costs, passes, num_processes, rows)
     lines.append(
         "Computed from the transformer's operations, not measured. Not counted: loading, encoding, decoding, rewards "
         "and evaluations."

@@ -27,7 +27,7 @@ class StepPasses:
         base_images (`float`):
             Forward passes that sample the base model's images.
         old, reference, trained (`float`):
-            Forward passes of the old policy, the base model and the trained policy in the update.
+            Forward passes of the old policy, the base model with the teachers, and the trained policy in the update.
         backward (`float`):
             Backward passes.
         checkpointed (`bool`):
@@ -61,6 +61,8 @@ def compute_passes(
     num_rewards: int,
     num_prompts: int | None = None,
     weighted_rows: bool = True,
+    num_lessons: int = 0,
+    num_teachers: int = 0,
 ) -> StepPasses:
     """
     The passes of a step, on all processes together.
@@ -79,10 +81,15 @@ def compute_passes(
         weighted_rows (`bool`, *optional*, defaults to `True`):
             Whether per-reward gradients take one backward pass for each term of the loss, as in most families; else
             they take one for each reward.
+        num_lessons (`int`, *optional*, defaults to `0`):
+            Most teachers that any sample has: those of single sources count as one. Every sample is taken to have as
+            many.
+        num_teachers (`int`, *optional*, defaults to `0`):
+            T.
     """
-    loss = build_policy_loss(args)
+    loss = build_policy_loss(args, has_rewards=num_rewards > 0)
     preset = args.old_policy_schedule
-    schedule = BalanceSchedule(num_rewards, args.balance_every, args.balance_ema)
+    schedule = BalanceSchedule(num_rewards + num_teachers, args.balance_every, args.balance_ema)
     per_sample = max(1, int(args.num_inference_steps * args.timestep_fraction))
     if isinstance(loss, GRPOLoss):
         per_sample = loss.grpo_window_size
@@ -109,13 +116,13 @@ def compute_passes(
         for share, has_penalties in ((penalized, True), (1 - penalized, False)):
             old = lags and ("old" in reads or (has_penalties and loss.penalties.old > 0))
             reference = "reference" in reads or (has_penalties and loss.penalties.reference > 0)
-            rows = num_rewards
+            rows = num_rewards + num_teachers
             if weighted_rows:
-                rows = _objectives(loss, old, ahead, has_penalties and (reference or old))
+                rows = num_lessons + _objectives(loss, old, ahead, has_penalties and (reference or old))
             sums["old"] += share * old
             sums["reference"] += share * reference
             sums["backward"] += share * (measured * rows + 1 - measured)
-    sums["reference"] *= base_calls
+    sums["reference"] = base_calls * sums["reference"] + num_lessons * steps
     samples = args.per_device_train_batch_size * args.gradient_accumulation_steps * per_sample
     solver_passes = args.num_inference_steps * (2 if classifier_free and args.guidance_scale > 1 else 1)
     new_prompts = args.prompts_per_generation / updates  # in a step; each has images of the base model once in a run

@@ -4,6 +4,7 @@
 import json
 import math
 import os
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -241,7 +242,9 @@ def load_beside_trained(
         `ValueError`: it cannot be loaded onto this pipeline, see [`load_adapter`], or changes more than the
             transformer.
     """
-    state = _load(pipeline, adapter, adapter_name)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Already found a `peft_config`")  # of which there is to be one more
+        state = _load(pipeline, adapter, adapter_name)
     if others := sorted({key.partition(".")[0] for key in state} - {"transformer"}):
         raise ValueError(
             f"The adapter `{adapter}` changes {', '.join(others)} beside the transformer, and only the transformer is "
