@@ -112,6 +112,7 @@ def read_settings(words: list[str]) -> tuple[EstimateArguments, "ScriptArguments
     """
     from .launching import launch_arguments
     from .parsing import read_config
+    from .train import check_task
 
     config, own_words = read_config(words)
     parser = make_parser()
@@ -127,6 +128,7 @@ def read_settings(words: list[str]) -> tuple[EstimateArguments, "ScriptArguments
         if (number := getattr(given, name)) is not None:
             own_words += [f"--{name}", str(number * num_processes)]
     estimate_args, script_args, training_args = parser.build(own_words)
+    check_task(script_args)
     if not 0 < estimate_args.utilization <= 1:
         raise UsageError(f"`--utilization` is {estimate_args.utilization}; it must be in (0, 1], such as 0.3")
     if estimate_args.seconds_per_pass is not None and not estimate_args.seconds_per_pass > 0:
@@ -246,6 +248,7 @@ def _passes(passes: "StepPasses") -> str:
         "base images": passes.base_images,
         "old policy": passes.old,
         "base model": passes.reference,
+        "teachers": passes.teachers,
         "forward": passes.trained,
         "backward": passes.backward,
         "recomputed": passes.backward if passes.checkpointed else 0,

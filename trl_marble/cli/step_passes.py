@@ -27,11 +27,13 @@ class StepPasses:
         base_images (`float`):
             Forward passes that sample the base model's images.
         old, reference, trained (`float`):
-            Forward passes of the old policy, the base model with the teachers, and the trained policy in the update.
+            Forward passes of the old policy, the base model and the trained policy in the update.
         backward (`float`):
             Backward passes.
         checkpointed (`bool`):
             Whether each backward pass has a forward pass of its own, which recomputes the activations.
+        teachers (`float`, *optional*, defaults to `0.0`):
+            Forward passes of teachers in the update.
     """
 
     rollout: float
@@ -41,12 +43,13 @@ class StepPasses:
     trained: float
     backward: float
     checkpointed: bool
+    teachers: float = 0.0
 
     @property
     def forward(self) -> float:
         """All forward passes."""
         recomputed = self.backward if self.checkpointed else 0
-        return self.rollout + self.base_images + self.old + self.reference + self.trained + recomputed
+        return self.rollout + self.base_images + self.old + self.reference + self.teachers + self.trained + recomputed
 
     @property
     def total(self) -> float:
@@ -122,7 +125,7 @@ def compute_passes(
             sums["old"] += share * old
             sums["reference"] += share * reference
             sums["backward"] += share * (measured * rows + 1 - measured)
-    sums["reference"] = base_calls * sums["reference"] + num_lessons * steps
+    sums["reference"] *= base_calls
     samples = args.per_device_train_batch_size * args.gradient_accumulation_steps * per_sample
     solver_passes = args.num_inference_steps * (2 if classifier_free and args.guidance_scale > 1 else 1)
     new_prompts = args.prompts_per_generation / updates  # in a step; each has images of the base model once in a run
@@ -134,6 +137,7 @@ def compute_passes(
         base_images=new_prompts * base_images * solver_passes,
         **{name: total / steps * samples for name, total in sums.items()},
         checkpointed=bool(args.activation_checkpointing),
+        teachers=num_lessons * samples,
     )
 
 

@@ -151,8 +151,7 @@ def train(script_args: ScriptArguments, training_args: "MarbleConfig") -> None:
     from ..trainer import LiveTableCallback, MarbleNFTTrainer
     from .sources import load_model, load_rewards, load_sources, read_teachers
 
-    if not script_args.rewards and not script_args.teachers:
-        raise UsageError("there is nothing to train on; name `rewards`, `teachers` or both")
+    check_task(script_args)
     check_evaluation(script_args, training_args)
     if training_args.push_to_hub:
         check_hub_access(training_args.hub_token)  # before models are loaded
@@ -224,6 +223,21 @@ def watching(reward_hacking: str) -> list["RewardHackingCallback"]:
     from ..trainer import RewardHackingCallback
 
     return [] if reward_hacking == "off" else [RewardHackingCallback(reward_hacking)]  # type: ignore[arg-type]
+
+
+def check_task(script_args: ScriptArguments) -> None:
+    """
+    Refuse a run that has nothing to learn from.
+
+    Args:
+        script_args ([`ScriptArguments`]):
+            The options of the command.
+
+    Raises:
+        [`UsageError`]: If there are neither rewards nor teachers.
+    """
+    if not script_args.rewards and not script_args.teachers:
+        raise UsageError("there is nothing to train on; name `rewards`, `teachers` or both")
 
 
 def check_evaluation(script_args: ScriptArguments, args: "MarbleConfig") -> None:

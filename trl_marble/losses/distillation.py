@@ -1,14 +1,15 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
 """Distillation: the policy is to have the velocities of teachers."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .forward_process import OnNoisedSamples, mean_square_distance
+from ..sde import SDEWindow, Transitions
+from .forward_process import OnNoisedSamples, at_least_float32, mean_square_distance
 from .policy_loss import Drawn, FrozenVelocities, Penalties, StepCounts
 
 
@@ -21,9 +22,12 @@ class NoRewardLoss(OnNoisedSamples):
     Args:
         beta (`float`):
             Coefficient of the KL to the base model.
+        on_trajectory (`bool`, *optional*, defaults to `False`):
+            Whether the inputs are the states that the rollouts went through, without new noise.
     """
 
     beta: float
+    on_trajectory: bool = False
 
     needs = frozenset[str]()
 
@@ -34,6 +38,44 @@ class NoRewardLoss(OnNoisedSamples):
     @property
     def penalties(self) -> Penalties:
         return Penalties(reference=self.beta)
+
+    def window(self, generation: int, num_steps: int, seed: int) -> SDEWindow | None:
+        """
+        What keeps the states of a rollout: a window of steps that add no noise, the same for every generation batch.
+
+        Args:
+            generation (`int`):
+                Number of the generation batch.
+            num_steps (`int`):
+                Steps of a rollout.
+            seed (`int`):
+                Seed of the run.
+        """
+        return SDEWindow("flow_sde", 0.0, 0, num_steps - 1) if self.on_trajectory else None
+
+    def replay(
+        self, x0: Tensor, transitions: Transitions, num_times: int, generators: Sequence[torch.Generator]
+    ) -> Iterator[Drawn]:
+        """
+        States of the rollouts of a micro-batch, drawn for each sample without replacement, one after the other.
+
+        Args:
+            x0 (`torch.Tensor` of shape `(B, ...)`):
+                Clean latents.
+            transitions ([`~trl_marble.sde.Transitions`]):
+                The states.
+            num_times (`int`):
+                How many of them each sample is trained on.
+            generators (`Sequence[torch.Generator]`):
+                One per sample, on the CPU.
+        """
+        points = at_least_float32(transitions.points)
+        samples = torch.arange(len(points), device=points.device)
+        drawn = torch.stack([torch.randperm(points.shape[1], generator=g)[:num_times] for g in generators])
+        for column in drawn.T:
+            t = transitions.times[column].to(points)
+            x_t, t_ = points[samples, column.to(points.device)], t.view(-1, *[1] * (x0.ndim - 1))
+            yield Drawn(x_t, t, x0, (x_t - (1 - t_) * x0) / t_)
 
     def terms(self, velocity: Tensor, drawn: Drawn, frozen: FrozenVelocities) -> Sequence[Tensor]:
         return ()

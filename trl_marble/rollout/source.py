@@ -106,7 +106,7 @@ class RolloutSource:
             Where to record.
         progress_meter ([`ProgressMeter`], *optional*):
             Takes in the rewards of each generation batch before its advantages are computed.
-        choose_window (`Callable[[int], SDEWindow]`, *optional*):
+        choose_window (`Callable[[int], SDEWindow | None]`, *optional*):
             From the number of a generation batch to the solver steps that add noise. By default none do.
         assign_teachers (`Callable[[Sequence[str] | None, Tensor], Tensor]`, *optional*):
             From the column `source` of the samples of all processes, where there is one, and which of them can be
@@ -126,7 +126,7 @@ class RolloutSource:
         accelerator: Accelerator,
         metrics: MetricBuffer,
         progress_meter: ProgressMeter | None = None,
-        choose_window: Callable[[int], SDEWindow] | None = None,
+        choose_window: Callable[[int], SDEWindow | None] | None = None,
         assign_teachers: Callable[[Sequence[str] | None, Tensor], Tensor] | None = None,
     ) -> None:
         self.sampler, self.scorer, self.dataset = sampler, scorer, dataset

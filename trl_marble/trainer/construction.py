@@ -347,9 +347,9 @@ def build_source(
     teachers: Sequence[Teacher] = (),
 ) -> RolloutSource:
     """What makes generation batches."""
-    loss = build_policy_loss(args)
+    loss = build_policy_loss(args, has_rewards=len(scorer) > 0)
     choose_window = None
-    if isinstance(loss, GRPOLoss):
+    if isinstance(loss, GRPOLoss | NoRewardLoss):
         choose_window = functools.partial(loss.window, num_steps=args.num_inference_steps, seed=args.seed)
     reward_weights = torch.tensor(args.reward_weights or [1.0] * len(scorer))
     meter = _build_meter(sampler, scorer, dataset, edits, accelerator, metrics, args)
@@ -428,7 +428,7 @@ def _compare_with_sum(rewards: Tensor, taught: Tensor, reward_weights: Tensor, a
 def build_policy_loss(args: MarbleConfig, has_rewards: bool = True) -> PolicyLoss:
     """The loss that `policy_loss` names, where there are rewards."""
     if not has_rewards:
-        return NoRewardLoss(args.beta)
+        return NoRewardLoss(args.beta, args.teacher_states == "trajectory")
     settings = vars(args)
     if not args.balances_gradients:  # there is one loss, and nothing to take out of it
         settings = settings | {"balance_on": "loss"}

@@ -55,6 +55,8 @@ class PublishedTrainer(CheckpointedTrainer):
         settings |= {"lora_rank": config.r, "lora_alpha": config.lora_alpha}
         if self.teachers and not args.balances_gradients:
             settings["teacher_weight"] = args.teacher_weight
+        if not self.scorers[0].names:
+            settings["teacher_states"] = args.teacher_states
         if self.weighting is not None:  # in the place of the one that `args` names
             settings["weighting"] = getattr(self.weighting, "__name__", type(self.weighting).__name__)
         return RunSummary(

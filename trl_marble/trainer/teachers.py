@@ -82,8 +82,15 @@ def _check(teachers: Sequence[Teacher], reward_names: Sequence[str], args: Marbl
     """See that teachers, rewards and settings fit together."""
     if not teachers and not reward_names:
         raise ValueError("There is nothing to train on: pass `reward_funcs`, `teachers` or both.")
-    if not teachers and args.teacher_weight != MarbleConfig.teacher_weight:
-        raise ValueError(f"`teacher_weight={args.teacher_weight}` has no effect without `teachers`; leave it out.")
+    for name in ("teacher_weight", "teacher_states"):
+        if not teachers and getattr(args, name) != getattr(MarbleConfig, name):
+            raise ValueError(f"`{name}={getattr(args, name)!r}` has no effect without `teachers`; leave it out.")
+    if reward_names and args.teacher_states != MarbleConfig.teacher_states:
+        raise ValueError(
+            f"`teacher_states={args.teacher_states!r}` is for runs without rewards: beside them, teachers are "
+            "followed where the rewards' loss is computed. Leave it out; with `policy_loss='grpo'` these are states "
+            "of rollouts."
+        )
     for teacher in teachers:
         if teacher.row in reward_names:
             raise ValueError(

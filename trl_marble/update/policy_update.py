@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ..losses import Drawn, FrozenVelocities, GRPOLoss, Lesson, Penalties, PolicyLoss, StepCounts
+from ..losses import Drawn, FrozenVelocities, GRPOLoss, Lesson, NoRewardLoss, Penalties, PolicyLoss, StepCounts
 from ..losses.forward_process import add_shared, mean_square_distance
 from ..metrics import MetricBuffer, finite_mean, mean_rms
 from ..pipelines import Conditioning, PolicyWeights
@@ -204,6 +204,8 @@ class PolicyUpdate:
         generators = [
             torch.Generator().manual_seed(derive_seed(self.seed, draw, *place_of_run, i)) for i in numbers.tolist()
         ]
+        if isinstance(self.loss, NoRewardLoss) and batch.transitions is not None:
+            return self.loss.replay(x0, batch.transitions.select(part), self.grid.per_sample, generators)
         return self.loss.draw(x0, self.grid.times, self.grid.per_sample, generators)
 
     def accumulate(self, batch: RolloutBatch, position: Position) -> Tensor:
