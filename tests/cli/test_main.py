@@ -55,7 +55,10 @@ def test_version_and_bare_command(capsys):
     ("words", "message"),
     [
         (["train", "--config", "nowhere.yaml"], "`--config nowhere.yaml`: there is no such file"),
-        (["train", "--model", "base"], "the following arguments are required: --prompts, --rewards"),
+        (["train", "--model", "base"], "the following arguments are required: --prompts"),
+        (["train", "--model", "base", "--prompts", "prompts.txt"], "name `rewards`, `teachers` or both"),
+        (["train", "--config", "run.yaml", "--teachers", "x"], "teacher 'x' is not of the form `source=adapter`"),
+        (["train", "--config", "run.yaml", "--teachers", "text=run"], "`train_dataset` has no column `source`"),
         (["train", "--config", "run.yaml", "--heigth", "8"], "`--heigth`; did you mean `--height`?"),
         (["train", "--config", "run.yaml", "--heigth=8"], "`--heigth`; did you mean `--height`?"),
         (["train", "--config", "typo.yaml"], "`--max_step`; did you mean `--max_steps`?"),

@@ -19,6 +19,7 @@ OWN = {
     "weighting",
     "optimizers",
     "eval_reward_funcs",
+    "teachers",
 }
 PROMPTS = ["a red dog", "a cat", "red hat", "tree", "big red", "sky"]
 

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import PartialState
+from adapter_helpers import add_trained_adapter
 from datasets import Dataset
 from safetensors.torch import save_file
 from tiny import tiny_sd3
@@ -24,6 +25,7 @@ from trainer_helpers import PROMPTS, blue, small_trainer
 from transformers import TrainerCallback
 
 from trl_marble.balance import get_weighting
+from trl_marble.hub import save_adapter
 from trl_marble.rewards import SetReward
 
 
@@ -234,6 +236,13 @@ class Record(TrainerCallback):
         self.tensors[f"active/{step}"] = batch.active
 
 
+def make_teacher(folder: Path, seed: int) -> Path:
+    """An adapter, the same on all processes."""
+    pipeline = tiny_sd3(num_layers=1)
+    add_trained_adapter(pipeline, seed=seed, std=0.2)
+    return save_adapter(pipeline, folder / f"teacher-{seed}-{PartialState().process_index}")
+
+
 def run_scenario(
     folder: Path,
     rewards: tuple[str, ...] = ("bright", "left", "red_only"),
@@ -241,21 +250,25 @@ def run_scenario(
     eval_prompts: int = 6,
     fault: str | None = None,
     resume: str | None = None,
+    sources: list[str] | None = None,
+    teachers: list[str] | None = None,
     **settings: Any,
 ) -> None:
     """Train and evaluate; what happened goes to `folder`, one file of tensors and one of text a process."""
     folder.mkdir(parents=True, exist_ok=True)
     record = Record()
+    train_dataset = Dataset.from_dict({"prompt": prompts} | ({} if sources is None else {"source": sources}))
     balances = settings.get("multi_objective_aggregation", "marble") == "marble"
     trainer = small_trainer(
         folder / "out",
-        [REWARDS[name] for name in rewards],
+        [REWARDS[name] for name in rewards] or None,
         pipeline=tiny_sd3(num_layers=1),
-        train_dataset=Dataset.from_dict({"prompt": prompts}),
+        train_dataset=train_dataset,
         eval_dataset=Dataset.from_dict({"prompt": [f"{i} dogs" for i in range(eval_prompts)]}),
         eval_reward_funcs=dark,
         weighting=record.weighting if balances else None,
         callbacks=[record],
+        teachers=None if teachers is None else {key: make_teacher(folder, seed) for seed, key in enumerate(teachers)},
         **(SETTINGS | settings),
     )
     record.trainer = trainer

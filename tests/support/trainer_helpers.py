@@ -61,6 +61,7 @@ def small_trainer(
     eval_reward_funcs: Any = None,
     callbacks: Any = None,
     weighting: Any = None,
+    teachers: Any = None,
     **overrides: Any,
 ) -> MarbleNFTTrainer:
     """A trainer on a tiny SD3 pipeline; keywords go to [`small_config`]."""
@@ -74,4 +75,5 @@ def small_trainer(
         eval_reward_funcs=eval_reward_funcs,
         callbacks=callbacks,
         weighting=weighting,
+        teachers=teachers,
     )

@@ -108,6 +108,14 @@ EQUAL = {
         "kl_target": 1e-4,
         "max_steps": 4,
     },
+    # One teacher of two prompts, which may all be on one process, and one of all; beside rewards, and alone.
+    "teachers": {"teachers": ["red", "all:style"], "sources": ["red", "", "red", "", "", ""]},
+    "teachers alone": {
+        "teachers": ["red", "all:style"],
+        "sources": ["red", "", "red", "", "", ""],
+        "rewards": [],
+        "multi_objective_aggregation": "sum_then_normalize",
+    },
     "adam": {"optim": "adamw_torch", "learning_rate": 1e-4, "max_grad_norm": 1.0},
 }
 SAVED = {"optim": "adamw_torch", "learning_rate": 1e-3, "steps_per_generation": 2, "max_steps": 4, "shard_base": True}

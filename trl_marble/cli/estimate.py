@@ -112,6 +112,7 @@ def read_settings(words: list[str]) -> tuple[EstimateArguments, "ScriptArguments
     """
     from .launching import launch_arguments
     from .parsing import read_config
+    from .train import check_task
 
     config, own_words = read_config(words)
     parser = make_parser()
@@ -127,6 +128,7 @@ def read_settings(words: list[str]) -> tuple[EstimateArguments, "ScriptArguments
         if (number := getattr(given, name)) is not None:
             own_words += [f"--{name}", str(number * num_processes)]
     estimate_args, script_args, training_args = parser.build(own_words)
+    check_task(script_args)
     if not 0 < estimate_args.utilization <= 1:
         raise UsageError(f"`--utilization` is {estimate_args.utilization}; it must be in (0, 1], such as 0.3")
     if estimate_args.seconds_per_pass is not None and not estimate_args.seconds_per_pass > 0:
@@ -166,13 +168,18 @@ def describe(
         `list[str]`: the lines.
     """
     from .model_costs import find_costs
+    from .sources import read_teachers
     from .step_passes import compute_passes
 
     costs = find_costs(script_args.model)
-    num_rewards = sum(SHAPEWORLD_REWARDS if name == "shapeworld" else 1 for name in script_args.rewards)
+    num_rewards = sum(SHAPEWORLD_REWARDS if name == "shapeworld" else 1 for name in script_args.rewards or [])
+    teachers = read_teachers(script_args.teachers or [])
+    of_all = sum(name.partition(":")[0] == "all" for name in teachers)
+    lessons = {"num_lessons": of_all + (of_all < len(teachers)), "num_teachers": len(teachers)}
     # Flux takes its guidance as an input.
     classifier_free = costs is None or costs.name != "flux"
-    passes = compute_passes(args, num_processes, classifier_free, num_rewards, _generated_prompts(script_args.prompts))
+    num_prompts = _generated_prompts(script_args.prompts)
+    passes = compute_passes(args, num_processes, classifier_free, num_rewards, num_prompts, **lessons)
     images = args.generation_batch_size
     devices = "1 GPU" if num_processes == 1 else f"{num_processes} GPUs"
     lines = [
@@ -190,7 +197,8 @@ def describe(
             "`--seconds_per_pass`"
         )
     else:
-        lines += _lines_of_known_model(estimate_args, script_args, args, costs, passes, num_processes, num_rewards)
+        rows = num_rewards + len(teachers)
+        lines += _lines_of_known_model(estimate_args, script_args, args, costs, passes, num_processes, rows)
     lines.append(
         "Computed from the transformer's operations, not measured. Not counted: loading, encoding, decoding, rewards "
         "and evaluations."
@@ -240,6 +248,7 @@ def _passes(passes: "StepPasses") -> str:
         "base images": passes.base_images,
         "old policy": passes.old,
         "base model": passes.reference,
+        "teachers": passes.teachers,
         "forward": passes.trained,
         "backward": passes.backward,
         "recomputed": passes.backward if passes.checkpointed else 0,

@@ -184,3 +184,25 @@ def load_rewards(names: Sequence[str], offload: bool = False) -> list[RewardFunc
         if offload and isinstance(reward, ModelReward):
             reward.offload = True
     return rewards
+
+
+def read_teachers(words: Sequence[str]) -> dict[str, str]:
+    """
+    Teachers as the trainer takes them.
+
+    Args:
+        words (`Sequence[str]`):
+            Each `source=adapter`, or `all:name=adapter`.
+
+    Raises:
+        `ValueError`: If one of them has no name or no adapter, or two have the same name.
+    """
+    teachers: dict[str, str] = {}
+    for word in words:
+        name, _, adapter = word.partition("=")
+        if not name or not adapter:
+            raise ValueError(f"The teacher {word!r} is not of the form `source=adapter` or `all:name=adapter`.")
+        if name in teachers:
+            raise ValueError(f"Two teachers are named {name!r}; give each its own name.")
+        teachers[name] = adapter
+    return teachers

@@ -32,6 +32,8 @@ class StepPasses:
             Backward passes.
         checkpointed (`bool`):
             Whether each backward pass has a forward pass of its own, which recomputes the activations.
+        teachers (`float`, *optional*, defaults to `0.0`):
+            Forward passes of teachers in the update.
     """
 
     rollout: float
@@ -41,12 +43,13 @@ class StepPasses:
     trained: float
     backward: float
     checkpointed: bool
+    teachers: float = 0.0
 
     @property
     def forward(self) -> float:
         """All forward passes."""
         recomputed = self.backward if self.checkpointed else 0
-        return self.rollout + self.base_images + self.old + self.reference + self.trained + recomputed
+        return self.rollout + self.base_images + self.old + self.reference + self.teachers + self.trained + recomputed
 
     @property
     def total(self) -> float:
@@ -61,6 +64,8 @@ def compute_passes(
     num_rewards: int,
     num_prompts: int | None = None,
     weighted_rows: bool = True,
+    num_lessons: int = 0,
+    num_teachers: int = 0,
 ) -> StepPasses:
     """
     The passes of a step, on all processes together.
@@ -79,10 +84,15 @@ def compute_passes(
         weighted_rows (`bool`, *optional*, defaults to `True`):
             Whether per-reward gradients take one backward pass for each term of the loss, as in most families; else
             they take one for each reward.
+        num_lessons (`int`, *optional*, defaults to `0`):
+            Most teachers that any sample has: those of single sources count as one. Every sample is taken to have as
+            many.
+        num_teachers (`int`, *optional*, defaults to `0`):
+            T.
     """
-    loss = build_policy_loss(args)
+    loss = build_policy_loss(args, has_rewards=num_rewards > 0)
     preset = args.old_policy_schedule
-    schedule = BalanceSchedule(num_rewards, args.balance_every, args.balance_ema)
+    schedule = BalanceSchedule(num_rewards + num_teachers, args.balance_every, args.balance_ema)
     per_sample = max(1, int(args.num_inference_steps * args.timestep_fraction))
     if isinstance(loss, GRPOLoss):
         per_sample = loss.grpo_window_size
@@ -109,9 +119,9 @@ def compute_passes(
         for share, has_penalties in ((penalized, True), (1 - penalized, False)):
             old = lags and ("old" in reads or (has_penalties and loss.penalties.old > 0))
             reference = "reference" in reads or (has_penalties and loss.penalties.reference > 0)
-            rows = num_rewards
+            rows = num_rewards + num_teachers
             if weighted_rows:
-                rows = _objectives(loss, old, ahead, has_penalties and (reference or old))
+                rows = num_lessons + _objectives(loss, old, ahead, has_penalties and (reference or old))
             sums["old"] += share * old
             sums["reference"] += share * reference
             sums["backward"] += share * (measured * rows + 1 - measured)
@@ -127,6 +137,7 @@ def compute_passes(
         base_images=new_prompts * base_images * solver_passes,
         **{name: total / steps * samples for name, total in sums.items()},
         checkpointed=bool(args.activation_checkpointing),
+        teachers=num_lessons * samples,
     )
 
 

@@ -34,8 +34,12 @@ class ScriptArguments:
             The pipeline: a Hub id, a local folder, or `"shapeworld"`.
         prompts (`list[str]`):
             Sources of prompts, each `source` or `name=source`; see [`~trl_marble.cli.sources.load_sources`].
-        rewards (`list[str]`):
-            Names or dotted paths of rewards; see [`~trl_marble.cli.sources.load_rewards`].
+        rewards (`list[str]`, *optional*):
+            Names or dotted paths of rewards; see [`~trl_marble.cli.sources.load_rewards`]. Without them there must be
+            teachers.
+        teachers (`list[str]`, *optional*):
+            Adapters that the policy learns from, each `source=adapter` with a source of the prompts, or
+            `all:name=adapter` for all prompts; see [`~trl_marble.MarbleNFTTrainer`].
         prompt_weights (`list[float]`, *optional*):
             The share of each source in a step, as a weight; equal shares if left out.
         prompt_column (`str`, *optional*, defaults to `"prompt"`):
@@ -75,8 +79,16 @@ class ScriptArguments:
             "'shapeworld', each with a name if wanted (name=source)."
         }
     )
-    rewards: list[str] = field(
-        metadata={"help": "Rewards: names (pickscore), dotted paths (my_rewards.brightness) or 'shapeworld'."}
+    rewards: list[str] | None = field(
+        default=None,
+        metadata={"help": "Rewards: names (pickscore), dotted paths (my_rewards.brightness) or 'shapeworld'."},
+    )
+    teachers: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Adapters to learn from: source=adapter for the prompts of a source, all:name=adapter for all "
+            "prompts; an adapter is a Hub id, a folder or a .safetensors file."
+        },
     )
     prompt_weights: list[float] | None = field(
         default=None, metadata={"help": "Weight of each source of prompts. Defaults to equal shares."}
@@ -137,8 +149,9 @@ def train(script_args: ScriptArguments, training_args: "MarbleConfig") -> None:
     from ..checkpoint.folder import find_checkpoint, find_replaced
     from ..pipelines import lora_config
     from ..trainer import LiveTableCallback, MarbleNFTTrainer
-    from .sources import load_model, load_rewards, load_sources
+    from .sources import load_model, load_rewards, load_sources, read_teachers
 
+    check_task(script_args)
     check_evaluation(script_args, training_args)
     if training_args.push_to_hub:
         check_hub_access(training_args.hub_token)  # before models are loaded
@@ -162,7 +175,7 @@ def train(script_args: ScriptArguments, training_args: "MarbleConfig") -> None:
                 column=script_args.prompt_column,
                 seed=training_args.seed,
             )
-        rewards = load_rewards(script_args.rewards, script_args.offload_rewards)
+        rewards = load_rewards(script_args.rewards or [], script_args.offload_rewards)
         eval_rewards = load_rewards(script_args.eval_rewards or [], script_args.offload_rewards)
         pipeline = load_model(script_args.model, training_args.bf16, script_args.use_t5, script_args.quantize_base)
         peft_config = lora_config(pipeline, script_args.lora_r, script_args.lora_alpha)
@@ -171,13 +184,14 @@ def train(script_args: ScriptArguments, training_args: "MarbleConfig") -> None:
             peft_config.target_modules = lora_targets(script_args.lora_target_modules, linears)
         trainer = MarbleNFTTrainer(
             pipeline,
-            reward_funcs=[*rewards],
+            reward_funcs=[*rewards] if rewards else None,
             args=training_args,
             train_dataset=prompts,
             eval_dataset=eval_prompts,
             peft_config=peft_config,
             callbacks=[LiveTableCallback(), *watching(script_args.reward_hacking)],
             eval_reward_funcs=[*eval_rewards],
+            teachers=read_teachers(script_args.teachers or []),
         )
     with run_errors():
         trainer.train()
@@ -209,6 +223,21 @@ def watching(reward_hacking: str) -> list["RewardHackingCallback"]:
     from ..trainer import RewardHackingCallback
 
     return [] if reward_hacking == "off" else [RewardHackingCallback(reward_hacking)]  # type: ignore[arg-type]
+
+
+def check_task(script_args: ScriptArguments) -> None:
+    """
+    Refuse a run that has nothing to learn from.
+
+    Args:
+        script_args ([`ScriptArguments`]):
+            The options of the command.
+
+    Raises:
+        [`UsageError`]: If there are neither rewards nor teachers.
+    """
+    if not script_args.rewards and not script_args.teachers:
+        raise UsageError("there is nothing to train on; name `rewards`, `teachers` or both")
 
 
 def check_evaluation(script_args: ScriptArguments, args: "MarbleConfig") -> None:

@@ -176,6 +176,8 @@ class CardInputs:
             Path, relative to the card, of the picture made by [`~trl_marble.evaluation.plot_progress`].
         times (`TimeSummary`, *optional*):
             Where the time of the training went.
+        teachers (`Mapping[str, str]`, *optional*):
+            The adapters that it was distilled from, as the trainer is given them.
     """
 
     repo_name: str
@@ -203,6 +205,7 @@ class CardInputs:
     progress: ProgressSummary | None = None
     progress_plot: str | None = None
     times: TimeSummary | None = None
+    teachers: Mapping[str, str] = field(default_factory=dict)
 
     def public(self) -> "CardInputs":
         """
@@ -214,6 +217,7 @@ class CardInputs:
             repo_name=public_name(self.repo_name),
             base_model=public_name(self.base_model) if self.base_model else None,
             dataset_name=public_name(self.dataset_name) if self.dataset_name else None,
+            teachers={name: public_name(adapter) for name, adapter in self.teachers.items()},
             settings={
                 name: _public_setting(value)
                 for name, value in self.settings.items()

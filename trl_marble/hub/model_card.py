@@ -69,10 +69,10 @@ def build_model_card(inputs: CardInputs) -> ModelCard:
         `huggingface_hub.ModelCard`: write it with `card.save(...)`; `card.validate()` lets the Hub check it.
 
     Raises:
-        `ValueError`: there is no reward, an image's path is not relative, the pipeline's class is not the name of a
-            class, or a setting that is an argument of its call is not a number.
+        `ValueError`: there is no reward and no teacher, an image's path is not relative, the pipeline's class is not
+            the name of a class, or a setting that is an argument of its call is not a number.
     """
-    if not inputs.rewards:
+    if not inputs.rewards and not inputs.teachers:
         raise ValueError("`rewards` is empty. Pass one `RewardRow` for each reward that the adapter was trained on.")
     if not inputs.pipeline_class.isidentifier():
         raise ValueError(f"pipeline_class={inputs.pipeline_class!r} is not the name of a class, which it must be.")
@@ -91,6 +91,8 @@ def build_model_card(inputs: CardInputs) -> ModelCard:
         aggregation=_code(inputs.settings.get("multi_objective_aggregation", "marble")),
         num_trained=len(trained),
         trained_names=", ".join(_code(row.name) for row in trained),
+        teachers=[(_code(name), _code(adapter)) for name, adapter in inputs.teachers.items()],
+        num_teachers="one teacher" if len(inputs.teachers) == 1 else f"{len(inputs.teachers)} teachers",
         trained_here=inputs.trained_here,
         pipeline_class=inputs.pipeline_class,
         base_source=_literal(base if base is not None and on_hub else "path/to/the/base/pipeline"),

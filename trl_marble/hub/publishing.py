@@ -8,7 +8,7 @@ import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -136,6 +136,8 @@ class RunSummary:
             The repository on the Hub.
         adapter_step (`int`):
             The optimizer step that the adapter is from: the last one, unless a better one was loaded.
+        teachers (`Mapping[str, str]`, *optional*):
+            The adapters that it was distilled from, as the trainer is given them.
     """
 
     history: Sequence[dict[str, Any]]
@@ -149,6 +151,7 @@ class RunSummary:
     edits_images: bool
     model_id: str | None
     adapter_step: int
+    teachers: Mapping[str, str] = field(default_factory=dict)
 
 
 def write_card(run: RunSummary, folder: Path, model_name: str | None = None) -> None:
@@ -199,6 +202,7 @@ def write_card(run: RunSummary, folder: Path, model_name: str | None = None) -> 
         adapter_step=run.adapter_step,
         best_evaluation=best_evaluation(run.history, run.reward_names),
         adapter_evaluation=next(reversed(worst_gains(of_adapter, run.reward_names)), None),
+        teachers=run.teachers,
     )
     inputs.save(folder)
     build_model_card(inputs).save(folder / "README.md")

@@ -5,6 +5,7 @@ from .awm import AWMLoss
 from .building import build_loss, settings_of
 from .crd import CRDLoss
 from .dgpo import DGPOLoss
+from .distillation import Lesson, NoRewardLoss
 from .dpo import DPOLoss
 from .forward_process import noise_samples
 from .gdro import GDROLoss
@@ -37,7 +38,9 @@ __all__ = [
     "GDROLoss",
     "GRPOLoss",
     "Groups",
+    "Lesson",
     "NFTLoss",
+    "NoRewardLoss",
     "Penalties",
     "PolicyLoss",
     "StepCounts",

@@ -16,6 +16,7 @@ from .policy_weights import PolicyWeights
 from .quantization import quantization_config
 from .schedulers import check_flow_matching
 from .sharding import shard_base
+from .teachers import Teacher, load_teachers
 from .verification import verify_acceleration, verify_velocities
 from .weight_shadow import WeightShadow
 
@@ -29,6 +30,7 @@ __all__ = [
     "Policy",
     "PolicyWeights",
     "Rollout",
+    "Teacher",
     "WeightShadow",
     "adapter_names",
     "adapters_disabled",
@@ -41,6 +43,7 @@ __all__ = [
     "find_family",
     "load_adapter",
     "load_pipeline",
+    "load_teachers",
     "loaded_adapter",
     "lora_config",
     "measured_linears",

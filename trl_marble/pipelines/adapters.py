@@ -4,6 +4,7 @@
 import json
 import math
 import os
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -209,25 +210,64 @@ def loaded_adapter(pipeline: DiffusionPipeline, file: Path | None) -> Iterator[N
             "them. Pass a pipeline without adapters, or evaluate its own adapters with `adapter=None`."
         )
     try:
-        _restore_precision(pipeline, _load(pipeline, file, "default"))
+        _restore_precision(pipeline, _load(pipeline, file, "default"), "default")
         yield
     finally:
         pipeline.unload_lora_weights()
 
 
-def _restore_precision(pipeline: DiffusionPipeline, state: Mapping[str, Tensor]) -> None:
-    """Give the weights of the only adapter, which peft has rounded as the base is, the precision of the file."""
+def load_beside_trained(
+    pipeline: DiffusionPipeline, adapter: str | os.PathLike, adapter_name: str, trained_name: str = "default"
+) -> dict[str, Tensor]:
+    """
+    Load a frozen adapter of the transformer beside the one that is trained, which stays in use.
+
+    Its weights have the precision of the file.
+
+    Args:
+        pipeline ([`~diffusers.DiffusionPipeline`]):
+            The pipeline with the adapter that is trained, changed in place.
+        adapter (`str` or `os.PathLike`):
+            See [`find_adapter`].
+        adapter_name (`str`):
+            The name that it gets in the pipeline.
+        trained_name (`str`, *optional*, defaults to `"default"`):
+            The adapter that is trained.
+
+    Returns:
+        `dict[str, Tensor]`: its weights by diffusers' names.
+
+    Raises:
+        `OSError`: there is no such adapter.
+        `ValueError`: it cannot be loaded onto this pipeline, see [`load_adapter`], or changes more than the
+            transformer.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Already found a `peft_config`")  # of which there is to be one more
+        state = _load(pipeline, adapter, adapter_name)
+    if others := sorted({key.partition(".")[0] for key in state} - {"transformer"}):
+        raise ValueError(
+            f"The adapter `{adapter}` changes {', '.join(others)} beside the transformer, and only the transformer is "
+            "trained. Pass an adapter of the transformer alone."
+        )
+    _restore_precision(pipeline, state, adapter_name)
+    pipeline.transformer.set_adapter(trained_name)  # which also freezes all others
+    return state
+
+
+def _restore_precision(pipeline: DiffusionPipeline, state: Mapping[str, Tensor], adapter_name: str) -> None:
+    """Give the weights of an adapter, which peft has rounded as the base is, the precision of the file."""
     for component in sorted({key.partition(".")[0] for key in state}):
         if not component.startswith("transformer"):
             continue  # the names of text encoders' layers in files are not those in memory
         model = getattr(pipeline, component)
         own = {key.partition(".")[2]: value for key, value in state.items() if key.startswith(f"{component}.")}
         dtype = next(iter(own.values())).dtype
-        rounded = [p for name, p in model.named_parameters() if "lora_" in name and p.dtype != dtype]
+        rounded = [p for name, p in model.named_parameters() if adapter_name in name.split(".") and p.dtype != dtype]
         for parameter in rounded:
             parameter.data = parameter.data.to(dtype)
         if rounded:
-            set_peft_model_state_dict(model, own, "default")
+            set_peft_model_state_dict(model, own, adapter_name)
 
 
 def adapter_names(pipeline: DiffusionPipeline) -> list[str]:

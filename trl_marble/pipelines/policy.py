@@ -127,3 +127,27 @@ def adapters_disabled(transformer: nn.Module, layers: Sequence[BaseTunerLayer] |
     finally:
         for attributes in enabled:
             attributes["_disable_adapters"] = False
+
+
+@contextmanager
+def adapter_in_use(layers: Sequence[BaseTunerLayer], name: str) -> Iterator[None]:
+    """
+    Let another adapter, alone, be the one that is applied inside the context.
+
+    Every `requires_grad` flag is left as it was found.
+
+    Args:
+        layers (`Sequence[BaseTunerLayer]`):
+            The transformer's [`adapter_layers`].
+        name (`str`):
+            The adapter's name in the transformer. Layers that it does not change are the base model's.
+    """
+    before = [layer._active_adapter for layer in layers]
+    attributes = [vars(layer) for layer in layers]  # see `adapters_disabled`
+    try:
+        for each in attributes:
+            each["_active_adapter"] = [name]
+        yield
+    finally:
+        for each, active in zip(attributes, before, strict=True):
+            each["_active_adapter"] = active

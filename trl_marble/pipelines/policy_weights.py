@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .conditioning import Conditioning
-from .policy import Policy, adapter_layers, adapters_disabled
+from .policy import Policy, adapter_in_use, adapter_layers, adapters_disabled
 from .weight_shadow import WeightShadow, check_same_weights
 
 
@@ -18,7 +18,7 @@ class PolicyWeights:
     (without the adapter), and those that sample images, where these are none of the others. All of them run through
     the same module in the same precision, that of the [`~trl_marble.pipelines.FlowPipeline`].
 
-    Create it when the weights are on their final device.
+    Create it when the weights are on their final device, and all other adapters are loaded.
 
     Args:
         policy ([`~trl_marble.pipelines.Policy`]):
@@ -81,6 +81,15 @@ class PolicyWeights:
         """
         with self.sampling(adapters_disabled(self.policy.transformer, self._adapter_layers)):
             return self.flow.reference_velocity(x_t, t, conditioning)
+
+    @torch.no_grad()
+    def velocity_of(self, adapter_name: str, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+        """
+        The velocity of another adapter of the transformer, such as a teacher's. See [`~PolicyWeights.old_velocity`]
+        for when to ask.
+        """
+        with self.sampling(adapter_in_use(self._adapter_layers, adapter_name)):
+            return self.policy(x_t, t, conditioning)
 
     @contextmanager
     def sampling(self, weights: AbstractContextManager[None]) -> Iterator[None]:

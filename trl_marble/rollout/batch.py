@@ -45,7 +45,8 @@ class RolloutBatch:
         latents (`Tensor` of shape `[B, ...]`):
             Clean latents x0; 0 for samples whose latents are not finite, which no reward applies to.
         advantages (`Tensor` of shape `[K, B]`, float32):
-            NaN where a reward does not apply.
+            NaN where a reward does not apply. Where there are teachers, each has a row below those of the rewards: 1
+            where it applies, and NaN elsewhere. They count among the K here and below.
         first_half (`Tensor` of shape `[B]`, bool):
             Whether a sample's prompt is in the first half of its optimizer step, see [`split_prompts`].
         counts (`Tensor` of shape `[U, 2, K]`, int64):

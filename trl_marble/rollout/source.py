@@ -109,16 +109,21 @@ class RolloutSource:
             Settings.
         compute_advantages (`Callable[[Tensor, Tensor], Tensor]`):
             From rewards `[K, B]` and groups `[B]` of all processes to advantages.
-        compare_with_sum (`Callable[[Tensor], Tensor]`):
-            From rewards `[K, B]` to how their weighted sum would mix the per-reward gradients, `[K]`.
+        compare_with_sum (`Callable[[Tensor, Tensor], Tensor]`):
+            From rewards `[K, B]`, and what `assign_teachers` returned, to how their weighted sum would mix the
+            gradients of rewards and teachers, `[K + T]`.
         accelerator ([`~accelerate.Accelerator`]):
             Gathers over processes.
         metrics ([`~trl_marble.metrics.MetricBuffer`]):
             Where to record.
         progress_meter ([`ProgressMeter`], *optional*):
             Takes in the rewards of each generation batch before its advantages are computed.
-        choose_window (`Callable[[int], SDEWindow]`, *optional*):
+        choose_window (`Callable[[int], SDEWindow | None]`, *optional*):
             From the number of a generation batch to the solver steps that add noise. By default none do.
+        assign_teachers (`Callable[[Sequence[str] | None, Tensor], Tensor]`, *optional*):
+            From the column `source` of the samples of all processes, where there is one, and which of them can be
+            trained on `[B]`, to a row for each teacher `[T, B]`: 1 where it applies, and NaN elsewhere. The rows
+            follow those of the advantages. By default there are no teachers.
     """
 
     def __init__(
@@ -129,17 +134,18 @@ class RolloutSource:
         layout: BatchLayout,
         settings: RolloutSettings,
         compute_advantages: Callable[[Tensor, Tensor], Tensor],
-        compare_with_sum: Callable[[Tensor], Tensor],
+        compare_with_sum: Callable[[Tensor, Tensor], Tensor],
         accelerator: Accelerator,
         metrics: MetricBuffer,
         progress_meter: ProgressMeter | None = None,
-        choose_window: Callable[[int], SDEWindow] | None = None,
+        choose_window: Callable[[int], SDEWindow | None] | None = None,
+        assign_teachers: Callable[[Sequence[str] | None, Tensor], Tensor] | None = None,
     ) -> None:
         self.sampler, self.scorer, self.dataset = sampler, scorer, dataset
         self.layout, self.settings = layout, settings
         self.compute_advantages, self.compare_with_sum = compute_advantages, compare_with_sum
         self.accelerator, self.metrics, self.progress_meter = accelerator, metrics, progress_meter
-        self.choose_window = choose_window
+        self.choose_window, self.assign_teachers = choose_window, assign_teachers
         self.together = sampler.together
         self._silent_rewards: set[str] = set()
 
@@ -212,15 +218,19 @@ class RolloutSource:
                 rewards = self._gather(samples.scores.rewards.T).T
                 rows = self._read([replaced.get(i, row) for i, row in zip(own, row_numbers, strict=True)])
                 conditioning, prompt_index = self._encode(rows)
-        self._record(samples, rewards, groups, trainer_state.global_step)
+        finite = self._gather(samples.finite)
+        self._record(samples, finite, rewards, groups, trainer_state.global_step)
         if meter is not None and prompt_ids is not None:
             meter.observe(prompt_ids, rewards)
         sources = (
             gather_object([str(source) for source in rows.columns["source"]]) if "source" in rows.columns else None
         )
+        taught = rewards.new_empty(0, rewards.shape[1])
+        if self.assign_teachers is not None:
+            taught = self.assign_teachers(sources, finite)
         digest = digest_of(rows.prompts, rows.images)
         batch = self._arrange(
-            rows.prompts, conditioning, digest, prompt_index, own, samples, rewards, groups, generation
+            rows.prompts, conditioning, digest, prompt_index, own, samples, rewards, taught, groups, generation
         )
         batch.replaced = {place: row for place, row in replaced.items() if place in own}
         return batch, RolloutRecord(rows.prompts, samples.images, samples.scores, rewards, sources)
@@ -310,9 +320,8 @@ class RolloutSource:
     def _images_to_edit(self, columns: dict[str, list]) -> list | None:
         return columns["image"] if self.settings.edits else None
 
-    def _record(self, samples: Samples, rewards: Tensor, groups: Tensor, step: int) -> None:
+    def _record(self, samples: Samples, finite: Tensor, rewards: Tensor, groups: Tensor, step: int) -> None:
         """Record metrics of a rollout; refuse one of which nothing is left."""
-        finite = self._gather(samples.finite)
         with self.together.phase():
             if not finite.any():
                 raise FloatingPointError(
@@ -360,6 +369,7 @@ class RolloutSource:
         own: range,
         samples: Samples,
         rewards: Tensor,
+        taught: Tensor,
         groups: Tensor,
         generation: int,
     ) -> RolloutBatch:
@@ -370,7 +380,8 @@ class RolloutSource:
         num_updates, device = self.layout.updates_per_pass, samples.latents.device
         order_seed = derive_seed(self.settings.seed, Draw.ORDER, generation)
         order = training_order(rewards.shape[1], own, num_updates, order_seed)
-        all_advantages = mask_silent_groups(self.compute_advantages(rewards, groups), groups)
+        of_rewards = mask_silent_groups(self.compute_advantages(rewards, groups), groups)
+        all_advantages = torch.cat([of_rewards, taught])
         steps = steps_of_samples(rewards.shape[1], num_updates, order_seed)
         halves_seed = derive_seed(self.settings.seed, Draw.HALVES, generation)
         in_first = split_prompts(groups, ~all_advantages.isnan(), steps, halves_seed)
@@ -381,7 +392,7 @@ class RolloutSource:
         signals = torch.stack(
             [_count(part.nan_to_num() != 0, half) for part, half in zip(updates, halves, strict=True)]
         )
-        scored = torch.stack([(~part.isnan()).any(dim=0).sum() for part in updates])
+        scored = torch.stack([(~part[: len(of_rewards)].isnan()).any(dim=0).sum() for part in updates])
         return RolloutBatch(
             prompts=prompts,
             conditioning=conditioning,
@@ -394,7 +405,7 @@ class RolloutSource:
             counts=self.accelerator.reduce(counts.to(device), reduction="sum"),
             active=(self.accelerator.reduce(signals.to(device), reduction="sum") > 0).cpu(),
             scored=self.accelerator.reduce(scored.to(device), reduction="sum"),
-            weighted_sum=self.compare_with_sum(rewards),
+            weighted_sum=self.compare_with_sum(rewards, taught),
             transitions=None if samples.transitions is None else samples.transitions.select(order.to(device)),
         )
 

@@ -11,7 +11,8 @@ from accelerate import Accelerator
 from datasets import Dataset
 from diffusers import DiffusionPipeline
 from huggingface_hub.constants import HF_HOME
-from torch import Tensor
+from peft import LoraConfig
+from torch import Tensor, nn
 from transformers.utils import logging
 
 from ..balance import (
@@ -21,15 +22,21 @@ from ..balance import (
     get_weighting,
     weighted_sum_weights,
 )
+from ..checkpoint.run_state import base_fingerprint
+from ..data import RepeatPromptSampler
 from ..evaluation.policy_evaluation import PolicyEvaluator
 from ..evaluation.prompt_sets import evaluation_sets, set_label
-from ..losses import LOSSES, GRPOLoss, PolicyLoss, build_loss
+from ..losses import LOSSES, GRPOLoss, NoRewardLoss, PolicyLoss, build_loss
 from ..metrics import MetricBuffer
 from ..pipelines import (
     Acceleration,
     FlowPipeline,
     PolicyWeights,
+    Teacher,
+    add_trainable_adapter,
     edits_images,
+    load_teachers,
+    lora_config,
     measured_linears,
     place_base,
     verify_acceleration,
@@ -39,6 +46,7 @@ from ..processes import FailingTogether
 from ..progress import MakeBar
 from ..rewards import RewardScorer
 from ..rewards.held_out import held_out_scorer
+from ..rewards.no_rewards import NoRewards
 from ..rewards.protocol import check_media, reward_center
 from ..rewards.signatures import check_signatures
 from ..rollout import (
@@ -51,9 +59,10 @@ from ..rollout import (
     RolloutSource,
 )
 from ..step_times import StepTimes
-from ..update import BalanceSettings, KLControl, NonFiniteGuard, PolicyUpdate, StepGradient, TimeGrid
+from ..update import BalanceSettings, KLControl, NonFiniteGuard, PolicyUpdate, StepGradient, Teaching, TimeGrid
 from ..update.micro_steps import draw_micro_steps
 from .marble_config import MarbleConfig
+from .teachers import assign_teachers
 
 
 logger = logging.get_logger(__name__)
@@ -101,7 +110,8 @@ def build_scorers(reward_funcs: Any, eval_reward_funcs: Any, args: MarbleConfig)
             value per reward, a held-out reward is trained on, or `progress_base_images` or `resample_silent_prompts`
             does not fit a reward that compares images.
     """
-    scorer = RewardScorer(reward_funcs, args.reward_timeout)
+    # An empty list is refused by the scorer; without teachers so is `None`, which is said later.
+    scorer = NoRewards() if reward_funcs is None else RewardScorer(reward_funcs, args.reward_timeout)
     for setting, what in (
         ("reward_weights", "weight"),
         ("reward_priorities", "priority"),
@@ -135,6 +145,22 @@ def build_scorers(reward_funcs: Any, eval_reward_funcs: Any, args: MarbleConfig)
     return scorers
 
 
+def build_prompt_sampler(
+    dataset: Dataset, source_weights: dict[str, float] | None, args: MarbleConfig
+) -> RepeatPromptSampler:
+    """What chooses the prompts of generation batches."""
+    return RepeatPromptSampler(
+        num_prompts=len(dataset),
+        num_generations=args.num_generations,
+        prompts_per_batch=args.prompts_per_generation,
+        num_repeats=args.steps_per_generation * args.num_iterations,
+        seed=args.seed if args.data_seed is None else args.data_seed,
+        # [:] makes a list of the column, which is much faster to read.
+        sources=None if source_weights is None else dataset["source"][:],
+        source_weights=source_weights,
+    )
+
+
 def build_flow(pipeline: DiffusionPipeline, args: MarbleConfig) -> FlowPipeline:
     """
     The pipeline with the settings of the rollouts.
@@ -159,6 +185,25 @@ def build_flow(pipeline: DiffusionPipeline, args: MarbleConfig) -> FlowPipeline:
             "`guidance_scale=1.0`."
         )
     return flow
+
+
+def add_adapters(
+    pipeline: DiffusionPipeline, peft_config: LoraConfig | None, teachers: Sequence[Teacher]
+) -> tuple[dict[str, nn.Parameter], dict[str, Any]]:
+    """
+    Add the adapter that is trained, and load the teachers.
+
+    Returns:
+        `tuple`: The trainable weights by name, and what describes the frozen ones, ready for JSON: the base model and
+        the teachers.
+
+    Raises:
+        `ValueError`: If one of them does not fit the pipeline.
+    """
+    trainable = dict(add_trainable_adapter(pipeline, peft_config or lora_config(pipeline)))
+    base_model = base_fingerprint(pipeline.transformer)
+    # `None` is what a checkpoint from before there were teachers has.
+    return trainable, {"base_model": base_model, "teachers": load_teachers(pipeline, teachers) or None}
 
 
 def check_prompts(
@@ -314,17 +359,20 @@ def build_source(
     accelerator: Accelerator,
     metrics: MetricBuffer,
     args: MarbleConfig,
+    teachers: Sequence[Teacher] = (),
 ) -> RolloutSource:
     """What makes generation batches."""
-    loss = build_policy_loss(args)
+    loss = build_policy_loss(args, has_rewards=len(scorer) > 0)
     choose_window = None
-    if isinstance(loss, GRPOLoss):
+    if isinstance(loss, GRPOLoss | NoRewardLoss):
         choose_window = functools.partial(loss.window, num_steps=args.num_inference_steps, seed=args.seed)
     reward_weights = torch.tensor(args.reward_weights or [1.0] * len(scorer))
     batch_centred = torch.tensor([reward_center(func) == "batch" for func in scorer.funcs])
     meter = _build_meter(sampler, scorer, dataset, edits, accelerator, metrics, args)
 
     def compute_advantages(rewards: Tensor, groups: Tensor) -> Tensor:
+        if len(rewards) == 0:
+            return rewards
         weights = reward_weights
         if meter is not None:
             rewards, weights = meter.weights.in_units_of_scales(rewards), meter.weights.weights
@@ -340,11 +388,12 @@ def build_source(
             args.seed, args.num_generations, args.rollout_batch_size, edits, int(args.resample_silent_prompts)
         ),
         compute_advantages,
-        functools.partial(_compare_with_sum, reward_weights=reward_weights, scales=args.scale_rewards != "none"),
+        functools.partial(_compare_with_sum, reward_weights=reward_weights, args=args),
         accelerator,
         metrics,
         meter,
         choose_window,
+        functools.partial(assign_teachers, teachers) if teachers else None,
     )
 
 
@@ -372,18 +421,32 @@ def _build_meter(
     return ProgressMeter(weights, sampler, scorer, dataset, settings, accelerator, metrics)
 
 
-def _compare_with_sum(rewards: Tensor, reward_weights: Tensor, scales: bool) -> Tensor:
-    """How "weighted sum of the raw rewards, then one advantage" would mix the per-reward gradients, `[K]`."""
+def _compare_with_sum(rewards: Tensor, taught: Tensor, reward_weights: Tensor, args: MarbleConfig) -> Tensor:
+    """
+    How "weighted sum of the raw rewards, then one advantage" would mix the per-reward gradients, and add those of
+    teachers: `[K + T]`. Without teachers the common scale is left open.
+    """
+    scales = args.scale_rewards != "none"
+    of_teachers = args.teacher_weight * (~taught.isnan()).float().mean(dim=1)
+    if len(rewards) == 0:
+        return of_teachers
     valid = ~rewards.isnan()
     stds = torch.ones(len(rewards))
     if scales:
         rows = [row[keep] for row, keep in zip(rewards, valid, strict=True)]
         stds = torch.tensor([row.std(correction=0).item() if len(row) else 0.0 for row in rows])
-    return weighted_sum_weights(reward_weights, stds, valid.sum(dim=1))
+    of_rewards = weighted_sum_weights(reward_weights, stds, valid.sum(dim=1))
+    if len(taught) > 0:
+        sums = (reward_weights[:, None] * rewards).nansum(dim=0)[valid.any(dim=0)]
+        scale = (reward_weights.abs() * stds * valid.sum(dim=1)).sum() / max(1, len(sums))
+        of_rewards = of_rewards * scale / (sums.std(correction=0).clamp_min(1e-4) if scales else 1.0)
+    return torch.cat([of_rewards, of_teachers.to(of_rewards)])
 
 
-def build_policy_loss(args: MarbleConfig) -> PolicyLoss:
-    """The loss that `policy_loss` names."""
+def build_policy_loss(args: MarbleConfig, has_rewards: bool = True) -> PolicyLoss:
+    """The loss that `policy_loss` names, where there are rewards."""
+    if not has_rewards:
+        return NoRewardLoss(args.beta, args.teacher_states == "trajectory")
     settings = vars(args)
     if not args.balances_gradients:  # there is one loss, and nothing to take out of it
         settings = settings | {"balance_on": "loss"}
@@ -403,6 +466,7 @@ def build_update(
     make_bar: MakeBar,
     times: StepTimes,
     args: MarbleConfig,
+    teachers: Sequence[Teacher] = (),
 ) -> PolicyUpdate:
     """What turns a generation batch into directions."""
     guard = NonFiniteGuard(args.on_nonfinite, accelerator, metrics)
@@ -410,8 +474,11 @@ def build_update(
     if args.balances_gradients:
         is_equal = args.multi_objective_aggregation == "equal"
         chosen = get_weighting("equal" if is_equal else weighting or args.weighting)
-        priorities = None if args.reward_priorities is None else torch.tensor(args.reward_priorities)
-        balance = BalanceSettings(schedule, chosen, args.balance_fraction, reward_names, priorities)
+        priorities = None
+        if args.reward_priorities is not None:
+            priorities = torch.tensor([*args.reward_priorities, *[1.0] * len(teachers)])
+        names = [*reward_names, *(teacher.row for teacher in teachers)]
+        balance = BalanceSettings(schedule, chosen, args.balance_fraction, names, priorities)
         linears = measured_linears(weights.flow, weights.trained, edits, args.per_device_train_batch_size)
     grid_times = weights.flow.training_times(args.num_inference_steps)
     if isinstance(loss, GRPOLoss):
@@ -419,6 +486,10 @@ def build_update(
     else:
         grid = TimeGrid(grid_times, max(1, int(len(grid_times) * args.timestep_fraction)))
     _check_regularizer_fraction(args, layout.micro_batches_per_update * grid.per_sample)
+    teaching = None
+    if teachers:
+        weight = None if args.balances_gradients else args.teacher_weight
+        teaching = Teaching(teachers, weights, metrics, times, weight)
     return PolicyUpdate(
         loss,
         weights,
@@ -434,6 +505,7 @@ def build_update(
         make_bar,
         times,
         None if args.kl_target is None else KLControl(args.beta, args.kl_target),
+        teaching,
     )
 
 

@@ -30,6 +30,7 @@ BALANCE_ON = ("loss", "advantage")
 SCALE_REWARDS = ("batch", "group", "none")
 REWARD_FAILURE = ("raise", "mask")
 ON_NONFINITE = ("raise", "skip")
+TEACHER_STATES = ("noised", "trajectory")
 PROGRESS_SETTINGS = (
     "progress_temperature",
     "progress_ema",
@@ -285,6 +286,20 @@ class MarbleConfig(TrainingArguments):
         grpo_reweighting (`str`, *optional*, defaults to `"none"`):
             Weights of the solver steps: `"none"`, `"noise"` (by the noise that they add, TempFlow-GRPO,
             https://huggingface.co/papers/2508.04324) or `"step"` (by the inverse of their length, GRPO-Guard's).
+
+        > Parameters that control the teachers
+
+        teacher_weight (`float`, *optional*, defaults to `1.0`):
+            Coefficient of the teachers' loss, the mean over all samples of `mean((v - v_teacher)^2)`, where rewards
+            are summed (`"sum_then_normalize"`, `"normalize_then_sum"` and `"progress"`): it is added to their loss.
+            With `"marble"` and `"equal"` each teacher is balanced as a reward is, and this only defines the weighted
+            sum that the `balance/weighted_sum/*` metrics compare with. Greater than 0.
+        teacher_states (`str`, *optional*, defaults to `"noised"`):
+            Where the policy is compared with the teachers: at noised versions of its own images (`"noised"`), or, in
+            a run without rewards, at the states that it went through when it sampled them (`"trajectory"`); these
+            are kept in float32, `num_inference_steps` latents for each image, and the solver is Euler's. Teachers
+            beside rewards are compared with where the loss is computed: with `policy_loss="grpo"` at states of
+            rollouts, otherwise at noised images.
 
         > Parameters that control the balancing
 
@@ -572,6 +587,15 @@ class MarbleConfig(TrainingArguments):
         default="none", metadata={"help": "Weights of GRPO's solver steps: 'none', 'noise' or 'step'."}
     )
 
+    # Parameters that control the teachers
+    teacher_weight: float = field(
+        default=1.0, metadata={"help": "Coefficient of the teachers' loss where rewards are summed."}
+    )
+    teacher_states: Literal["noised", "trajectory"] = field(
+        default="noised",
+        metadata={"help": "Without rewards: teachers are followed at 'noised' images or along the 'trajectory'."},
+    )
+
     # Parameters that control the balancing
     weighting: str = field(default="mgda", metadata={"help": "Rule for the balancing weights: 'mgda' or 'equal'."})
     balance_every: int = field(default=1, metadata={"help": "Solve the balancing problem every X optimizer steps."})
@@ -666,6 +690,7 @@ class MarbleConfig(TrainingArguments):
             ("balance_on", BALANCE_ON),
             ("scale_rewards", SCALE_REWARDS),
             ("reward_failure", REWARD_FAILURE),
+            ("teacher_states", TEACHER_STATES),
             ("on_nonfinite", ON_NONFINITE),
             ("old_policy_preset", tuple(OLD_POLICY_PRESETS)),
             ("sampling_policy_preset", (None, *OLD_POLICY_PRESETS)),
@@ -713,6 +738,7 @@ class MarbleConfig(TrainingArguments):
             "dgpo_clip_range",
             "gdro_beta",
             "dpo_beta",
+            "teacher_weight",
         )
         for name in (*above_zero, "gdro_temperature", "grpo_clip_range", "advantage_clip", "progress_temperature"):
             if not 0 < getattr(self, name) < math.inf:

@@ -4,7 +4,7 @@
 import functools
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,6 @@ from ..balance import BalanceSchedule, old_policy_decay, weight_ema_decay
 from ..callbacks import LiveTableCallback, MarbleCallback, RolloutPicture, RunPictures
 from ..checkpoint.division import BatchDivision
 from ..checkpoint.folder import check_writable
-from ..checkpoint.run_state import base_fingerprint
 from ..data import RepeatPromptSampler, prepare_prompts, source_weights
 from ..evaluation.base_evaluations import BaseEvaluations
 from ..evaluation.prompt_sets import check_best_metric, prepare_evaluation_sets
@@ -31,7 +30,7 @@ from ..hub import save_adapter
 from ..memory_advice import update_advice
 from ..metrics import MetricBuffer
 from ..nonfinite import refuse_nonfinite
-from ..pipelines import Policy, PolicyWeights, add_trainable_adapter, load_pipeline, lora_config, with_rgb_images
+from ..pipelines import Policy, PolicyWeights, load_pipeline, with_rgb_images
 from ..processes import FailingTogether
 from ..rewards import RewardFunc
 from ..rollout import RolloutBatch, StoredBatch
@@ -42,6 +41,7 @@ from .follow_policy import FollowPolicy
 from .marble_config import MarbleConfig
 from .observed_trainer import ObservedTrainer
 from .run_state import RunState, describe_run, refuse_nonfinite_optimizer
+from .teachers import read_teachers
 from .unsupported_methods import WithoutPredictions
 
 
@@ -70,12 +70,12 @@ class MarbleNFTTrainer(WithoutPredictions, ObservedTrainer):
         pipeline (`str`, `os.PathLike` or [`~diffusers.DiffusionPipeline`]):
             The flow-matching pipeline to align: a Hub id, a local folder, or the object. Its parts are frozen and a
             LoRA adapter is added to its transformer.
-        reward_funcs (`str`, `RewardFunc` or a list of them):
-            The rewards, see [`~trl_marble.rewards.RewardFunc`]. Called with keywords `images` (`videos` for a pipeline
-            of videos), `prompts`, the other columns of the dataset, `trainer_state`, and where they accept them
-            `log_metric` and `log_extra`; they return one score per image, or `None` where they do not apply. A string
-            is a known name (`"pickscore"`) or a dotted path (`"my_rewards.brightness"`), see
-            [`~trl_marble.rewards.load_reward`].
+        reward_funcs (`str`, `RewardFunc` or a list of them, *optional*):
+            The rewards, see [`~trl_marble.rewards.RewardFunc`]; `None` to learn from `teachers` alone. Called with
+            keywords `images` (`videos` for a pipeline of videos), `prompts`, the other columns of the dataset,
+            `trainer_state`, and where they accept them `log_metric` and `log_extra`; they return one score per image,
+            or `None` where they do not apply. A string is a known name (`"pickscore"`) or a dotted path
+            (`"my_rewards.brightness"`), see [`~trl_marble.rewards.load_reward`].
         args ([`MarbleConfig`], *optional*):
             Configuration. Defaults to `MarbleConfig` with an output folder named after the pipeline.
         train_dataset ([`~datasets.Dataset`]):
@@ -99,13 +99,17 @@ class MarbleNFTTrainer(WithoutPredictions, ObservedTrainer):
         weighting (`Callable[[Tensor], Tensor]`, *optional*):
             In the place of `args.weighting`: any callable from the Gram matrix `[K, K]` of the per-reward gradients to
             coefficients `[K]`, such as a `torchjd` weighting.
+        teachers (`Mapping[str, str]`, *optional*):
+            LoRA adapters of the same base model whose velocities the policy is to have: source of prompts (the column
+            `source` of `train_dataset`) -> Hub id, folder or file. `"all:<name>"` teaches on all prompts, and so does
+            `"all"`. Beside rewards, or alone.
 
     Raises:
         `ValueError`: For a pipeline that is not flow matching, a prompt set without prompts or without the images that
             the pipeline edits, the wrong number of reward weights, a held-out reward that is trained on, rewards that
             cannot be called with the columns of the prompt set, rewards of images for a pipeline of videos (see
-            [`~trl_marble.rewards.FrameReward`]) or the other way round, or settings that do not fit together or that
-            the pipeline cannot be sampled with.
+            [`~trl_marble.rewards.FrameReward`]) or the other way round, a teacher of no source of the prompts or of
+            another model, or settings that do not fit together or that the pipeline cannot be sampled with.
         `OSError`: If the output folder cannot be written.
     """
 
@@ -117,7 +121,7 @@ class MarbleNFTTrainer(WithoutPredictions, ObservedTrainer):
     def __init__(
         self,
         pipeline: str | os.PathLike | DiffusionPipeline,
-        reward_funcs: str | RewardFunc | list[str | RewardFunc],
+        reward_funcs: str | RewardFunc | list[str | RewardFunc] | None = None,
         args: MarbleConfig | None = None,
         train_dataset: Dataset | None = None,
         eval_dataset: Dataset | dict[str, Dataset] | None = None,
@@ -126,6 +130,7 @@ class MarbleNFTTrainer(WithoutPredictions, ObservedTrainer):
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
         weighting: Callable[[Tensor], Tensor] | None = None,
         eval_reward_funcs: str | RewardFunc | list[str | RewardFunc] | None = None,
+        teachers: Mapping[str, str | os.PathLike] | None = None,
     ) -> None:
         args = construction.default_config(pipeline) if args is None else args
         if not isinstance(args, MarbleConfig):
@@ -142,14 +147,14 @@ class MarbleNFTTrainer(WithoutPredictions, ObservedTrainer):
         # Rewards, then the base model, the adapter that is trained, and the other sets of weights for it.
         self.scorers = construction.build_scorers(reward_funcs, eval_reward_funcs, args)
         self.scorer = self.scorers[0]
+        self.teachers = read_teachers(teachers, train_dataset, self.scorer.names, args)
         names = [*self.scorer.names, *self.held_out_names]
         check_best_metric(args.metric_for_best_model, names, eval_dataset, args.eval_on_start)
         set_seed(args.seed)  # the adapter is initialized here, before `Trainer` sets the seed
         self.pipeline = load_pipeline(pipeline)
         self.flow = construction.build_flow(self.pipeline, args)
         self.edits = construction.check_prompts(self.flow, self.scorers, train_dataset, eval_dataset)
-        trainable = dict(add_trainable_adapter(self.pipeline, peft_config or lora_config(self.pipeline)))
-        fingerprint = base_fingerprint(self.flow.transformer)
+        trainable, frozen = construction.add_adapters(self.pipeline, peft_config, self.teachers)
         construction.cache_embeddings(self.flow, train_dataset, eval_dataset, args)
         construction.place_pipeline(self.flow, trainable, args)
         super().__init__(
@@ -170,14 +175,16 @@ class MarbleNFTTrainer(WithoutPredictions, ObservedTrainer):
 
         self.together, self.metrics = FailingTogether(), MetricBuffer()
         self.weights = PolicyWeights(self.model, trainable, samples_apart=args.sampling_policy_preset is not None)
-        self.schedule = BalanceSchedule(len(self.scorer), args.balance_every, args.balance_ema)
-        self.policy_loss = construction.build_policy_loss(args)
+        num_rows = len(self.scorer) + len(self.teachers)
+        self.schedule = BalanceSchedule(num_rows, args.balance_every, args.balance_ema)
+        self.policy_loss = construction.build_policy_loss(args, has_rewards=len(self.scorer) > 0)
         self.base_evaluations = BaseEvaluations()
         images_per_step = args.generation_batch_size * args.gradient_accumulation_steps // args.steps_per_generation
         self.times = StepTimes(args.device, self.scorer.names, images_per_step)
         self.sampler = construction.build_sampler(self.flow, self.together, self.progress, self.times, args)
+        shared = self.accelerator, self.metrics
         self.rollouts = construction.build_source(
-            self.sampler, self.scorer, self.train_dataset, self.edits, self.accelerator, self.metrics, args
+            self.sampler, self.scorer, self.train_dataset, self.edits, *shared, args, self.teachers
         )
         self.layout = self.rollouts.layout
         self.update = construction.build_update(
@@ -188,22 +195,16 @@ class MarbleNFTTrainer(WithoutPredictions, ObservedTrainer):
             self.scorer.names,
             self.layout,
             self.edits,
-            self.accelerator,
-            self.metrics,
+            *shared,
             self.progress,
             self.times,
             args,
+            self.teachers,
         )
-        identity = describe_run(self.flow, fingerprint, self.scorer, self.source_weights, args)
-        self.run_state = RunState(
-            self.weights,
-            self.schedule,
-            self.rollouts.progress,
-            self.update.kl_control,
-            self.base_evaluations,
-            identity,
-            BatchDivision(args.world_size, self.layout),
-        )
+        identity = frozen | describe_run(self.flow, self.scorer, self.source_weights)
+        division = BatchDivision(args.world_size, self.layout)
+        parts = self.schedule, self.rollouts.progress, self.update.kl_control, self.base_evaluations
+        self.run_state = RunState(self.weights, *parts, identity, division)
         self.evaluator = construction.build_evaluator(
             self.flow, self.scorers, self.accelerator, self.together, self.progress, args
         )
@@ -226,16 +227,7 @@ class MarbleNFTTrainer(WithoutPredictions, ObservedTrainer):
         counted as `transformers` does. Its rows are read once, when it is sampled: `transformers` holds all
         micro-batches of an optimizer step at once.
         """
-        self._prompt_sampler = RepeatPromptSampler(
-            num_prompts=len(self.train_dataset),
-            num_generations=self.args.num_generations,
-            prompts_per_batch=self.args.prompts_per_generation,
-            num_repeats=self.args.steps_per_generation * self.args.num_iterations,
-            seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
-            # [:] makes a list of the column, which is much faster to read.
-            sources=None if self.source_weights is None else self.train_dataset["source"][:],
-            source_weights=self.source_weights,
-        )
+        self._prompt_sampler = construction.build_prompt_sampler(self.train_dataset, self.source_weights, self.args)
         return self._get_dataloader(
             dataset=range(len(self.train_dataset)),  # type: ignore[arg-type]
             description="Training",

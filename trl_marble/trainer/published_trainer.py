@@ -23,7 +23,7 @@ from ..hub.publishing import (
     write_card_beside_adapter,
 )
 from ..media import Sample
-from ..pipelines import FlowPipeline
+from ..pipelines import FlowPipeline, Teacher
 from ..rewards import RewardScorer
 from .checkpointed_trainer import CheckpointedTrainer
 
@@ -38,6 +38,7 @@ class PublishedTrainer(CheckpointedTrainer):
     evaluations: list[Evaluation]
     edits: bool
     weighting: Callable[[Tensor], Tensor] | None
+    teachers: list[Teacher]
     train_dataset: Dataset
 
     def summarize(self) -> RunSummary:
@@ -52,6 +53,10 @@ class PublishedTrainer(CheckpointedTrainer):
             settings |= family.guidance_arguments(settings.pop("guidance_scale"))
         settings |= {"optimizer_steps": self.state.global_step, "processes": args.world_size}
         settings |= {"lora_rank": config.r, "lora_alpha": config.lora_alpha}
+        if self.teachers and not args.balances_gradients:
+            settings["teacher_weight"] = args.teacher_weight
+        if not self.scorers[0].names:
+            settings["teacher_states"] = args.teacher_states
         if self.weighting is not None:  # in the place of the one that `args` names
             settings["weighting"] = getattr(self.weighting, "__name__", type(self.weighting).__name__)
         return RunSummary(
@@ -66,6 +71,7 @@ class PublishedTrainer(CheckpointedTrainer):
             edits_images=self.edits,
             model_id=self.hub_model_id,
             adapter_step=self.adapter_step,
+            teachers={teacher.key: teacher.adapter for teacher in self.teachers},
         )
 
     def _adapter_gallery(self) -> Mapping[str, Sequence[Sample]]:

@@ -12,7 +12,6 @@ from ..checkpoint.run_state import load_identity, load_state, save_state
 from ..nonfinite import refuse_nonfinite
 from ..pipelines import FlowPipeline, PolicyWeights
 from ..rewards import RewardScorer
-from .marble_config import MarbleConfig
 
 
 class Stateful(Protocol):
@@ -109,21 +108,16 @@ def refuse_nonfinite_optimizer(optimizer: torch.optim.Optimizer) -> None:
         refuse_nonfinite("optimizer", {name: value for name, value in state.items() if torch.is_tensor(value)})
 
 
-def describe_run(
-    flow: FlowPipeline,
-    fingerprint: str,
-    scorer: RewardScorer,
-    source_weights: dict[str, float] | None,
-    args: MarbleConfig,
-) -> dict[str, Any]:
-    """What a run must share with a checkpoint that it resumes from, ready for JSON."""
+def describe_run(flow: FlowPipeline, scorer: RewardScorer, source_weights: dict[str, float] | None) -> dict[str, Any]:
+    """
+    What a run must share with a checkpoint that it resumes from, ready for JSON, beside the base model and teachers.
+    """
     config = flow.transformer.peft_config["default"]
     lora = {"r": config.r, "lora_alpha": config.lora_alpha}
     # What else says how strong the adapter is; ranks and DoRA are seen in the weights.
     lora |= {name: value for name in ("use_rslora", "alpha_pattern") if (value := getattr(config, name))}
     return {
         "pipeline": type(flow.pipeline).__name__,
-        "base_model": fingerprint,
         "rewards": scorer.names,
         "source_weights": source_weights,
         "lora": lora,

@@ -5,6 +5,7 @@ from .kl_control import KLControl
 from .nonfinite import NonFiniteGuard
 from .policy_update import PolicyUpdate, TimeGrid
 from .step_gradient import BalanceSettings, StepGradient
+from .teaching import Teaching
 
 
-__all__ = ["BalanceSettings", "KLControl", "NonFiniteGuard", "PolicyUpdate", "StepGradient", "TimeGrid"]
+__all__ = ["BalanceSettings", "KLControl", "NonFiniteGuard", "PolicyUpdate", "StepGradient", "Teaching", "TimeGrid"]

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from ..losses import Drawn, FrozenVelocities, GRPOLoss, Penalties, PolicyLoss, StepCounts
+from ..losses import Drawn, FrozenVelocities, GRPOLoss, Lesson, NoRewardLoss, Penalties, PolicyLoss, StepCounts
 from ..losses.forward_process import add_shared, mean_square_distance
 from ..metrics import MetricBuffer, finite_mean, mean_rms
 from ..pipelines import Conditioning, PolicyWeights
@@ -22,6 +23,7 @@ from .kl_control import KLControl
 from .micro_steps import draw_micro_steps
 from .nonfinite import NonFiniteGuard
 from .step_gradient import StepGradient
+from .teaching import Teaching
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,9 @@ class PolicyUpdate:
             What the passes and the balancing take is added to.
         kl_control ([`KLControl`], *optional*):
             Adapts the loss's `beta`. By default it stays as it is.
+        teaching ([`Teaching`], *optional*):
+            The teachers, to each of which one of the last rows of a batch's advantages belongs. By default there are
+            none.
     """
 
     def __init__(
@@ -100,11 +105,13 @@ class PolicyUpdate:
         make_bar: MakeBar,
         times: StepTimes,
         kl_control: KLControl | None = None,
+        teaching: Teaching | None = None,
     ) -> None:
         self.loss, self.weights, self.gradient, self.guard = loss, weights, gradient, guard
         self.layout, self.grid, self.regularizer_fraction = layout, grid, regularizer_fraction
         self.seed, self.num_processes, self.num_generations = seed, num_processes, num_generations
         self.metrics, self.make_bar, self.times, self.kl_control = metrics, make_bar, times, kl_control
+        self.teaching = teaching
 
     @property
     def compares_groups(self) -> bool:
@@ -124,10 +131,14 @@ class PolicyUpdate:
                 Of its first micro-batch.
         """
         per_sample, update = self.grid.per_sample, position.update
+        self._rewards = slice(len(batch.advantages) - (len(self.teaching) if self.teaching else 0))
         num_micro_steps = self.layout.micro_batches_per_update * per_sample
         samples = self.layout.micro_batch_size * self.num_processes  # of a micro-step
+        valid = batch.counts[update].sum(dim=0) * per_sample
+        self._taught = valid[self._rewards.stop :]  # samples of each teacher
+        self._taught_by = (~batch.advantages[self._rewards.stop :].isnan()).cpu() if self.teaching else None
         self._counts = StepCounts(
-            valid=batch.counts[update].sum(dim=0) * per_sample,
+            valid=valid[self._rewards],
             scored=batch.scored[update] * per_sample,
             total=samples * num_micro_steps,
         )
@@ -160,7 +171,7 @@ class PolicyUpdate:
         if differs:
             self._reads = frozenset()  # they have been read
         terms = None if found is None else torch.cat(found, dim=2)
-        self._own_group_rows = batch.sample_ids[own], batch.advantages[:, own], terms
+        self._own_group_rows = batch.sample_ids[own], batch.advantages[self._rewards, own], terms
 
     @torch.no_grad()
     def _terms_of(self, batch: RolloutBatch, part: slice, position: Position) -> Tensor:
@@ -193,6 +204,8 @@ class PolicyUpdate:
         generators = [
             torch.Generator().manual_seed(derive_seed(self.seed, draw, *place_of_run, i)) for i in numbers.tolist()
         ]
+        if isinstance(self.loss, NoRewardLoss) and batch.transitions is not None:
+            return self.loss.replay(x0, batch.transitions.select(part), self.grid.per_sample, generators)
         return self.loss.draw(x0, self.grid.times, self.grid.per_sample, generators)
 
     def accumulate(self, batch: RolloutBatch, position: Position) -> Tensor:
@@ -219,16 +232,21 @@ class PolicyUpdate:
                 groups = None if self._groups is None else self._groups.at(place - first_place, sample_ids)
                 penalties = self._penalties if place in self._regularized else Penalties()
                 frozen = self._frozen_velocities(drawn.x_t, drawn.t, conditioning, penalties)
+                lessons: list[Lesson] = []
+                if self.teaching is not None and self._taught_by is not None:
+                    lessons = self.teaching.lessons(drawn.x_t, drawn.t, conditioning, self._taught_by[:, part])
                 with self.gradient.recording(place, batch.first_half[part]):
                     with self.times.measure("forward"):
                         velocity = self.weights.velocity(drawn.x_t, drawn.t, conditioning)
                         terms = self.loss.terms(velocity, drawn, frozen)
+                    distances = [lesson.distance(velocity) for lesson in lessons]
                     compared = None if groups is None else groups.own()
-                    self.guard.note(drawn.t, sample_ids, prompts, [*terms, *([] if compared is None else compared)])
+                    looked_at = [*terms, *distances, *([] if compared is None else compared)]
+                    self.guard.note(drawn.t, sample_ids, prompts, looked_at)
                     counts = self._counts._replace(groups=groups)
                     with self.times.measure("backward"):
-                        own_advantages = batch.advantages[:, part]
-                        loss += self._backward(velocity, terms, drawn, frozen, penalties, own_advantages, counts)
+                        own, taught = batch.advantages[self._rewards, part], list(zip(lessons, distances, strict=True))
+                        loss += self._backward(velocity, terms, drawn, frozen, penalties, own, counts, taught)
                 bar.update()
         return loss
 
@@ -241,6 +259,7 @@ class PolicyUpdate:
         penalties: Penalties,
         advantages: Tensor,
         counts: StepCounts,
+        taught: Sequence[tuple[Lesson, Tensor]],
     ) -> Tensor:
         """The backward passes of one micro-step. Returns its share of the step's loss."""
         coefficients = self.loss.coefficients(terms, advantages, counts)
@@ -254,6 +273,22 @@ class PolicyUpdate:
             shared = add_shared(shared, penalties.old * (1 / self._num_regularized) * distance)
         if penalties.reference > 0 and kl is not None:
             shared = add_shared(shared, penalties.reference * (1 / self._num_regularized) * kl)
+        own_loss = _total(acting, coefficients) / (counts.valid > 0).sum().clamp(min=1)
+        if self.teaching is not None:
+            self.teaching.record(taught)
+            if self.teaching.weight is not None:
+                each = [lesson.applies.any(dim=0) * distance for lesson, distance in taught]
+                shared = add_shared(shared, self.teaching.weight / counts.total * torch.stack(each).sum(dim=0))
+            else:
+                distances = [distance for _, distance in taught]
+                of_teachers = [lesson.coefficients(self._taught) for lesson, _ in taught]
+                own_loss = own_loss + _total(distances, of_teachers) / (self._taught > 0).sum().clamp(min=1)
+                num_rewards, num_teachers = len(advantages), len(self.teaching)
+                coefficients = [
+                    *(pad(own, (0, 0, 0, num_teachers)) for own in coefficients),
+                    *(pad(own, (0, 0, num_rewards, 0)) for own in of_teachers),
+                ]
+                acting = [*acting, *distances]
         self.gradient.backward(acting, coefficients, shared)
         with torch.no_grad():
             self.metrics.record("drift/velocity_rms", mean_rms(velocity))
@@ -263,9 +298,7 @@ class PolicyUpdate:
                 # Not under one name: what watches a run takes `kl` for how far the policy has drifted.
                 name = "guided_kl" if self.weights.flow.guides_reference else "kl"
                 self.metrics.record(name, finite_mean(kl))
-            num_rewards = (counts.valid > 0).sum().clamp(min=1)
-            total = torch.stack([(own * term).sum() for term, own in zip(acting, coefficients, strict=True)]).sum()
-            return total / num_rewards if shared is None else total / num_rewards + shared.sum()
+            return own_loss if shared is None else own_loss + shared.sum()
 
     def _frozen_velocities(
         self, x_t: Tensor, t: Tensor, conditioning: Conditioning, penalties: Penalties
@@ -302,3 +335,10 @@ class PolicyUpdate:
         self.gradient.commit()
         if self.kl_control is not None:
             self.kl_control.update(self._kl)
+
+
+@torch.no_grad()
+def _total(terms: Sequence[Tensor], coefficients: Sequence[Tensor]) -> Tensor | float:
+    """The sum of all rows: of all samples of all terms, times their coefficients."""
+    each = [(own * term).sum() for term, own in zip(terms, coefficients, strict=True)]
+    return torch.stack(each).sum() if each else 0.0

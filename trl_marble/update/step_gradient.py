@@ -52,7 +52,7 @@ class BalanceSettings:
         fraction (`float`):
             Fraction of a step's micro-steps that a solution is taken from, in (0, 1].
         names (`list[str]`):
-            Of the rewards.
+            Of the rewards, and of teachers, whose gradients are balanced as those of rewards are.
         priorities (`Tensor` of shape `[K]`, *optional*):
             Of the rewards, see [`~trl_marble.balance.harmonize`]. Defaults to equal ones.
     """
@@ -219,16 +219,17 @@ class StepGradient:
                 coefficients = [_in_halves(own, self._first_half) for own in coefficients]
             objectives = [Objective(term, _with_shared(own, 0)) for term, own in zip(terms, coefficients, strict=True)]
             if shared is not None:
-                objectives.append(Objective(shared, _with_shared(torch.zeros_like(coefficients[0]), 1)))
+                nothing = shared.new_zeros(len(self._recorder.gradients) - 1, len(shared))
+                objectives.append(Objective(shared, _with_shared(nothing, 1)))
             self._recorder.backward(objectives)
             return
         assert self._mixing is not None  # only a step that solves has none, and it measures every micro-step
         # With the weights known, sum_k w_k L_k is one loss with mixed coefficients: exact, and one backward pass.
         mixed = [self._mixing.to(own) @ own * term for term, own in zip(terms, coefficients, strict=True)]
-        total = torch.stack(mixed).sum(dim=0).sum()
+        parts = [torch.stack(mixed).sum(dim=0).sum()] if mixed else []
         if shared is not None:
-            total = total + shared.sum()
-        total.backward()
+            parts.append(shared.sum())
+        torch.stack(parts).sum().backward()
 
     # ---- The direction ----
 
