@@ -6,6 +6,7 @@ from .clip_score import CLIPScore
 from .frame_reward import FrameReward
 from .geneval import GenEval
 from .hps import HPSv2
+from .human import HumanReward
 from .image_reward import ImageReward
 from .jpeg import jpeg_compressibility, jpeg_incompressibility
 from .loading import KNOWN_REWARDS, load_reward
@@ -25,6 +26,7 @@ __all__ = [
     "FrameReward",
     "GenEval",
     "HPSv2",
+    "HumanReward",
     "ImageReward",
     "InfiniteRewardError",
     "ModelReward",
