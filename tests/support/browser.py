@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 PATIENCE = 60
 

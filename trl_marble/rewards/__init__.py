@@ -2,13 +2,16 @@
 """Rewards: their protocol, how they are called, and the rewards of this package."""
 
 from .aesthetic import AestheticScore
+from .bradley_terry import bradley_terry
 from .clip_score import CLIPScore
 from .frame_reward import FrameReward
 from .geneval import GenEval
+from .group_judges import PairwiseJudge, RankingJudge
 from .hps import HPSv2
 from .human import HumanReward
 from .image_reward import ImageReward
 from .jpeg import jpeg_compressibility, jpeg_incompressibility
+from .judge_templates import ARTIFACT_TEMPLATE
 from .loading import KNOWN_REWARDS, load_reward
 from .model_reward import ModelReward
 from .ocr import OCRAccuracy
@@ -20,6 +23,7 @@ from .vlm_judge import VLMJudge
 
 
 __all__ = [
+    "ARTIFACT_TEMPLATE",
     "KNOWN_REWARDS",
     "AestheticScore",
     "CLIPScore",
@@ -31,14 +35,17 @@ __all__ = [
     "InfiniteRewardError",
     "ModelReward",
     "OCRAccuracy",
+    "PairwiseJudge",
     "PendingScores",
     "PickScore",
+    "RankingJudge",
     "RemoteReward",
     "RewardError",
     "RewardFunc",
     "RewardScorer",
     "Scores",
     "VLMJudge",
+    "bradley_terry",
     "jpeg_compressibility",
     "jpeg_incompressibility",
     "load_reward",

@@ -217,7 +217,8 @@ class VoteFolder:
         }
         unfinished = self._votes / f".{group}.tmp"
         with unfinished.open("wb") as file:
-            Dataset.from_dict({name: [value] for name, value in row.items()}, features=FEATURES).to_parquet(file)
+            rows = Dataset.from_dict({name: [value] for name, value in row.items()}, features=FEATURES)
+            pq.write_table(rows.data.table, file)
             file.flush()
             os.fsync(file.fileno())
         unfinished.replace(self._vote_file(group))

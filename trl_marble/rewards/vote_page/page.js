@@ -16,7 +16,7 @@ if (given) {
 
 let group = null; // { id, prompt, num_images }, or null where there is nothing to vote on
 let givesStars = sessionStorage.getItem("stars") === "yes";
-let best = null, worst = null, stars = [], focused = 0, isBusy = false;
+let best = null, worst = null, stars = [], focused = 0, isBusy = false; // busy while a vote is sent and the next images come
 let notice = ""; // what became of the last vote, where it was not kept
 
 const ask = (path, options = {}) =>
@@ -31,11 +31,12 @@ async function next() {
       return say("This page needs the address that `trl-marble vote` printed, with its token.");
     }
     const { group: found, done, total } = await answer.json();
+    const files = found ? await load(found) : null;
+    clear();
     progress.value = total ? `${done} of ${total} groups` : "";
     bar.value = total ? done / total : 0;
     bar.hidden = !total;
-    if (found) return await show(found);
-    clear();
+    if (files) return show(found, files);
     prompt.textContent = "Nothing to vote on";
     say("The run shows its next images here as soon as it has them.");
   } catch {
@@ -44,16 +45,17 @@ async function next() {
   setTimeout(next, PAUSE);
 }
 
-async function show(found) {
-  const places = [...Array(found.num_images).keys()];
-  const files = await Promise.all(places.map(async (place) => {
+async function load(found) {
+  const files = await Promise.all([...Array(found.num_images).keys()].map(async (place) => {
     const answer = await ask(`groups/${found.id}/${place}`);
     return answer.ok ? URL.createObjectURL(await answer.blob()) : null;
   }));
-  clear();
-  if (files.includes(null)) return setTimeout(next, PAUSE); // withdrawn in the meantime
+  return files.includes(null) ? null : files; // null if the group was withdrawn in the meantime
+}
+
+function show(found, files) {
   group = found;
-  stars = places.map(() => null);
+  stars = files.map(() => null);
   prompt.textContent = found.prompt;
   images.append(...files.map(card));
   draw();
@@ -153,6 +155,7 @@ function focus(place) {
 // ---- What a person does ----
 
 function choose(place) {
+  if (isBusy) return;
   if (place === best) best = null;
   else if (place === worst) worst = null;
   else if (best === null) best = place;
@@ -167,6 +170,7 @@ function mark(place, isBest) {
 }
 
 function rate(place, number) {
+  if (isBusy) return;
   stars[place] = number;
   draw();
 }
@@ -203,7 +207,7 @@ const ACTIONS = {
 };
 
 document.addEventListener("keydown", (event) => {
-  if (event.ctrlKey || event.altKey || event.metaKey) return;
+  if (isBusy || event.ctrlKey || event.altKey || event.metaKey) return;
   if (zoom.open) {
     if (event.key.toLowerCase() === "z") zoom.close();
     return;
