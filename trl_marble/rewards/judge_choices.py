@@ -14,9 +14,11 @@ CHOICE = re.compile(
     r"(?!\s*(?:or|and|/|,|&)\s*(?:image\s*)?\d)",
     re.IGNORECASE,
 )
-NUMBER = r"(?:image\s*)?\d{1,4}"
+NUMBER = r"(?:image\s*)?\d{1,4}(?!\d)"
 RANKING = re.compile(
-    rf"(?<!\w)ranking\b{FILLING}(?P<order>{NUMBER}(?:\s*[>=,]\s*{NUMBER})*)(?!\s*[>=,]?\s*\w)(?!\.\d)", re.IGNORECASE
+    rf"(?<!\w)ranking\b{FILLING}(?P<order>{NUMBER}(?:\s*[>=,]\s*{NUMBER})*)"
+    r"(?![^\S\n]*(?:[>=,]|or\b)[^\S\n]*\w)(?!\.\d)",
+    re.IGNORECASE,
 )
 
 
