@@ -6,7 +6,13 @@ Balance several rewards: functions of tensors, which use nothing else of this pa
 advantage means that the reward does not apply to the sample.
 """
 
-from .advantages import aggregate_advantages, group_advantages, reward_stds
+from .advantages import (
+    aggregate_advantages,
+    group_advantages,
+    mask_silent_groups,
+    reward_stds,
+    zero_std_fractions,
+)
 from .amortization import BalanceSchedule
 from .diagnostics import balance_diagnostics, direction_cosines, weighted_sum_weights
 from .ema import OLD_POLICY_PRESETS, old_policy_decay, weight_ema_decay
@@ -39,10 +45,12 @@ __all__ = [
     "group_advantages",
     "harmonize",
     "heldout_cosines",
+    "mask_silent_groups",
     "mgda_weights",
     "old_policy_decay",
     "reward_stds",
     "signal_shares",
     "weight_ema_decay",
     "weighted_sum_weights",
+    "zero_std_fractions",
 ]

@@ -34,6 +34,7 @@ def group_advantages(
     groups: Tensor,
     scale_rewards: ScaleRewards = "batch",
     advantage_clip: float = 5.0,
+    batch_centred: Tensor | None = None,
 ) -> Tensor:
     """
     Group-relative advantages, one independent estimator per reward:
@@ -55,10 +56,14 @@ def group_advantages(
             samples of the sample's own group; `"none"`, no scale.
         advantage_clip (`float`, *optional*, defaults to `5.0`):
             `C`, the largest absolute advantage, above 0.
+        batch_centred (`torch.BoolTensor` of shape `(K,)`, *optional*):
+            The rewards whose mean over all valid samples is subtracted instead of the group's: those that compare
+            whole batches, where the difference between prompts is part of the signal. Their scale with `"group"` is
+            that of `"batch"`: they have no group of their own. Defaults to none.
 
     Returns:
         `torch.Tensor` of shape `(K, B)`, float32, in `[-C, C]`, NaN where `rewards` is. If a reward is constant over a
-        group, or valid for only one of its samples, the advantage is exactly 0 there.
+        group, or valid for only one of its samples, the advantage is exactly 0 there, see [`mask_silent_groups`].
 
     Raises:
         `ValueError`: if a reward is infinite (the message names its row), or an argument has a wrong shape or an
@@ -66,7 +71,7 @@ def group_advantages(
     """
     values = _checked_rewards(rewards)
     _check_settings(rewards, groups, scale_rewards, advantage_clip)
-    advantages = _scaled_advantages(values, groups, scale_rewards)
+    advantages = _scaled_advantages(values, groups, scale_rewards, _rows(batch_centred, rewards))
     return advantages.clamp(-advantage_clip, advantage_clip).to(rewards.device, torch.float32)
 
 
@@ -77,6 +82,7 @@ def aggregate_advantages(
     mode: AggregationMode,
     scale_rewards: ScaleRewards = "batch",
     advantage_clip: float = 5.0,
+    batch_centred: Tensor | None = None,
 ) -> Tensor:
     """
     Advantages for each value of `multi_objective_aggregation`.
@@ -103,6 +109,10 @@ def aggregate_advantages(
             See [`group_advantages`].
         advantage_clip (`float`, *optional*, defaults to `5.0`):
             See [`group_advantages`].
+        batch_centred (`torch.BoolTensor` of shape `(K,)`, *optional*):
+            See [`group_advantages`]. Of a sum of raw rewards each part is centred in its own way; with
+            `scale_rewards="group"` it is divided by the batch's standard deviation if any part is centred on the
+            batch.
 
     Returns:
         `torch.Tensor` of shape `(K, B)` for `"marble"` and `"equal"`, otherwise `(1, B)` with NaN where no reward
@@ -125,15 +135,57 @@ def aggregate_advantages(
     if not weights.isfinite().all():
         raise ValueError(f"reward_weights must be finite, got {weights.tolist()}.")
 
+    centred_on_batch = _rows(batch_centred, rewards)
     if mode in ("marble", "equal"):
-        advantages = _scaled_advantages(values, groups, scale_rewards)
+        advantages = _scaled_advantages(values, groups, scale_rewards, centred_on_batch)
     elif mode == "sum_then_normalize":
-        advantages = _scaled_advantages(_weighted_sum_of_valid(values, weights), groups, scale_rewards)
+        advantages = _advantages_of_sum(values, weights, groups, scale_rewards, centred_on_batch)
     else:
-        total = _weighted_sum_of_valid(_scaled_advantages(values, groups, scale_rewards), weights)
-        # Its mean is 0 already: every reward is centred in each group over the samples on which it is in the sum.
+        scaled = _scaled_advantages(values, groups, scale_rewards, centred_on_batch)
+        total = _weighted_sum_of_valid(scaled, weights)
+        # Its mean is 0 already: every reward is centred over the samples on which it is in the sum.
         advantages = total / (_std(total) + STD_EPS)
     return advantages.clamp(-advantage_clip, advantage_clip).to(rewards.device, torch.float32)
+
+
+def mask_silent_groups(advantages: Tensor, groups: Tensor) -> Tensor:
+    """
+    Count groups on which a reward does not tell samples apart as groups to which it does not apply.
+
+    Args:
+        advantages (`torch.Tensor` of shape `(K, B)`):
+            What [`aggregate_advantages`] returned.
+        groups (`torch.LongTensor` of shape `(B,)`):
+            Group id of every sample.
+
+    Returns:
+        `torch.Tensor` of shape `(K, B)`: NaN in the place of advantages of a reward that are 0 for all of its valid
+        samples of a group. So such a group is in no mean over samples, as it is in no gradient.
+    """
+    masked = advantages.clone()
+    for group in groups.unique():
+        members = groups.to(advantages.device) == group
+        silent = (advantages[:, members].nan_to_num(nan=0.0) == 0).all(dim=1)
+        masked[:, members] = masked[:, members].masked_fill(silent[:, None], torch.nan)
+    return masked
+
+
+def zero_std_fractions(rewards: Tensor, groups: Tensor) -> Tensor:
+    """
+    Of the groups that a reward applies to, the fraction on which it is the same for all samples.
+
+    Args:
+        rewards (`torch.Tensor` of shape `(K, B)`):
+            Raw rewards, NaN where a reward does not apply.
+        groups (`torch.LongTensor` of shape `(B,)`):
+            Group id of every sample.
+
+    Returns:
+        `torch.Tensor` of shape `(K,)`, float64 on the CPU, in `[0, 1]`: NaN for a reward that applies to no sample.
+    """
+    values = _checked_rewards(rewards)
+    spreads = torch.stack([_std(values[:, groups.cpu() == group]).squeeze(1) for group in groups.cpu().unique()])
+    return (spreads == 0).double().masked_fill(spreads.isnan(), torch.nan).nanmean(dim=0)
 
 
 def _checked_rewards(rewards: Tensor) -> Tensor:
@@ -165,7 +217,19 @@ def _check_settings(rewards: Tensor, groups: Tensor, scale_rewards: ScaleRewards
         raise ValueError(f"advantage_clip must be positive and finite, got {advantage_clip}.")
 
 
-def _scaled_advantages(values: Tensor, groups: Tensor, scale_rewards: ScaleRewards) -> Tensor:
+def _rows(batch_centred: Tensor | None, rewards: Tensor) -> Tensor:
+    """Which rows are centred on the batch, of shape `(K,)`, on the CPU."""
+    if batch_centred is None:
+        return torch.zeros(len(rewards), dtype=torch.bool)
+    if batch_centred.shape != rewards.shape[:1] or batch_centred.dtype != torch.bool:
+        raise ValueError(
+            f"batch_centred has shape {tuple(batch_centred.shape)} and {batch_centred.dtype} for {len(rewards)} "
+            "rewards: give one bool per reward."
+        )
+    return batch_centred.cpu()
+
+
+def _scaled_advantages(values: Tensor, groups: Tensor, scale_rewards: ScaleRewards, batch_centred: Tensor) -> Tensor:
     """Advantages `(K, B)` before they are clipped."""
     centred = torch.empty_like(values)
     scale = torch.ones_like(values)
@@ -177,7 +241,31 @@ def _scaled_advantages(values: Tensor, groups: Tensor, scale_rewards: ScaleRewar
             scale[:, members] = _std(values[:, members]) + STD_EPS
     if scale_rewards == "batch":
         scale = _std(values) + STD_EPS
+    if batch_centred.any():
+        on_batch = batch_centred[:, None]
+        centred = torch.where(on_batch, _centre(values), centred)
+        if scale_rewards == "group":
+            scale = torch.where(on_batch, _std(values) + STD_EPS, scale)
     return centred / scale
+
+
+def _advantages_of_sum(
+    values: Tensor, weights: Tensor, groups: Tensor, scale_rewards: ScaleRewards, batch_centred: Tensor
+) -> Tensor:
+    """Advantages `(1, B)` of the weighted sum of the rewards, before they are clipped."""
+    total = _weighted_sum_of_valid(values, weights)
+    none = torch.zeros(1, dtype=torch.bool)
+    if not batch_centred.any():
+        return _scaled_advantages(total, groups, scale_rewards, none)
+    parts = [
+        _scaled_advantages(
+            _weighted_sum_of_valid(values[rows], weights[rows]), groups, "none", torch.tensor([on_batch])
+        )
+        for rows, on_batch in ((~batch_centred, False), (batch_centred, True))
+        if rows.any()
+    ]
+    centred = torch.cat(parts).nansum(dim=0, keepdim=True).masked_fill(total.isnan(), torch.nan)
+    return centred if scale_rewards == "none" else centred / (_std(total) + STD_EPS)
 
 
 def _centre(values: Tensor) -> Tensor:

@@ -14,10 +14,12 @@ from PIL import Image
 from torch import Tensor
 
 from ..data import read_rows
+from ..media import Sample
 from ..pipelines import FlowPipeline, encode_distinct, with_rgb_images
 from ..rewards import RewardScorer
-from ..rollout import RolloutSampler, SampleBatch, Samples
+from ..rollout import RolloutSampler, SampleBatch, Samples, SetImages
 from .drift import DriftMeter
+from .statistics import number_prompts
 
 
 GOLDEN_RATIO = (5**0.5 - 1) / 2  # the fractions of its multiples are spread evenly, however many they are
@@ -69,6 +71,28 @@ class EvaluationPlan:
         """
         row, generation = self.place(index)
         return (generation + row * GOLDEN_RATIO % 1) / self.num_generations
+
+    def group_numbers(self) -> list[int]:
+        """The group of each image: the number of its prompt, or of the pair of prompt and image to be edited."""
+        rows = [self.place(index)[0] for index in range(self.num_images)]
+        return number_prompts([self.texts[row] for row in rows], rows, self.edits).tolist()
+
+    def set_images(self, indices: Sequence[int], images: list[Sample], finite: Tensor) -> SetImages:
+        """
+        Images as rewards compare them that have a `scope`.
+
+        Args:
+            indices (`Sequence[int]`):
+                The numbers of this process's images.
+            images (`list[PIL.Image.Image]` or `list[list[PIL.Image.Image]]`):
+                These images.
+            finite (`Tensor` of shape `[B]`, bool):
+                Which of them rewards are shown.
+        """
+        groups = self.group_numbers()
+        columns = read_rows(self._rows, [self.place(index)[0] for index in indices]) if indices else {"prompt": []}
+        prompts = columns.pop("prompt")
+        return SetImages(images, prompts, columns, list(indices), [groups[index] for index in indices], finite)
 
     def make_batch(self, flow: FlowPipeline, number: int) -> SampleBatch:
         """What a batch is sampled from."""

@@ -1,10 +1,11 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
 """Scoring a pipeline or an adapter on a prompt set, with everything on disk, so that it can be continued."""
 
+import dataclasses
 import functools
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,15 @@ import numpy as np
 import pandas as pd
 import torch
 from accelerate import PartialState
+from accelerate.utils import gather_object
 from datasets import Dataset
 from diffusers import DiffusionPipeline
-from torch import nn
+from torch import Tensor, nn
 from transformers import TrainerState
 from transformers.utils import logging
 
 from ..data import prepare_prompts
+from ..media import open_sample
 from ..pipelines import FlowPipeline, edits_images, find_adapter, load_pipeline, loaded_adapter, verify_velocities
 from ..pipelines.quantization import first_values
 from ..processes import FailingTogether
@@ -163,6 +166,7 @@ def evaluate_pipeline(
             )
             drift = DriftMeter(flow, args.num_inference_steps) if measures_kl else None
             evaluate_batches(plan, sampler, [scorer], missing, TrainerState(), keep, drift)
+        of_sets = _score_sets(plan, records, share, sampler, scorer) if scorer.of_sets.any() else {}
     except RewardError as error:
         kept = "Batches that were finished are kept: evaluate again with the same settings to continue."
         raise RewardError(f"{error} {kept}") from error.__cause__
@@ -170,7 +174,7 @@ def evaluate_pipeline(
         scorer.close()
     with together.phase():
         if state.is_main_process:
-            _merge(settings, scorer.names, plan, records, args, measures_kl)
+            _merge(settings, scorer.names, plan, records, args, measures_kl, of_sets)
     return EvaluationResults.load(folder)
 
 
@@ -197,6 +201,52 @@ def _keep(number: int, samples: Samples, plan: EvaluationPlan, records: BatchRec
     records.write(number, written)
 
 
+def _score_sets(
+    plan: EvaluationPlan, records: BatchRecords, share: Sequence[int], sampler: RolloutSampler, scorer: RewardScorer
+) -> dict[int, tuple[list[float], list[bool]]]:
+    """
+    Ask the rewards that compare images, once all images are on disk. All processes call it.
+
+    Args:
+        plan ([`EvaluationPlan`]):
+            What was sampled.
+        records ([`BatchRecords`]):
+            What is on disk.
+        share (`Sequence[int]`):
+            The batches of this process.
+        sampler ([`~trl_marble.rollout.RolloutSampler`]):
+            Knows what becomes of failures.
+        scorer ([`~trl_marble.rewards.RewardScorer`]):
+            The rewards.
+
+    Returns:
+        `dict[int, tuple]`: number of the image -> its rewards, NaN in the places of the others, and which failed.
+    """
+    with sampler.together.phase():
+        own = [record for number in share for record in records.read(number) or []]
+        images = [open_sample(records.folder / record.file) for record in own]
+        # What failed in these rows before any reward was asked is not finite.
+        finite = torch.tensor([not any(_of_rows(record.failed, scorer.of_sets)) for record in own], dtype=torch.bool)
+        sets = plan.set_images([record.index for record in own], images, finite)
+    scores = sampler.score_sets(scorer, sets, TrainerState())
+    found = {
+        number: (scores.rewards[:, place].tolist(), scores.failed[:, place].tolist())
+        for place, number in enumerate(sets.numbers)
+    }
+    return {number: values for each in gather_object([found]) for number, values in each.items()}
+
+
+def _of_rows(values: Sequence[bool], rows: Tensor) -> list[bool]:
+    return [value for value, chosen in zip(values, rows.tolist(), strict=True) if chosen]
+
+
+def _add_sets(record: ImageRecord, found: tuple[list[float], list[bool]]) -> ImageRecord:
+    """A record with what rewards that compare images found of it."""
+    rewards = [own if value != value else value for own, value in zip(record.rewards, found[0], strict=True)]
+    failed = [own or fails for own, fails in zip(record.failed, found[1], strict=True)]
+    return dataclasses.replace(record, rewards=rewards, failed=failed)
+
+
 def _image_name(plan: EvaluationPlan, index: int) -> str:
     """The name of an image's file, without its ending."""
     return "{:05d}_{:02d}".format(*plan.place(index))
@@ -209,6 +259,7 @@ def _merge(
     records: BatchRecords,
     args: EvaluationConfig,
     measures_kl: bool,
+    of_sets: Mapping[int, tuple[list[float], list[bool]]],
 ) -> None:
     """Put all batches into one table, and write it with its summary and its contact sheet."""
     scored: list[ImageRecord] = []
@@ -218,7 +269,7 @@ def _merge(
             raise FileNotFoundError(
                 f"Batch {number} is missing in `{records.folder}`; `output_dir` must be one folder for all processes."
             )
-        scored += batch
+        scored += [_add_sets(record, of_sets[record.index]) if of_sets else record for record in batch]
     failed = np.array([record.failed for record in scored]).sum(axis=0)
     table = _table(plan, scored, names, measures_kl)
     for name, number in zip(names, failed.tolist(), strict=True):

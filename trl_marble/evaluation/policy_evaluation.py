@@ -162,6 +162,8 @@ class PolicyEvaluator:
         shown_rows = {(k * rows) // self.num_shown for k in range(self.num_shown)}
         own: list[_ScoredImage] = []
         own_scores: list[Scores] = []
+        compared: list[tuple[Sample, Tensor]] = []  # for rewards that compare images, where there are any
+        has_sets = any(scorer.of_sets.any() for scorer in self.scorers)
         num_nonfinite = 0
 
         def keep(number: int, samples: Samples) -> None:
@@ -169,10 +171,17 @@ class PolicyEvaluator:
             own.extend(_describe(samples, plan, number, shown_rows))
             own_scores.append(samples.scores._replace(extras={}))
             num_nonfinite += int((~samples.finite).sum())
+            if has_sets:
+                compared.extend(zip(samples.images, samples.finite, strict=True))
 
         share = range(self.accelerator.process_index, len(plan.batches), self.accelerator.num_processes)
         evaluate_batches(plan, self.sampler, self.scorers, share, trainer_state, keep, self.drift)
         scores = Scores.concatenate(own_scores) if own_scores else _no_scores(len(self.names))
+        if has_sets:
+            scores = Scores.join([scores, self._score_sets(plan, own, compared, trainer_state)])
+            for place, image in enumerate(own):
+                extras = image.extras | _extras_of(scores, place, image.shown is not None)
+                own[place] = image._replace(rewards=scores.rewards[:, place].tolist(), extras=extras)
         with together.phase():
             failed = count_failures(scores, self.names, self.accelerator) if failures.leaves_out else {}
             logged = average_logged(scores.metrics)
@@ -212,6 +221,25 @@ class PolicyEvaluator:
             velocity_norm=(policy / base).sqrt().item(),
         )
 
+    def _score_sets(
+        self,
+        plan: EvaluationPlan,
+        own: Sequence[_ScoredImage],
+        compared: Sequence[tuple[Sample, Tensor]],
+        trainer_state: Any,
+    ) -> Scores:
+        """The scores of this process's images by rewards that compare images, with a row for each reward."""
+        with self.sampler.together.phase():
+            finite = torch.tensor([bool(is_finite) for _, is_finite in compared], dtype=torch.bool)
+            images = plan.set_images([image.number for image in own], [image for image, _ in compared], finite)
+        parts = [self.sampler.score_sets(scorer, images, trainer_state) for scorer in self.scorers]
+        return Scores.stack(parts)
+
+
+def _extras_of(scores: Scores, place: int, is_shown: bool) -> dict[LogKey, Any]:
+    """What rewards logged of an image that is shown."""
+    return {key: values[place] for key, values in scores.extras.items()} if is_shown else {}
+
 
 def _describe(samples: Samples, plan: EvaluationPlan, number: int, shown_rows: set[int]) -> list[_ScoredImage]:
     """The images of a batch, to be sent to other processes."""
@@ -220,7 +248,7 @@ def _describe(samples: Samples, plan: EvaluationPlan, number: int, shown_rows: s
     described = []
     for place, index in enumerate(plan.batches[number]):
         is_shown = plan.place(index)[0] in shown_rows
-        extras = {key: values[place] for key, values in samples.scores.extras.items()} if is_shown else {}
+        extras = _extras_of(samples.scores, place, is_shown)
         image = samples.images[place] if is_shown else None
         rewards = samples.scores.rewards[:, place].tolist()
         drift = samples.measured[place].tolist()

@@ -19,6 +19,7 @@ from .pickscore import PickScore
 from .protocol import InfiniteRewardError, RewardError, RewardFunc, reward_names, reward_tensor
 from .remote import RemoteReward
 from .scoring import PendingScores, RewardScorer, Scores
+from .set_reward import SetReward
 from .vlm_judge import VLMJudge
 
 
@@ -44,6 +45,7 @@ __all__ = [
     "RewardFunc",
     "RewardScorer",
     "Scores",
+    "SetReward",
     "VLMJudge",
     "bradley_terry",
     "jpeg_compressibility",

@@ -6,7 +6,7 @@ import inspect
 import math
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -36,7 +36,16 @@ one value per image, see [`~trl_marble.rewards.call_log.CallLog.log_extra`]).
 
 If the pipeline makes videos, the keyword is `videos` instead of `images`: a list of lists of PIL frames, or with
 `image_type` `"pt"` one tensor `[B, F, 3, H, W]` in [0, 1]. [`FrameReward`] scores videos with a reward of images.
+
+A reward that compares images has the attribute `scope`. With `"group"` each call has whole groups, all images of each
+of some prompts, and with `"batch"` all images of the generation batch, from all processes. It also gets `groups`, a
+list with one int per image, which images of one prompt share. The default is `"image"`: a call has any images. The
+attribute `center` says which mean its advantages subtract: `"group"`, that of the prompt's images, or `"batch"`, that
+of all images, which is the default with the scope `"batch"`. See also [`SetReward`].
 """
+
+Scope = Literal["image", "group", "batch"]
+Center = Literal["group", "batch"]
 
 
 class RewardError(RuntimeError):
@@ -104,6 +113,41 @@ def validate_reward_funcs(reward_funcs: Any, argument: str = "reward_funcs") -> 
     return funcs
 
 
+def reward_scope(func: RewardFunc) -> Scope:
+    """
+    What one score of a reward depends on: the attribute `scope`, by default `"image"`.
+
+    Raises:
+        `ValueError`: If it is none of `"image"`, `"group"` and `"batch"`.
+    """
+    return _attribute(func, "scope", "image", get_args(Scope))
+
+
+def reward_center(func: RewardFunc) -> Center:
+    """
+    Which mean the advantages of a reward subtract: the attribute `center`, by default `"group"`, or `"batch"` if that
+    is the scope.
+
+    Raises:
+        `ValueError`: If it is neither `"group"` nor `"batch"`.
+    """
+    default = "batch" if reward_scope(func) == "batch" else "group"
+    return _attribute(func, "center", default, get_args(Center))
+
+
+def _attribute(func: Any, attribute: str, default: str, allowed: Sequence[str]) -> Any:
+    while isinstance(func, functools.partial):
+        func = func.func
+    value = getattr(func, attribute, default)
+    if value not in allowed:
+        (name,) = reward_names([func])
+        raise ValueError(
+            f"Reward `{name}` has the attribute `{attribute} = {value!r}`; it must be one of "
+            f"{', '.join(map(repr, allowed))}."
+        )
+    return value
+
+
 def required_media(func: RewardFunc) -> Literal["images", "videos"] | None:
     """Whether a reward requires images or videos, by its parameters; `None` if they do not show it."""
     signature = call_signature(func, follow_wrapped=True)
@@ -140,6 +184,11 @@ def check_media(
     for func, name in zip(reward_funcs, names, strict=True):
         required = required_media(func)
         if required == "images" and output == "video":
+            if reward_scope(func) != "image":
+                raise ValueError(
+                    f"Reward `{name}` compares images with each other, and {pipeline} makes videos. Use a reward that "
+                    "takes `videos` instead of `images`."
+                )
             raise ValueError(
                 f"Reward `{name}` scores images, and {pipeline} makes videos. Pass `FrameReward({name})`, which "
                 "averages its scores of evenly spaced frames, or a reward that takes `videos` instead of `images`."

@@ -23,12 +23,15 @@ from .protocol import (
     InfiniteRewardError,
     RewardError,
     RewardFunc,
+    Scope,
     errors_for_infinite,
     most_common_prompts,
     reward_names,
+    reward_scope,
     reward_tensor,
     validate_reward_funcs,
 )
+from .set_reward import SetReward
 from .threads import EventLoopThread, Worker, wait_until
 
 
@@ -37,11 +40,15 @@ MISTAKES = (TypeError, NameError, AttributeError, ImportError, NotImplementedErr
 
 
 class PendingScores(NamedTuple):
-    """Scores that are being computed: one future per reward, the prompts, and the log of each call."""
+    """
+    Scores that are being computed: one future for each reward that was asked, the prompts, the log of each call, and
+    which of the scorer's rewards were asked.
+    """
 
     futures: list[Future]
     prompts: list[str]
     logs: list[CallLog]
+    rows: list[int]
 
     @property
     def done(self) -> bool:
@@ -96,6 +103,32 @@ class Scores(NamedTuple):
             },
         )
 
+    @staticmethod
+    def stack(parts: "Sequence[Scores]") -> "Scores":
+        """The scores of the same images by several scorers, the rows of one below those of the other."""
+        metrics: dict[LogKey, list[float]] = {}
+        extras: dict[LogKey, list[Any]] = {}
+        seconds: dict[str, float] = {}
+        for part in parts:
+            metrics |= part.metrics
+            extras |= part.extras
+            seconds |= part.seconds
+        rewards, failed = torch.cat([part.rewards for part in parts]), torch.cat([part.failed for part in parts])
+        return Scores(rewards, failed, [error for part in parts for error in part.errors], metrics, extras, seconds)
+
+    @staticmethod
+    def join(parts: "Sequence[Scores]") -> "Scores":
+        """The scores of the same images by different rewards, each part with NaN in the rows of the others."""
+        first, *others = parts
+        rewards, failed = first.rewards, first.failed
+        metrics, extras, seconds = dict(first.metrics), dict(first.extras), dict(first.seconds)
+        for part in others:
+            rewards, failed = torch.where(part.rewards.isnan(), rewards, part.rewards), failed | part.failed
+            metrics |= part.metrics
+            extras |= part.extras
+            seconds |= {name: seconds.get(name, 0.0) + value for name, value in part.seconds.items()}
+        return Scores(rewards, failed, [error for part in parts for error in part.errors], metrics, extras, seconds)
+
 
 class RewardScorer:
     """
@@ -113,6 +146,7 @@ class RewardScorer:
 
     Attributes:
         names (`list[str]`): The unique name of each reward.
+        scopes (`list[str]`): What a score of each reward depends on, see [`RewardFunc`].
     """
 
     def __init__(
@@ -120,6 +154,7 @@ class RewardScorer:
     ) -> None:
         self.funcs = validate_reward_funcs(reward_funcs)
         self.names = reward_names(self.funcs)
+        self.scopes = [reward_scope(func) for func in self.funcs]
         self.timeout = timeout
         self._device = torch.device("cpu")
         self._answered: set[str] = set()  # the rewards that have scored an image
@@ -129,8 +164,24 @@ class RewardScorer:
     def __len__(self) -> int:
         return len(self.funcs)
 
+    @property
+    def of_sets(self) -> Tensor:
+        """Which rewards compare images, so that they can be asked about whole sets only: of shape `[K]`, bool."""
+        return torch.tensor([scope != "image" for scope in self.scopes])
+
+    @property
+    def by_features(self) -> list[int]:
+        """Which rewards are a [`SetReward`], of which features are gathered instead of images."""
+        return [row for row, func in enumerate(self.funcs) if isinstance(func, SetReward)]
+
     def submit(
-        self, samples: Sequence[Sample], prompts: list[str], columns: dict[str, list], trainer_state: Any
+        self,
+        samples: Sequence[Sample],
+        prompts: list[str],
+        columns: dict[str, list],
+        trainer_state: Any,
+        scope: Scope = "image",
+        groups: Sequence[int] | None = None,
     ) -> PendingScores:
         """
         Start scoring and return at once.
@@ -144,20 +195,45 @@ class RewardScorer:
                 The other columns of the dataset, one value per sample.
             trainer_state ([`~transformers.TrainerState`]):
                 Passed to the rewards.
+            scope (`str`, *optional*, defaults to `"image"`):
+                The rewards of this scope are asked.
+            groups (`list[int]`, *optional*):
+                The group of each sample, for rewards of another scope than `"image"`.
         """
-        keyword = "videos" if isinstance(samples[0], list) else "images"
-        futures, logs = [], []
-        for func, name in zip(self.funcs, self.names, strict=True):
-            as_tensor = getattr(func, "image_type", "pil") == "pt"
-            kwargs: dict[str, Any] = {column: list(values) for column, values in columns.items()}
-            kwargs[keyword] = to_tensor(samples) if as_tensor else _own_lists(samples)
-            kwargs |= {"prompts": list(prompts), "trainer_state": trainer_state}
-            log = CallLog(len(prompts))
-            # Only to rewards that accept them: others work without.
-            kwargs |= {key: getattr(log, key) for key in LOG_KEYWORDS if accepts_log_function(func, key)}
-            futures.append(self._start(func, name, kwargs, log))
-            logs.append(log)
-        return PendingScores(futures, list(prompts), logs)
+        rows = [row for row, own in enumerate(self.scopes) if own == scope and row not in self.by_features]
+        more = {} if groups is None else {"groups": list(groups)}
+        calls = [self._call(row, self.funcs[row], samples, prompts, columns, trainer_state, more) for row in rows]
+        return PendingScores([future for future, _ in calls], list(prompts), [log for _, log in calls], rows)
+
+    def submit_features(
+        self, samples: Sequence[Sample], prompts: list[str], columns: dict[str, list], trainer_state: Any
+    ) -> PendingScores:
+        """Start to compute the features for the rewards that are a [`SetReward`]. For the arguments see [`submit`]."""
+        rows = self.by_features
+        calls = [
+            self._call(row, self.funcs[row].features, samples, prompts, columns, trainer_state, {})  # type: ignore[attr-defined]
+            for row in rows
+        ]
+        return PendingScores([future for future, _ in calls], list(prompts), [log for _, log in calls], rows)
+
+    def submit_credit(self, row: int, features: Tensor, groups: Tensor, prompts: list[str]) -> PendingScores:
+        """
+        Start to compute the credit of the images of all processes by a [`SetReward`].
+
+        Args:
+            row (`int`):
+                The number of the reward.
+            features (`Tensor` of shape `[N, D]`):
+                The features of the images that it applies to.
+            groups (`Tensor` of shape `[N]`, int64):
+                Their groups.
+            prompts (`list[str]`):
+                Their prompts, for messages.
+        """
+        credit = self.funcs[row].credit  # type: ignore[attr-defined]
+        log = CallLog(len(prompts))
+        future = self._start(credit, self.names[row], {"features": features, "groups": groups}, log)
+        return PendingScores([future], prompts, [log], [row])
 
     def collect(self, pending: PendingScores, deadline: float | None = None) -> Scores:
         """
@@ -166,6 +242,8 @@ class RewardScorer:
         A reward fails for all images of a call if it raises or takes too long, and for single images if it returns an
         exception or an infinite number ([`InfiniteRewardError`]) for them. The result has all failures, and the caller
         decides what to do.
+
+        The rewards that were not asked have no score.
 
         Args:
             pending ([`PendingScores`]):
@@ -178,19 +256,43 @@ class RewardScorer:
             [`RewardError`]: If a reward returned something that is neither a reward nor a failure, which is a mistake
                 in its code.
         """
-        if deadline is None and self.timeout is not None:
-            deadline = time.monotonic() + self.timeout
-        wait_until(pending.futures, deadline)
+        self._wait(pending, deadline)
         read = [self._read(future, name, pending.prompts) for future, name in self._named(pending)]
-        logs = list(zip(self.names, pending.logs, strict=True))
-        return Scores(
-            torch.stack([part.rewards[0] for part in read]),
-            torch.stack([part.failed[0] for part in read]),
-            [error for part in read for error in part.errors],
-            {(name, metric): values for name, log in logs for metric, values in log.metrics.items()},
-            {(name, column): values for name, log in logs for column, values in log.extras.items()},
-            {name: log.seconds for name, log in logs},
-        )
+        rewards = torch.full((len(self), len(pending.prompts)), torch.nan)
+        failed = torch.zeros(rewards.shape, dtype=torch.bool)
+        for row, part in zip(pending.rows, read, strict=True):
+            rewards[row], failed[row] = part.rewards[0], part.failed[0]
+        return Scores(rewards, failed, [error for part in read for error in part.errors], *self._logs(pending))
+
+    def collect_features(
+        self, pending: PendingScores, deadline: float | None = None
+    ) -> tuple[list[Tensor | None], Scores]:
+        """
+        Wait for features, for those of each reward that [`submit_features`] has asked.
+
+        Args:
+            pending ([`PendingScores`]):
+                The result of [`submit_features`].
+            deadline (`float`, *optional*):
+                See [`collect`].
+
+        Returns:
+            `tuple[list[Tensor], Scores]`: for each of these rewards features of shape `[B, D]` on the CPU, NaN where
+            it does not apply or failed, `None` where it failed for all images; and scores without any, which have the
+            failures and what was logged.
+
+        Raises:
+            [`RewardError`]: If a reward returned something that is not one row of features per image.
+        """
+        self._wait(pending, deadline)
+        features, failed = [], torch.zeros(len(self), len(pending.prompts), dtype=torch.bool)
+        errors: list[RewardError] = []
+        for row, future in zip(pending.rows, pending.futures, strict=True):
+            own, failed[row], own_errors = self._read_features(future, self.names[row], pending.prompts)
+            features.append(own)
+            errors += own_errors
+        nothing = torch.full(failed.shape, torch.nan)
+        return features, Scores(nothing, failed, errors, *self._logs(pending))
 
     def failures(self, pending: PendingScores) -> list[RewardError]:
         """
@@ -236,8 +338,24 @@ class RewardScorer:
             self._loop.stop()
             self._loop = None
 
+    def _wait(self, pending: PendingScores, deadline: float | None) -> None:
+        if deadline is None and self.timeout is not None:
+            deadline = time.monotonic() + self.timeout
+        wait_until(pending.futures, deadline)
+
+    def _logs(
+        self, pending: PendingScores
+    ) -> tuple[dict[LogKey, list[float]], dict[LogKey, list[Any]], dict[str, float]]:
+        """Metrics, columns and seconds of the calls."""
+        logs = [(self.names[row], log) for row, log in zip(pending.rows, pending.logs, strict=True)]
+        return (
+            {(name, metric): values for name, log in logs for metric, values in log.metrics.items()},
+            {(name, column): values for name, log in logs for column, values in log.extras.items()},
+            {name: log.seconds for name, log in logs},
+        )
+
     def _named(self, pending: PendingScores) -> list[tuple[Future, str]]:
-        return list(zip(pending.futures, self.names, strict=True))
+        return list(zip(pending.futures, [self.names[row] for row in pending.rows], strict=True))
 
     def _read(self, future: Future, name: str, prompts: list[str]) -> Scores:
         """The scores of one reward. A call that has not ended has failed."""
@@ -257,6 +375,29 @@ class RewardScorer:
             self._answered.add(name)
         return Scores(rewards[None], failed[None], errors)
 
+    def _read_features(
+        self, future: Future, name: str, prompts: list[str]
+    ) -> tuple[Tensor | None, Tensor, list[RewardError]]:
+        """The features of one reward, where it failed, and its failures. A call that has not ended has failed."""
+        answer = self._answer(future)
+        if isinstance(answer, BaseException):
+            error = _failure(name, answer, prompts, name in self._answered)
+            return None, torch.ones(len(prompts), dtype=torch.bool), [error]
+        if not isinstance(answer, Tensor) or answer.ndim != 2 or len(answer) != len(prompts):
+            shown = f"shape {tuple(answer.shape)}" if isinstance(answer, Tensor) else f"type {type(answer).__name__}"
+            raise RewardError(
+                f"`{name}.features` returned something of {shown} for {len(prompts)} images; return a tensor of shape "
+                f"({len(prompts)}, number of features)."
+            )
+        self._answered.add(name)
+        infinite = answer.detach().cpu().isinf().any(dim=1)
+        errors: list[RewardError] = [
+            InfiniteRewardError(f"Reward `{name}` has infinite features for the prompt {prompt!r}; bound them.")
+            for prompt, is_infinite in zip(prompts, infinite.tolist(), strict=True)
+            if is_infinite
+        ]
+        return answer.detach().cpu().masked_fill(infinite[:, None], torch.nan), infinite, errors
+
     def _answer(self, future: Future) -> Any:
         """The value that a call returned, or the exception that it raised, or a `TimeoutError`."""
         if not future.done():
@@ -267,6 +408,27 @@ class RewardScorer:
         except CancelledError as cancelled:
             return cancelled
         return future.result() if error is None else error
+
+    def _call(
+        self,
+        row: int,
+        func: Callable,
+        samples: Sequence[Sample],
+        prompts: list[str],
+        columns: dict[str, list],
+        trainer_state: Any,
+        more: dict[str, Any],
+    ) -> tuple[Future, CallLog]:
+        """Start a call of a reward, or of one of its methods, with the keywords of rewards."""
+        keyword = "videos" if isinstance(samples[0], list) else "images"
+        as_tensor = getattr(self.funcs[row], "image_type", "pil") == "pt"
+        kwargs: dict[str, Any] = {column: list(values) for column, values in columns.items()}
+        kwargs[keyword] = to_tensor(samples) if as_tensor else _own_lists(samples)
+        kwargs |= {"prompts": list(prompts), "trainer_state": trainer_state, **more}
+        log = CallLog(len(prompts))
+        # Only to rewards that accept them: others work without.
+        kwargs |= {key: getattr(log, key) for key in LOG_KEYWORDS if accepts_log_function(func, key)}
+        return self._start(func, self.names[row], kwargs, log), log
 
     def _start(self, func: Callable, name: str, kwargs: dict[str, Any], log: CallLog) -> Future:
         if _is_async(func):

@@ -10,8 +10,9 @@ from .call_log import LOG_KEYWORDS
 from .frame_reward import FrameReward
 from .model_reward import ModelReward
 from .parameters import accepts, call_signature
-from .protocol import RewardFunc
+from .protocol import RewardFunc, reward_scope
 from .remote import RemoteReward
+from .set_reward import SetReward
 
 
 def check_signatures(
@@ -47,11 +48,23 @@ def check_signatures(
             func, media = func.reward, "images"
         if isinstance(func, type):
             raise ValueError(f"Reward `{name}` is a class, not an object of it. Pass `{name}()`.")
-        given = [media, "prompts", "trainer_state", *others]
+        given = [media, "prompts", "trainer_state"]
+        if reward_scope(func) != "image":
+            given.append("groups")
+            if "groups" in others:
+                raise ValueError(
+                    f"`{dataset}` has a column `groups`, and reward `{name}` compares images: it gets the number of "
+                    "the group of each image by that name. Rename the column."
+                )
         shown = (
-            f"Rewards are called with the keywords {_quote([media, 'prompts', 'trainer_state', *LOG_KEYWORDS])} and "
+            f"It is called with the keywords {_quote([*given, *LOG_KEYWORDS])} and "
             f"the columns of `{dataset}` ({_quote(others) if others else 'it has only `prompt`'})."
         )
+        given += others
+        if isinstance(func, SetReward):
+            given.remove("groups")
+            _check_parameters(func.features, f"`{name}.features`", given, LOG_KEYWORDS, shown)
+            continue
         _check_parameters(func, f"Reward `{name}`", given, LOG_KEYWORDS, shown)
         if isinstance(func, ModelReward):
             # Images and prompts are passed by position.

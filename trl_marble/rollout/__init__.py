@@ -8,6 +8,7 @@ from .progress_meter import BaseImageSettings, ProgressMeter
 from .reward_failures import FailurePolicy, count_failures
 from .reward_logs import average_logged
 from .sampler import RolloutSampler, SampleBatch, Samples
+from .set_scores import SetImages
 from .source import RolloutRecord, RolloutSettings, RolloutSource
 
 
@@ -24,6 +25,7 @@ __all__ = [
     "RolloutSource",
     "SampleBatch",
     "Samples",
+    "SetImages",
     "StoredBatch",
     "average_logged",
     "count_failures",

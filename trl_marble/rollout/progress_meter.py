@@ -156,7 +156,8 @@ class ProgressMeter:
         # Equal shares: the last image is sampled again until they are, and only its first scores are used.
         share = -(-number // self.accelerator.num_processes)
         first = share * self.accelerator.process_index
-        places = [divmod(min(i, number - 1), images_per_prompt) for i in range(first, first + share)]
+        numbers = [min(i, number - 1) for i in range(first, first + share)]
+        places = [divmod(place, images_per_prompt) for place in numbers]
         own_rows = [rows[place] for place, _ in places]
         seeds = [derive_seed(self.settings.seed, Draw.BASE, rows[place], image) for place, image in places]
         together, flow, batch_size = self.sampler.together, self.sampler.flow, self.settings.batch_size
@@ -169,7 +170,17 @@ class ProgressMeter:
             )
         with rollout_advice("rollout_batch_size", batch_size), adapters_disabled(flow.transformer):
             samples = self.sampler.sample_rows(
-                self.scorer, prompts, columns, seeds, conditioning, prompt_index, batch_size, trainer_state, sde
+                self.scorer,
+                prompts,
+                columns,
+                seeds,
+                conditioning,
+                prompt_index,
+                batch_size,
+                trainer_state,
+                numbers,
+                [place for place, _ in places],
+                sde,
             )
         self._warn_of_missing_scores(samples)
         return self._gather(samples.scores.rewards.T)[:number].T

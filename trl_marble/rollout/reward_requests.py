@@ -80,23 +80,19 @@ class RewardRequests:
         self._batches.popleft()
         for part in answers:
             self.failures.raise_failures(part.errors)
-        return _stack(answers, shown, sum(len(scorer) for scorer in self.scorers))
+        return spread_over_batch(answers, shown, sum(len(scorer) for scorer in self.scorers))
 
 
-def _stack(parts: Sequence[Scores], was_shown: Tensor, num_rewards: int) -> Scores:
+def spread_over_batch(parts: Sequence[Scores], was_shown: Tensor, num_rewards: int) -> Scores:
     """The scores of several scorers about the images that they were shown, as one, and none for the other images."""
     rewards = torch.full((num_rewards, len(was_shown)), torch.nan)
     failed = torch.zeros(rewards.shape, dtype=torch.bool)
-    if parts:
-        rewards[:, was_shown] = torch.cat([part.rewards for part in parts])
-        failed[:, was_shown] = torch.cat([part.failed for part in parts])
-    metrics: dict[LogKey, list[float]] = {}
-    seconds: dict[str, float] = {}
+    if not parts:
+        return Scores(rewards, failed, [])
+    stacked = Scores.stack(parts)
+    rewards[:, was_shown], failed[:, was_shown] = stacked.rewards, stacked.failed
     extras: dict[LogKey, list[Any]] = {}
-    for part in parts:
-        metrics |= part.metrics
-        seconds |= part.seconds
-        for key, values in part.extras.items():
-            each = iter(values)
-            extras[key] = [next(each) if is_shown else None for is_shown in was_shown.tolist()]
-    return Scores(rewards, failed, [error for part in parts for error in part.errors], metrics, extras, seconds)
+    for key, values in stacked.extras.items():
+        each = iter(values)
+        extras[key] = [next(each) if is_shown else None for is_shown in was_shown.tolist()]
+    return stacked._replace(rewards=rewards, failed=failed, extras=extras)

@@ -22,6 +22,7 @@ from ..seeding import Draw, derive_seed
 from ..step_times import StepTimes
 from .reward_failures import FailurePolicy
 from .reward_requests import RewardRequests
+from .set_scores import SetImages, score_sets
 
 
 class SampleBatch(NamedTuple):
@@ -215,10 +216,13 @@ class RolloutSampler:
         prompt_index: Tensor,
         batch_size: int,
         trainer_state: Any,
+        numbers: Sequence[int],
+        groups: Sequence[int],
         sde: SDEWindow | None = None,
     ) -> Samples:
         """
-        Sample and score this process's rows, as many as on every other process, and keep them all.
+        Sample and score this process's rows, as many as on every other process, and keep them all. Rewards that
+        compare images are asked when all are sampled.
 
         Args:
             scorer ([`~trl_marble.rewards.RewardScorer`]):
@@ -237,6 +241,10 @@ class RolloutSampler:
                 Images that one call of the pipeline samples.
             trainer_state ([`~transformers.TrainerState`]):
                 Passed on to the rewards.
+            numbers (`Sequence[int]`):
+                The number of each image among those of all processes.
+            groups (`Sequence[int]`):
+                The group of each image.
             sde ([`~trl_marble.sde.SDEWindow`], *optional*):
                 Solver steps that add noise. By default there are none.
         """
@@ -252,10 +260,34 @@ class RolloutSampler:
             [scorer], map(cut, starts), len(starts), len(prompts), trainer_state, parts.append, sde=sde
         )
         samples = Samples.concatenate(parts)
+        if scorer.of_sets.any():
+            own = SetImages(samples.images, prompts, columns, list(numbers), list(groups), samples.finite)
+            samples = samples._replace(
+                scores=Scores.join([samples.scores, self.score_sets(scorer, own, trainer_state)])
+            )
         if self.times is not None:
             for name, seconds in samples.scores.seconds.items():
                 self.times.add_reward(name, seconds)
         return samples
+
+    def score_sets(self, scorer: RewardScorer, own: SetImages, trainer_state: Any) -> Scores:
+        """
+        Ask the rewards that compare images. All processes call it.
+
+        Args:
+            scorer ([`~trl_marble.rewards.RewardScorer`]):
+                The rewards.
+            own ([`SetImages`]):
+                This process's images.
+            trainer_state ([`~transformers.TrainerState`]):
+                Passed on to the rewards.
+
+        Returns:
+            [`~trl_marble.rewards.Scores`]: of this process's images; NaN in the rows of the other rewards.
+        """
+        waiting_time = nullcontext() if self.times is None else self.times.measure("waiting")
+        with waiting_time, reward_advice():
+            return score_sets(scorer, own, trainer_state, self.failures, self.together)
 
     def _deadline(self) -> float | None:
         return None if self.reward_timeout is None else time.monotonic() + self.reward_timeout

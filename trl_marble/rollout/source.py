@@ -13,7 +13,7 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 from torch import Tensor
 
-from ..balance import ProgressWeights
+from ..balance import ProgressWeights, mask_silent_groups, zero_std_fractions
 from ..data import read_rows
 from ..media import Sample
 from ..memory_advice import rollout_advice
@@ -201,6 +201,8 @@ class RolloutSource:
                 prompt_index,
                 self.settings.batch_size,
                 trainer_state,
+                own,
+                [place // self.settings.num_generations for place in own],
                 sde,
             )
         rewards = self._gather(samples.scores.rewards.T).T
@@ -233,7 +235,8 @@ class RolloutSource:
         if failures.leaves_out:
             with self.together.phase():
                 failed = count_failures(samples.scores, self.scorer.names, self.accelerator)
-        for name, row in zip(self.scorer.names, rewards, strict=True):
+        silent = zero_std_fractions(rewards, groups).tolist()
+        for name, row, fraction in zip(self.scorer.names, rewards, silent, strict=True):
             valid = row[~row.isnan()]
             if failures.leaves_out:
                 self.metrics.record(f"rewards/{name}/failed", failed[name])
@@ -241,6 +244,7 @@ class RolloutSource:
             self.metrics.record(f"rewards/{name}/mean", valid.mean().item() if len(valid) else float("nan"))
             std = valid.std(correction=0).item() if len(valid) else float("nan")
             self.metrics.record(f"rewards/{name}/std", std)
+            self.metrics.record(f"rewards/{name}/zero_std_fraction", fraction)
             if len(valid) == 0 and name not in self._silent_rewards:
                 self._silent_rewards.add(name)
                 if self.accelerator.is_main_process:
@@ -275,7 +279,7 @@ class RolloutSource:
         num_updates, device = self.layout.updates_per_pass, samples.latents.device
         order_seed = derive_seed(self.settings.seed, Draw.ORDER, generation)
         order = training_order(rewards.shape[1], own, num_updates, order_seed)
-        all_advantages = self.compute_advantages(rewards, groups)
+        all_advantages = mask_silent_groups(self.compute_advantages(rewards, groups), groups)
         steps = steps_of_samples(rewards.shape[1], num_updates, order_seed)
         halves_seed = derive_seed(self.settings.seed, Draw.HALVES, generation)
         in_first = split_prompts(groups, ~all_advantages.isnan(), steps, halves_seed)

@@ -39,7 +39,7 @@ from ..processes import FailingTogether
 from ..progress import MakeBar
 from ..rewards import RewardScorer
 from ..rewards.held_out import held_out_scorer
-from ..rewards.protocol import check_media
+from ..rewards.protocol import check_media, reward_center
 from ..rewards.signatures import check_signatures
 from ..rollout import (
     BaseImageSettings,
@@ -98,7 +98,8 @@ def build_scorers(reward_funcs: Any, eval_reward_funcs: Any, args: MarbleConfig)
 
     Raises:
         `ValueError`: If `reward_weights`, `reward_priorities`, `reward_targets` or `reward_bounds` does not have one
-            value per reward, or a held-out reward is trained on.
+            value per reward, a held-out reward is trained on, or `progress_base_images` does not fit a reward that
+            compares images.
     """
     scorer = RewardScorer(reward_funcs, args.reward_timeout)
     for setting, what in (
@@ -113,6 +114,13 @@ def build_scorers(reward_funcs: Any, eval_reward_funcs: Any, args: MarbleConfig)
                 f"`{setting}` has {len(values)} values ({values}) for {len(scorer)} rewards "
                 f"({', '.join(scorer.names)}); pass one {what} per reward, in their order."
             )
+    sets = [name for name, scope in zip(scorer.names, scorer.scopes, strict=True) if scope != "image"]
+    if sets and args.multi_objective_aggregation == "progress" and args.progress_base_images != args.num_generations:
+        raise ValueError(
+            f"`progress_base_images={args.progress_base_images}` and `num_generations={args.num_generations}` differ, "
+            f"and what a reward that compares images says, such as `{sets[0]}`, depends on how many it compares. Set "
+            f"`progress_base_images={args.num_generations}`."
+        )
     held_out = held_out_scorer(eval_reward_funcs, reward_funcs, scorer)
     scorers = [scorer] if held_out is None else [scorer, held_out]
     for each in scorers:
@@ -306,6 +314,7 @@ def build_source(
     if isinstance(loss, GRPOLoss):
         choose_window = functools.partial(loss.window, num_steps=args.num_inference_steps, seed=args.seed)
     reward_weights = torch.tensor(args.reward_weights or [1.0] * len(scorer))
+    batch_centred = torch.tensor([reward_center(func) == "batch" for func in scorer.funcs])
     meter = _build_meter(sampler, scorer, dataset, edits, accelerator, metrics, args)
 
     def compute_advantages(rewards: Tensor, groups: Tensor) -> Tensor:
@@ -313,7 +322,7 @@ def build_source(
         if meter is not None:
             rewards, weights = meter.weights.in_units_of_scales(rewards), meter.weights.weights
         mode, scale = args.multi_objective_aggregation, args.scale_rewards
-        return aggregate_advantages(rewards, groups, weights, mode, scale, args.advantage_clip)
+        return aggregate_advantages(rewards, groups, weights, mode, scale, args.advantage_clip, batch_centred)
 
     return RolloutSource(
         sampler,
