@@ -13,9 +13,11 @@ from types import SimpleNamespace
 
 import httpx2
 import pytest
+import torch
 from browser import CHROMIUM, Browser
 from datasets import load_dataset
 from PIL import Image
+from trainer_helpers import bright, small_trainer
 
 from trl_marble.cli import main as cli
 from trl_marble.rewards import HumanReward, votes
@@ -316,13 +318,11 @@ def test_several_people_get_different_groups_as_long_as_there_are(server, folder
 def test_the_first_vote_on_a_group_counts(server, folder):
     (group,) = ask(folder, "a cat")
     answers = []
-    bodies = [{"best": place, "worst": None} for place in range(4)]
-    threads = [
-        threading.Thread(
-            target=lambda body=body: answers.append(request(server, "POST", f"groups/{group}", json=body))
-        )
-        for body in bodies
-    ]
+
+    def send(place):
+        answers.append(request(server, "POST", f"groups/{group}", json={"best": place, "worst": None}))
+
+    threads = [threading.Thread(target=send, args=(place,)) for place in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -438,12 +438,8 @@ def test_people_vote_by_mouse_and_by_keyboard(server, folder, tmp_path):
         browser.click("figure:nth-child(2) .picture")
         browser.click("figure:nth-child(2) .picture")  # takes it back
         browser.click("figure:nth-child(1) .picture")
-        assert browser.run("[...document.querySelectorAll('.mark')].map((m) => m.textContent)") == [
-            "worst",
-            "",
-            "best",
-            "",
-        ]
+        marks = browser.run("[...document.querySelectorAll('.mark')].map((mark) => mark.textContent)")
+        assert marks == ["worst", "", "best", ""]
         browser.click("#send")
 
         expect("<img src=x onerror=alert(1)>", 1)  # as text
@@ -454,14 +450,8 @@ def test_people_vote_by_mouse_and_by_keyboard(server, folder, tmp_path):
         expect("a dog", 2)
         browser.press("Enter")  # nothing is chosen: nothing is sent
         browser.press("m", "5", "1", "4", "0")
-        assert browser.run(
-            "[...document.querySelectorAll('.stars')].map((s) => s.querySelectorAll('.full').length)"
-        ) == [
-            5,
-            1,
-            4,
-            0,
-        ]
+        rows = "[...document.querySelectorAll('.stars')]"
+        assert browser.run(f"{rows}.map((row) => row.querySelectorAll('.full').length)") == [5, 1, 4, 0]
         browser.press("Enter")
 
         expect("a boat", 3)
@@ -487,3 +477,37 @@ def test_the_page_says_what_is_wrong(folder):
         browser.wait_for("hint.textContent.startsWith('The run did not wait for the last vote.')")
         server.close()
         browser.wait_for("hint.textContent.includes('Is `trl-marble vote` running?')")
+
+
+# ---- A run ----
+
+
+@pytest.mark.slow
+def test_a_run_learns_from_votes_and_its_repetition_asks_nobody(folder, tmp_path, monkeypatch):
+    ended = threading.Event()
+
+    def vote_for_the_last_image():
+        while not ended.wait(0.05):
+            for group, content in folder.shown().items():
+                if not content["voted"]:
+                    folder.keep(group, {"best": content["num_images"] - 1, "worst": 0})
+
+    person = threading.Thread(target=vote_for_the_last_image)
+    person.start()
+    try:
+        first = small_trainer(tmp_path / "first", (bright, HumanReward(folder.folder)), logging_steps=1)
+        first.train()
+    finally:
+        ended.set()
+        person.join()
+    logs = [log for log in first.state.log_history if "rewards/HumanReward/mean" in log]
+    assert [log["rewards/HumanReward/mean"] for log in logs] == [0, 0]
+    assert [log["rewards/HumanReward/std"] for log in logs] == pytest.approx([1, 1], rel=0.2)
+    assert len(list((folder.folder / "votes").iterdir())) == 4  # two steps with two prompts
+    assert folder.shown() == {}
+
+    monkeypatch.setattr(VoteFolder, "ask", lambda *_: pytest.fail("people are asked again"))
+    second = small_trainer(tmp_path / "second", (bright, HumanReward(folder.folder)), logging_steps=1)
+    second.train()
+    trained = [dict(trainer.model.named_parameters()) for trainer in (first, second)]
+    assert all(torch.equal(trained[0][name], trained[1][name]) for name in trained[0])
