@@ -39,7 +39,7 @@ FEATURES = Features(
         "worst": Value("int32"),
         "stars": List(Value("int32")),
         "step": Value("int64"),
-        "time": Value("timestamp[s, tz=UTC]"),
+        "time": Value("timestamp[ms, tz=UTC]"),
     }
 )
 
