@@ -32,7 +32,7 @@ def missing(monkeypatch):
 
 
 def test_no_module_imports_an_extra_when_it_is_imported():
-    """`server_http` and `completion` do; nothing imports them before it has checked their extra."""
+    """`server_http`, `vote_server` and `completion` do; nothing imports them before it has checked their extra."""
     extras = {module for modules in EXTRAS.values() for module in modules}
     found = {
         str(file.relative_to(PACKAGE))
@@ -42,7 +42,7 @@ def test_no_module_imports_an_extra_when_it_is_imported():
         for name in ([node.module] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names])
         if name.partition(".")[0] in extras
     }
-    assert found == {"cli/completion.py", "rewards/server_http.py"}
+    assert found == {"cli/completion.py", "rewards/server_http.py", "rewards/vote_server.py"}
 
 
 def test_the_error_names_the_extra_and_what_to_do(missing):
@@ -109,7 +109,12 @@ import sys
 sys.modules.update(dict.fromkeys({blocked}))
 import importlib, pkgutil
 import trl_marble
-needs_extra = {{"trl_marble.rewards.server", "trl_marble.rewards.server_http", "trl_marble.cli.completion"}}
+needs_extra = {{
+    "trl_marble.rewards.server",
+    "trl_marble.rewards.server_http",
+    "trl_marble.rewards.vote_server",
+    "trl_marble.cli.completion",
+}}
 for module in pkgutil.walk_packages(trl_marble.__path__, "trl_marble."):
     if module.name not in needs_extra:
         importlib.import_module(module.name)

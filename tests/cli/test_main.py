@@ -16,7 +16,7 @@ from trl_marble.cli.environment import prepare_environment
 from trl_marble.cli.main import main
 
 
-COMMANDS = ("train", "estimate", "eval", "compare", "card", "push", "demo", "selftest", "env")
+COMMANDS = ("train", "estimate", "eval", "compare", "card", "push", "demo", "vote", "selftest", "env")
 
 
 def test_help_imports_nothing_that_takes_long():

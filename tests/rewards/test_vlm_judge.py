@@ -2,128 +2,33 @@
 """The judge with a real HTTP server, whose answers each test sets."""
 
 import asyncio
-import base64
-import io
-import json
 import logging
+import math
 import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
+from chat_endpoint import (
+    KEY,
+    PATIENCE,
+    completion,
+    die,
+    endpoint,
+    hang,
+    level,
+    pictures,
+    seen_image,
+    seen_text,
+    send,
+)
 from PIL import Image
 
-from trl_marble.rewards import RewardError, RewardScorer
+from trl_marble.rewards import ARTIFACT_TEMPLATE, RewardError, RewardScorer
 from trl_marble.rewards.judge_score import parse_score
 from trl_marble.rewards.vlm_judge import VLMJudge
-
-
-KEY = "sk-very-secret-0123456789"
-# A test that would wait for ever fails after this many seconds instead.
-PATIENCE = 60
-
-
-class Endpoint:
-    """
-    An OpenAI-compatible endpoint on a free port. `behave(handler, request, number)` answers request `number` (from 0)
-    by returning the text of a completion, or by anything else that it does to the handler, and then returns `None`.
-    """
-
-    def __init__(self, behave):
-        self.behave = behave
-        self.requests, self.headers, self.paths = [], [], []
-        self.under_way = self.most_under_way = 0
-        self.lock = threading.Lock()
-        self.stop = threading.Event()  # ends every hanging answer
-        endpoint = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self):
-                request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                with endpoint.lock:
-                    number = len(endpoint.requests)
-                    endpoint.requests.append(request)
-                    endpoint.headers.append(self.headers)
-                    endpoint.paths.append(self.path)
-                    endpoint.under_way += 1
-                    endpoint.most_under_way = max(endpoint.most_under_way, endpoint.under_way)
-                try:
-                    text = endpoint.behave(self, request, number)
-                finally:
-                    with endpoint.lock:  # before the answer, which makes room for the next request
-                        endpoint.under_way -= 1
-                if text is not None:
-                    send(self, 200, completion(text))
-
-            def log_message(self, *args):
-                pass
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.server.handle_error = lambda *_: None  # clients go away here on purpose
-        self.url = f"http://127.0.0.1:{self.server.server_port}/v1"
-
-
-@contextmanager
-def endpoint(behave):
-    served = Endpoint(behave)
-    thread = threading.Thread(target=served.server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
-    thread.start()
-    try:
-        yield served
-    finally:
-        served.stop.set()
-        served.server.shutdown()
-        served.server.server_close()
-        thread.join()
-
-
-def completion(text, **choice):
-    return {"choices": [{"message": {"role": "assistant", "content": text}, "finish_reason": "stop", **choice}]}
-
-
-def send(handler, status, content, **headers):
-    body = content if isinstance(content, bytes) else json.dumps(content).encode()
-    handler.send_response(status)
-    for name, value in headers.items():
-        handler.send_header(name.replace("_", "-"), value)
-    handler.send_header("Content-Length", str(len(body)))
-    handler.end_headers()
-    handler.wfile.write(body)
-
-
-def die(handler):
-    """Close the connection without an answer."""
-    handler.connection.shutdown(socket.SHUT_RDWR)
-
-
-def hang(server):
-    server.stop.wait(PATIENCE)
-
-
-def seen_image(request):
-    """The image of a request, decoded."""
-    (message,) = request["messages"]
-    url = message["content"][0]["image_url"]["url"]
-    prefix = "data:image/png;base64,"
-    assert url.startswith(prefix)
-    return Image.open(io.BytesIO(base64.b64decode(url.removeprefix(prefix), validate=True)))
-
-
-def seen_text(request):
-    return request["messages"][0]["content"][1]["text"]
-
-
-def level(request):
-    """The red channel of the first pixel, by which the tests tell images apart."""
-    return seen_image(request).getpixel((0, 0))[0]
-
-
-def pictures(*levels):
-    return [Image.new("RGB", (3, 2), (red, 0, 0)) for red in levels]
 
 
 def judge(server, **kwargs):
@@ -348,6 +253,12 @@ def test_a_server_error_then_a_dead_connection_then_an_answer():
 # ---- What goes wrong for one image ----
 
 
+def thought(text, thoughts, field="reasoning_content", **choice):
+    """The answer of a server that sends thoughts apart."""
+    message = {"role": "assistant", "content": text, field: thoughts}
+    return {"choices": [{"message": message, "finish_reason": "stop", **choice}]}
+
+
 def failure_of(server_answer, **kwargs):
     """What a judge gives for the second of three images, which goes wrong; the others have a value."""
 
@@ -387,6 +298,14 @@ def test_an_answer_without_a_score_is_quoted():
         (completion("<think>Final Score: 5"), "has no score"),
         (completion("Final Score: 4\nThe cat is", finish_reason="length"), "cut off: it ended by 'length' (raise"),
         (completion("<think>Final Score: 2 would be", finish_reason="length"), "cut off: it ended by 'length' (raise"),
+        (completion("<think>Final Score: 2", finish_reason="length"), "in the middle of the model's thoughts, before"),
+        (
+            completion("<think>a cat</think>Final Sc", finish_reason="length"),
+            "(raise `max_tokens` in `request_options`).",
+        ),
+        (thought(None, "Final Score: 2", finish_reason="length"), "in the middle of the model's thoughts, before"),
+        (thought("", "Final Score: 2", "reasoning", finish_reason="length"), '{"enable_thinking": False}'),
+        (thought(None, "Final Score: 2"), "has no score"),
         (completion("Final Score: 4", finish_reason="content_filter"), "cut off: it ended by 'content_filter'. The"),
         (completion("Final Score: 4", finish_reason="abort"), "cut off: it ended by 'abort'. The"),
         ([1, 2], "not a chat completion"),
@@ -420,6 +339,13 @@ def test_an_answer_that_the_model_ended_counts(reason):
 )
 def test_the_text_of_an_answer_in_parts_counts(parts):
     answer = completion([{"type": kind, "text" if "text" in kind else kind: text} for kind, text in parts])
+    with endpoint(lambda handler, request, number: send(handler, 200, answer)) as server:
+        assert ask(judge(server), 1) == [0.5]
+
+
+@pytest.mark.parametrize("field", ["reasoning_content", "reasoning"])
+def test_thoughts_that_come_apart_do_not_count(field):
+    answer = thought("Final Score: 3", "Final Score: 5, no, 1", field)
     with endpoint(lambda handler, request, number: send(handler, 200, answer)) as server:
         assert ask(judge(server), 1) == [0.5]
 
@@ -540,6 +466,94 @@ def test_what_is_not_http_raises():
         thread.join()
 
 
+# ---- The probability of yes ----
+
+
+def tokens(*words, **top):
+    """Log-probabilities as vLLM sends them; `at` has the most probable words at a place, other tokens are certain."""
+
+    def one(token, alternatives):
+        listed = [{"token": word, "logprob": math.log(p), "bytes": list(word.encode())} for word, p in alternatives]
+        return {"token": token, "logprob": listed[0]["logprob"], "bytes": None, "top_logprobs": listed}
+
+    return {"content": [one(word, top.get("at", {}).get(place, [(word, 1.0)])) for place, word in enumerate(words)]}
+
+
+YES = [("Yes", 0.6), ("No", 0.2), (" yes", 0.05), ("YES", 0.05), ("NO", 0.05), ("Maybe", 0.05)]
+SURE = [("Yes", 1.0), (" the", 1e-9)]
+P_YES = 0.7 / 0.95
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        (completion("Yes", logprobs=tokens("Yes", at={0: YES})), P_YES),
+        (completion("Yes", logprobs=tokens("Yes", at={0: SURE})), 1.0),
+        (completion("No.", logprobs=tokens("No", ".", at={0: [("No", 0.75), ("Yes", 0.25)]})), 0.25),
+        (completion(" Yes", logprobs=tokens(" Yes", "<|im_end|>", at={0: YES})), P_YES),
+        (completion("**Yes**", logprobs=tokens("**", "Yes", "**", at={1: YES})), P_YES),
+        # What comes after the first word may be cut off.
+        (completion("Yes, the", finish_reason="length", logprobs=tokens("Yes", ",", " the", at={0: YES})), P_YES),
+        # Thoughts, in the answer and apart from it, with the log-probabilities of their tokens or without.
+        (
+            completion(
+                "<think>No. Yes? No</think>\n\nYes",
+                logprobs=tokens("<think>", "No", ". Yes", "? No", "</think>", "\n\n", "Yes", at={6: YES}),
+            ),
+            P_YES,
+        ),
+        (thought("Yes", "Yes? No", logprobs=tokens("Yes", "? No", "</think>", "\n\n", "Yes", at={4: YES})), P_YES),
+        (thought("\n\nYes", "No", "reasoning", logprobs=tokens("Yes", "", at={0: YES})), P_YES),
+    ],
+)
+def test_the_probability_of_yes_is_that_of_the_first_word(answer, expected):
+    with endpoint(lambda handler, request, number: send(handler, 200, answer)) as server:
+        reward = judge(server, score="p_yes")
+        assert ask(reward, 1, prompts=["a cat"]) == [pytest.approx(expected)]
+    (request,) = server.requests
+    assert request["logprobs"] is True and request["top_logprobs"] == 20
+    assert "[a cat]" in seen_text(request) and seen_text(request).endswith("Answer with one word, Yes or No.")
+    assert reward.value_range == "0 to 1, the probability of yes"
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        (completion("Yes"), "sent no log-probabilities"),
+        (completion("Yes", logprobs=None), "sent no log-probabilities"),
+        (completion("Yes", logprobs={"content": []}), "sent no log-probabilities"),
+        (completion("A cat", logprobs=tokens("A", " cat", at={0: [("A", 0.7), ("Yes", 0.2)]})), "of 0.200 only"),
+        (completion("Yes", logprobs=tokens("Oui")), "of another text than the answer"),
+        (completion("Yes", logprobs={"content": [{"token": "Yes"}]}), "not as OpenAI's interface has them"),
+        (completion("Yes", logprobs={"content": [{"token": 3}]}), "not as OpenAI's interface has them"),
+        (completion("Yes", logprobs=[1]), "not a chat completion"),
+        (completion("Yes", logprobs=tokens("Yes", at={0: [("Yes", 9.0), ("No", 1.0)]})), "of 10.000 only"),
+        (completion("", logprobs=tokens("Yes")), "The answer is empty"),
+        (
+            completion("<think>Yes", finish_reason="length", logprobs=tokens("<think>", "Yes")),
+            "in the middle of the model's thoughts",
+        ),
+        (
+            thought(None, "Yes", finish_reason="length", logprobs=tokens("Yes")),
+            "in the middle of the model's thoughts",
+        ),
+        (completion("Yes", finish_reason="content_filter", logprobs=tokens("Yes")), "ended by 'content_filter'"),
+    ],
+    ids=range(13),
+)
+def test_an_answer_without_a_probability_of_yes_is_a_failure_of_that_image(answer, said):
+    with endpoint(lambda handler, request, number: send(handler, 200, answer)) as server:
+        (failure,) = ask(judge(server, score="p_yes"), 1)
+    assert isinstance(failure, RewardError) and said in str(failure)
+
+
+def test_the_artifact_rubric_asks_for_faults_only():
+    with endpoint(lambda handler, request, number: "Six fingers.\nFinal Score: 2") as server:
+        assert ask(judge(server, prompt_template=ARTIFACT_TEMPLATE), 1, prompts=["a hand"]) == [0.25]
+    text = seen_text(server.requests[0])
+    assert "for the caption [a hand]" in text and "hands and fingers" in text and "after 'Final Score:'" in text
+
+
 # ---- The key ----
 
 
@@ -584,6 +598,8 @@ def test_a_key_that_no_header_can_carry_is_refused_unquoted(key, monkeypatch):
         ({"timeout": 0}, "`timeout` is 0"),
         ({"timeout": float("nan")}, "`timeout` is nan"),
         ({"max_retries": -1}, "`max_retries` must be at least 0, got -1"),
+        ({"score": "p_no"}, "`score` is 'p_no'; it must be 'number' or 'p_yes'"),
+        ({"score": "p_yes", "score_label": "Style Score"}, "have no effect with `score='p_yes'`"),
         ({"request_options": {"stream": True}}, r"`request_options` sets \['stream'\]"),
     ],
     ids=str,

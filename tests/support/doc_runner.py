@@ -68,6 +68,7 @@ SMALL_ARGUMENTS = {
     "examples/benchmarks/gpu_table.py": "--size tiny --device cpu --parts machine",
     "examples/scripts/sd3_five_rewards.py": "--num_generated_prompts 8",
     "trl-marble selftest": "--minutes 0.1",
+    "trl-marble vote": "--port 0",
 }
 # Commands that a page takes for granted, such as the demo, whose adapter it goes on with.
 EVALUATE = "trl-marble eval --model shapeworld --prompts shapeworld --rewards shapeworld --num_inference_steps 8"
@@ -398,6 +399,11 @@ def run_cli(words: list[str]) -> None:
     from trl_marble.cli.main import main
 
     os.environ[launching.LAUNCHED] = "1"  # in one process, whatever the command says
+    if words[0] == "vote":
+        from trl_marble.rewards.vote_server import VoteServer
+
+        os.environ["TRL_MARBLE_VOTE_TOKEN"] = "of-the-page"  # its output is no terminal
+        VoteServer.run = lambda self: None  # type: ignore[method-assign]
     words = [*words, *shlex.split(SMALL_ARGUMENTS.get(f"trl-marble {words[0]}", ""))]
     sys.argv = ["trl-marble", *words]
     sys.exit(main(words))

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..extras import MissingExtraError, require_extra
 from ..termination import EXIT_STATUS, RunTerminated
-from . import card, compare, demo, env, estimate, eval, push, selftest, train
+from . import card, compare, demo, env, estimate, eval, push, selftest, train, vote
 from .environment import prepare_environment
 from .errors import RUN_ERROR, USAGE_ERROR, RunError, UsageError, unknown_option
 
@@ -22,7 +22,7 @@ Completion by tab: write the script once, and again after an update,
   trl-marble --print-completion bash > ~/.local/share/bash-completion/completions/trl-marble
   trl-marble --print-completion zsh > ~/.zfunc/_trl-marble     # with `fpath+=~/.zfunc` before `compinit` in ~/.zshrc
   trl-marble --print-completion tcsh > ~/.trl-marble.tcsh      # with `source ~/.trl-marble.tcsh` in ~/.tcshrc"""
-COMMANDS = (train, estimate, eval, compare, card, push, demo, selftest, env)
+COMMANDS = (train, estimate, eval, compare, card, push, demo, vote, selftest, env)
 INTERRUPTED = 130
 
 

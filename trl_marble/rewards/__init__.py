@@ -2,13 +2,17 @@
 """Rewards: their protocol, how they are called, and the rewards of this package."""
 
 from .aesthetic import AestheticScore
+from .bradley_terry import bradley_terry
 from .clip_score import CLIPScore
 from .feature_models import CLIPFeatures, DINOv2Features, FeatureModel
 from .frame_reward import FrameReward
 from .geneval import GenEval
+from .group_judges import PairwiseJudge, RankingJudge
 from .hps import HPSv2
+from .human import HumanReward
 from .image_reward import ImageReward
 from .jpeg import jpeg_compressibility, jpeg_incompressibility
+from .judge_templates import ARTIFACT_TEMPLATE
 from .loading import KNOWN_REWARDS, load_reward
 from .model_reward import ModelReward
 from .ocr import OCRAccuracy
@@ -22,18 +26,22 @@ from .vlm_judge import VLMJudge
 
 
 __all__ = [
+    "ARTIFACT_TEMPLATE",
     "KNOWN_REWARDS",
     "AestheticScore",
     "CLIPScore",
     "FrameReward",
     "GenEval",
     "HPSv2",
+    "HumanReward",
     "ImageReward",
     "InfiniteRewardError",
     "ModelReward",
     "OCRAccuracy",
+    "PairwiseJudge",
     "PendingScores",
     "PickScore",
+    "RankingJudge",
     "RemoteReward",
     "RewardError",
     "RewardFunc",
@@ -41,6 +49,7 @@ __all__ = [
     "Scores",
     "SetReward",
     "VLMJudge",
+    "bradley_terry",
     "jpeg_compressibility",
     "jpeg_incompressibility",
     "load_reward",

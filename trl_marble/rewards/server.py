@@ -10,14 +10,12 @@ The client is [`~trl_marble.rewards.remote.RemoteReward`]; what it sends is in `
 import asyncio
 import logging
 import os
-import socket
-import threading
 import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from http import HTTPStatus
-from typing import Any, Self
+from typing import Any
 
 from PIL import Image
 from transformers import HfArgumentParser
@@ -32,7 +30,7 @@ from .server_messages import RefusedError, describe, encode_values
 
 require_extra("server", "The reward server")
 
-from .server_http import RequestLimits, make_app, make_server  # noqa: E402, it needs the extra
+from .server_http import HttpServer, RequestLimits, make_app  # noqa: E402, it needs the extra
 
 
 logger = logging.getLogger(__name__)
@@ -40,7 +38,7 @@ logger = logging.getLogger(__name__)
 TOKEN_VARIABLE = "TRL_MARBLE_REWARD_TOKEN"
 
 
-class RewardServer:
+class RewardServer(HttpServer):
     """
     An HTTP server that computes rewards. `with RewardServer(...) as server:` serves from a thread.
 
@@ -100,35 +98,13 @@ class RewardServer:
                 )
         self._scorers = {name: RewardScorer([func]) for name, func in zip(self.names, funcs, strict=True)}
         self._turns = {name: asyncio.Lock() for name in self.names}
-        self._server = make_server(make_app(self._score, self.names, token, checked), checked.timeout)
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        self._socket = socket.create_server((host, port), family=family)
-        shown = f"[{host}]" if ":" in host else host
-        self.url = f"http://{shown}:{self._socket.getsockname()[1]}"
-        self._thread = threading.Thread(target=self.run, name="reward-server", daemon=True)
-
-    def run(self) -> None:
-        """
-        Serve until [`close`] is called or, on the main thread, until Ctrl-C or SIGTERM. What is being scored then is
-        still answered; a second Ctrl-C does not wait for it.
-        """
-        self._server.run(sockets=[self._socket])
+        super().__init__(make_app(self._score, self.names, token, checked), host, port, checked.timeout)
 
     def close(self) -> None:
         """Take no more requests, answer those that are being scored, and stop."""
-        self._server.should_exit = True
-        if self._thread.ident is not None:
-            self._thread.join()
-        self._socket.close()
+        super().close()
         for scorer in self._scorers.values():
             scorer.close()
-
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
 
     async def _score(self, name: str, images: list[Image.Image], prompts: list[str], columns: dict[str, list]) -> list:
         """

@@ -1,16 +1,18 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
-"""How the reward server answers clients that it does not trust: who is served, how much is read, and for how long."""
+"""How servers answer clients that they do not trust: who is served, how much is read, and for how long."""
 
 import asyncio
 import hmac
 import json
 import logging
 import math
+import socket
+import threading
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from http import HTTPStatus
-from typing import Any
+from typing import Any, Self
 
 import h11
 import uvicorn
@@ -78,6 +80,57 @@ def make_server(app: FastAPI, timeout: float) -> uvicorn.Server:
     return uvicorn.Server(config)
 
 
+class HttpServer:
+    """
+    An application at an address of this machine. `with HttpServer(...) as server:` serves from a thread.
+
+    Args:
+        app (`FastAPI`):
+            What is served.
+        host (`str`):
+            Address to listen on.
+        port (`int`):
+            Port to listen on; 0 takes a free one, see `url`.
+        timeout (`float`):
+            Longest time in seconds until a request has arrived.
+
+    Attributes:
+        url (`str`): The address for clients on this machine.
+
+    Raises:
+        `OSError`: If the address is taken.
+    """
+
+    def __init__(self, app: FastAPI, host: str, port: int, timeout: float) -> None:
+        self._server = make_server(app, timeout)
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        self._socket = socket.create_server((host, port), family=family)
+        shown = f"[{host}]" if ":" in host else host
+        self.url = f"http://{shown}:{self._socket.getsockname()[1]}"
+        self._thread = threading.Thread(target=self.run, name="http-server", daemon=True)
+
+    def run(self) -> None:
+        """
+        Serve until [`close`] is called or, on the main thread, until Ctrl-C or SIGTERM. What is being answered then is
+        still answered; a second Ctrl-C does not wait for it.
+        """
+        self._server.run(sockets=[self._socket])
+
+    def close(self) -> None:
+        """Take no more requests, answer those that have arrived, and stop."""
+        self._server.should_exit = True
+        if self._thread.ident is not None:
+            self._thread.join()
+        self._socket.close()
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
 def make_app(
     score: Callable[..., Awaitable[list]], names: Sequence[str], token: str | None, limits: RequestLimits
 ) -> FastAPI:
@@ -100,7 +153,7 @@ def make_app(
     @app.post("/{path:path}")
     async def score_images(path: str, request: Request) -> Response:
         _check_head(request, path in paths, names, token, limits.max_bytes)
-        body = await _read_body(request, limits.max_bytes)
+        body = await read_body(request, limits.max_bytes)
         asked = await run_in_threadpool(read_request, body, limits.max_images, limits.max_pixels)
         return _Answer(HTTPStatus.OK, {"values": await score(paths[path], *asked)})
 
@@ -133,11 +186,16 @@ class _AnswerToUnread(_Answer):
         await send({"type": "http.response.body"})
 
 
-def _check_head(request: Request, known: bool, names: Sequence[str], token: str | None, max_bytes: int) -> None:
-    """Refuse what can be refused without reading the body."""
+def check_token(request: Request, token: str | None) -> None:
+    """Refuse a request without the token, if there is one."""
     given = request.headers.get("Authorization", "").encode("latin-1")
     if token is not None and not hmac.compare_digest(given, f"Bearer {token}".encode("ascii")):
         raise HTTPException(HTTPStatus.UNAUTHORIZED, "Unauthorized.", {"WWW-Authenticate": "Bearer"})
+
+
+def _check_head(request: Request, known: bool, names: Sequence[str], token: str | None, max_bytes: int) -> None:
+    """Refuse what can be refused without reading the body."""
+    check_token(request, token)
     if "Origin" in request.headers:  # only browsers send it: a page must not use a server that has no token
         raise HTTPException(HTTPStatus.FORBIDDEN, "Browsers are not served.")
     if not known:
@@ -148,7 +206,8 @@ def _check_head(request: Request, known: bool, names: Sequence[str], token: str 
     _check_size(int(request.headers.get("Content-Length", 0)), max_bytes)
 
 
-async def _read_body(request: Request, max_bytes: int) -> bytes:
+async def read_body(request: Request, max_bytes: int) -> bytes:
+    """The body of a request, refused if it is too large."""
     body = bytearray()
     try:
         async for chunk in request.stream():

@@ -1,59 +1,19 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
 """A vision-language model at an HTTP endpoint as a judge of images."""
 
-import asyncio
-import base64
-import json
-import os
-from typing import Any
-from weakref import WeakKeyDictionary
+from typing import Any, Literal
 
-import httpx2
 from PIL import Image
 
-from .http_client import (
-    ABOUT_ALL,
-    PLAIN_JSON,
-    bearer,
-    check_secret,
-    check_url,
-    encode_png,
-    open_async_client,
-    redact,
-    start_of,
-)
-from .judge_score import parse_score
-from .model_reward import to_rgb
-from .protocol import RewardError
-from .retry import Attempts, RetryPolicy, asked_delay, is_permanent, means_later
+from .judge_endpoint import Answer, JudgeEndpoint, Question
+from .judge_logprobs import probability_of_yes
+from .judge_score import parse_score, remove_thoughts
+from .judge_templates import UNIFIED_REWARD_TEMPLATE, YES_NO_TEMPLATE
 
 
-# UnifiedReward was trained with the names of the two criteria, the scale, 'Final Score:' and the last line (pointwise
-# scoring of image generation).
-UNIFIED_REWARD_TEMPLATE = """\
-You see an image that was generated from a text caption. Evaluate this image on two key criteria:
-1. Alignment with the Caption: does the image show what the caption asks for? Look at the objects, their attributes \
-and how they relate to each other.
-2. Overall Image Quality: does the image look good? Look at clarity, fine detail, accurate colors and aesthetic appeal.
-Weigh both criteria and assign a score from 1 to 5 after 'Final Score:'.
-Your task is provided as follows:
-Text Caption: [{prompt}]"""
-
-LARGEST_ANSWER = 2**22  # bytes; far more than a model writes about an image
-# The `finish_reason` of servers for an answer that the model itself ended.
-ENDED_BY_MODEL = ("stop", "eos", "eos_token", "stop_sequence", "end_turn")
-
-
-class NoAnswerError(RewardError):
-    """A request that the judge did not answer, for a reason other than its content."""
-
-
-class UnscoredError(RewardError):
-    """An answer of the judge without a certain score for the image."""
-
-
-class RefusedImageError(UnscoredError):
-    """A request that the endpoint refused, because of its image or prompt or for a general reason."""
+LABEL = "Final Score"
+RANGE = (1.0, 5.0)
+TOP_LOGPROBS = 20  # the most that OpenAI's interface gives
 
 
 class VLMJudge:
@@ -69,7 +29,9 @@ class VLMJudge:
     value`, or a fifth of it; this does not change the advantages, which are normalized.
 
     An answer whose score is uncertain is a failure of its image, never a number: one that was cut off, or has several
-    scores, a score on another scale, a sum, or a score only in the thoughts of the model (`<think>`).
+    scores, a score on another scale, a sum, or a score only in the thoughts of the model. Thoughts are what stands
+    between tags (`<think>`) or comes apart from the answer (`reasoning_content`). A model that thinks needs more
+    tokens than the default: raise `max_tokens` in `request_options`.
 
     Transparent images are put on white. Calls may overlap and may come from different event loops.
 
@@ -80,8 +42,10 @@ class VLMJudge:
             The endpoint, up to and with `/v1`: `"http://127.0.0.1:8000/v1"`.
         api_key (`str`, *optional*):
             Key of the endpoint. Defaults to the environment variable `OPENAI_API_KEY`; an empty string sends none.
-        prompt_template (`str`, *optional*, defaults to `UNIFIED_REWARD_TEMPLATE`):
-            The question about each image. `{prompt}` is replaced by its prompt; other braces stay.
+        prompt_template (`str`, *optional*):
+            The question about each image. `{prompt}` is replaced by its prompt; other braces stay. Defaults to
+            `UNIFIED_REWARD_TEMPLATE`, with `score="p_yes"` to `YES_NO_TEMPLATE`. `ARTIFACT_TEMPLATE` asks for faults
+            of generated images only.
         score_label (`str`, *optional*, defaults to `"Final Score"`):
             The words before the score in the model's answer, in any case. UnifiedReward 2.0 writes three scores, each
             of which can be a reward: `"Alignment Score"`, `"Coherence Score"` and `"Style Score"`.
@@ -98,6 +62,11 @@ class VLMJudge:
             How often a request is sent again, within `timeout`, after its connection failed or was refused, or after a
             status that means "later": 408, 425, 429 and 5xx except 501 and 505. The delay doubles each time up to 8
             seconds, with jitter, and is at least what the endpoint asks for. Defaults to no limit but `timeout`.
+        score (`"number"` or `"p_yes"`, *optional*, defaults to `"number"`):
+            What the value is: the score that the model writes, or the probability that its answer begins with yes
+            and not with no, `P(yes) / (P(yes) + P(no))`, from the log-probabilities of the first word after its
+            thoughts. The probability tells images apart that a written score puts level. The endpoint must send
+            `top_logprobs`; if it sends fewer than 20, set the number in `request_options`.
 
     Attributes:
         applies_to (`str`): In words, the images that the reward applies to.
@@ -115,39 +84,39 @@ class VLMJudge:
         model: str,
         base_url: str,
         api_key: str | None = None,
-        prompt_template: str = UNIFIED_REWARD_TEMPLATE,
-        score_label: str = "Final Score",
-        score_range: tuple[float, float] = (1.0, 5.0),
+        prompt_template: str | None = None,
+        score_label: str = LABEL,
+        score_range: tuple[float, float] = RANGE,
         request_options: dict[str, Any] | None = None,
         max_concurrency: int = 16,
         timeout: float = 300.0,
         max_retries: int | None = None,
+        score: Literal["number", "p_yes"] = "number",
     ) -> None:
+        if score not in ("number", "p_yes"):
+            raise ValueError(f"`score` is {score!r}; it must be 'number' or 'p_yes'.")
+        if prompt_template is None:
+            prompt_template = UNIFIED_REWARD_TEMPLATE if score == "number" else YES_NO_TEMPLATE
         if "{prompt}" not in prompt_template:
             raise ValueError(f"`prompt_template` has no {{prompt}}, which stands for the prompt: {prompt_template!r}.")
         if not score_label.strip():
             raise ValueError("`score_label` is empty; give the words in front of the score, such as 'Final Score'.")
         if not score_range[0] < score_range[1]:
             raise ValueError(f"`score_range` is {score_range}; the lowest score comes first.")
-        if max_concurrency < 1:
-            raise ValueError(f"`max_concurrency` must be at least 1, got {max_concurrency}.")
-        taken = {"model", "messages", "n", "stream"} & set(request_options or {})
-        if taken:
-            raise ValueError(f"`request_options` sets {sorted(taken)}, which the judge sets itself.")
-        self.model = model
-        self.base_url = check_url(base_url, "base_url")
+        if score == "p_yes":
+            if (score_label, score_range) != (LABEL, RANGE):
+                raise ValueError(
+                    "`score_label` and `score_range` have no effect with `score='p_yes'`; leave them out."
+                )
+            request_options = {"logprobs": True, "top_logprobs": TOP_LOGPROBS} | (request_options or {})
+            self.value_range = "0 to 1, the probability of yes"
+        self.score = score
         self.prompt_template = prompt_template
         self.score_label = score_label
         self.score_range = score_range
-        self.request_options = {"temperature": 0, "max_tokens": 512} | (request_options or {})
-        self.max_concurrency = max_concurrency
-        self._policy = RetryPolicy(timeout, max_retries)
-        if api_key is None:
-            self._api_key = check_secret(os.environ.get("OPENAI_API_KEY"), "OPENAI_API_KEY")
-        else:
-            self._api_key = check_secret(api_key, "api_key")
-        # A semaphore belongs to the event loop that it is used in, and the trainer may replace its loop.
-        self._slots: WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Semaphore] = WeakKeyDictionary()
+        self._endpoint = JudgeEndpoint(
+            model, base_url, api_key, request_options, max_concurrency, timeout, max_retries
+        )
 
     async def __call__(
         self,
@@ -180,152 +149,23 @@ class VLMJudge:
                 like), or is dead: no answer for 8 consecutive images (`max_concurrency` if that is more), or for every
                 image of a smaller batch.
         """
-        slots = self._slots.setdefault(asyncio.get_running_loop(), asyncio.Semaphore(self.max_concurrency))
-        unanswered = 0  # consecutive images
-        too_many = min(len(images), max(8, self.max_concurrency))
-
-        async def value_of(image: Image.Image, prompt: str) -> float | Exception:
-            nonlocal unanswered
-            async with slots:
-                try:
-                    value: float | Exception = await self._judge(client, image, prompt)
-                except NoAnswerError as error:
-                    unanswered += 1
-                    # Not to wait for every image of a large batch in turn.
-                    if unanswered >= too_many:
-                        raise
-                    return error
-                except UnscoredError as error:
-                    value = error
-                unanswered = 0
-                return value
-
-        # A client for each call: connections belong to an event loop, too.
-        async with open_async_client(self.base_url, self.max_concurrency) as client:
-            failures: list[Exception] = []
-            try:
-                async with asyncio.TaskGroup() as group:
-                    tasks = [
-                        group.create_task(value_of(image, prompt))
-                        for image, prompt in zip(images, prompts, strict=True)
-                    ]
-            except* Exception as raised:
-                failures.extend(raised.exceptions)
-            if failures:
-                raise failures[0]
-        values: list[float | Exception | None] = [task.result() for task in tasks]
-        refusals = [value for value in values if isinstance(value, RefusedImageError)]
-        if refusals and len(refusals) == len(values):
-            raise RewardError(f"The judge refused every image. {refusals[0]} Check `api_key`.") from refusals[0]
-        return values
-
-    async def _judge(self, client: httpx2.AsyncClient, image: Image.Image, prompt: str) -> float:
-        """The value of one image, asked for until there is an answer."""
-        body = await asyncio.to_thread(self._request, image, prompt)  # compression would stop the event loop
-        headers = PLAIN_JSON | bearer(self._api_key)
-        attempts = Attempts(f"The judge at {self.base_url}", self._policy)
-        while True:
-            asked, permanent = 0.0, False
-            try:
-                async with asyncio.timeout(attempts.left):
-                    response = await self._exchange(client, body, headers)
-            except TimeoutError as error:
-                before = f" ({attempts.summary})" if attempts.made else ""
-                raise NoAnswerError(
-                    f"The judge at {self.base_url} did not answer within {self._policy.timeout:g} seconds{before}. It "
-                    "hangs, or it is slow: then give it more time with `timeout` or less work with `max_concurrency`."
-                ) from error
-            except httpx2.RequestError as error:
-                problem = f"{type(error).__name__}: {redact(str(error), self._api_key)}"
-                permanent = is_permanent(error)
-            else:
-                if not means_later(response.status_code):
-                    return self._value(response)
-                problem = f"status {response.status_code}: {self._quote(response.text)}"
-                asked = asked_delay(response.headers.get("Retry-After"))
-            delay = attempts.pause(problem, asked, permanent)
-            if delay is None:
-                raise NoAnswerError(f"The judge at {self.base_url} did not answer ({attempts.summary}).")
-            await asyncio.sleep(delay)
-
-    async def _exchange(self, client: httpx2.AsyncClient, body: bytes, headers: dict[str, str]) -> httpx2.Response:
-        """The answer to a request, as it came over the line."""
-        async with client.stream(
-            "POST", f"{self.base_url}/chat/completions", content=body, headers=headers
-        ) as response:
-            content = bytearray()
-            async for chunk in response.aiter_raw():
-                content += chunk
-                if len(content) > LARGEST_ANSWER:
-                    raise UnscoredError(f"The judge at {self.base_url} answered more than {LARGEST_ANSWER} bytes.")
-        kept = {name: value for name, value in response.headers.items() if name == "retry-after"}
-        return httpx2.Response(response.status_code, headers=kept, content=bytes(content))
-
-    def _request(self, image: Image.Image, prompt: str) -> bytes:
-        picture = base64.b64encode(encode_png(to_rgb(image))).decode("ascii")
-        content = [
-            {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{picture}"}},
-            {"type": "text", "text": self.prompt_template.replace("{prompt}", prompt)},
+        questions = [
+            Question([image], self.prompt_template.replace("{prompt}", prompt))
+            for image, prompt in zip(images, prompts, strict=True)
         ]
-        options = {name: value for name, value in self.request_options.items() if value is not None}
-        request = {"model": self.model, "messages": [{"role": "user", "content": content}]} | options
-        return json.dumps(request).encode("ascii")
+        return await self._endpoint.ask(questions, self._number if self.score == "number" else self._p_yes)
 
-    def _value(self, response: httpx2.Response) -> float:
-        """The value that an answer gives."""
-        body = self._quote(response.text)
-        status = response.status_code
-        if status in (400, 413, 422):  # about this image or prompt: too large, too long, ...
-            raise UnscoredError(f"The judge refused a request with status {status}: {body}.")
-        if 400 <= status < 500 and status not in ABOUT_ALL:
-            raise RefusedImageError(f"The judge at {self.base_url} refused a request with status {status}: {body}.")
-        if status != 200:
-            fix = {
-                401: " Check `api_key`.",
-                404: f" Check `base_url` and the model {self.model!r}.",
-            }.get(status, "")
-            raise RewardError(f"The judge at {self.base_url} answered status {status}: {body}.{fix}")
-        try:
-            choice = response.json()["choices"][0]
-            answers = _texts(choice["message"]["content"])
-            reason = choice.get("finish_reason")
-        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-            raise UnscoredError(
-                f"What the judge at {self.base_url} answered is not a chat completion: {body}."
-            ) from None
-        shown = self._quote(answers[0])
-        if reason and str(reason).lower() not in ENDED_BY_MODEL:
-            fix = " (raise `max_tokens` in `request_options`)" if reason == "length" else ""
-            raise UnscoredError(
-                f"The answer was cut off: it ended by {self._quote(str(reason))}{fix}. The judge answered {shown}."
-            )
-        try:
-            scores = {parse_score(answer, self.score_label, self.score_range) for answer in answers}
-        except ValueError as error:
-            raise UnscoredError(f"{error} The judge answered {shown}.") from None
+    def _number(self, answer: Answer, _question: Question) -> float:
+        """The value of an answer with a score."""
+        answer.check_complete()
+        scores = {parse_score(text, self.score_label, self.score_range) for text in answer.texts}
         if len(scores) > 1:
-            raise UnscoredError(f"The parts of the answer have different scores. The judge answered {shown}.")
+            raise ValueError("The parts of the answer have different scores.")
         low, high = self.score_range
         return (scores.pop() - low) / (high - low)
 
-    def _quote(self, text: str) -> str:
-        return start_of(redact(text, self._api_key))
-
-
-def _texts(content: Any) -> list[str]:
-    """
-    The text of an answer, which is a string, `None` where a model said nothing, or a list of parts.
-
-    Of parts those count that are text, not what the model thought or made. It is not said whether a line ends where a
-    part ends, so the text comes in both ways, unless there is one part.
-
-    Raises:
-        `TypeError` or `KeyError`: If it is anything else.
-    """
-    if isinstance(content, list):
-        parts = [part["text"] for part in content if part["type"] in ("text", "output_text")]
-        joined = ["".join(parts), "\n".join(parts)]
-        return joined if len(parts) > 1 else joined[:1]
-    if content is not None and not isinstance(content, str):
-        raise TypeError(f"content of type {type(content).__name__}")
-    return [content or ""]
+    def _p_yes(self, answer: Answer, _question: Question) -> float:
+        """The value of an answer that begins with yes or no; what comes after that may be cut off."""
+        if answer.ended_by != "'length'" or not remove_thoughts(answer.texts[0]).strip():
+            answer.check_complete()
+        return probability_of_yes(answer.texts[0], answer.tokens)
