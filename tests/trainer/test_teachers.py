@@ -195,6 +195,28 @@ def test_where_rewards_are_summed_the_mean_distance_is_added_with_its_weight(tmp
     assert row["loss"] == pytest.approx(mean, rel=1e-5)
 
 
+@pytest.mark.parametrize("loss", ["grpo", "crd", "dpo"])
+def test_teachers_stand_beside_rewards_of_every_kind_of_loss(tmp_path, adapters, prompts, loss):
+    settings = {"num_inference_steps": 4, "grpo_window_size": 1} if loss == "grpo" else {"timestep_fraction": 0.5}
+    teachers = {"animals": adapters / "first", "all:style": adapters / "second"}
+    trainer = small_trainer(
+        tmp_path / "run",
+        teachers=teachers,
+        train_dataset=prompts,
+        policy_loss=loss,
+        per_device_train_batch_size=12,
+        max_steps=2,
+        balance_every=1,
+        learning_rate=1e-2,
+        **settings,
+    )
+    trainer.train()
+    rows = [row for row in trainer.state.log_history if "loss" in row]
+    for row in rows:
+        assert row["teachers/animals/loss"] > 0 and row["teachers/style/loss"] > 0 and row["balance/cos_min"] >= -1e-6
+        assert row["balance/alpha/bright"] + row["balance/alpha/teacher_style"] > 0
+
+
 def test_a_run_with_rewards_and_teachers_resumes_bit_by_bit(tmp_path, adapters, prompts):
     settings = {
         "teachers": {"animals": adapters / "first", "all:style": adapters / "second"},
