@@ -20,6 +20,8 @@ class Draw(IntEnum):
     REGULARIZED = 9
     WINDOW = 11
     GROUP_NOISE = 12
+    OTHER_PROMPTS = 13
+    RESAMPLED = 14
 
 
 def derive_seed(seed: int, draw: Draw, *place: int) -> int:

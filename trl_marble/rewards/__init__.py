@@ -4,6 +4,7 @@
 from .aesthetic import AestheticScore
 from .bradley_terry import bradley_terry
 from .clip_score import CLIPScore
+from .feature_models import CLIPFeatures, DINOv2Features, FeatureModel
 from .frame_reward import FrameReward
 from .geneval import GenEval
 from .group_judges import PairwiseJudge, RankingJudge
@@ -20,6 +21,7 @@ from .protocol import InfiniteRewardError, RewardError, RewardFunc, reward_names
 from .remote import RemoteReward
 from .scoring import PendingScores, RewardScorer, Scores
 from .set_reward import SetReward
+from .set_rewards import FrechetReward, MMDReward, VendiDiversity
 from .vlm_judge import VLMJudge
 
 
@@ -53,4 +55,10 @@ __all__ = [
     "load_reward",
     "reward_names",
     "reward_tensor",
+    "CLIPFeatures",
+    "DINOv2Features",
+    "FeatureModel",
+    "FrechetReward",
+    "MMDReward",
+    "VendiDiversity",
 ]

@@ -37,6 +37,7 @@ OWN_PREFIXES = (
     "joint_",
     "kl_",
     "nonfinite/",
+    "resampled/",
     "time/",
     "memory/",
     "train_",

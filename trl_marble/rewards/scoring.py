@@ -32,6 +32,7 @@ from .protocol import (
     validate_reward_funcs,
 )
 from .set_reward import SetReward
+from .set_rewards import ExtractedSetReward
 from .threads import EventLoopThread, Worker, wait_until
 
 
@@ -102,6 +103,12 @@ class Scores(NamedTuple):
                 for name in dict.fromkeys(name for part in parts for name in part.seconds)
             },
         )
+
+    def select(self, chosen: Sequence[int]) -> "Scores":
+        """The scores of some of the images, with everything that is not of single images."""
+        index = torch.tensor(chosen, dtype=torch.int64)
+        extras = {key: [values[i] for i in chosen] for key, values in self.extras.items()}
+        return self._replace(rewards=self.rewards[:, index], failed=self.failed[:, index], extras=extras)
 
     @staticmethod
     def stack(parts: "Sequence[Scores]") -> "Scores":
@@ -315,13 +322,13 @@ class RewardScorer:
         """
         self._device = device
         for func in self.funcs:
-            if isinstance(func, ModelReward | FrameReward):
+            if isinstance(func, ModelReward | FrameReward | ExtractedSetReward):
                 func.to(device, dtype)
 
     def release(self) -> None:
         """Move the rewards that are models with `offload` to the CPU."""
         for func in self.funcs:
-            if isinstance(func, ModelReward | FrameReward):
+            if isinstance(func, ModelReward | FrameReward | ExtractedSetReward):
                 func.release()
 
     def close(self) -> None:

@@ -2,8 +2,9 @@
 """A generation batch: what one round of sampling and scoring leaves behind for training."""
 
 import hashlib
+import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -58,6 +59,9 @@ class RolloutBatch:
             How a weighted sum of the raw rewards would have mixed the per-reward gradients.
         transitions ([`~trl_marble.sde.Transitions`], *optional*):
             What the solver steps with noise went through, for losses on them; 0 where latents are not finite.
+        replaced (`dict[int, int]`, *optional*):
+            Place of a sample in the generation batch -> the row of the dataset that it has instead of the one that was
+            drawn first, see [`~trl_marble.rollout.resampling.OtherPrompts`].
     """
 
     prompts: list[str]
@@ -73,6 +77,7 @@ class RolloutBatch:
     scored: Tensor
     weighted_sum: Tensor
     transitions: Transitions | None = None
+    replaced: dict[int, int] = field(default_factory=dict)
 
     def prompts_of(self, sample_ids: Tensor) -> list[str]:
         """The prompts of some of this process's samples."""
@@ -92,7 +97,8 @@ class RolloutBatch:
         tensors = {name: getattr(self, name).detach().cpu().contiguous() for name in _FIELDS}
         if self.transitions is not None:
             tensors |= self.transitions.tensors()
-        save_file(tensors, _part_file(folder, process), metadata={"rows": self.rows_digest})
+        metadata = {"rows": self.rows_digest, "replaced": json.dumps(self.replaced)}
+        save_file(tensors, _part_file(folder, process), metadata=metadata)
 
 
 class Part(NamedTuple):
@@ -104,10 +110,13 @@ class Part(NamedTuple):
             The places of its samples in the generation batch of all processes.
         rows_digest (`str`):
             Of the rows of the dataset that they were sampled from, see [`digest_of`].
+        replaced (`dict[int, int]`):
+            See [`RolloutBatch`].
     """
 
     samples: range
     rows_digest: str
+    replaced: dict[int, int]
 
 
 @dataclass(frozen=True)
@@ -163,7 +172,10 @@ class StoredBatch:
                 if len(chosen) == 0:
                     continue
                 first = int(ids.min())
-                parts.append(Part(range(first, first + len(ids)), file.metadata()["rows"]))
+                metadata = file.metadata()
+                replaced = json.loads(metadata.get("replaced", "{}"))  # older checkpoints have none
+                samples = range(first, first + len(ids))
+                parts.append(Part(samples, metadata["rows"], {int(place): row for place, row in replaced.items()}))
                 steps.append(chosen // (len(ids) // num_updates))
                 for name in file.keys():
                     if name in _OF_SAMPLES:
@@ -188,6 +200,11 @@ class StoredBatch:
     def covered(self) -> range:
         """The places of all samples of the saved parts."""
         return range(self.parts[0].samples.start, self.parts[-1].samples.stop)
+
+    @property
+    def replaced(self) -> dict[int, int]:
+        """Place of a sample -> its row of the dataset, where it is not the one that was drawn first."""
+        return {place: row for part in self.parts for place, row in part.replaced.items()}
 
     def with_rows(
         self,
@@ -232,6 +249,7 @@ class StoredBatch:
             prompt_index=prompt_index.cpu()[place],
             **self.tensors,
             transitions=self.transitions,
+            replaced={place: row for place, row in self.replaced.items() if place in self.own},
         )
 
 

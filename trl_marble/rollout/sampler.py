@@ -83,6 +83,18 @@ class Samples(NamedTuple):
             transitions=Transitions.concatenate([part.transitions for part in parts]),
         )
 
+    def select(self, chosen: Sequence[int]) -> "Samples":
+        """Some of the samples, without what was measured of them."""
+        index = torch.tensor(chosen, dtype=torch.int64)
+        on_device = index.to(self.latents.device)
+        return Samples(
+            self.latents[on_device],
+            [self.images[i] for i in chosen],
+            self.finite[index],
+            self.scores.select(chosen),
+            transitions=None if self.transitions is None else self.transitions.select(on_device),
+        )
+
 
 class RolloutSampler:
     """

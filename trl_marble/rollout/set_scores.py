@@ -185,13 +185,8 @@ def _score_features(
 def _pick(scores: Scores, numbers: list[int], wanted: list[int]) -> Scores:
     """The scores of some images out of those of others, by their numbers; none for an image that is not there."""
     place = {number: i for i, number in enumerate(numbers)}
-    chosen = torch.tensor([place.get(number, len(numbers)) for number in wanted], dtype=torch.int64)
     one_more = Scores.concatenate([scores, _nothing(len(scores.rewards), 1)])
-    return one_more._replace(
-        rewards=one_more.rewards[:, chosen],
-        failed=one_more.failed[:, chosen],
-        extras={key: [values[i] for i in chosen.tolist()] for key, values in one_more.extras.items()},
-    )
+    return one_more.select([place.get(number, len(numbers)) for number in wanted])
 
 
 def _nothing(num_rewards: int, num_images: int) -> Scores:

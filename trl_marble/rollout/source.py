@@ -5,7 +5,7 @@ import functools
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -28,6 +28,7 @@ from .diversity import group_diversity, thumbnails
 from .halves import split_prompts
 from .layout import BatchLayout
 from .progress_meter import ProgressMeter
+from .resampling import OtherPrompts, find_silent_groups
 from .reward_failures import count_failures
 from .reward_logs import average_logged
 from .sampler import RolloutSampler, Samples
@@ -47,12 +48,23 @@ class RolloutSettings:
             Images that one call of the pipeline samples.
         edits (`bool`):
             Whether the pipeline edits the images of the column `image`.
+        resample_rounds (`int`, *optional*, defaults to `0`):
+            How often other prompts are drawn for groups on which no reward tells images apart.
     """
 
     seed: int
     num_generations: int
     batch_size: int
     edits: bool
+    resample_rounds: int = 0
+
+
+class _Rows(NamedTuple):
+    """Rows of the dataset: prompts, the other columns, and the images to be edited, where the pipeline does that."""
+
+    prompts: list[str]
+    columns: dict[str, list]
+    images: list | None
 
 
 @dataclass(frozen=True)
@@ -148,7 +160,7 @@ class RolloutSource:
         """
         rows = gather_object(list(row_numbers))  # of all processes, in the order of the generation batch
         with self.together.phase():
-            columns = read_rows(self.dataset, [rows[place] for place in stored.covered])
+            columns = read_rows(self.dataset, [stored.replaced.get(place, rows[place]) for place in stored.covered])
             encode = functools.partial(encode_distinct, self.sampler.flow)
             return stored.with_rows(columns["prompt"], self._images_to_edit(columns), encode)
 
@@ -182,39 +194,118 @@ class RolloutSource:
             `tuple[RolloutBatch, RolloutRecord]`: What is trained on, and what can be shown.
         """
         own = self.layout.own_samples(self.accelerator.process_index)
-        with self.together.phase():  # it may fail in one process, where a dataset reads files
-            columns = read_rows(self.dataset, row_numbers)
-        prompts, images = columns.pop("prompt"), self._images_to_edit(columns)
         meter = self.progress_meter
         sde = None if self.choose_window is None else self.choose_window(generation)
-        prompt_ids = None if meter is None else meter.prepare(row_numbers, prompts, images, trainer_state, sde)
-        advice = ("rollout_batch_size", self.settings.batch_size)
-        with self.together.phase(), rollout_advice(*advice):
-            conditioning, prompt_index = encode_distinct(self.sampler.flow, prompts, images)
-        with rollout_advice(*advice):
-            samples = self.sampler.sample_rows(
+        rows = self._read(row_numbers)
+        prompt_ids = (
+            None if meter is None else meter.prepare(row_numbers, rows.prompts, rows.images, trainer_state, sde)
+        )
+        conditioning, prompt_index = self._encode(rows)
+        seeds = [derive_seed(self.settings.seed, Draw.ROLLOUT, generation, i) for i in own]
+        samples = self._sample_rows(rows, conditioning, prompt_index, own, seeds, trainer_state, sde)
+        rewards = self._gather(samples.scores.rewards.T).T
+        groups = torch.arange(rewards.shape[1]) // self.settings.num_generations
+        replaced: dict[int, int] = {}
+        if self.settings.resample_rounds > 0:
+            samples, replaced = self._resample(row_numbers, samples, groups, generation, trainer_state, sde)
+            if replaced:
+                rewards = self._gather(samples.scores.rewards.T).T
+                rows = self._read([replaced.get(i, row) for i, row in zip(own, row_numbers, strict=True)])
+                conditioning, prompt_index = self._encode(rows)
+        self._record(samples, rewards, groups, trainer_state.global_step)
+        if meter is not None and prompt_ids is not None:
+            meter.observe(prompt_ids, rewards)
+        sources = (
+            gather_object([str(source) for source in rows.columns["source"]]) if "source" in rows.columns else None
+        )
+        digest = digest_of(rows.prompts, rows.images)
+        batch = self._arrange(
+            rows.prompts, conditioning, digest, prompt_index, own, samples, rewards, groups, generation
+        )
+        batch.replaced = {place: row for place, row in replaced.items() if place in own}
+        return batch, RolloutRecord(rows.prompts, samples.images, samples.scores, rewards, sources)
+
+    def _read(self, row_numbers: Sequence[int]) -> "_Rows":
+        with self.together.phase():  # it may fail in one process, where a dataset reads files
+            columns = read_rows(self.dataset, row_numbers)
+        return _Rows(columns.pop("prompt"), columns, self._images_to_edit(columns))
+
+    def _encode(self, rows: "_Rows") -> tuple[Conditioning, Tensor]:
+        with self.together.phase(), rollout_advice("rollout_batch_size", self.settings.batch_size):
+            return encode_distinct(self.sampler.flow, rows.prompts, rows.images)
+
+    def _sample_rows(
+        self,
+        rows: "_Rows",
+        conditioning: Conditioning,
+        prompt_index: Tensor,
+        places: Sequence[int],
+        seeds: list[int],
+        trainer_state: Any,
+        sde: SDEWindow | None,
+    ) -> Samples:
+        """Sample and score rows that have these places in the generation batch."""
+        with rollout_advice("rollout_batch_size", self.settings.batch_size):
+            return self.sampler.sample_rows(
                 self.scorer,
-                prompts,
-                columns,
-                [derive_seed(self.settings.seed, Draw.ROLLOUT, generation, i) for i in own],
+                rows.prompts,
+                rows.columns,
+                seeds,
                 conditioning,
                 prompt_index,
                 self.settings.batch_size,
                 trainer_state,
-                own,
-                [place // self.settings.num_generations for place in own],
+                places,
+                [place // self.settings.num_generations for place in places],
                 sde,
             )
-        rewards = self._gather(samples.scores.rewards.T).T
-        groups = torch.arange(rewards.shape[1]) // self.settings.num_generations
-        self._record(samples, rewards, groups, trainer_state.global_step)
-        if meter is not None and prompt_ids is not None:
-            meter.observe(prompt_ids, rewards)
-        sources = gather_object([str(source) for source in columns["source"]]) if "source" in columns else None
-        batch = self._arrange(
-            prompts, conditioning, digest_of(prompts, images), prompt_index, own, samples, rewards, groups, generation
-        )
-        return batch, RolloutRecord(prompts, samples.images, samples.scores, rewards, sources)
+
+    def _resample(
+        self,
+        row_numbers: Sequence[int],
+        samples: Samples,
+        groups: Tensor,
+        generation: int,
+        trainer_state: Any,
+        sde: SDEWindow | None,
+    ) -> tuple[Samples, dict[int, int]]:
+        """
+        Sample other prompts for groups without a signal, some times. Each process samples those at its own places.
+
+        Returns:
+            `tuple[Samples, dict[int, int]]`: this process's samples, and for each place on any process that has
+            another row of the dataset than at first, that row.
+        """
+        own = self.layout.own_samples(self.accelerator.process_index)
+        sources = self.dataset["source"][:] if "source" in self.dataset.column_names else None
+        prompts = OtherPrompts(gather_object(list(row_numbers)), self.settings.num_generations, sources)
+        for attempt in range(self.settings.resample_rounds + 1):
+            rewards = self._gather(samples.scores.rewards.T).T
+            silent = find_silent_groups(self.compute_advantages(rewards, groups), groups)
+            if attempt == self.settings.resample_rounds:
+                break
+            seed = derive_seed(self.settings.seed, Draw.OTHER_PROMPTS, generation, attempt)
+            if not (places := prompts.draw(silent, len(self.dataset), seed)):
+                break
+            shares = [self._share(places, process) for process in range(self.accelerator.num_processes)]
+            mine = shares[self.accelerator.process_index]
+            # Equal shares: an image is sampled again until they are, and only its first scores are used.
+            filled = mine + [(mine or places)[0]] * (max(map(len, shares)) - len(mine))
+            rows = self._read([prompts.rows[place] for place in filled])
+            conditioning, prompt_index = self._encode(rows)
+            seeds = [derive_seed(self.settings.seed, Draw.RESAMPLED, generation, attempt, i) for i in filled]
+            others = self._sample_rows(rows, conditioning, prompt_index, filled, seeds, trainer_state, sde)
+            order = list(range(len(own)))
+            for number, place in enumerate(mine):
+                order[place - own.start] = len(own) + number
+            samples = Samples.concatenate([samples, others]).select(order)
+        self.metrics.record("resampled/prompts", prompts.number_drawn)
+        self.metrics.record("resampled/still_silent", len(silent))
+        return samples, prompts.replaced
+
+    def _share(self, places: Sequence[int], process: int) -> list[int]:
+        own = self.layout.own_samples(process)
+        return [place for place in places if place in own]
 
     def _images_to_edit(self, columns: dict[str, list]) -> list | None:
         return columns["image"] if self.settings.edits else None

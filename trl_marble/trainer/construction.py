@@ -98,8 +98,8 @@ def build_scorers(reward_funcs: Any, eval_reward_funcs: Any, args: MarbleConfig)
 
     Raises:
         `ValueError`: If `reward_weights`, `reward_priorities`, `reward_targets` or `reward_bounds` does not have one
-            value per reward, a held-out reward is trained on, or `progress_base_images` does not fit a reward that
-            compares images.
+            value per reward, a held-out reward is trained on, or `progress_base_images` or `resample_silent_prompts`
+            does not fit a reward that compares images.
     """
     scorer = RewardScorer(reward_funcs, args.reward_timeout)
     for setting, what in (
@@ -121,6 +121,13 @@ def build_scorers(reward_funcs: Any, eval_reward_funcs: Any, args: MarbleConfig)
             f"and what a reward that compares images says, such as `{sets[0]}`, depends on how many it compares. Set "
             f"`progress_base_images={args.num_generations}`."
         )
+    for name, scope in zip(scorer.names, scorer.scopes, strict=True):
+        if scope == "batch" and args.resample_silent_prompts:
+            raise ValueError(
+                f"`resample_silent_prompts={args.resample_silent_prompts}` samples a part of the generation batch "
+                f"again, and the reward `{name}` (`scope = 'batch'`) compares all of its images; leave one of the two "
+                "out."
+            )
     held_out = held_out_scorer(eval_reward_funcs, reward_funcs, scorer)
     scorers = [scorer] if held_out is None else [scorer, held_out]
     for each in scorers:
@@ -329,7 +336,9 @@ def build_source(
         scorer,
         dataset,
         _build_layout(args),
-        RolloutSettings(args.seed, args.num_generations, args.rollout_batch_size, edits),
+        RolloutSettings(
+            args.seed, args.num_generations, args.rollout_batch_size, edits, int(args.resample_silent_prompts)
+        ),
         compute_advantages,
         functools.partial(_compare_with_sum, reward_weights=reward_weights, scales=args.scale_rewards != "none"),
         accelerator,

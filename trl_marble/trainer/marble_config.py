@@ -155,6 +155,12 @@ class MarbleConfig(TrainingArguments):
             `"progress"`: the same with weights that follow how far each reward has come since the base model: needs
             no weights, does not depend on the rewards' scales, and costs what a weighted sum costs, see
             [`~trl_marble.balance.ProgressWeights`]; best with `scale_rewards="group"`.
+        resample_silent_prompts (`int`, *optional*, defaults to `0`):
+            How often other prompts are drawn for those without a signal: on whose images no reward differs, so that
+            nothing can be learned from them. `1` (or `True`): their images are sampled anew for other prompts, of the
+            same `source` if there is that column; with more, those of them that have no signal either are replaced
+            again. `resampled/prompts` counts the prompts that were drawn, `resampled/still_silent` those without a
+            signal in the end.
         reward_failure (`str`, *optional*, defaults to `"raise"`):
             What happens if a reward raises, takes too long, or returns an exception for an image. `"raise"`:
             training stops before the next images are sampled, with an error that names the reward, the prompt and the
@@ -482,6 +488,9 @@ class MarbleConfig(TrainingArguments):
         )
     )
 
+    resample_silent_prompts: int = field(
+        default=0, metadata={"help": "How often other prompts are drawn for those on which no reward differs."}
+    )
     reward_failure: Literal["raise", "mask"] = field(
         default="raise", metadata={"help": "What to do if a reward fails: 'raise' or 'mask'."}
     )
@@ -671,6 +680,7 @@ class MarbleConfig(TrainingArguments):
             "num_inference_steps": (1, "a rollout needs a step"),
             "num_iterations": (1, "each generation batch is used at least once"),
             "num_generations_eval": (1, "an evaluation needs at least one image per prompt"),
+            "resample_silent_prompts": (0, "0 keeps all prompts"),
             "progress_base_images": (1, "progress is measured against the base model"),
             "balance_every": (1, "1 solves at every optimizer step"),
             "grpo_window_size": (1, "only steps that add noise are trained on"),
@@ -728,6 +738,12 @@ class MarbleConfig(TrainingArguments):
             raise ValueError(
                 "`multi_objective_aggregation='progress'` sums scaled rewards, and `scale_rewards` is 'none'; set "
                 "`scale_rewards='group'` or 'batch'."
+            )
+        if self.multi_objective_aggregation == "progress" and self.resample_silent_prompts:
+            raise ValueError(
+                "`multi_objective_aggregation='progress'` measures progress over all prompts, and "
+                f"`resample_silent_prompts={self.resample_silent_prompts}` leaves some of them out; leave one of the "
+                "two out."
             )
         if self.kl_target is not None and self.beta == 0:
             raise ValueError(
