@@ -309,6 +309,11 @@ def test_a_group_its_images_and_a_vote(server, folder):
     assert (after["done"], after["total"], after["group"]["id"]) == (1, 2, second)
 
 
+def test_any_prompt_can_be_shown(server, folder):
+    ask(folder, "half a \ud800 pair")
+    assert request(server, "GET", "next").json()["group"]["prompt"] == "half a ? pair"
+
+
 def test_several_people_get_different_groups_as_long_as_there_are(server, folder):
     groups = ask(folder, "a", "b", "c")
     given = [request(server, "GET", "next").json()["group"]["id"] for _ in range(6)]

@@ -61,7 +61,7 @@ class Answer(NamedTuple):
         texts (`list[str]`):
             The answer, in all ways in which its parts may belong together; thoughts between tags are still in it.
         ended_by (`str`, *optional*):
-            What ended the answer, quoted, where that was not the model.
+            What ended the answer, where that was not the model: `"length"`, `"content_filter"`, ...
         was_thinking (`bool`):
             Whether there are thoughts, and nothing after them.
         tokens (`list[dict]`, *optional*):
@@ -85,7 +85,7 @@ class Answer(NamedTuple):
         """
         if self.ended_by is None:
             return
-        fix = " (raise `max_tokens` in `request_options`)" if self.ended_by == "'length'" else ""
+        fix = " (raise `max_tokens` in `request_options`)" if self.ended_by == "length" else ""
         where = ""
         if self.was_thinking:
             where = (
@@ -93,7 +93,8 @@ class Answer(NamedTuple):
                 'off, for many models by {"chat_template_kwargs": {"enable_thinking": False}} in `request_options`'
             )
         raise UnscoredError(
-            f"The answer was cut off: it ended by {self.ended_by}{fix}{where}. The judge answered {self.shown}."
+            f"The answer was cut off: it ended by {start_of(self.ended_by)}{fix}{where}. The judge answered "
+            f"{self.shown}."
         )
 
 
@@ -280,7 +281,9 @@ class JudgeEndpoint:
             ) from None
         return Answer(
             texts,
-            ended_by=self._quote(str(reason)) if reason and str(reason).lower() not in ENDED_BY_MODEL else None,
+            ended_by=redact(str(reason), self._api_key)
+            if reason and str(reason).lower() not in ENDED_BY_MODEL
+            else None,
             was_thinking=bool(apart or texts[0].strip()) and not remove_thoughts(texts[0]).strip(),
             tokens=tokens,
             shown=self._quote(texts[0]),

@@ -166,6 +166,6 @@ class VLMJudge:
 
     def _p_yes(self, answer: Answer, _question: Question) -> float:
         """The value of an answer that begins with yes or no; what comes after that may be cut off."""
-        if answer.ended_by != "'length'" or not remove_thoughts(answer.texts[0]).strip():
+        if answer.ended_by != "length" or not remove_thoughts(answer.texts[0]).strip():
             answer.check_complete()
         return probability_of_yes(answer.texts[0], answer.tokens)

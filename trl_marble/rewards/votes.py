@@ -110,7 +110,7 @@ def _is_within(number: Any, low: int, high: int) -> bool:
 
 def group_id(images: Sequence[PILImage], prompt: str) -> str:
     """A digest of a prompt and the pixels of its images, which are in RGB."""
-    digest = hashlib.sha256(json.dumps(prompt).encode())  # in ASCII: a prompt may have half of a surrogate pair
+    digest = hashlib.sha256(json.dumps(prompt).encode())  # in ASCII, which any text has
     for image in images:
         digest.update(str(image.size).encode())
         digest.update(image.tobytes())
@@ -151,6 +151,7 @@ class VoteFolder:
         unfinished.mkdir()
         for place, image in enumerate(images):
             (unfinished / f"{place}.png").write_bytes(encode_png(image))
+        prompt = prompt.encode("utf-8", errors="replace").decode()  # half of a surrogate pair cannot be sent or kept
         content = {"prompt": prompt, "num_images": len(images), "step": step, "time": time.time()}
         (unfinished / "group.json").write_text(json.dumps(content))
         unfinished.rename(self._groups / group)
@@ -209,7 +210,7 @@ class VoteFolder:
         if self._vote_file(group).exists():
             raise FileExistsError(f"There is a vote on {group}.")
         row: Mapping[str, Any] = {
-            "prompt": asked["prompt"].encode("utf-8", errors="replace").decode(),
+            "prompt": asked["prompt"],
             "images": [{"bytes": self.image(group, place), "path": None} for place in range(asked["num_images"])],
             **vars(vote),
             "step": asked["step"],
