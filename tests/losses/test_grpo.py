@@ -15,7 +15,7 @@ from trainer_helpers import blue, bright, small_trainer
 
 from trl_marble import MarbleConfig
 from trl_marble.balance import Objective, SeparateBackward
-from trl_marble.losses import Drawn, FrozenVelocities, GRPOLoss, Penalties, StepCounts
+from trl_marble.losses import Drawn, FrozenVelocities, GRPOLoss, Penalties, Sampled, StepCounts
 from trl_marble.losses.forward_process import mean_square_distance
 from trl_marble.sde import SDESteps, Transitions
 
@@ -83,8 +83,12 @@ def velocity(net, x, t):
     return net(torch.cat([x, t[:, None]], dim=1))
 
 
+def replay(loss, x0, transitions) -> list[Drawn]:
+    return list(loss.draw(Sampled(x0, transitions), GRID, len(transitions.points[0]) - 1, []))
+
+
 def replayed(loss, problem) -> list[Drawn]:
-    return list(loss.replay(torch.zeros(len(problem.transitions.points), 4).double(), problem.transitions))
+    return replay(loss, torch.zeros(len(problem.transitions.points), 4).double(), problem.transitions)
 
 
 def gaussian(sde, problem, net, place) -> Normal:
@@ -183,7 +187,7 @@ def test_the_kl_is_that_of_the_two_distributions(sde):
 def test_the_noisy_input_is_that_of_its_time():
     problem, loss = make_problem("flow_sde"), grpo()
     x0 = torch.randn(8, 4).double()
-    for place, drawn in enumerate(loss.replay(x0, problem.transitions)):
+    for place, drawn in enumerate(replay(loss, x0, problem.transitions)):
         assert torch.equal(drawn.x_t, problem.transitions.points[:, place])
         t = drawn.t[:, None]
         torch.testing.assert_close((1 - t) * drawn.x0 + t * drawn.noise, drawn.x_t)
@@ -198,7 +202,7 @@ def test_rounding_in_float32_does_not_reach_the_ratio():
     ratios = []
     for dtype in (torch.float32, torch.float64):
         points = torch.stack([x, x_next], dim=1).to(dtype)
-        (drawn,) = grpo().replay(x.to(dtype), Transitions(points, GRID, 1))
+        (drawn,) = replay(grpo(), x.to(dtype), Transitions(points, GRID, 1))
         old = v.to(dtype)
         ratios.append(grpo().terms(old + 1e-2 * change.to(dtype), drawn, FrozenVelocities(old))[0].double())
     assert 1e-5 < ratios[1].abs().max() < 1e-4

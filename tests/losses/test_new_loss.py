@@ -7,12 +7,12 @@ import pytest
 import torch
 from trainer_helpers import small_trainer
 
-from trl_marble.losses import LOSSES, Penalties, noise_samples
+from trl_marble.losses import LOSSES, OnNoisedSamples, Penalties
 from trl_marble.losses.forward_process import divide_by_counts
 
 
 @dataclass(frozen=True)
-class ToyLoss:
+class ToyLoss(OnNoisedSamples):
     """Reward-weighted flow matching: minus the matching error of what was good, plus that of what was bad."""
 
     advantage_clip: float
@@ -20,18 +20,12 @@ class ToyLoss:
     penalties = Penalties()
     samples_with_old = False
 
-    def draw(self, x0, times, num_times, generators):
-        return noise_samples(x0, times, num_times, generators)
-
     def terms(self, velocity, drawn, frozen):
         return ((velocity - (drawn.noise - drawn.x0)).square().flatten(1).mean(dim=1),)
 
     def coefficients(self, terms, advantages, counts):
         values, share = divide_by_counts(advantages, counts)
         return (share * values / self.advantage_clip,)
-
-    def shared(self, velocity, terms, frozen, scored, counts):
-        return None
 
 
 @pytest.mark.parametrize("balance_fraction", [1.0, 0.5])

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from trl_marble.losses import Drawn, FrozenVelocities, NFTLoss, Penalties, StepCounts
+from trl_marble.losses import Drawn, FrozenVelocities, NFTLoss, Penalties, Sampled, StepCounts
 from trl_marble.losses.nft import implicit_losses
 
 
@@ -127,7 +127,7 @@ def test_noise_is_drawn_sample_by_sample():
 
     def draw(samples):
         generators = [torch.Generator().manual_seed(i) for i in samples]
-        return list(nft().draw(x0[samples], times, 3, generators))
+        return list(nft().draw(Sampled(x0[samples]), times, 3, generators))
 
     whole, second = draw([0, 1, 2, 3]), draw([2, 3])
     assert len(whole) == 3

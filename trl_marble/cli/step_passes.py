@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from ..balance import BalanceSchedule, old_policy_decay
-from ..losses import Drawn, FrozenVelocities, Groups, GRPOLoss, PolicyLoss, StepCounts
+from ..losses import FrozenVelocities, Groups, PolicyLoss, Sampled, StepCounts
 from ..sde import Transitions
 from ..trainer import MarbleConfig
 from ..trainer.construction import build_policy_loss
@@ -93,9 +93,7 @@ def compute_passes(
     loss = build_policy_loss(args, has_rewards=num_rewards > 0)
     preset = args.old_policy_schedule
     schedule = BalanceSchedule(num_rewards + num_teachers, args.balance_every, args.balance_ema)
-    per_sample = max(1, int(args.num_inference_steps * args.timestep_fraction))
-    if isinstance(loss, GRPOLoss):
-        per_sample = loss.grpo_window_size
+    per_sample = loss.num_times(args.num_inference_steps, args.timestep_fraction)
     micro_steps = args.gradient_accumulation_steps // num_processes * per_sample
     updates = args.steps_per_generation // args.gradient_accumulation_steps * args.num_iterations
     penalized = _share(args.regularizer_fraction, micro_steps)
@@ -150,9 +148,9 @@ def _objectives(loss: PolicyLoss, has_old: bool, ahead: bool, has_penalties: boo
     """The weighted backward passes of a micro-step: what the loss itself makes of one sample."""
     velocity = torch.zeros(1, 1, requires_grad=True)
     zeros = torch.zeros(1, 1)
-    drawn, frozen = Drawn(zeros, torch.ones(1), zeros, zeros), FrozenVelocities(zeros if has_old else None)
-    if isinstance(loss, GRPOLoss):
-        drawn = next(loss.replay(zeros, Transitions(torch.zeros(1, 2, 1), torch.tensor([1.0, 0.5, 0.0]), 0)))
+    times, frozen = torch.tensor([1.0, 0.5, 0.0]), FrozenVelocities(zeros if has_old else None)
+    sampled = Sampled(zeros, Transitions(torch.zeros(1, 2, 1), times, 0))
+    drawn = next(loss.draw(sampled, times[:1], 1, [torch.Generator()]))
     terms = loss.terms(velocity, drawn, frozen)
     compared = torch.zeros(len(terms), 1, 1) if ahead else None
     groups = Groups(torch.zeros(1, dtype=torch.int64), zeros[None], compared)

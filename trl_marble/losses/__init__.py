@@ -7,12 +7,12 @@ from .crd import CRDLoss
 from .dgpo import DGPOLoss
 from .distillation import Lesson, NoRewardLoss
 from .dpo import DPOLoss
-from .forward_process import noise_samples
+from .forward_process import OnNoisedSamples, noise_samples
 from .gdro import GDROLoss
 from .groups import Groups
 from .grpo import GRPOLoss
 from .nft import NFTLoss
-from .policy_loss import Drawn, FrozenVelocities, Penalties, PolicyLoss, StepCounts, Transition
+from .policy_loss import Drawn, FrozenVelocities, Penalties, PolicyLoss, Sampled, StepCounts, Transition
 
 
 # The losses by the name that `MarbleConfig.policy_loss` has for them. One more loss is one more entry.
@@ -41,8 +41,10 @@ __all__ = [
     "Lesson",
     "NFTLoss",
     "NoRewardLoss",
+    "OnNoisedSamples",
     "Penalties",
     "PolicyLoss",
+    "Sampled",
     "StepCounts",
     "Transition",
     "build_loss",

@@ -8,9 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..sde import SDEWindow, Transitions
+from ..sde import SDEWindow
 from .forward_process import OnNoisedSamples, at_least_float32, mean_square_distance
-from .policy_loss import Drawn, FrozenVelocities, Penalties, StepCounts
+from .policy_loss import Drawn, FrozenVelocities, Penalties, Sampled, StepCounts
 
 
 @dataclass(frozen=True)
@@ -40,35 +40,17 @@ class NoRewardLoss(OnNoisedSamples):
         return Penalties(reference=self.beta)
 
     def window(self, generation: int, num_steps: int, seed: int) -> SDEWindow | None:
-        """
-        What keeps the states of a rollout: a window of steps that add no noise, the same for every generation batch.
-
-        Args:
-            generation (`int`):
-                Number of the generation batch.
-            num_steps (`int`):
-                Steps of a rollout.
-            seed (`int`):
-                Seed of the run.
-        """
+        # Steps without noise: only so that the states are kept.
         return SDEWindow("flow_sde", 0.0, 0, num_steps - 1) if self.on_trajectory else None
 
-    def replay(
-        self, x0: Tensor, transitions: Transitions, num_times: int, generators: Sequence[torch.Generator]
+    def draw(
+        self, sampled: Sampled, times: Tensor, num_times: int, generators: Sequence[torch.Generator]
     ) -> Iterator[Drawn]:
-        """
-        States of the rollouts of a micro-batch, drawn for each sample without replacement, one after the other.
-
-        Args:
-            x0 (`torch.Tensor` of shape `(B, ...)`):
-                Clean latents.
-            transitions ([`~trl_marble.sde.Transitions`]):
-                The states.
-            num_times (`int`):
-                How many of them each sample is trained on.
-            generators (`Sequence[torch.Generator]`):
-                One per sample, on the CPU.
-        """
+        """With `on_trajectory`, states of the rollouts, drawn for each sample without replacement."""
+        x0, transitions = sampled
+        if transitions is None:
+            yield from super().draw(sampled, times, num_times, generators)
+            return
         points = at_least_float32(transitions.points)
         samples = torch.arange(len(points), device=points.device)
         drawn = torch.stack([torch.randperm(points.shape[1], generator=g)[:num_times] for g in generators])

@@ -6,7 +6,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from .policy_loss import Drawn, FrozenVelocities, StepCounts
+from ..sde import SDEWindow
+from .policy_loss import Drawn, FrozenVelocities, Sampled, StepCounts
 
 
 class OnNoisedSamples:
@@ -19,10 +20,16 @@ class OnNoisedSamples:
     def samples_with_old(self) -> bool:
         return True
 
+    def window(self, generation: int, num_steps: int, seed: int) -> SDEWindow | None:
+        return None
+
+    def num_times(self, num_steps: int, fraction: float) -> int:
+        return max(1, int(num_steps * fraction))
+
     def draw(
-        self, x0: Tensor, times: Tensor, num_times: int, generators: Sequence[torch.Generator]
+        self, sampled: Sampled, times: Tensor, num_times: int, generators: Sequence[torch.Generator]
     ) -> Iterator[Drawn]:
-        return noise_samples(x0, times, num_times, generators)
+        return noise_samples(sampled.x0, times, num_times, generators)
 
     def shared(
         self,

@@ -3,15 +3,15 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, NoReturn
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from ..sde import SDEKind, SDESteps, SDEWindow, Transitions
+from ..sde import SDEKind, SDESteps, SDEWindow
 from ..seeding import Draw, derive_seed
 from .forward_process import at_least_float32, divide_by_counts
-from .policy_loss import Drawn, FrozenVelocities, Penalties, StepCounts, Transition
+from .policy_loss import Drawn, FrozenVelocities, Penalties, Sampled, StepCounts, Transition
 
 
 WindowPlacement = Literal["fixed", "random", "sliding"]
@@ -80,17 +80,6 @@ class GRPOLoss:
         return Penalties(reference=self.beta)
 
     def window(self, generation: int, num_steps: int, seed: int) -> SDEWindow:
-        """
-        The steps that add noise in the rollouts of a generation batch.
-
-        Args:
-            generation (`int`):
-                Number of the generation batch.
-            num_steps (`int`):
-                Steps of a rollout.
-            seed (`int`):
-                Seed of the run.
-        """
         begin, places = 0, max(1, num_steps // 2 - self.grpo_window_size + 1)
         if self.grpo_window == "random":
             generator = torch.Generator().manual_seed(derive_seed(seed, Draw.WINDOW, generation))
@@ -99,16 +88,19 @@ class GRPOLoss:
             begin = generation // self.grpo_window_every % places
         return SDEWindow(self.grpo_sde, self.grpo_noise_level, begin, self.grpo_window_size)
 
-    def replay(self, x0: Tensor, transitions: Transitions) -> Iterator[Drawn]:
-        """
-        The transitions of a micro-batch, one after the other.
+    def num_times(self, num_steps: int, fraction: float) -> int:
+        return self.grpo_window_size
 
-        Args:
-            x0 (`torch.Tensor` of shape `(B, ...)`):
-                Clean latents.
-            transitions ([`~trl_marble.sde.Transitions`]):
-                Those of its samples.
-        """
+    def draw(
+        self, sampled: Sampled, times: Tensor, num_times: int, generators: Sequence[torch.Generator]
+    ) -> Iterator[Drawn]:
+        """All transitions of the samples, one after the other; nothing is drawn."""
+        x0, transitions = sampled
+        if transitions is None:
+            raise TypeError(
+                "`policy_loss='grpo'` is trained on steps of rollouts, and this generation batch has none. If it is "
+                "of a checkpoint of another loss, resume from one between two generation batches."
+            )
         steps = SDESteps.of_grid(self.grpo_sde, self.grpo_noise_level, transitions.times)
         weights = self._weights(steps)
         points = at_least_float32(transitions.points)
@@ -120,12 +112,6 @@ class GRPOLoss:
             transition = Transition(points[:, place + 1], step, weights[number].to(points).expand(len(points)))
             kl_weight = (step.velocity_factor / step.deviation).square() / 2
             yield Drawn(x_t, step.t, x0, noise, transition, kl_weight)
-
-    def draw(self, x0: Tensor, times: Tensor, num_times: int, generators: Sequence[torch.Generator]) -> NoReturn:  # type: ignore[override]
-        raise TypeError(
-            "`policy_loss='grpo'` is trained on steps of rollouts, and this generation batch has none. If it is of a "
-            "checkpoint of another loss, resume from one between two generation batches."
-        )
 
     def terms(self, velocity: Tensor, drawn: Drawn, frozen: FrozenVelocities) -> Sequence[Tensor]:
         assert drawn.transition is not None

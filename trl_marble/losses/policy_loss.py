@@ -7,8 +7,23 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from ..sde import SDESteps
+from ..sde import SDESteps, SDEWindow, Transitions
 from .groups import Groups
+
+
+class Sampled(NamedTuple):
+    """
+    What rollouts left of the samples of a micro-batch.
+
+    Args:
+        x0 (`torch.Tensor` of shape `(B, ...)`):
+            Clean latents.
+        transitions ([`~trl_marble.sde.Transitions`], *optional*):
+            What the solver steps of [`~PolicyLoss.window`] went through. `None` where no steps were kept.
+    """
+
+    x0: Tensor
+    transitions: Transitions | None = None
 
 
 class Transition(NamedTuple):
@@ -152,15 +167,41 @@ class PolicyLoss(Protocol):
         """Whether images are sampled by the old policy; otherwise by the trained one."""
         ...
 
+    def window(self, generation: int, num_steps: int, seed: int) -> SDEWindow | None:
+        """
+        The solver steps of a rollout that add noise and are kept, for losses on them; `None` for others.
+
+        Args:
+            generation (`int`):
+                Number of the generation batch.
+            num_steps (`int`):
+                Steps of a rollout.
+            seed (`int`):
+                Seed of the run.
+        """
+        ...
+
+    def num_times(self, num_steps: int, fraction: float) -> int:
+        """
+        How many timesteps each sample is trained on.
+
+        Args:
+            num_steps (`int`):
+                Steps of a rollout.
+            fraction (`float`):
+                `timestep_fraction` of `MarbleConfig`.
+        """
+        ...
+
     def draw(
-        self, x0: Tensor, times: Tensor, num_times: int, generators: Sequence[torch.Generator]
+        self, sampled: Sampled, times: Tensor, num_times: int, generators: Sequence[torch.Generator]
     ) -> Iterator[Drawn]:
         """
         The noisy inputs of a micro-batch, one after the other.
 
         Args:
-            x0 (`torch.Tensor` of shape `(B, ...)`):
-                Clean latents.
+            sampled ([`Sampled`]):
+                Its samples.
             times (`torch.Tensor` of shape `(N,)`):
                 The rollout's own time grid.
             num_times (`int`):

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from ..balance import Objective, WeightedBackward
 from ..balance.flat_gradients import flatten_gradients
-from ..losses import FrozenVelocities, StepCounts
+from ..losses import FrozenVelocities, Sampled, StepCounts
 from ..pipelines import Conditioning, measured_linears
 from ..trainer import MarbleNFTTrainer
 from .verdicts import Skipped
@@ -36,7 +36,8 @@ class MicroStep:
         self.latents, self.advantages = batch.latents, batch.advantages
         self.conditioning = batch.conditioning.select(batch.prompt_index)
         generators = [torch.Generator().manual_seed(number) for number in range(size)]
-        draws = trainer.policy_loss.draw(batch.latents.float(), trainer.update.grid.times, 1, generators)
+        sampled = Sampled(batch.latents.float(), batch.transitions)
+        draws = trainer.policy_loss.draw(sampled, trainer.update.grid.times, 1, generators)
         self.drawn = next(iter(draws))
         valid = ~self.advantages.isnan()
         self.counts = StepCounts(valid.sum(dim=1), valid.any(dim=0).sum(), size)

@@ -26,7 +26,7 @@ from ..checkpoint.run_state import base_fingerprint
 from ..data import RepeatPromptSampler
 from ..evaluation.policy_evaluation import PolicyEvaluator
 from ..evaluation.prompt_sets import evaluation_sets, set_label
-from ..losses import LOSSES, GRPOLoss, NoRewardLoss, PolicyLoss, build_loss
+from ..losses import LOSSES, NoRewardLoss, PolicyLoss, build_loss
 from ..metrics import MetricBuffer
 from ..pipelines import (
     Acceleration,
@@ -363,9 +363,6 @@ def build_source(
 ) -> RolloutSource:
     """What makes generation batches."""
     loss = build_policy_loss(args, has_rewards=len(scorer) > 0)
-    choose_window = None
-    if isinstance(loss, GRPOLoss | NoRewardLoss):
-        choose_window = functools.partial(loss.window, num_steps=args.num_inference_steps, seed=args.seed)
     reward_weights = torch.tensor(args.reward_weights or [1.0] * len(scorer))
     batch_centred = torch.tensor([reward_center(func) == "batch" for func in scorer.funcs])
     meter = _build_meter(sampler, scorer, dataset, edits, accelerator, metrics, args)
@@ -392,7 +389,7 @@ def build_source(
         accelerator,
         metrics,
         meter,
-        choose_window,
+        functools.partial(loss.window, num_steps=args.num_inference_steps, seed=args.seed),
         functools.partial(assign_teachers, teachers) if teachers else None,
     )
 
@@ -481,10 +478,7 @@ def build_update(
         balance = BalanceSettings(schedule, chosen, args.balance_fraction, names, priorities)
         linears = measured_linears(weights.flow, weights.trained, edits, args.per_device_train_batch_size)
     grid_times = weights.flow.training_times(args.num_inference_steps)
-    if isinstance(loss, GRPOLoss):
-        grid = TimeGrid(grid_times, loss.grpo_window_size)
-    else:
-        grid = TimeGrid(grid_times, max(1, int(len(grid_times) * args.timestep_fraction)))
+    grid = TimeGrid(grid_times, loss.num_times(len(grid_times), args.timestep_fraction))
     _check_regularizer_fraction(args, layout.micro_batches_per_update * grid.per_sample)
     teaching = None
     if teachers:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ..losses import Drawn, FrozenVelocities, GRPOLoss, Lesson, NoRewardLoss, Penalties, PolicyLoss, StepCounts
+from ..losses import Drawn, FrozenVelocities, Lesson, Penalties, PolicyLoss, Sampled, StepCounts
 from ..losses.forward_process import add_shared, mean_square_distance
 from ..metrics import MetricBuffer, finite_mean, mean_rms
 from ..pipelines import Conditioning, PolicyWeights
@@ -195,18 +195,15 @@ class PolicyUpdate:
 
     def _draws(self, batch: RolloutBatch, part: slice, position: Position) -> Iterator[Drawn]:
         """The noisy inputs of a micro-batch: those of its samples, or of their prompts where these are compared."""
-        x0 = batch.latents[part].float()
-        if isinstance(self.loss, GRPOLoss) and batch.transitions is not None:
-            return self.loss.replay(x0, batch.transitions.select(part))
+        transitions = None if batch.transitions is None else batch.transitions.select(part)
+        sampled = Sampled(batch.latents[part].float(), transitions)
         place_of_run = (position.generation, position.iteration)
         draw = Draw.GROUP_NOISE if self.compares_groups else Draw.TRAINING_NOISE
         numbers = batch.sample_ids[part] // (self.num_generations if self.compares_groups else 1)
         generators = [
             torch.Generator().manual_seed(derive_seed(self.seed, draw, *place_of_run, i)) for i in numbers.tolist()
         ]
-        if isinstance(self.loss, NoRewardLoss) and batch.transitions is not None:
-            return self.loss.replay(x0, batch.transitions.select(part), self.grid.per_sample, generators)
-        return self.loss.draw(x0, self.grid.times, self.grid.per_sample, generators)
+        return self.loss.draw(sampled, self.grid.times, self.grid.per_sample, generators)
 
     def accumulate(self, batch: RolloutBatch, position: Position) -> Tensor:
         """
