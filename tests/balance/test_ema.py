@@ -30,3 +30,5 @@ def test_diffusion_nfts_own_bound():
 
 def test_weight_ema_decay():
     assert [weight_ema_decay(step) for step in (0, 8, 80, 10_000)] == pytest.approx([0.1, 0.5, 0.9, 0.9])
+    assert [weight_ema_decay(step, 0.98) for step in (0, 80, 10_000)] == pytest.approx([0.1, 0.9, 0.98])
+    assert [weight_ema_decay(step, 0.0) for step in (0, 80)] == [0.0, 0.0]

@@ -34,16 +34,18 @@ def old_policy_decay(step: int, flat: int, rate: float, max: float) -> float:
     return min((step - flat) * rate, max) if step > flat else 0.0
 
 
-def weight_ema_decay(step: int) -> float:
+def weight_ema_decay(step: int, max: float = 0.9) -> float:
     """
-    Decay of the weights' moving average, `min((1 + step) / (10 + step), 0.9)`: lower in the first steps, so that the
+    Decay of the weights' moving average, `min((1 + step) / (10 + step), max)`: lower in the first steps, so that the
     initial weights are soon forgotten.
 
     Args:
         step (`int`):
             Optimizer steps taken so far.
+        max (`float`, *optional*, defaults to `0.9`):
+            The largest decay, in `[0, 1)`.
 
     Returns:
-        `float` in `[0.1, 0.9]`.
+        `float` in `[0, max]`.
     """
-    return min((1 + step) / (10 + step), 0.9)
+    return min((1 + step) / (10 + step), max)

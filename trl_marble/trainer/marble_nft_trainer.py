@@ -341,7 +341,7 @@ class MarbleNFTTrainer(WithoutPredictions, ObservedTrainer):
         step = self.state.global_step
         self.update.commit()
         self.rollouts.commit()
-        self.weights.averaged.lerp_(min(weight_ema_decay(step), self.args.weight_ema_decay))
+        self.weights.averaged.lerp_(weight_ema_decay(step, self.args.weight_ema_decay))
         if self.layout.locate(self._micro_step).starts_generation:
             schedules = (self.args.old_policy_schedule, self.args.sampling_policy_schedule)
             for shadow, schedule in zip((self.weights.old, self.weights.sampler), schedules, strict=True):
