@@ -165,7 +165,7 @@ class RewardScorer:
         for row in self.by_features:
             if self.scopes[row] == "image":
                 raise ValueError(
-                    f"Reward `{self.names[row]}` is a `SetReward` with `scope = 'image'`; it must be 'group' or 'batch'."
+                    f"Reward `{self.names[row]}` is a `SetReward` with `scope = 'image'`; set 'group' or 'batch'."
                 )
         self.timeout = timeout
         self._device = torch.device("cpu")
