@@ -162,6 +162,11 @@ class RewardScorer:
         self.funcs = validate_reward_funcs(reward_funcs)
         self.names = reward_names(self.funcs)
         self.scopes = [reward_scope(func) for func in self.funcs]
+        for row in self.by_features:
+            if self.scopes[row] == "image":
+                raise ValueError(
+                    f"Reward `{self.names[row]}` is a `SetReward` with `scope = 'image'`; set 'group' or 'batch'."
+                )
         self.timeout = timeout
         self._device = torch.device("cpu")
         self._answered: set[str] = set()  # the rewards that have scored an image
@@ -177,9 +182,9 @@ class RewardScorer:
         return torch.tensor([scope != "image" for scope in self.scopes])
 
     @property
-    def by_features(self) -> list[int]:
-        """Which rewards are a [`SetReward`], of which features are gathered instead of images."""
-        return [row for row, func in enumerate(self.funcs) if isinstance(func, SetReward)]
+    def by_features(self) -> dict[int, SetReward]:
+        """Those that are a [`SetReward`], of which features are gathered instead of images, by their numbers."""
+        return {row: func for row, func in enumerate(self.funcs) if isinstance(func, SetReward)}
 
     def submit(
         self,
@@ -216,11 +221,11 @@ class RewardScorer:
         self, samples: Sequence[Sample], prompts: list[str], columns: dict[str, list], trainer_state: Any
     ) -> PendingScores:
         """Start to compute the features for the rewards that are a [`SetReward`]. For the arguments see [`submit`]."""
-        rows = self.by_features
         calls = [
-            self._call(row, self.funcs[row].features, samples, prompts, columns, trainer_state, {})  # type: ignore[attr-defined]
-            for row in rows
+            self._call(row, func.features, samples, prompts, columns, trainer_state, {})
+            for row, func in self.by_features.items()
         ]
+        rows = list(self.by_features)
         return PendingScores([future for future, _ in calls], list(prompts), [log for _, log in calls], rows)
 
     def submit_credit(self, row: int, features: Tensor, groups: Tensor, prompts: list[str]) -> PendingScores:
@@ -237,9 +242,9 @@ class RewardScorer:
             prompts (`list[str]`):
                 Their prompts, for messages.
         """
-        credit = self.funcs[row].credit  # type: ignore[attr-defined]
         log = CallLog(len(prompts))
-        future = self._start(credit, self.names[row], {"features": features, "groups": groups}, log)
+        kwargs = {"features": features, "groups": groups}
+        future = self._start(self.by_features[row].credit, self.names[row], kwargs, log)
         return PendingScores([future], prompts, [log], [row])
 
     def collect(self, pending: PendingScores, deadline: float | None = None) -> Scores:
@@ -292,7 +297,8 @@ class RewardScorer:
             [`RewardError`]: If a reward returned something that is not one row of features per image.
         """
         self._wait(pending, deadline)
-        features, failed = [], torch.zeros(len(self), len(pending.prompts), dtype=torch.bool)
+        features: list[Tensor | None] = []
+        failed = torch.zeros(len(self), len(pending.prompts), dtype=torch.bool)
         errors: list[RewardError] = []
         for row, future in zip(pending.rows, pending.futures, strict=True):
             own, failed[row], own_errors = self._read_features(future, self.names[row], pending.prompts)
