@@ -257,6 +257,17 @@ def test_what_is_saved_is_the_student_alone_and_its_card_names_the_teachers(tmp_
     assert all("gain_worst" not in key for row in trainer.state.log_history for key in row)
 
 
+def test_without_any_reward_evaluations_measure_the_drift(tmp_path, adapters, prompts):
+    evaluated = {"eval_dataset": prompts.select(range(2)), "eval_strategy": "steps", "eval_steps": 1}
+    evaluated |= {"eval_on_start": True, "num_generations_eval": 2, "log_images": True}
+    teachers = {"all": adapters / "first"}
+    trainer = small_trainer(tmp_path / "run", teachers=teachers, train_dataset=prompts, **PLAIN, **evaluated)
+    trainer.train()
+    trainer.save_model()
+    rows = [row for row in trainer.state.log_history if "eval_kl" in row]
+    assert [row["step"] for row in rows] == [0, 1, 2] and rows[0]["eval_kl"] == 0 and rows[-1]["eval_kl"] > 0
+
+
 def test_frozen_teachers_keep_the_precision_of_their_file(tmp_path, adapters, prompts):
     trainer = small_trainer(
         tmp_path / "run",

@@ -127,8 +127,9 @@ class RunPictures:
         path = self._path("train", step)
         _write_grid(picture.rows, names, path)
         values = dict(zip(names, picture.all_rewards.tolist(), strict=True))
-        title = f"Rewards of the images of the generation batch of step {step}"
-        plot_histograms(values, self._path("rewards", step), sources=picture.all_sources, title=title)
+        if values:  # a run may have no rewards
+            title = f"Rewards of the images of the generation batch of step {step}"
+            plot_histograms(values, self._path("rewards", step), sources=picture.all_sources, title=title)
         histograms = _histograms(values, picture.all_sources)
         send_to_trackers(self.callbacks, step, {"train/images": path}, histograms)
 

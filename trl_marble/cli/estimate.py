@@ -175,11 +175,19 @@ def describe(
     num_rewards = sum(SHAPEWORLD_REWARDS if name == "shapeworld" else 1 for name in script_args.rewards or [])
     teachers = read_teachers(script_args.teachers or [])
     of_all = sum(name.partition(":")[0] == "all" for name in teachers)
-    lessons = {"num_lessons": of_all + (of_all < len(teachers)), "num_teachers": len(teachers)}
+    num_lessons = of_all + (of_all < len(teachers))
     # Flux takes its guidance as an input.
     classifier_free = costs is None or costs.name != "flux"
     num_prompts = _generated_prompts(script_args.prompts)
-    passes = compute_passes(args, num_processes, classifier_free, num_rewards, num_prompts, **lessons)
+    passes = compute_passes(
+        args,
+        num_processes,
+        classifier_free,
+        num_rewards,
+        num_prompts,
+        num_lessons=num_lessons,
+        num_teachers=len(teachers),
+    )
     images = args.generation_batch_size
     devices = "1 GPU" if num_processes == 1 else f"{num_processes} GPUs"
     lines = [
