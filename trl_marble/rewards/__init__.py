@@ -8,6 +8,7 @@ from .geneval import GenEval
 from .hps import HPSv2
 from .image_reward import ImageReward
 from .jpeg import jpeg_compressibility, jpeg_incompressibility
+from .learning_reward import LearningReward
 from .loading import KNOWN_REWARDS, load_reward
 from .model_reward import ModelReward
 from .ocr import OCRAccuracy
@@ -28,6 +29,7 @@ __all__ = [
     "HPSv2",
     "ImageReward",
     "InfiniteRewardError",
+    "LearningReward",
     "ModelReward",
     "OCRAccuracy",
     "PendingScores",

@@ -21,6 +21,7 @@ from ..balance import (
     get_weighting,
     weighted_sum_weights,
 )
+from ..checkpoint.tensor_tree import copy_tree
 from ..evaluation.policy_evaluation import PolicyEvaluator
 from ..evaluation.prompt_sets import evaluation_sets, set_label
 from ..losses import LOSSES, GRPOLoss, PolicyLoss, build_loss
@@ -46,6 +47,7 @@ from ..rollout import (
     BatchLayout,
     FailurePolicy,
     ProgressMeter,
+    RewardLearning,
     RolloutSampler,
     RolloutSettings,
     RolloutSource,
@@ -98,8 +100,9 @@ def build_scorers(reward_funcs: Any, eval_reward_funcs: Any, args: MarbleConfig)
 
     Raises:
         `ValueError`: If `reward_weights`, `reward_priorities`, `reward_targets` or `reward_bounds` does not have one
-            value per reward, a held-out reward is trained on, or `progress_base_images` or `resample_silent_prompts`
-            does not fit a reward that compares images.
+            value per reward, a held-out reward is trained on or learns, a reward learns whose progress would be
+            measured, or `progress_base_images` or `resample_silent_prompts` does not fit a reward that compares
+            images.
     """
     scorer = RewardScorer(reward_funcs, args.reward_timeout)
     for setting, what in (
@@ -120,6 +123,13 @@ def build_scorers(reward_funcs: Any, eval_reward_funcs: Any, args: MarbleConfig)
             f"`progress_base_images={args.progress_base_images}` and `num_generations={args.num_generations}` differ, "
             f"and what a reward that compares images says, such as `{sets[0]}`, depends on how many it compares. Set "
             f"`progress_base_images={args.num_generations}`."
+        )
+    if scorer.learners and args.multi_objective_aggregation == "progress":
+        learner = scorer.names[next(iter(scorer.learners))]
+        raise ValueError(
+            f"`multi_objective_aggregation='progress'` compares scores with those of the base model's images from the "
+            f"start of the run, and the reward `{learner}` learns: its scores then and now are not of one reward. Use "
+            "'marble' or another aggregation, or leave the reward out."
         )
     for name, scope in zip(scorer.names, scorer.scopes, strict=True):
         if scope == "batch" and args.resample_silent_prompts:
@@ -345,6 +355,7 @@ def build_source(
         metrics,
         meter,
         choose_window,
+        RewardLearning(scorer, sampler.together, copy_tree) if scorer.learners else None,
     )
 
 

@@ -198,7 +198,7 @@ class MarbleNFTTrainer(WithoutPredictions, ObservedTrainer):
         self.run_state = RunState(
             self.weights,
             self.schedule,
-            self.rollouts.progress,
+            self.rollouts,
             self.update.kl_control,
             self.base_evaluations,
             identity,
