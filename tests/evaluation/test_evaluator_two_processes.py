@@ -9,7 +9,7 @@ from pathlib import Path
 
 import one_evaluator
 import pytest
-from evaluation_helpers import bright, prompt_set, red_only, small_evaluation
+from evaluation_helpers import Unusual, bright, prompt_set, rank_in_prompt, red_only, small_evaluation
 from tiny import tiny_sd3
 
 from trl_marble.evaluation import evaluate_pipeline
@@ -18,7 +18,7 @@ from trl_marble.evaluation import evaluate_pipeline
 pytestmark = pytest.mark.slow
 
 WORKER = Path(__file__).parents[1] / "support" / "evaluation_worker.py"
-REWARDS = [bright, red_only]
+REWARDS = [bright, red_only, rank_in_prompt, Unusual()]
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +61,7 @@ def test_two_processes_fail_together_and_what_was_finished_is_not_done_again(two
 
     counted.__name__ = "bright"
     args = small_evaluation(two / "failing")
-    evaluate_pipeline(tiny_sd3(t5=False, num_layers=1), [counted, red_only], prompt_set(), args)
+    evaluate_pipeline(tiny_sd3(t5=False, num_layers=1), [counted, *REWARDS[1:]], prompt_set(), args)
     assert len(calls) == 12 - sum(sizes[name] for name in finished)
     assert (two / "failing" / "scores.csv").read_bytes() == (alone.folder / "scores.csv").read_bytes()
 

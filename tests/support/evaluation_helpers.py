@@ -10,10 +10,12 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig
 from PIL import Image
+from torch import Tensor
 
 from trl_marble.evaluation import EvaluationConfig, EvaluationResults
 from trl_marble.hub import save_adapter
 from trl_marble.pipelines import add_trainable_adapter
+from trl_marble.rewards import SetReward
 
 
 def bright(images: list[Image.Image], **kwargs: Any) -> list[float]:
@@ -25,6 +27,25 @@ def red_only(images: list[Image.Image], prompts: list[str], **kwargs: Any) -> li
     """Mean of the red channel, for prompts that ask for it."""
     red = [float(np.asarray(image)[..., 0].mean()) / 255 for image in images]
     return [value if "red" in prompt else None for value, prompt in zip(red, prompts, strict=True)]
+
+
+def rank_in_prompt(images: list[Image.Image], groups: list[int], **kwargs: Any) -> list[int]:
+    """How many images of the same prompt are darker."""
+    own = list(zip(bright(images), groups, strict=True))
+    return [sum(other < value for other, its in own if its == group) for value, group in own]
+
+
+rank_in_prompt.scope = "group"  # type: ignore[attr-defined]
+
+
+class Unusual(SetReward):
+    """How far the brightness of an image is from the mean over all images."""
+
+    def features(self, images: list[Image.Image], prompts: list[str], **columns: Any) -> Tensor:
+        return torch.tensor(bright(images))[:, None]
+
+    def credit(self, features: Tensor, groups: Tensor) -> Tensor:
+        return (features - features.mean(dim=0)).abs().squeeze(1)
 
 
 def prompt_set() -> Dataset:

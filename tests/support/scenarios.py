@@ -24,6 +24,7 @@ from trainer_helpers import PROMPTS, blue, small_trainer
 from transformers import TrainerCallback
 
 from trl_marble.balance import get_weighting
+from trl_marble.rewards import SetReward
 
 
 SETTINGS = {
@@ -85,7 +86,69 @@ def logs(images, prompts, log_metric, log_extra, **kwargs):
     return blue(images)
 
 
-REWARDS = {f.__name__: f for f in (bright, blue, left, red_only, raises_on_rank_1, answers_nonsense_on_rank_1, logs)}
+def left_if_long(images, prompts, **kwargs):
+    """The same for all images of a short prompt."""
+    return [value if len(prompt) > 5 else 0.0 for value, prompt in zip(left(images), prompts, strict=True)]
+
+
+def dark_rank_if_long(images, prompts, groups, **kwargs):
+    """The rank in the group, the same for all images of a short prompt."""
+    ranks = rank_in_group(images, groups)
+    return [rank if len(prompt) > 5 else 0 for rank, prompt in zip(ranks, prompts, strict=True)]
+
+
+dark_rank_if_long.scope = "group"
+
+
+def rank_in_group(images, groups, **kwargs):
+    """How many images of the group are darker."""
+    own = list(zip(bright(images), groups, strict=True))
+    return [sum(other < value for other, its in own if its == group) for value, group in own]
+
+
+rank_in_group.scope = "group"
+
+
+def rank_in_batch(images, prompts, groups, log_metric, log_extra, **kwargs):
+    """How many images of the whole batch are darker."""
+    values = bright(images)
+    log_metric("batch size", len(images))
+    log_extra("group", groups)
+    return [sum(v < value for v in values) for value in values]
+
+
+rank_in_batch.scope = "batch"
+
+
+class ColourDistance(SetReward):
+    """How far from the mean colour of the batch; called on the colours only."""
+
+    def features(self, images, prompts, **kwargs):
+        return torch.tensor([[bright([image])[0], left([image])[0]] for image in images], dtype=torch.float64)
+
+    def credit(self, features, groups):
+        return (features - features.mean(dim=0)).norm(dim=1).round(decimals=3)
+
+
+colour_distance = ColourDistance()
+colour_distance.__name__ = "colour_distance"
+REWARDS = {
+    f.__name__: f
+    for f in (
+        bright,
+        blue,
+        left,
+        red_only,
+        raises_on_rank_1,
+        answers_nonsense_on_rank_1,
+        logs,
+        left_if_long,
+        rank_in_group,
+        dark_rank_if_long,
+        rank_in_batch,
+        colour_distance,
+    )
+}
 
 
 # ---- Faults, all in the second optimizer step, so that there is something to save ----

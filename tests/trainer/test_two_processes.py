@@ -70,6 +70,27 @@ EQUAL = {
         "gradient_accumulation_steps": 2,
         "prompts": [*scenarios.PROMPTS, "sea"],
     },
+    # Rewards that compare images, of groups of which one is on both processes; and other prompts for silent groups.
+    "sets": {
+        "rewards": ["left", "rank_in_group", "rank_in_batch", "colour_distance"],
+        "per_device_train_batch_size": 6,
+        "prompts": [*scenarios.PROMPTS, "sea"],
+        "num_generations_eval": 2,
+    },
+    "sets by progress": {
+        "rewards": ["left", "rank_in_group", "rank_in_batch", "colour_distance"],
+        "multi_objective_aggregation": "progress",
+        "per_device_train_batch_size": 6,
+        "prompts": [*scenarios.PROMPTS, "sea"],
+        "progress_base_images": 4,
+        "num_generations_eval": 2,
+    },
+    "other prompts": {
+        "rewards": ["left_if_long", "dark_rank_if_long"],
+        "resample_silent_prompts": 2,
+        "per_device_train_batch_size": 6,
+        "prompts": [*scenarios.PROMPTS, "sea"],
+    },
     "several updates": {"steps_per_generation": 2, "num_iterations": 2, "max_steps": 5},
     "accumulated": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "eval_prompts": 1},
     "sharded": {

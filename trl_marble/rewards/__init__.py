@@ -3,6 +3,7 @@
 
 from .aesthetic import AestheticScore
 from .clip_score import CLIPScore
+from .feature_models import CLIPFeatures, DINOv2Features, FeatureModel
 from .frame_reward import FrameReward
 from .geneval import GenEval
 from .hps import HPSv2
@@ -17,6 +18,7 @@ from .protocol import InfiniteRewardError, RewardError, RewardFunc, reward_names
 from .remote import RemoteReward
 from .scoring import PendingScores, RewardScorer, Scores
 from .set_reward import SetReward
+from .set_rewards import FrechetReward, MMDReward, VendiDiversity
 from .vlm_judge import VLMJudge
 
 
@@ -46,4 +48,10 @@ __all__ = [
     "load_reward",
     "reward_names",
     "reward_tensor",
+    "CLIPFeatures",
+    "DINOv2Features",
+    "FeatureModel",
+    "FrechetReward",
+    "MMDReward",
+    "VendiDiversity",
 ]

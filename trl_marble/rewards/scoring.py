@@ -33,6 +33,7 @@ from .protocol import (
     validate_reward_funcs,
 )
 from .set_reward import SetReward
+from .set_rewards import ExtractedSetReward
 from .threads import EventLoopThread, Worker, wait_until
 
 
@@ -397,13 +398,13 @@ class RewardScorer:
         """
         self._device = device
         for func in self.funcs:
-            if isinstance(func, ModelReward | FrameReward):
+            if isinstance(func, ModelReward | FrameReward | ExtractedSetReward):
                 func.to(device, dtype)
 
     def release(self) -> None:
         """Move the rewards that are models with `offload` to the CPU."""
         for func in self.funcs:
-            if isinstance(func, ModelReward | FrameReward):
+            if isinstance(func, ModelReward | FrameReward | ExtractedSetReward):
                 func.release()
 
     def close(self) -> None:
