@@ -1,6 +1,7 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
 """Rewards: their protocol, how they are called, and the rewards of this package."""
 
+from .adversarial import AdversarialReward
 from .aesthetic import AestheticScore
 from .clip_score import CLIPScore
 from .feature_models import CLIPFeatures, DINOv2Features, FeatureModel
@@ -24,6 +25,7 @@ from .vlm_judge import VLMJudge
 
 __all__ = [
     "KNOWN_REWARDS",
+    "AdversarialReward",
     "AestheticScore",
     "CLIPScore",
     "FrameReward",

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..media import Sample, to_rgb, to_tensor
 from .call_log import LOG_KEYWORDS, CallLog, LogKey, join_extras
+from .extractor_reward import ExtractorReward
 from .frame_reward import FrameReward
 from .model_reward import ModelReward
 from .parameters import accepts, accepts_log_function, call_signature
@@ -33,7 +34,6 @@ from .protocol import (
     validate_reward_funcs,
 )
 from .set_reward import SetReward
-from .set_rewards import ExtractedSetReward
 from .threads import EventLoopThread, Worker, wait_until
 
 
@@ -184,6 +184,11 @@ class RewardScorer:
     def by_features(self) -> list[int]:
         """Which rewards are a [`SetReward`], of which features are gathered instead of images."""
         return [row for row, func in enumerate(self.funcs) if isinstance(func, SetReward)]
+
+    @property
+    def fixed_names(self) -> list[str]:
+        """The rewards that do not learn, so that their scores at different steps can be compared."""
+        return [name for row, name in enumerate(self.names) if row not in self.learners]
 
     def submit(
         self,
@@ -398,13 +403,13 @@ class RewardScorer:
         """
         self._device = device
         for func in self.funcs:
-            if isinstance(func, ModelReward | FrameReward | ExtractedSetReward):
+            if isinstance(func, ModelReward | FrameReward | ExtractorReward):
                 func.to(device, dtype)
 
     def release(self) -> None:
         """Move the rewards that are models with `offload` to the CPU."""
         for func in self.funcs:
-            if isinstance(func, ModelReward | FrameReward | ExtractedSetReward):
+            if isinstance(func, ModelReward | FrameReward | ExtractorReward):
                 func.release()
 
     def close(self) -> None:

@@ -140,6 +140,7 @@ class RewardLearning:
         sends_images = len(rows) < len(self.scorer.learners)
         pending = self.scorer.submit_features(images, prompts, columns, trainer_state, rows)
         features, answer = self.scorer.collect_features(pending)
+        self.scorer.release()
         if answer.errors:
             first = answer.errors[0]
             raise RewardError(f"{first} Nothing can be learned from this generation batch.") from first.__cause__

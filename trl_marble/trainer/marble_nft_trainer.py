@@ -142,7 +142,7 @@ class MarbleNFTTrainer(WithoutPredictions, ObservedTrainer):
         # Rewards, then the base model, the adapter that is trained, and the other sets of weights for it.
         self.scorers = construction.build_scorers(reward_funcs, eval_reward_funcs, args)
         self.scorer = self.scorers[0]
-        names = [*self.scorer.names, *self.held_out_names]
+        names = [name for scorer in self.scorers for name in scorer.fixed_names]
         check_best_metric(args.metric_for_best_model, names, eval_dataset, args.eval_on_start)
         set_seed(args.seed)  # the adapter is initialized here, before `Trainer` sets the seed
         self.pipeline = load_pipeline(pipeline)
