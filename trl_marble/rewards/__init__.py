@@ -15,7 +15,7 @@ from .loading import KNOWN_REWARDS, load_reward
 from .model_reward import ModelReward
 from .ocr import OCRAccuracy
 from .pickscore import PickScore
-from .protocol import InfiniteRewardError, RewardError, RewardFunc, reward_names, reward_tensor
+from .protocol import InfiniteRewardError, Learner, RewardError, RewardFunc, reward_names, reward_tensor
 from .remote import RemoteReward
 from .scoring import PendingScores, RewardScorer, Scores
 from .set_reward import SetReward
@@ -33,6 +33,7 @@ __all__ = [
     "HPSv2",
     "ImageReward",
     "InfiniteRewardError",
+    "Learner",
     "LearningReward",
     "ModelReward",
     "OCRAccuracy",

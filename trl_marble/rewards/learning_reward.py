@@ -13,7 +13,7 @@ class LearningReward(ABC):
     Base class of rewards that learn from features, such as those of a frozen model.
 
     Each process computes the features of its own images, and only these are sent to the first one, which learns from
-    them. A reward that needs the images themselves has the methods of [`~trl_marble.rewards.protocol.Learner`]
+    them. A reward that needs the images themselves has the methods of [`~trl_marble.rewards.Learner`]
     instead.
 
     A subclass has the five methods below.

@@ -268,7 +268,7 @@ class RewardScorer:
         trainer_state: Any,
     ) -> dict[LogKey, list[float]]:
         """
-        Let a reward learn, see [`~trl_marble.rewards.protocol.Learner.update`], and wait for it.
+        Let a reward learn, see [`~trl_marble.rewards.Learner.update`], and wait for it.
 
         Args:
             row (`int`):
