@@ -198,6 +198,7 @@ class KnowsNoRewards(Counting):
             {"multi_objective_aggregation": "progress"},
             r"'progress'` compares scores .* the reward `Counting` learns",
         ),
+        (Counting(), {"eval_dataset": prompt_set()}, r"on eval_dataset: all rewards learn \(Counting\)"),
         (blue, {"eval_reward_funcs": [Counting()]}, r"`eval_reward_funcs` has `Counting`, which learns"),
         (
             [blue, Counting()],

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..media import Sample
 from ..processes import FailingTogether
-from ..rewards import LearningReward, RewardError, RewardScorer
+from ..rewards import InfiniteRewardError, LearningReward, RewardError, RewardScorer
 from ..rewards.call_log import LogKey
 from .set_scores import SetImages
 
@@ -129,7 +129,7 @@ class RewardLearning:
             self.scorer.call(row, "load_state_dict", states[self.scorer.names[row]])
 
     def _describe(self, own: SetImages, rewards: Tensor, trainer_state: Any) -> list[_Seen]:
-        """This process's images, to be sent; with one process nothing is copied."""
+        """This process's images, to be sent to the first one."""
         shown = own.finite.nonzero().flatten().tolist()
         if not shown:
             return []
@@ -141,9 +141,9 @@ class RewardLearning:
         pending = self.scorer.submit_features(images, prompts, columns, trainer_state, rows)
         features, answer = self.scorer.collect_features(pending)
         self.scorer.release()
-        if answer.errors:
-            first = answer.errors[0]
-            raise RewardError(f"{first} Nothing can be learned from this generation batch.") from first.__cause__
+        for error in answer.errors:
+            if not isinstance(error, InfiniteRewardError):  # images with infinite features are left out
+                raise RewardError(f"{error} Nothing can be learned from this generation batch.") from error.__cause__
         return [
             _Seen(
                 own.numbers[i],
