@@ -208,8 +208,8 @@ def check_evaluation_prompts(
     """See that rewards can score a prompt set; whether the pipeline edits its images."""
     if not any(scorer.fixed_names for scorer in scorers):
         raise ValueError(
-            f"There is nothing to evaluate on {set_label(name)}: all rewards learn ({', '.join(scorers[0].names)}), and "
-            "evaluations leave those out. Pass `eval_reward_funcs`, or no `eval_dataset`."
+            f"There is nothing to evaluate on {set_label(name)}: all rewards learn ({', '.join(scorers[0].names)}), "
+            "and evaluations leave those out. Pass `eval_reward_funcs`, or no `eval_dataset`."
         )
     edits = edits_images(flow, prompts, set_label(name))
     for scorer in scorers:
