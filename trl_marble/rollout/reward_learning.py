@@ -169,7 +169,7 @@ class RewardLearning:
             row,
             torch.stack([image.features[row] for image in chosen])
             if of_features
-            else [image.image for image in chosen],
+            else [image.image for image in chosen if image.image is not None],
             {name: [image.rewards[name] for image in chosen] for name in self.scorer.names},
             [image.prompt for image in chosen],
             {name: [image.columns[name] for image in chosen] for name in chosen[0].columns},
