@@ -2,16 +2,19 @@
 """
 A reward that learns to tell reference images from those of the policy.
 
-D is a small network on frozen features f, standardized by the mean and the deviation of those of the reference. After
-each generation batch it takes a few steps of Adam on
+D is a small network on frozen features f, from which the mean of the reference is taken, in units of the root mean
+square distance of the reference from it. After each generation batch it takes a few steps of Adam on
 
-    L = mean_ref softplus(-D(f)) + mean_policy softplus(D(f)) + (gamma / 2) mean_ref |grad_f D(f)|^2
+    L = mean_ref softplus(-D(f)) + mean_policy softplus(D(f)) + (gamma / 2) mean_between |grad_f D(f)|^2
 
-the logistic loss of GANs (https://huggingface.co/papers/1406.2661) with the gradient penalty R1 on real samples
-(https://huggingface.co/papers/1801.04406), which keeps D from growing without end where it tells all images apart. The
-reward of an image is D(f). Where D is the best possible it is log p_ref(f) / p_policy(f), so that the mean of the
-reward over the policy's images is -KL(policy, reference). A discriminator as the reward of a flow-matching policy is
-that of https://huggingface.co/papers/2511.20256, which has another loss (hinge) and other heads.
+the logistic loss of GANs (https://huggingface.co/papers/1406.2661) with a gradient penalty at random points between
+reference and policy (those of https://huggingface.co/papers/1704.00028, with slope 0 as the aim, as in
+https://huggingface.co/papers/1902.03984). With a step of length s from one to the other D changes by at most s times
+the root mean square slope on the way, so that it stays bounded and smooth where it tells all images apart.
+
+The reward of an image is D(f). Where D is the best possible without a penalty it is log p_ref(f) / p_policy(f), so
+that the mean of the reward over the policy's images is -KL(policy, reference). A discriminator as the reward of a
+flow-matching policy is that of https://huggingface.co/papers/2511.20256, with another loss (hinge) and other heads.
 """
 
 from collections.abc import Iterator, Sequence
@@ -59,8 +62,9 @@ class AdversarialReward(ExtractorReward, LearningReward):
             Optimizer steps for each generation batch. Each sees the batch and as many reference images.
         learning_rate (`float`, *optional*, defaults to `1e-3`):
             Learning rate of these steps.
-        gradient_penalty (`float`, *optional*, defaults to `1.0`):
-            gamma, the weight of the gradient penalty.
+        gradient_penalty (`float`, *optional*, defaults to `0.1`):
+            gamma, the weight of the gradient penalty. With the default the scores of images that are easy to tell end
+            near -2 and 2.
         seed (`int`, *optional*, defaults to `0`):
             Of the first weights and of the reference images of each step.
 
@@ -84,7 +88,7 @@ class AdversarialReward(ExtractorReward, LearningReward):
         hidden_size: int = 64,
         steps: int = 10,
         learning_rate: float = 1e-3,
-        gradient_penalty: float = 1.0,
+        gradient_penalty: float = 0.1,
         seed: int = 0,
     ) -> None:
         super().__init__(extractor)
@@ -133,13 +137,15 @@ class AdversarialReward(ExtractorReward, LearningReward):
         # By the number of the update: a resumed run draws the same.
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self._updates)
         for step in range(self.steps):
-            drawn = real[torch.randperm(len(real), generator=generator)[: len(fake)]].requires_grad_()
+            drawn = real[torch.randperm(len(real), generator=generator)[: len(fake)]]
+            partners = fake[torch.randperm(len(fake), generator=generator)[: len(drawn)]]
+            between = torch.lerp(drawn, partners, torch.rand(len(drawn), 1, generator=generator)).requires_grad_()
+            (slope,) = torch.autograd.grad(self._logits(between).sum(), between, create_graph=True)
             of_real, of_fake = self._logits(drawn), self._logits(fake)
-            (slope,) = torch.autograd.grad(of_real.sum(), drawn, create_graph=True)
             loss = softplus(-of_real).mean() + softplus(of_fake).mean()
             if step == 0 and log_metric is not None:
-                right = (of_real > 0).float().mean() + (of_fake < 0).float().mean()
-                log_metric("adversarial/accuracy", right.item() / 2)
+                told = of_real.sign().mean() - of_fake.sign().mean()  # a score of 0 counts as a half
+                log_metric("adversarial/accuracy", 0.5 + told.item() / 4)
                 log_metric("adversarial/loss", loss.item())
             optimizer.zero_grad()
             (loss + self.gradient_penalty / 2 * slope.square().sum(dim=1).mean()).backward()
@@ -178,7 +184,7 @@ class AdversarialReward(ExtractorReward, LearningReward):
             size = self.reference.shape[1]
             generator = torch.Generator().manual_seed(self.seed)
             tensors = {
-                "first": torch.randn(self.hidden_size, size, generator=generator) / size**0.5,
+                "first": torch.randn(self.hidden_size, size, generator=generator),
                 "first_bias": torch.zeros(self.hidden_size),
                 "last": torch.zeros(self.hidden_size),
                 "last_bias": torch.zeros(()),
@@ -193,9 +199,9 @@ class AdversarialReward(ExtractorReward, LearningReward):
         return silu(scaled @ head["first"].T + head["first_bias"]) @ head["last"] + head["last_bias"]
 
     def _scale(self, features: Tensor) -> Tensor:
-        """Features around 0, with the reference's mean square deviation as the unit."""
+        """Features around 0, with the reference's root mean square distance from its mean as the unit."""
         centre = self.reference.mean(dim=0)
-        unit = (self.reference - centre).square().mean().sqrt()
+        unit = (self.reference - centre).square().sum(dim=1).mean().sqrt()
         return (features.cpu().float() - centre) / unit
 
 
