@@ -19,6 +19,7 @@ import torch
 from accelerate import PartialState
 from adapter_helpers import add_trained_adapter
 from datasets import Dataset
+from PIL import Image
 from safetensors.torch import save_file
 from tiny import tiny_sd3
 from trainer_helpers import PROMPTS, blue, small_trainer
@@ -26,7 +27,7 @@ from transformers import TrainerCallback
 
 from trl_marble.balance import get_weighting
 from trl_marble.hub import save_adapter
-from trl_marble.rewards import SetReward
+from trl_marble.rewards import AdversarialReward, LearningReward, SetReward
 
 
 SETTINGS = {
@@ -54,6 +55,10 @@ def left(images, **kwargs):
     """How much brighter the left half is than the right one."""
     grey = [np.asarray(image).mean(axis=2) / 255 for image in images]
     return [round(float(pixels[:, :8].mean() - pixels[:, 8:].mean()), 3) for pixels in grey]
+
+
+def colours(images):
+    return torch.tensor([[bright([image])[0], left([image])[0]] for image in images], dtype=torch.float64)
 
 
 def red_only(images, prompts, **kwargs):
@@ -126,10 +131,66 @@ class ColourDistance(SetReward):
     """How far from the mean colour of the batch; called on the colours only."""
 
     def features(self, images, prompts, **kwargs):
-        return torch.tensor([[bright([image])[0], left([image])[0]] for image in images], dtype=torch.float64)
+        return colours(images)
 
     def credit(self, features, groups):
         return (features - features.mean(dim=0)).norm(dim=1).round(decimals=3)
+
+
+class Novelty(LearningReward):
+    """How far from the mean colour of all images so far."""
+
+    def __init__(self):
+        self.mean = torch.zeros(2, dtype=torch.float64)
+
+    def features(self, images, prompts, **kwargs):
+        return colours(images)
+
+    def score(self, features):
+        return (features - self.mean).norm(dim=1).round(decimals=3)
+
+    def update(self, features, rewards, trainer_state):
+        self.mean = 0.5 * self.mean + 0.5 * features.mean(dim=0)
+
+    def state_dict(self):
+        return {"mean": self.mean}
+
+    def load_state_dict(self, state_dict):
+        self.mean = state_dict["mean"]
+
+
+class Unlike:
+    """How far from the mean brightness of the images that another reward liked so far; learns from images."""
+
+    def __init__(self):
+        self.level = torch.zeros((), dtype=torch.float64)
+
+    def __call__(self, images, **kwargs):
+        return [round(abs(value - self.level.item()), 3) for value in bright(images)]
+
+    def update(self, images, rewards, trainer_state, prompts, log_metric):
+        assert len(images) == len(prompts) == len(rewards["left"]) and not is_rank_1()
+        liked = [value for value, other in zip(bright(images), rewards["left"], strict=True) if other > 0]
+        self.level = self.level + 0.1 * sum(liked)
+        log_metric("liked", len(liked))
+
+    def state_dict(self):
+        return {"level": self.level}
+
+    def load_state_dict(self, state_dict):
+        self.level = state_dict["level"]
+
+
+class Dark(AdversarialReward):
+    """An adversarial reward with dark images as the reference."""
+
+    def __init__(self):
+        reference = [Image.new("RGB", (16, 16), (i, i, i)) for i in range(0, 60, 3)]
+        super().__init__(reference, lambda images: colours(images).float(), learning_rate=0.1)
+
+    def state_dict(self):
+        state = super().state_dict()
+        return state | {f"head/{name}": value for name, value in state["head"].items()}
 
 
 colour_distance = ColourDistance()
@@ -149,6 +210,9 @@ REWARDS = {
         dark_rank_if_long,
         rank_in_batch,
         colour_distance,
+        Novelty,  # a class: each run has one of its own, which has learned nothing
+        Unlike,
+        Dark,
     )
 }
 
@@ -261,7 +325,7 @@ def run_scenario(
     balances = settings.get("multi_objective_aggregation", "marble") == "marble"
     trainer = small_trainer(
         folder / "out",
-        [REWARDS[name] for name in rewards] or None,
+        [func() if isinstance(func := REWARDS[name], type) else func for name in rewards] or None,
         pipeline=tiny_sd3(num_layers=1),
         train_dataset=train_dataset,
         eval_dataset=Dataset.from_dict({"prompt": [f"{i} dogs" for i in range(eval_prompts)]}),
@@ -288,6 +352,10 @@ def run_scenario(
     else:
         told |= {"evaluation": trainer.evaluate(), "log": trainer.state.log_history}
         record.tensors["evaluated"] = trainer.evaluations[-1].rewards.contiguous()
+        if trainer.rollouts.learning is not None:
+            for reward, state in trainer.rollouts.learning.state_dict().items():
+                learned = {key: value for key, value in state.items() if torch.is_tensor(value)}
+                record.tensors |= {f"learned/{reward}/{key}": value for key, value in learned.items()}
     told["pipeline calls"] = len(sampled)
     tensors = record.tensors | {f"gram/{i}": gram for i, gram in enumerate(record.weighting.grams)}
     tensors["change"] = torch.cat([p.detach().flatten() for p in trainer.weights.parameters]) - start

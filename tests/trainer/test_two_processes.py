@@ -91,6 +91,12 @@ EQUAL = {
         "per_device_train_batch_size": 6,
         "prompts": [*scenarios.PROMPTS, "sea"],
     },
+    # Rewards that learn on the first process, from images and from features.
+    "learning": {
+        "rewards": ["left", "Novelty", "Unlike", "Dark"],
+        "per_device_train_batch_size": 6,
+        "prompts": [*scenarios.PROMPTS, "sea"],
+    },
     "several updates": {"steps_per_generation": 2, "num_iterations": 2, "max_steps": 5},
     "accumulated": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "eval_prompts": 1},
     "sharded": {

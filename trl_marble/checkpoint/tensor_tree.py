@@ -33,6 +33,23 @@ def save_tree(path: Path, tree: Any, what: str) -> None:
     save_file(tensors, path, metadata={_STRUCTURE: json.dumps(structure)})
 
 
+def copy_tree(tree: Any, what: str) -> Any:
+    """
+    A copy of what [`save_tree`] could write, with its tensors on the CPU.
+
+    Args:
+        tree (`Any`):
+            What to copy.
+        what (`str`):
+            What it is the state of, for the error.
+
+    Raises:
+        `TypeError`: As [`save_tree`].
+    """
+    tensors: dict[str, Tensor] = {}
+    return _decode(_encode(tree, "", tensors, what), tensors)
+
+
 def load_tree(path: Path) -> Any:
     """
     Read what [`save_tree`] wrote.

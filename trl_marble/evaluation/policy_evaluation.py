@@ -125,7 +125,8 @@ class PolicyEvaluator:
         sampler ([`~trl_marble.rollout.RolloutSampler`]):
             Samples and scores.
         scorers (`Sequence[RewardScorer]`):
-            The rewards that are trained on, then the held-out ones.
+            The rewards that are trained on, then the held-out ones. Evaluations leave out the scores of rewards that
+            learn: those at two steps are not of one reward, and cannot be compared.
         accelerator ([`~accelerate.Accelerator`]):
             Gathers over processes.
         num_shown (`int`):
@@ -143,6 +144,8 @@ class PolicyEvaluator:
         self.accelerator, self.num_shown = accelerator, num_shown
         self.drift = DriftMeter(sampler.flow, sampler.num_inference_steps)
         self.names = [name for scorer in scorers for name in scorer.names]
+        fixed = {name for scorer in scorers for name in scorer.fixed_names}
+        self.kept = [row for row, name in enumerate(self.names) if name in fixed]
 
     def evaluate(self, plan: EvaluationPlan, trainer_state: Any, name: str | None = None) -> PolicyEvaluation:
         """
@@ -199,17 +202,19 @@ class PolicyEvaluator:
         drift = torch.tensor([image.drift for image in images])
         policy, base = drift[:, 1:].double().nanmean(dim=0)
         per_prompt = group_diversity(features, groups).numpy()
+        images = [image._replace(rewards=[image.rewards[row] for row in self.kept]) for image in images]
+        names = [self.names[row] for row in self.kept]
         gallery, gallery_rewards, gallery_extras = _make_gallery(images, plan)
         return PolicyEvaluation(
             evaluation=Evaluation(
                 trainer_state.global_step,
-                self.names,
+                names,
                 torch.tensor([image.rewards for image in images]).T,
                 groups,
                 gallery,
                 name,
                 drift[:, 0],
-                digest_evaluation(plan, self.sampler, self.names),
+                digest_evaluation(plan, self.sampler, names),
                 [name for scorer in self.scorers[1:] for name in scorer.names],
             ),
             gallery_rewards=gallery_rewards,

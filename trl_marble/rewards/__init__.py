@@ -1,6 +1,7 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
 """Rewards: their protocol, how they are called, and the rewards of this package."""
 
+from .adversarial import AdversarialReward
 from .aesthetic import AestheticScore
 from .bradley_terry import bradley_terry
 from .clip_score import CLIPScore
@@ -13,11 +14,12 @@ from .human import HumanReward
 from .image_reward import ImageReward
 from .jpeg import jpeg_compressibility, jpeg_incompressibility
 from .judge_templates import ARTIFACT_TEMPLATE
+from .learning_reward import LearningReward
 from .loading import KNOWN_REWARDS, load_reward
 from .model_reward import ModelReward
 from .ocr import OCRAccuracy
 from .pickscore import PickScore
-from .protocol import InfiniteRewardError, RewardError, RewardFunc, reward_names, reward_tensor
+from .protocol import InfiniteRewardError, Learner, RewardError, RewardFunc, reward_names, reward_tensor
 from .remote import RemoteReward
 from .scoring import PendingScores, RewardScorer, Scores
 from .set_reward import SetReward
@@ -28,6 +30,7 @@ from .vlm_judge import VLMJudge
 __all__ = [
     "ARTIFACT_TEMPLATE",
     "KNOWN_REWARDS",
+    "AdversarialReward",
     "AestheticScore",
     "CLIPScore",
     "FrameReward",
@@ -36,6 +39,8 @@ __all__ = [
     "HumanReward",
     "ImageReward",
     "InfiniteRewardError",
+    "Learner",
+    "LearningReward",
     "ModelReward",
     "OCRAccuracy",
     "PairwiseJudge",

@@ -14,7 +14,7 @@ from .call_log import CallLog
 from .loading import load_reward
 from .model_reward import ModelReward
 from .parameters import accepts_log_function
-from .protocol import RewardFunc, required_media, reward_names, reward_scope, reward_tensor
+from .protocol import RewardFunc, find_learner, required_media, reward_names, reward_scope, reward_tensor
 
 
 class FrameReward:
@@ -41,8 +41,8 @@ class FrameReward:
 
     Raises:
         `TypeError`: If the reward cannot be called.
-        `ValueError`: If `num_frames` is not positive, there is no reward of that name, the reward scores videos, or
-            its `scope` is not `"image"`.
+        `ValueError`: If `num_frames` is not positive, there is no reward of that name, the reward scores videos or
+            learns, or its `scope` is not `"image"`.
     """
 
     def __init__(self, reward: str | RewardFunc, num_frames: int = 8) -> None:
@@ -60,6 +60,11 @@ class FrameReward:
             raise ValueError(
                 f"`reward` is `{self.__name__}`, which compares images with each other, and frames are scored each on "
                 "its own. Use a reward that takes `videos` and compares them."
+            )
+        if find_learner(self.reward) is not None:
+            raise ValueError(
+                f"`reward` is `{self.__name__}`, which learns from images, and `FrameReward` has videos. Use a reward "
+                "that takes `videos` and learns from them."
             )
         self.num_frames = num_frames
 

@@ -4,7 +4,7 @@
 from typing import Any
 
 from ..rewards import RewardScorer
-from ..rewards.protocol import reward_names, validate_reward_funcs
+from ..rewards.protocol import find_learner, reward_names, validate_reward_funcs
 
 
 def held_out_scorer(eval_reward_funcs: Any, reward_funcs: Any, trained: RewardScorer) -> RewardScorer | None:
@@ -23,7 +23,7 @@ def held_out_scorer(eval_reward_funcs: Any, reward_funcs: Any, trained: RewardSc
         [`~trl_marble.rewards.RewardScorer`]: `None` where there is no held-out reward.
 
     Raises:
-        `ValueError`: If one of them is trained on too.
+        `ValueError`: If one of them is trained on too, or learns.
     """
     given = _as_list(eval_reward_funcs)
     if not given:
@@ -35,6 +35,11 @@ def held_out_scorer(eval_reward_funcs: Any, reward_funcs: Any, trained: RewardSc
             raise ValueError(
                 f"`eval_reward_funcs` has `{name}`, which `reward_funcs` has too; held-out rewards are those that are "
                 "not trained on. Leave it out: evaluations score the rewards that are trained on anyway."
+            )
+        if find_learner(func) is not None:
+            raise ValueError(
+                f"`eval_reward_funcs` has `{name}`, which learns. Held-out rewards are scored in evaluations, where "
+                "nothing is learned from: leave it out, or train on it."
             )
     scorer = RewardScorer(funcs, trained.timeout)
     scorer.names = reward_names([*trained.funcs, *funcs])[len(trained) :]

@@ -10,7 +10,7 @@ class NoRewards(RewardScorer):
     """A [`RewardScorer`] of no reward, for runs that learn from teachers alone."""
 
     def __init__(self) -> None:
-        self.funcs, self.names, self.timeout = [], [], None
+        self.funcs, self.names, self.scopes, self.learners, self.timeout = [], [], [], {}, None
         self._threads, self._loop, self._answered = {}, None, set()
         self._device = torch.device("cpu")
 

@@ -6,10 +6,11 @@ import inspect
 import math
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from .loading import load_reward
@@ -42,10 +43,51 @@ of some prompts, and with `"batch"` all images of the generation batch, from all
 list with one int per image, which images of one prompt share. The default is `"image"`: a call has any images. The
 attribute `center` says which mean its advantages subtract: `"group"`, that of the prompt's images, or `"batch"`, that
 of all images, which is the default with the scope `"batch"`. See also [`SetReward`].
+
+A reward that learns has the methods `update`, `state_dict` and `load_state_dict`, see [`Learner`].
 """
 
 Scope = Literal["image", "group", "batch"]
 Center = Literal["group", "batch"]
+
+
+class Learner(Protocol):
+    """
+    What a reward that learns has beside its call.
+
+    After each generation batch, once all of it is scored, `update` is called on the first process with what all
+    processes have sampled. The others then take over its state, so that all of them always score with the same one.
+    """
+
+    def update(
+        self, *, images: list[Image.Image], rewards: dict[str, list[float | None]], trainer_state: Any, **more: Any
+    ) -> None:
+        """
+        Learn from a generation batch, which was scored before.
+
+        Args:
+            images (`list[PIL.Image.Image]`):
+                The images of all processes, as the reward itself gets them: a tensor with `image_type` `"pt"`, and
+                `videos` by that name. A [`LearningReward`] gets `features` instead.
+            rewards (`dict[str, list[float | None]]`):
+                Name of each reward that is trained on -> one score per image; `None` where it does not apply.
+            trainer_state ([`~transformers.TrainerState`]):
+                The state of the run.
+            more:
+                `prompts`, the other columns of the dataset, and `log_metric`, of these what the method accepts.
+        """
+
+    def state_dict(self) -> dict[str, Any]:
+        """
+        All that was learned, and all that decides what will be, such as the state of an optimizer: dicts, lists and
+        tuples of tensors, numbers, strings and `None`. It goes into checkpoints.
+        """
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over what [`~Learner.state_dict`] returned, here or on another process."""
+
+
+LEARNING = ("update", "state_dict", "load_state_dict")
 
 
 class RewardError(RuntimeError):
@@ -76,9 +118,7 @@ def reward_names(reward_funcs: Sequence[RewardFunc]) -> list[str]:
     taken: set[str] = set()
     names = []
     for func in reward_funcs:
-        inner: Any = func
-        while isinstance(inner, functools.partial):
-            inner = inner.func
+        inner = _without_partials(func)
         base = getattr(inner, "__name__", type(inner).__name__)
         name, suffix = base, 0
         while name in taken:
@@ -135,10 +175,34 @@ def reward_center(func: RewardFunc) -> Center:
     return _attribute(func, "center", default, get_args(Center))
 
 
-def _attribute(func: Any, attribute: str, default: str, allowed: Sequence[str]) -> Any:
+def find_learner(func: RewardFunc) -> Learner | None:
+    """
+    The object that learns, where a reward does: it has the method `update`.
+
+    Raises:
+        `ValueError`: If it has no `state_dict` or no `load_state_dict`.
+    """
+    inner: Any = _without_partials(func)
+    missing = [method for method in LEARNING if not callable(getattr(inner, method, None))]
+    if "update" in missing:
+        return None
+    if missing:
+        (name,) = reward_names([func])
+        raise ValueError(
+            f"Reward `{name}` has the method `update`, so it learns, and not {' and '.join(f'`{m}`' for m in missing)}"
+            ". Without what it has learned no run could be resumed: write all three methods, or rename `update`."
+        )
+    return inner
+
+
+def _without_partials(func: Any) -> Any:
     while isinstance(func, functools.partial):
         func = func.func
-    value = getattr(func, attribute, default)
+    return func
+
+
+def _attribute(func: Any, attribute: str, default: str, allowed: Sequence[str]) -> Any:
+    value = getattr(_without_partials(func), attribute, default)
     if value not in allowed:
         (name,) = reward_names([func])
         raise ValueError(

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from ..media import Sample, to_rgb, to_tensor
 from .call_log import LOG_KEYWORDS, CallLog, LogKey, join_extras
+from .extractor_reward import ExtractorReward
 from .frame_reward import FrameReward
 from .model_reward import ModelReward
-from .parameters import accepts_log_function
+from .parameters import accepts, accepts_log_function, call_signature
 from .protocol import (
     BrokenRewardError,
     InfiniteRewardError,
@@ -25,6 +26,7 @@ from .protocol import (
     RewardFunc,
     Scope,
     errors_for_infinite,
+    find_learner,
     most_common_prompts,
     reward_names,
     reward_scope,
@@ -32,7 +34,6 @@ from .protocol import (
     validate_reward_funcs,
 )
 from .set_reward import SetReward
-from .set_rewards import ExtractedSetReward
 from .threads import EventLoopThread, Worker, wait_until
 
 
@@ -154,6 +155,7 @@ class RewardScorer:
     Attributes:
         names (`list[str]`): The unique name of each reward.
         scopes (`list[str]`): What a score of each reward depends on, see [`RewardFunc`].
+        learners (`dict[int, Learner]`): The rewards that learn, by their number.
     """
 
     def __init__(
@@ -167,6 +169,8 @@ class RewardScorer:
                 raise ValueError(
                     f"Reward `{self.names[row]}` is a `SetReward` with `scope = 'image'`; set 'group' or 'batch'."
                 )
+        found = {row: find_learner(func) for row, func in enumerate(self.funcs)}
+        self.learners = {row: learner for row, learner in found.items() if learner is not None}
         self.timeout = timeout
         self._device = torch.device("cpu")
         self._answered: set[str] = set()  # the rewards that have scored an image
@@ -185,6 +189,11 @@ class RewardScorer:
     def by_features(self) -> dict[int, SetReward]:
         """Those that are a [`SetReward`], of which features are gathered instead of images, by their numbers."""
         return {row: func for row, func in enumerate(self.funcs) if isinstance(func, SetReward)}
+
+    @property
+    def fixed_names(self) -> list[str]:
+        """The rewards that do not learn, so that their scores at different steps can be compared."""
+        return [name for row, name in enumerate(self.names) if row not in self.learners]
 
     def submit(
         self,
@@ -218,15 +227,22 @@ class RewardScorer:
         return PendingScores([future for future, _ in calls], list(prompts), [log for _, log in calls], rows)
 
     def submit_features(
-        self, samples: Sequence[Sample], prompts: list[str], columns: dict[str, list], trainer_state: Any
+        self,
+        samples: Sequence[Sample],
+        prompts: list[str],
+        columns: dict[str, list],
+        trainer_state: Any,
+        rows: Sequence[int],
     ) -> PendingScores:
-        """Start to compute the features for the rewards that are a [`SetReward`]. For the arguments see [`submit`]."""
+        """
+        Start to compute the features for some rewards, each a [`SetReward`] or a [`LearningReward`], given by their
+        number. For the other arguments see [`submit`].
+        """
         calls = [
-            self._call(row, func.features, samples, prompts, columns, trainer_state, {})
-            for row, func in self.by_features.items()
+            self._call(row, self.funcs[row].features, samples, prompts, columns, trainer_state, {})  # type: ignore[attr-defined]
+            for row in rows
         ]
-        rows = list(self.by_features)
-        return PendingScores([future for future, _ in calls], list(prompts), [log for _, log in calls], rows)
+        return PendingScores([future for future, _ in calls], list(prompts), [log for _, log in calls], list(rows))
 
     def submit_credit(self, row: int, features: Tensor, groups: Tensor, prompts: list[str]) -> PendingScores:
         """
@@ -246,6 +262,71 @@ class RewardScorer:
         kwargs = {"features": features, "groups": groups}
         future = self._start(self.by_features[row].credit, self.names[row], kwargs, log)
         return PendingScores([future], prompts, [log], [row])
+
+    def update(
+        self,
+        row: int,
+        seen: list[Sample] | Tensor,
+        rewards: dict[str, list[float | None]],
+        prompts: list[str],
+        columns: dict[str, list],
+        trainer_state: Any,
+    ) -> dict[LogKey, list[float]]:
+        """
+        Let a reward learn, see [`~trl_marble.rewards.Learner.update`], and wait for it.
+
+        Args:
+            row (`int`):
+                The number of the reward.
+            seen (`list[PIL.Image.Image]` or `list[list[PIL.Image.Image]]` or `Tensor` of shape `[N, D]`):
+                Images or videos, or for a [`LearningReward`] their features.
+            rewards (`dict[str, list[float | None]]`):
+                Name of each reward -> one score per image.
+            prompts (`list[str]`):
+                Their prompts.
+            columns (`dict[str, list]`):
+                The other columns of the dataset, one value per image.
+            trainer_state ([`~transformers.TrainerState`]):
+                The state of the run.
+
+        Returns:
+            `dict[tuple[str, str], list[float]]`: what it logged with `log_metric`.
+
+        Raises:
+            [`RewardError`]: See [`call`].
+        """
+        update = self.learners[row].update
+        shown = {"features": seen} if isinstance(seen, Tensor) else self._media(row, seen)
+        log = CallLog(len(prompts))
+        optional = {**columns, "prompts": prompts, "log_metric": log.log_metric}
+        signature = call_signature(update)
+        known = {key: value for key, value in optional.items() if signature is None or accepts(signature, key)}
+        self.call(row, "update", **known, **shown, rewards=rewards, trainer_state=trainer_state)
+        return {(self.names[row], metric): values for metric, values in log.metrics.items()}
+
+    def call(self, row: int, method: str, *args: Any, **kwargs: Any) -> Any:
+        """
+        Call a method of a reward that learns where its calls run, so that none runs at the same time, and wait for the
+        result.
+
+        Args:
+            row (`int`):
+                The number of the reward.
+            method (`str`):
+                The name of the method.
+            args, kwargs:
+                Its arguments.
+
+        Raises:
+            [`RewardError`]: If it failed, or did not end within `timeout` seconds.
+        """
+        func = functools.partial(getattr(self.learners[row], method), *args)
+        future = self._start(func, self.names[row], kwargs, CallLog(0))
+        self._wait(PendingScores([future], [], [], [row]), None)
+        answer = self._answer(future)
+        if isinstance(answer, BaseException):
+            raise RewardError(f"`{self.names[row]}.{method}` raised {type(answer).__name__}: {answer}.") from answer
+        return answer
 
     def collect(self, pending: PendingScores, deadline: float | None = None) -> Scores:
         """
@@ -328,13 +409,13 @@ class RewardScorer:
         """
         self._device = device
         for func in self.funcs:
-            if isinstance(func, ModelReward | FrameReward | ExtractedSetReward):
+            if isinstance(func, ModelReward | FrameReward | ExtractorReward):
                 func.to(device, dtype)
 
     def release(self) -> None:
         """Move the rewards that are models with `offload` to the CPU."""
         for func in self.funcs:
-            if isinstance(func, ModelReward | FrameReward | ExtractedSetReward):
+            if isinstance(func, ModelReward | FrameReward | ExtractorReward):
                 func.release()
 
     def close(self) -> None:
@@ -433,15 +514,19 @@ class RewardScorer:
         more: dict[str, Any],
     ) -> tuple[Future, CallLog]:
         """Start a call of a reward, or of one of its methods, with the keywords of rewards."""
-        keyword = "videos" if isinstance(samples[0], list) else "images"
-        as_tensor = getattr(self.funcs[row], "image_type", "pil") == "pt"
         kwargs: dict[str, Any] = {column: list(values) for column, values in columns.items()}
-        kwargs[keyword] = to_tensor(samples) if as_tensor else _own_lists(samples)
+        kwargs |= self._media(row, samples)
         kwargs |= {"prompts": list(prompts), "trainer_state": trainer_state, **more}
         log = CallLog(len(prompts))
         # Only to rewards that accept them: others work without.
         kwargs |= {key: getattr(log, key) for key in LOG_KEYWORDS if accepts_log_function(func, key)}
         return self._start(func, self.names[row], kwargs, log), log
+
+    def _media(self, row: int, samples: Sequence[Sample]) -> dict[str, Any]:
+        """The keyword with the images or videos, as a reward gets them."""
+        keyword = "videos" if isinstance(samples[0], list) else "images"
+        as_tensor = getattr(self.funcs[row], "image_type", "pil") == "pt"
+        return {keyword: to_tensor(samples) if as_tensor else _own_lists(samples)}
 
     def _start(self, func: Callable, name: str, kwargs: dict[str, Any], log: CallLog) -> Future:
         if _is_async(func):

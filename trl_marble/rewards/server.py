@@ -23,7 +23,7 @@ from transformers import HfArgumentParser
 from ..extras import MissingExtraError, require_extra
 from .http_client import check_secret, is_loopback
 from .model_reward import ModelReward
-from .protocol import RewardFunc, check_media, reward_names, reward_scope, validate_reward_funcs
+from .protocol import RewardFunc, check_media, find_learner, reward_names, reward_scope, validate_reward_funcs
 from .scoring import RewardScorer
 from .server_messages import RefusedError, describe, encode_values
 
@@ -68,7 +68,7 @@ class RewardServer(HttpServer):
 
     Raises:
         `ValueError`: If others could reach the server and there is no token, a limit is not positive, or a reward
-            scores videos, which clients do not send, or compares images with each other.
+            scores videos, which clients do not send, compares images with each other, or learns.
         `OSError`: If the address is taken.
     """
 
@@ -95,6 +95,11 @@ class RewardServer(HttpServer):
                 raise ValueError(
                     f"Reward `{name}` compares images with each other, and a request need not have whole groups. Use "
                     "it in the training process."
+                )
+            if find_learner(func) is not None:
+                raise ValueError(
+                    f"Reward `{name}` learns, and nobody would call its `update` here: what it learns is part of a "
+                    "run's checkpoints. Use it in the training process."
                 )
         self._scorers = {name: RewardScorer([func]) for name, func in zip(self.names, funcs, strict=True)}
         self._turns = {name: asyncio.Lock() for name in self.names}

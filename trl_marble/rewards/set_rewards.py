@@ -7,56 +7,25 @@ Each image gets the value of its set plus its influence on it, see `set_values.p
 value of the set.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any, Self
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from .feature_models import CLIPFeatures, FeatureModel
+from .extractor_reward import Extractor, ExtractorReward
+from .feature_models import FeatureModel
 from .protocol import Scope
 from .set_reward import SetReward
 from .set_values import frechet_distance, median_distance, squared_mmd, vendi_score
 
 
-Extractor = Callable[[list[Image.Image]], Tensor]
-
-
-class ExtractedSetReward(SetReward):
-    """
-    Base class of set rewards with features of a model or a function.
-
-    Args:
-        extractor (`Callable`, *optional*):
-            From a list of N images to features, a tensor of shape `[N, D]`: a [`FeatureModel`] such as
-            [`CLIPFeatures`] and [`DINOv2Features`], or a function. Defaults to `CLIPFeatures()`.
-
-    Raises:
-        `TypeError`: If `extractor` is not callable.
-    """
-
-    def __init__(self, extractor: Extractor | None = None) -> None:
-        if extractor is not None and (not callable(extractor) or isinstance(extractor, type)):
-            raise TypeError(
-                f"`extractor` is {extractor!r}; pass an object such as `CLIPFeatures()`, or a function from a list of "
-                "images to a tensor."
-            )
-        self.extractor: Extractor = CLIPFeatures() if extractor is None else extractor
+class ExtractedSetReward(ExtractorReward, SetReward):
+    """Base class of set rewards with features of a model or a function, see [`ExtractorReward`]."""
 
     def features(self, images: list[Image.Image], prompts: list[str], **columns: Any) -> Tensor:
         return self.extractor(images)
-
-    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Self:
-        """Set the device of the extractor if it is a [`FeatureModel`], and its dtype unless it has its own."""
-        if isinstance(self.extractor, FeatureModel):
-            self.extractor.to(device, dtype)
-        return self
-
-    def release(self) -> None:
-        """Move the extractor to the CPU if it is a [`FeatureModel`] with `offload`."""
-        if isinstance(self.extractor, FeatureModel):
-            self.extractor.release()
 
 
 class VendiDiversity(ExtractedSetReward):
@@ -101,7 +70,7 @@ class ReferenceSetReward(ExtractedSetReward):
             At least two images, or texts (with an extractor that has features of texts, such as [`CLIPFeatures`]), or
             their features.
         extractor (`Callable`, *optional*):
-            See [`ExtractedSetReward`]. Defaults to `CLIPFeatures()`.
+            See [`ExtractorReward`]. Defaults to `CLIPFeatures()`.
 
     Raises:
         `TypeError`: If `reference` is none of these.
@@ -162,6 +131,8 @@ class MMDReward(ReferenceSetReward):
             their features.
         extractor (`Callable`, *optional*):
             See [`VendiDiversity`]. Defaults to `CLIPFeatures()`.
+
+    The bandwidth of the kernel is the median distance between two members of the reference.
     """
 
     def credit(self, features: Tensor, groups: Tensor) -> Tensor:

@@ -8,9 +8,10 @@ from typing import Any, Literal
 
 from .call_log import LOG_KEYWORDS
 from .frame_reward import FrameReward
+from .learning_reward import LearningReward
 from .model_reward import ModelReward
 from .parameters import accepts, call_signature
-from .protocol import RewardFunc, reward_scope
+from .protocol import Learner, RewardFunc, find_learner, reward_scope
 from .remote import RemoteReward
 from .set_reward import SetReward
 
@@ -60,9 +61,12 @@ def check_signatures(
             f"It is called with the keywords {_quote([*given, *LOG_KEYWORDS])} and "
             f"the columns of `{dataset}` ({_quote(others) if others else 'it has only `prompt`'})."
         )
+        if (learner := find_learner(func)) is not None:
+            _check_update(learner, name, media, others, dataset)
         given += others
         if isinstance(func, SetReward):
             given.remove("groups")
+        if isinstance(func, SetReward | LearningReward):
             _check_parameters(func.features, f"`{name}.features`", given, LOG_KEYWORDS, shown)
             continue
         _check_parameters(func, f"Reward `{name}`", given, LOG_KEYWORDS, shown)
@@ -75,6 +79,19 @@ def check_signatures(
                 f"`columns` of the remote reward `{name}` asks for {_quote(missing)}, which `{dataset}` does not "
                 f"have. {_nearest(missing, others)}It has the columns {_quote(columns)}."
             )
+
+
+def _check_update(learner: Learner, name: str, media: str, others: Sequence[str], dataset: str) -> None:
+    """Refuse a reward that learns whose `update` could not be called."""
+    given = ["features" if isinstance(learner, LearningReward) else media, "rewards", "trainer_state"]
+    if taken := [column for column in others if column in given]:
+        raise ValueError(
+            f"`{dataset}` has a column {_quote(taken)}, and `{name}.update` gets something else by that name. Rename "
+            "the column."
+        )
+    optional = ["prompts", "log_metric", *others]
+    shown = f"It is called with the keywords {_quote(given)}, and with {_quote(optional)} where it accepts them."
+    _check_parameters(learner.update, f"`{name}.update`", given, optional, shown)
 
 
 def _check_parameters(

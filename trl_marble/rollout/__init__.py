@@ -6,6 +6,7 @@ from .halves import split_prompts
 from .layout import BatchLayout, Position
 from .progress_meter import BaseImageSettings, ProgressMeter
 from .reward_failures import FailurePolicy, count_failures
+from .reward_learning import RewardLearning
 from .reward_logs import average_logged
 from .sampler import RolloutSampler, SampleBatch, Samples
 from .set_scores import SetImages
@@ -18,6 +19,7 @@ __all__ = [
     "FailurePolicy",
     "Position",
     "ProgressMeter",
+    "RewardLearning",
     "RolloutBatch",
     "RolloutRecord",
     "RolloutSampler",

@@ -158,7 +158,8 @@ def _score_features(
         answer = _nothing(len(scorer), 0)
         if shown:
             columns = {name: [values[i] for i in shown] for name, values in own.columns.items()}
-            pending = scorer.submit_features([own.images[i] for i in shown], prompts, columns, trainer_state)
+            images = [own.images[i] for i in shown]
+            pending = scorer.submit_features(images, prompts, columns, trainer_state, scorer.by_features)
             features, answer = scorer.collect_features(pending)
             failures.raise_failures(answer.errors)
     parts = [spread_over_batch([answer], own.finite, len(scorer))]

@@ -30,8 +30,10 @@ from .layout import BatchLayout
 from .progress_meter import ProgressMeter
 from .resampling import OtherPrompts, find_silent_groups
 from .reward_failures import count_failures
+from .reward_learning import RewardLearning
 from .reward_logs import average_logged
 from .sampler import RolloutSampler, Samples
+from .set_scores import SetImages
 
 
 @dataclass(frozen=True)
@@ -124,6 +126,8 @@ class RolloutSource:
             From the column `source` of the samples of all processes, where there is one, and which of them can be
             trained on `[B]`, to a row for each teacher `[T, B]`: 1 where it applies, and NaN elsewhere. The rows
             follow those of the advantages. By default there are no teachers.
+        learning ([`RewardLearning`], *optional*):
+            Lets rewards learn from each generation batch once its advantages are computed.
     """
 
     def __init__(
@@ -140,12 +144,14 @@ class RolloutSource:
         progress_meter: ProgressMeter | None = None,
         choose_window: Callable[[int], SDEWindow | None] | None = None,
         assign_teachers: Callable[[Sequence[str] | None, Tensor], Tensor] | None = None,
+        learning: RewardLearning | None = None,
     ) -> None:
         self.sampler, self.scorer, self.dataset = sampler, scorer, dataset
         self.layout, self.settings = layout, settings
         self.compute_advantages, self.compare_with_sum = compute_advantages, compare_with_sum
         self.accelerator, self.metrics, self.progress_meter = accelerator, metrics, progress_meter
         self.choose_window, self.assign_teachers = choose_window, assign_teachers
+        self.learning = learning
         self.together = sampler.together
         self._silent_rewards: set[str] = set()
 
@@ -176,9 +182,14 @@ class RolloutSource:
         return None if self.progress_meter is None else self.progress_meter.weights
 
     def commit(self) -> None:
-        """Keep what the latest generation batch has found out of the progress, once an optimizer step has used it."""
+        """
+        Keep what the latest generation batch has found out of the progress, and what rewards have learned from it,
+        once an optimizer step has used it.
+        """
         if self.progress is not None:
             self.progress.commit()
+        if self.learning is not None:
+            self.learning.commit()
 
     # ---- Sampled now ----
 
@@ -202,6 +213,9 @@ class RolloutSource:
         own = self.layout.own_samples(self.accelerator.process_index)
         meter = self.progress_meter
         sde = None if self.choose_window is None else self.choose_window(generation)
+        if self.learning is not None:
+            with self.together.phase():
+                self.learning.roll_back()
         rows = self._read(row_numbers)
         prompt_ids = (
             None if meter is None else meter.prepare(row_numbers, rows.prompts, rows.images, trainer_state, sde)
@@ -233,6 +247,18 @@ class RolloutSource:
             rows.prompts, conditioning, digest, prompt_index, own, samples, rewards, taught, groups, generation
         )
         batch.replaced = {place: row for place, row in replaced.items() if place in own}
+        if self.learning is not None:
+            images = SetImages(
+                samples.images,
+                rows.prompts,
+                rows.columns,
+                list(own),
+                groups[own.start : own.stop].tolist(),
+                samples.finite,
+            )
+            logged = self.learning.update(images, samples.scores.rewards, trainer_state)
+            for name, mean in average_logged(logged).items():
+                self.metrics.record(name, mean)
         return batch, RolloutRecord(rows.prompts, samples.images, samples.scores, rewards, sources)
 
     def _read(self, row_numbers: Sequence[int]) -> "_Rows":

@@ -23,6 +23,7 @@ from ..balance import (
     weighted_sum_weights,
 )
 from ..checkpoint.run_state import base_fingerprint
+from ..checkpoint.tensor_tree import copy_tree
 from ..data import RepeatPromptSampler
 from ..evaluation.policy_evaluation import PolicyEvaluator
 from ..evaluation.prompt_sets import evaluation_sets, set_label
@@ -54,6 +55,7 @@ from ..rollout import (
     BatchLayout,
     FailurePolicy,
     ProgressMeter,
+    RewardLearning,
     RolloutSampler,
     RolloutSettings,
     RolloutSource,
@@ -107,8 +109,9 @@ def build_scorers(reward_funcs: Any, eval_reward_funcs: Any, args: MarbleConfig)
 
     Raises:
         `ValueError`: If `reward_weights`, `reward_priorities`, `reward_targets` or `reward_bounds` does not have one
-            value per reward, a held-out reward is trained on, or `progress_base_images` or `resample_silent_prompts`
-            does not fit a reward that compares images.
+            value per reward, a held-out reward is trained on or learns, a reward learns whose progress would be
+            measured, or `progress_base_images` or `resample_silent_prompts` does not fit a reward that compares
+            images.
     """
     # An empty list is refused by the scorer; without teachers so is `None`, which is said later.
     scorer = NoRewards() if reward_funcs is None else RewardScorer(reward_funcs, args.reward_timeout)
@@ -130,6 +133,13 @@ def build_scorers(reward_funcs: Any, eval_reward_funcs: Any, args: MarbleConfig)
             f"`progress_base_images={args.progress_base_images}` and `num_generations={args.num_generations}` differ, "
             f"and what a reward that compares images says, such as `{sets[0]}`, depends on how many it compares. Set "
             f"`progress_base_images={args.num_generations}`."
+        )
+    if scorer.learners and args.multi_objective_aggregation == "progress":
+        learner = scorer.names[next(iter(scorer.learners))]
+        raise ValueError(
+            f"`multi_objective_aggregation='progress'` compares scores with those of the base model's images from the "
+            f"start of the run, and the reward `{learner}` learns: its scores then and now are not of one reward. Use "
+            "'marble' or another aggregation, or leave the reward out."
         )
     for name, scope in zip(scorer.names, scorer.scopes, strict=True):
         if scope == "batch" and args.resample_silent_prompts:
@@ -241,6 +251,11 @@ def check_evaluation_prompts(
     flow: FlowPipeline, scorers: Sequence[RewardScorer], prompts: Dataset, name: str | None
 ) -> bool:
     """See that rewards can score a prompt set; whether the pipeline edits its images."""
+    if not any(scorer.fixed_names for scorer in scorers):
+        raise ValueError(
+            f"There is nothing to evaluate on {set_label(name)}: all rewards learn ({', '.join(scorers[0].names)}), "
+            "and evaluations leave those out. Pass `eval_reward_funcs`, or no `eval_dataset`."
+        )
     edits = edits_images(flow, prompts, set_label(name))
     for scorer in scorers:
         check_signatures(scorer.funcs, scorer.names, flow.family.output, prompts.column_names, set_label(name))
@@ -391,6 +406,7 @@ def build_source(
         meter,
         functools.partial(loss.window, num_steps=args.num_inference_steps, seed=args.seed),
         functools.partial(assign_teachers, teachers) if teachers else None,
+        RewardLearning(scorer, sampler.together, copy_tree) if scorer.learners else None,
     )
 
 

@@ -148,7 +148,7 @@ class MarbleNFTTrainer(WithoutPredictions, ObservedTrainer):
         self.scorers = construction.build_scorers(reward_funcs, eval_reward_funcs, args)
         self.scorer = self.scorers[0]
         self.teachers = read_teachers(teachers, train_dataset, self.scorer.names, args)
-        names = [*self.scorer.names, *self.held_out_names]
+        names = [name for scorer in self.scorers for name in scorer.fixed_names]
         check_best_metric(args.metric_for_best_model, names, eval_dataset, args.eval_on_start)
         set_seed(args.seed)  # the adapter is initialized here, before `Trainer` sets the seed
         self.pipeline = load_pipeline(pipeline)
@@ -203,7 +203,7 @@ class MarbleNFTTrainer(WithoutPredictions, ObservedTrainer):
         )
         identity = frozen | describe_run(self.flow, self.scorer, self.source_weights)
         division = BatchDivision(args.world_size, self.layout)
-        parts = self.schedule, self.rollouts.progress, self.update.kl_control, self.base_evaluations
+        parts = self.schedule, self.rollouts, self.update.kl_control, self.base_evaluations
         self.run_state = RunState(self.weights, *parts, identity, division)
         self.evaluator = construction.build_evaluator(
             self.flow, self.scorers, self.accelerator, self.together, self.progress, args

@@ -9,9 +9,14 @@ from torch import Tensor
 
 from ..checkpoint.division import BatchDivision
 from ..checkpoint.run_state import load_identity, load_state, save_state
+from ..checkpoint.tensor_tree import load_tree, save_tree
 from ..nonfinite import refuse_nonfinite
 from ..pipelines import FlowPipeline, PolicyWeights
 from ..rewards import RewardScorer
+from ..rollout import RolloutSource
+
+
+REWARDS_FILE = "reward_states.safetensors"
 
 
 class Stateful(Protocol):
@@ -33,8 +38,8 @@ class RunState:
             The weights of the policy.
         balance ([`~trl_marble.balance.BalanceSchedule`]):
             The balance.
-        progress ([`~trl_marble.balance.ProgressWeights`] or `None`):
-            The progress of the rewards, where the run has weights from it.
+        rollouts ([`~trl_marble.rollout.RolloutSource`]):
+            Has the progress of the rewards, where the run has weights from it, and the rewards that learn.
         kl_control ([`~trl_marble.update.KLControl`] or `None`):
             What adapts `beta`, where something does.
         base_evaluations ([`~trl_marble.evaluation.base_evaluations.BaseEvaluations`]):
@@ -49,16 +54,17 @@ class RunState:
         self,
         weights: PolicyWeights,
         balance: Stateful,
-        progress: Stateful | None,
+        rollouts: RolloutSource,
         kl_control: Stateful | None,
         base_evaluations: Stateful,
         identity: dict[str, Any],
         division: BatchDivision,
     ) -> None:
         self.weights, self.identity, self.division = weights, identity, division
+        self.learning = rollouts.learning
         components = {
             "balance": balance,
-            "progress": progress,
+            "progress": rollouts.progress,
             "kl_control": kl_control,
             "base_evaluations": base_evaluations,
         }
@@ -69,15 +75,18 @@ class RunState:
         """Write to a checkpoint folder."""
         states = {name: component.state_dict() for name, component in self.components.items()}
         save_state(folder, {**self.weights.state_dict(), **states}, self.identity | self.division.to_json())
+        if self.learning is not None:
+            save_tree(folder / REWARDS_FILE, self.learning.state_dict(), "the rewards")
 
     def load(self, folder: Path) -> None:
         """
         Take over what [`~RunState.save`] wrote, see [`~trl_marble.checkpoint.run_state.load_state`].
 
         Raises:
-            `ValueError`: If it belongs to another run.
+            `ValueError`: If it belongs to another run, or other rewards learn.
         """
         groups = load_state(folder, self.identity)
+        learned = self._read_rewards(folder)
         self.division.check_continues(BatchDivision.from_json(load_identity(folder)), folder)
         # A checkpoint of a run that did not sample apart has no weights for it.
         kinds = {kind: kind if kind in groups else "current" for kind in self.weights.state_dict()}
@@ -85,6 +94,19 @@ class RunState:
         for name, component in self.components.items():
             if name in groups:
                 component.load_state_dict(groups[name])
+        if self.learning is not None:
+            self.learning.load_state_dict(learned)
+
+    def _read_rewards(self, folder: Path) -> dict[str, Any]:
+        """The states of the rewards that learn."""
+        saved = load_tree(folder / REWARDS_FILE) if (folder / REWARDS_FILE).is_file() else {}
+        names = [] if self.learning is None else self.learning.names
+        if saved.keys() != set(names):
+            raise ValueError(
+                f"In `{folder}` the rewards that learn are {sorted(saved)}, in this run {sorted(names)}. Resume with "
+                "the rewards that the checkpoint was trained with, or start anew without `resume_from_checkpoint`."
+            )
+        return saved
 
     def refuse_nonfinite(self) -> None:
         """
