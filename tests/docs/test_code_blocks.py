@@ -10,7 +10,8 @@ from little_hub import little_hub
 PAGES = [page for page in pages() if read_blocks(page)]
 # Pages whose blocks take more than a few seconds. The README's do so too, and always run.
 LONG = {
-    f"docs/{name}.md" for name in "cli evaluation gpu hub quickstart reproducing scaling step_cost trainer".split()
+    f"docs/{name}.md"
+    for name in "cli distillation evaluation gpu hub quickstart reproducing scaling step_cost trainer".split()
 }
 assert set(PAGES) >= LONG
 
