@@ -90,7 +90,7 @@ def make_app(folder: VoteFolder, token: str) -> FastAPI:
         """A group without a vote, and how many have one. Several people get different groups, as long as there are."""
         groups = folder.shown()
         waiting = [group for group, content in groups.items() if not content["voted"]]
-        answer = {"done": len(groups) - len(waiting), "total": len(groups), "group": None}
+        answer: dict[str, Any] = {"done": len(groups) - len(waiting), "total": len(groups), "group": None}
         if waiting:
             chosen = min(waiting, key=lambda group: shown_times[group])
             shown_times[chosen] += 1
