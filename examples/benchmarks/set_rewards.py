@@ -100,7 +100,7 @@ def gains_table(base: EvaluationResults, found: dict[str, list[EvaluationResults
         }
         worst = min(gain for name, gain in gains.items() if name != "VendiDiversity")
         vendi = np.mean([each.table["VendiDiversity"].mean() for each in results])
-        kl = np.mean([each.table["kl"].mean() for each in results])
+        kl = np.mean([each.table["kl"].mean() if "kl" in each.table else 0.0 for each in results])  # the base has none
         table.add_row(
             variant, *(f"{gain:+.2f}" for gain in gains.values()), f"{worst:+.2f}", f"{vendi:.3f}", f"{kl:.3f}"
         )

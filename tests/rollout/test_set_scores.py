@@ -1,6 +1,7 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
 """Rewards that compare images are asked about whole sets, once all images are there."""
 
+import asyncio
 import functools
 import math
 
@@ -133,6 +134,19 @@ def test_a_failure_raises_or_is_masked(where) -> None:
     assert len(scores.errors) == 1
 
 
+def test_async_rewards_and_time_limits_are_as_for_any_reward() -> None:
+    async def waits(images, groups, **kwargs):
+        await asyncio.sleep(60 if slow else 0)
+        return groups
+
+    waits.scope, slow = "group", False
+    assert ask([waits], images_of(1, 2, 3, 4)).rewards[0, :3].tolist() == [7, 7, 3]
+    slow = True
+    with pytest.raises(RewardError, match=r"no answer after 0.1 seconds \(`reward_timeout`\)"):
+        ask([waits], images_of(1, 2), timeout=0.1)
+    assert ask([waits, Rank("group")], images_of(1, 2, 3, 4), "mask", 0.5).failed[0, :3].all()
+
+
 def test_features_must_be_one_row_per_image_and_finite() -> None:
     class Wrong(Spread):
         def features(self, images, prompts, **kwargs):
@@ -165,6 +179,10 @@ def test_scope_and_center_are_attributes() -> None:
     assert reward_center(Rank("batch", center="group")) == "group"
     with pytest.raises(ValueError, match=r"`Rank` has the attribute `scope = 'prompt'`; it must be one of 'image'"):
         RewardScorer(Rank("prompt"))
+    single = Spread()
+    single.scope = "image"
+    with pytest.raises(ValueError, match=r"`Spread` is a `SetReward` with `scope = 'image'`"):
+        RewardScorer(single)
     with pytest.raises(ValueError, match=r"`Rank` has the attribute `center = 'image'`; it must be one of 'group'"):
         reward_center(Rank("group", center="image"))
 

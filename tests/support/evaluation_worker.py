@@ -13,8 +13,8 @@ import torch
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import one_evaluator  # noqa: E402
-from evaluation_helpers import bright as brightness  # noqa: E402
 from evaluation_helpers import Unusual, prompt_set, rank_in_prompt, red_only, small_evaluation  # noqa: E402
+from evaluation_helpers import bright as brightness  # noqa: E402
 from tiny import tiny_sd3  # noqa: E402
 
 from trl_marble.evaluation import evaluate_pipeline  # noqa: E402

@@ -17,6 +17,7 @@ from ..media import Sample, to_rgb, to_tensor
 from .call_log import LOG_KEYWORDS, CallLog, LogKey, join_extras
 from .extractor_reward import ExtractorReward
 from .frame_reward import FrameReward
+from .learning_reward import LearningReward
 from .model_reward import ModelReward
 from .parameters import accepts, accepts_log_function, call_signature
 from .protocol import (
@@ -164,6 +165,11 @@ class RewardScorer:
         self.funcs = validate_reward_funcs(reward_funcs)
         self.names = reward_names(self.funcs)
         self.scopes = [reward_scope(func) for func in self.funcs]
+        for row in self.by_features:
+            if self.scopes[row] == "image":
+                raise ValueError(
+                    f"Reward `{self.names[row]}` is a `SetReward` with `scope = 'image'`; set 'group' or 'batch'."
+                )
         found = {row: find_learner(func) for row, func in enumerate(self.funcs)}
         self.learners = {row: learner for row, learner in found.items() if learner is not None}
         self.timeout = timeout
@@ -181,9 +187,9 @@ class RewardScorer:
         return torch.tensor([scope != "image" for scope in self.scopes])
 
     @property
-    def by_features(self) -> list[int]:
-        """Which rewards are a [`SetReward`], of which features are gathered instead of images."""
-        return [row for row, func in enumerate(self.funcs) if isinstance(func, SetReward)]
+    def by_features(self) -> dict[int, SetReward]:
+        """Those that are a [`SetReward`], of which features are gathered instead of images, by their numbers."""
+        return {row: func for row, func in enumerate(self.funcs) if isinstance(func, SetReward)}
 
     @property
     def fixed_names(self) -> list[str]:
@@ -227,17 +233,15 @@ class RewardScorer:
         prompts: list[str],
         columns: dict[str, list],
         trainer_state: Any,
-        rows: Sequence[int],
+        asked: Mapping[int, SetReward] | Mapping[int, LearningReward],
     ) -> PendingScores:
         """
-        Start to compute the features for some rewards, each a [`SetReward`] or a [`LearningReward`], given by their
-        number. For the other arguments see [`submit`].
+        Start to compute the features for some rewards, by their numbers. For the other arguments see [`submit`].
         """
         calls = [
-            self._call(row, self.funcs[row].features, samples, prompts, columns, trainer_state, {})  # type: ignore[attr-defined]
-            for row in rows
+            self._call(row, func.features, samples, prompts, columns, trainer_state, {}) for row, func in asked.items()
         ]
-        return PendingScores([future for future, _ in calls], list(prompts), [log for _, log in calls], list(rows))
+        return PendingScores([future for future, _ in calls], list(prompts), [log for _, log in calls], list(asked))
 
     def submit_credit(self, row: int, features: Tensor, groups: Tensor, prompts: list[str]) -> PendingScores:
         """
@@ -253,9 +257,9 @@ class RewardScorer:
             prompts (`list[str]`):
                 Their prompts, for messages.
         """
-        credit = self.funcs[row].credit  # type: ignore[attr-defined]
         log = CallLog(len(prompts))
-        future = self._start(credit, self.names[row], {"features": features, "groups": groups}, log)
+        kwargs = {"features": features, "groups": groups}
+        future = self._start(self.by_features[row].credit, self.names[row], kwargs, log)
         return PendingScores([future], prompts, [log], [row])
 
     def update(
@@ -373,7 +377,8 @@ class RewardScorer:
             [`RewardError`]: If a reward returned something that is not one row of features per image.
         """
         self._wait(pending, deadline)
-        features, failed = [], torch.zeros(len(self), len(pending.prompts), dtype=torch.bool)
+        features: list[Tensor | None] = []
+        failed = torch.zeros(len(self), len(pending.prompts), dtype=torch.bool)
         errors: list[RewardError] = []
         for row, future in zip(pending.rows, pending.futures, strict=True):
             own, failed[row], own_errors = self._read_features(future, self.names[row], pending.prompts)

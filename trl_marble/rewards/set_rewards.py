@@ -38,7 +38,9 @@ class VendiDiversity(ExtractedSetReward):
 
     Args:
         extractor (`Callable`, *optional*):
-            See [`ExtractorReward`]. Only the directions of features count. Defaults to `CLIPFeatures()`.
+            From a list of N images to features, a tensor of shape `[N, D]`: a [`FeatureModel`] such as
+            [`CLIPFeatures`] and [`DINOv2Features`], or a function. Only the directions of features count. Defaults to
+            `CLIPFeatures()`.
 
     Example:
 
@@ -119,16 +121,16 @@ class MMDReward(ReferenceSetReward):
     """
     Minus the squared maximum mean discrepancy between the images of a generation batch and a reference set, with a
     Gaussian kernel (as CMMD, https://huggingface.co/papers/2401.09603): 0 if they have the same distribution. It needs
-    no covariance, so it is the one for small batches. For the equation see `squared_mmd` in
+    no covariance, so it is the one for small batches. The bandwidth of the kernel is the median distance between two
+    members of the reference. For the equation see `squared_mmd` in
     `trl_marble/rewards/set_values.py`.
 
     Args:
         reference (`list[PIL.Image.Image]`, `list[str]` or `Tensor` of shape `[M, D]`):
-            See [`ReferenceSetReward`].
+            At least two images, or texts (with an extractor that has features of texts, such as [`CLIPFeatures`]), or
+            their features.
         extractor (`Callable`, *optional*):
-            See [`ExtractorReward`]. Defaults to `CLIPFeatures()`.
-
-    The bandwidth of the kernel is the median distance between two members of the reference.
+            See [`VendiDiversity`]. Defaults to `CLIPFeatures()`.
     """
 
     def credit(self, features: Tensor, groups: Tensor) -> Tensor:
@@ -145,16 +147,16 @@ class FrechetReward(ReferenceSetReward):
 
     Args:
         reference (`list[PIL.Image.Image]`, `list[str]` or `Tensor` of shape `[M, D]`):
-            See [`ReferenceSetReward`].
+            See [`MMDReward`].
         extractor (`Callable`, *optional*):
-            See [`ExtractorReward`]. Defaults to `CLIPFeatures()`.
+            See [`VendiDiversity`]. Defaults to `CLIPFeatures()`.
         num_components (`int`, *optional*, defaults to `64`):
             Number of principal components, at most; fewer than images in a generation batch.
         smoothing (`float`, *optional*, defaults to `0.01`):
             Variance of the noise, as a fraction of the mean variance of the reference's components.
 
     Raises:
-        `ValueError`: If `num_components` or `smoothing` is not positive, and as [`ReferenceSetReward`].
+        `ValueError`: If `num_components` or `smoothing` is not positive, and for a reference that is none.
     """
 
     def __init__(
