@@ -2,7 +2,7 @@
 """Serves a scorer that runs in an environment of its own, with the reward server of trl_marble.
 
 ```bash
-python examples/reward_servers/serve.py hpsv3.py --python envs/hpsv3/bin/python --port 8101
+python examples/reward_servers/serve.py hps_v3.py --python envs/hpsv3/bin/python --port 8101
 ```
 
 Run it in the environment of trl_marble, which needs the extra `server`. `README.md` says how to make that of each
@@ -96,7 +96,7 @@ class ScorerProcess:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("scorer", help="a file of this folder, such as hpsv3.py, or the path of another one")
+    parser.add_argument("scorer", help="a file of this folder, such as hps_v3.py, or the path of another one")
     parser.add_argument("--python", required=True, help="the Python of the scorer's environment")
     parser.add_argument("--path", help="the folder of the scorer's repository, where that is no package")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on; default: %(default)s")

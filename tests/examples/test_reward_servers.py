@@ -26,7 +26,7 @@ class Number(float):
         return float(self)
 """
 STAND_INS = {
-    "hpsv3.py": {
+    "hps_v3.py": {
         "torch.py": TORCH,
         "hpsv3/__init__.py": "",
         "hpsv3/inference.py": """
@@ -162,7 +162,7 @@ def served(tmp_path, monkeypatch):
 
 
 def test_hpsv3(served):
-    with served("hpsv3.py") as remote:
+    with served("hps_v3.py") as remote:
         assert remote(images=[picture(5), picture(9)], prompts=["ab", ""]) == [7.0, 9.0]
         assert remote(images=[picture(1)], prompts=["c"]) == [2.0]  # the process goes on
 

@@ -123,16 +123,21 @@ def test_a_resumed_run_equals_the_uninterrupted_one(uninterrupted, tmp_path, ste
     assert resumed.scorer.funcs[0].updates == 3
 
 
-def test_what_was_learned_from_a_batch_that_no_step_has_used_is_not_saved(uninterrupted, tmp_path):
-    """The second update fails half done: the checkpoint has the state before it."""
-    trainer = small_trainer(tmp_path, [Counting(fails_at=1), Novelty(), adversarial()], max_steps=5, **SETTINGS)
+def test_what_was_learned_from_a_batch_that_no_step_has_used_is_not_saved(tmp_path):
+    """The second update fails half done: the checkpoint that is saved then has the state before it."""
+    settings = SETTINGS | {"save_steps": 5, "max_steps": 5}
+    trainer = small_trainer(tmp_path, [Novelty(), adversarial(), Counting(fails_at=1)], **settings)
     with pytest.raises(RewardError, match=r"`Counting.update` raised OSError: disk on fire"):
         trainer.train()
-    trainer = small_trainer(tmp_path, [Counting(), Novelty(), adversarial()], max_steps=5, **SETTINGS)
+    assert [folder.name for folder in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
+    trainer = small_trainer(tmp_path, [Novelty(), adversarial(), Counting()], **settings)
     trainer.train(resume_from_checkpoint=True)
-    assert trainer.scorer.funcs[0].updates == 3
-    for name, value in final_state(uninterrupted).items():
-        assert torch.equal(final_state(trainer)[name], value), name
+    assert trainer.scorer.funcs[2].updates == 3
+    whole = small_trainer(tmp_path / "whole", [Novelty(), adversarial(), Counting()], **settings)
+    whole.train()
+    state = final_state(trainer)
+    for name, value in final_state(whole).items():
+        assert torch.equal(state[name], value), name
 
 
 def test_a_checkpoint_is_of_a_run_with_the_same_learning_rewards(uninterrupted, tmp_path):

@@ -17,6 +17,7 @@ from ..media import Sample, to_rgb, to_tensor
 from .call_log import LOG_KEYWORDS, CallLog, LogKey, join_extras
 from .extractor_reward import ExtractorReward
 from .frame_reward import FrameReward
+from .learning_reward import LearningReward
 from .model_reward import ModelReward
 from .parameters import accepts, accepts_log_function, call_signature
 from .protocol import (
@@ -232,17 +233,15 @@ class RewardScorer:
         prompts: list[str],
         columns: dict[str, list],
         trainer_state: Any,
-        rows: Sequence[int],
+        asked: Mapping[int, SetReward] | Mapping[int, LearningReward],
     ) -> PendingScores:
         """
-        Start to compute the features for some rewards, each a [`SetReward`] or a [`LearningReward`], given by their
-        number. For the other arguments see [`submit`].
+        Start to compute the features for some rewards, by their numbers. For the other arguments see [`submit`].
         """
         calls = [
-            self._call(row, self.funcs[row].features, samples, prompts, columns, trainer_state, {})  # type: ignore[attr-defined]
-            for row in rows
+            self._call(row, func.features, samples, prompts, columns, trainer_state, {}) for row, func in asked.items()
         ]
-        return PendingScores([future for future, _ in calls], list(prompts), [log for _, log in calls], list(rows))
+        return PendingScores([future for future, _ in calls], list(prompts), [log for _, log in calls], list(asked))
 
     def submit_credit(self, row: int, features: Tensor, groups: Tensor, prompts: list[str]) -> PendingScores:
         """

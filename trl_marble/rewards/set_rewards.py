@@ -131,8 +131,6 @@ class MMDReward(ReferenceSetReward):
             their features.
         extractor (`Callable`, *optional*):
             See [`VendiDiversity`]. Defaults to `CLIPFeatures()`.
-
-    The bandwidth of the kernel is the median distance between two members of the reference.
     """
 
     def credit(self, features: Tensor, groups: Tensor) -> Tensor:

@@ -136,9 +136,9 @@ class RewardLearning:
         prompts = [own.prompts[i] for i in shown]
         columns = {name: [values[i] for i in shown] for name, values in own.columns.items()}
         images = [own.images[i] for i in shown]
-        rows = [row for row, learner in self.scorer.learners.items() if isinstance(learner, LearningReward)]
-        sends_images = len(rows) < len(self.scorer.learners)
-        pending = self.scorer.submit_features(images, prompts, columns, trainer_state, rows)
+        asked = {row: learner for row, learner in self.scorer.learners.items() if isinstance(learner, LearningReward)}
+        sends_images = len(asked) < len(self.scorer.learners)
+        pending = self.scorer.submit_features(images, prompts, columns, trainer_state, asked)
         features, answer = self.scorer.collect_features(pending)
         self.scorer.release()
         for error in answer.errors:
@@ -148,7 +148,7 @@ class RewardLearning:
             _Seen(
                 own.numbers[i],
                 images[place] if sends_images else None,
-                {row: part[place] for row, part in zip(rows, features, strict=True) if part is not None},
+                {row: part[place] for row, part in zip(asked, features, strict=True) if part is not None},
                 {
                     name: None if value != value else value  # NaN
                     for name, value in zip(self.scorer.names, rewards[:, i].tolist(), strict=True)

@@ -159,7 +159,7 @@ def _score_features(
         if shown:
             columns = {name: [values[i] for i in shown] for name, values in own.columns.items()}
             images = [own.images[i] for i in shown]
-            pending = scorer.submit_features(images, prompts, columns, trainer_state, list(scorer.by_features))
+            pending = scorer.submit_features(images, prompts, columns, trainer_state, scorer.by_features)
             features, answer = scorer.collect_features(pending)
             failures.raise_failures(answer.errors)
     parts = [spread_over_batch([answer], own.finite, len(scorer))]

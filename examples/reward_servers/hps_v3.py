@@ -1,5 +1,8 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
-"""HPSv3 (https://github.com/MizzenAI/HPSv3): human preference for an image and its prompt."""
+"""
+HPSv3 (https://github.com/MizzenAI/HPSv3): human preference for an image and its prompt. (This file must not have the
+name of the package that it imports.)
+"""
 
 import torch
 from hpsv3.inference import HPSv3RewardInferencer
