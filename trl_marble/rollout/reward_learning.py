@@ -136,7 +136,8 @@ class RewardLearning:
         prompts = [own.prompts[i] for i in shown]
         columns = {name: [values[i] for i in shown] for name, values in own.columns.items()}
         images = [own.images[i] for i in shown]
-        asked = {row: learner for row, learner in self.scorer.learners.items() if isinstance(learner, LearningReward)}
+        learners = self.scorer.learners.items()
+        asked: dict[int, LearningReward] = {row: each for row, each in learners if isinstance(each, LearningReward)}
         sends_images = len(asked) < len(self.scorer.learners)
         pending = self.scorer.submit_features(images, prompts, columns, trainer_state, asked)
         features, answer = self.scorer.collect_features(pending)
