@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from .learning_reward import LearningReward
 from .loading import load_reward
 from .parameters import call_signature
 from .reward_value import to_number
@@ -175,7 +176,7 @@ def reward_center(func: RewardFunc) -> Center:
     return _attribute(func, "center", default, get_args(Center))
 
 
-def find_learner(func: RewardFunc) -> Learner | None:
+def find_learner(func: RewardFunc) -> Learner | LearningReward | None:
     """
     The object that learns, where a reward does: it has the method `update`.
 

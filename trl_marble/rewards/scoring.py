@@ -156,7 +156,7 @@ class RewardScorer:
     Attributes:
         names (`list[str]`): The unique name of each reward.
         scopes (`list[str]`): What a score of each reward depends on, see [`RewardFunc`].
-        learners (`dict[int, Learner]`): The rewards that learn, by their number.
+        learners (`dict[int, Learner | LearningReward]`): The rewards that learn, by their number.
     """
 
     def __init__(
