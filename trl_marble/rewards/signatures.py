@@ -81,7 +81,9 @@ def check_signatures(
             )
 
 
-def _check_update(learner: Learner, name: str, media: str, others: Sequence[str], dataset: str) -> None:
+def _check_update(
+    learner: Learner | LearningReward, name: str, media: str, others: Sequence[str], dataset: str
+) -> None:
     """Refuse a reward that learns whose `update` could not be called."""
     given = ["features" if isinstance(learner, LearningReward) else media, "rewards", "trainer_state"]
     if taken := [column for column in others if column in given]:
