@@ -55,6 +55,7 @@ FOREIGN = {
     "rich.table.Table": "https://rich.readthedocs.io/en/stable/reference/table.html#rich.table.Table",
     "torch.Tensor": "https://docs.pytorch.org/docs/stable/tensors.html#torch.Tensor",
     "transformers.CLIPModel": f"{HUGGING_FACE}/transformers/model_doc/clip#transformers.CLIPModel",
+    "transformers.Dinov2Model": f"{HUGGING_FACE}/transformers/model_doc/dinov2#transformers.Dinov2Model",
     "transformers.CLIPTokenizer": f"{HUGGING_FACE}/transformers/model_doc/clip#transformers.CLIPTokenizer",
     "transformers.Trainer": f"{HUGGING_FACE}/transformers/main_classes/trainer#transformers.Trainer",
     "transformers.Trainer.push_to_hub": (

@@ -52,7 +52,10 @@ class Endpoint:
             def log_message(self, *args):
                 pass
 
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        class Server(ThreadingHTTPServer):
+            request_queue_size = 128  # the default of 5 resets connections that come at once
+
+        self.server = Server(("127.0.0.1", 0), Handler)
         self.server.handle_error = lambda *_: None  # clients go away here on purpose
         self.url = f"http://127.0.0.1:{self.server.server_port}/v1"
 

@@ -122,7 +122,9 @@ def measure_gains(
     gains, _, _ = gains_in_deviations(before, after, groups)
     counted = {name: values * math.nan if name in held_out else values for name, values in before.items()}
     _, worst, mean = gains_in_deviations(counted, after, groups)
-    joint = joint_gain(np.array(list(counted.values())), np.array([after[name] for name in before]), groups)
+    shape = len(before), len(groups)  # also of no rewards at all
+    tables = (np.reshape([rewards[name] for name in before], shape) for rewards in (counted, after))
+    joint = joint_gain(*tables, groups)
     return GainPoint(kl, gains, worst, mean, (joint.gain, joint.gain_error), (joint.fall, joint.fall_error))
 
 

@@ -251,7 +251,7 @@ def check_evaluation_prompts(
     flow: FlowPipeline, scorers: Sequence[RewardScorer], prompts: Dataset, name: str | None
 ) -> bool:
     """See that rewards can score a prompt set; whether the pipeline edits its images."""
-    if not any(scorer.fixed_names for scorer in scorers):
+    if scorers[0].learners and not any(scorer.fixed_names for scorer in scorers):
         raise ValueError(
             f"There is nothing to evaluate on {set_label(name)}: all rewards learn ({', '.join(scorers[0].names)}), "
             "and evaluations leave those out. Pass `eval_reward_funcs`, or no `eval_dataset`."
