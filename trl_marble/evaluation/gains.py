@@ -123,8 +123,8 @@ def measure_gains(
     counted = {name: values * math.nan if name in held_out else values for name, values in before.items()}
     _, worst, mean = gains_in_deviations(counted, after, groups)
     shape = len(before), len(groups)  # also of no rewards at all
-    tables = (np.reshape([rewards[name] for name in before], shape) for rewards in (counted, after))
-    joint = joint_gain(*tables, groups)
+    first, second = (np.reshape([rewards[name] for name in before], shape) for rewards in (counted, after))
+    joint = joint_gain(first, second, groups)
     return GainPoint(kl, gains, worst, mean, (joint.gain, joint.gain_error), (joint.fall, joint.fall_error))
 
 
