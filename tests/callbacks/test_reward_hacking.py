@@ -72,7 +72,7 @@ def test_a_hacked_run_stops_with_a_checkpoint_and_goes_on_when_resumed(tmp_path,
     assert resumed.state.global_step == step + 2
     again = [row for row in resumed.state.log_history if "eval_rewards/dark/mean" in row]
     assert again[0] == first and len(again) == step // 2 + 3  # one more at the start of the resumed run
-    assert said(caplog) == []  # was said before
+    assert not any("`dark` fell" in message for message in said(caplog))  # was said before
 
 
 def test_the_advice_is_about_the_setting_that_decides_the_drift(tmp_path):
