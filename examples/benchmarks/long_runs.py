@@ -60,7 +60,7 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 def planned_runs(args: argparse.Namespace) -> dict[str, list[Run]]:
     """The runs of each stage, the untrained pipeline first."""
-    few = ["weighted_sum@0.1", "progress@0.1"] if args.quick else None
+    few = ["weighted_sum@0.1", "progress@0.2"] if args.quick else None
     tuned, main = (args.entries or few or own for own in (LONG_TUNING, LONG_MAIN))
     tuning = [Run(TUNING, entry, LONG_RATE, TUNING_SEED, args.scale) for entry in tuned]
     # All methods with one seed first: what is finished can be looked at on the way.
