@@ -22,25 +22,23 @@ import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from evidence.runs import LONG, LONG_RATE, LONG_SETTINGS, MAIN, QUICK_LONG, QUICK_SIZES, SEEDS, Scale
+from evidence.other_rewards import HISTORY, evaluate_with, train_with
+from evidence.runs import LONG, QUICK_LONG, SEEDS, Scale
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from trl_marble import MarbleConfig, MarbleNFTTrainer
-from trl_marble.evaluation import EvaluationConfig, EvaluationResults, evaluate_pipeline
+from trl_marble.evaluation import EvaluationResults, gains_in_deviations
 from trl_marble.rewards import AdversarialReward, MMDReward
 from trl_marble.rollout.diversity import thumbnails
-from trl_marble.shapeworld import generate, load_pipeline, load_prompts, reward_funcs
+from trl_marble.shapeworld import generate, reward_funcs
 
 
 BASE, VARIANTS = "base", ("five", "six")
-EVALUATION_SEED = 0
 DRAWN, UNSEEN = 512, 256  # pictures that the reward learns from, and others for the distances
 
 
@@ -77,40 +75,10 @@ def measures(scale: Scale) -> list:
 
 def train(folder: Path, variant: str, seed: int, scale: Scale, kl_target: float) -> None:
     """Train one adapter, and save it in the folder."""
-    sizes = QUICK_SIZES if scale.quick else {}
-    settings: dict[str, Any] = LONG_SETTINGS | sizes | {"beta": 0.5, "kl_target": kl_target, "balance_every": 1}
-    config = MarbleConfig(
-        str(folder),
-        **settings,
-        learning_rate=LONG_RATE,
-        max_steps=scale.steps,
-        seed=seed,
-        use_cpu=True,
-        save_steps=10,
-        save_total_limit=1,
-        report_to="none",
-        log_images=False,
-        disable_tqdm=True,
-    )
     rewards = [*reward_funcs()]
     if variant == "six":
         rewards.append(AdversarialReward(drawn(16 if scale.quick else DRAWN, seed=0), layout, seed=seed))
-    trainer = MarbleNFTTrainer(load_pipeline(), rewards, args=config, train_dataset=load_prompts("train"))
-    trainer.train(resume_from_checkpoint="auto")
-    trainer.save_model()
-    (folder / "history.json").write_text(json.dumps(trainer.state.log_history))
-
-
-def evaluate(folder: Path, adapter: Path | None, scale: Scale) -> EvaluationResults:
-    """Score an adapter, or the base, on held-out prompts."""
-    config = EvaluationConfig(
-        str(folder),
-        adapter=None if adapter is None else str(adapter),
-        num_generations=scale.images,
-        num_inference_steps=2 if scale.quick else scale.evaluation_steps,
-        seed=EVALUATION_SEED,
-    )
-    return evaluate_pipeline(load_pipeline(), measures(scale), scale.prompts(MAIN), config)
+    train_with(folder, rewards, {"beta": 0.5, "kl_target": kl_target, "balance_every": 1}, seed, scale)
 
 
 def told_apart(results: EvaluationResults, scale: Scale) -> float:
@@ -131,12 +99,13 @@ def told_apart(results: EvaluationResults, scale: Scale) -> float:
 def summarize(base: EvaluationResults, results: EvaluationResults, scale: Scale) -> dict[str, float]:
     """Gains in standard deviations of the base's images, and what shows how clean the images are."""
     five = [name for name in base.reward_names if name not in ("layout", "texture")]
-    before, after = base.table, results.table
-    gains = {f"gain {name}": (after[name].mean() - before[name].mean()) / before[name].std(ddof=0) for name in five}
+    after = results.table
+    before_and_after = [{name: of.table[name].to_numpy() for name in five} for of in (base, results)]
+    gains, (worst, _), _ = gains_in_deviations(*before_and_after, base.groups)
     distances = {f"distance {name}": -after[name].mean() for name in ("layout", "texture")}
     return {
-        **gains,
-        "worst gain": min(gains.values()),
+        **{f"gain {name}": gain for name, (gain, _) in gains.items()},
+        "worst gain": worst,
         **distances,
         "told apart": told_apart(results, scale),
         "KL": 0.0 if results is base else after["kl"].mean(),
@@ -154,14 +123,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="two small steps: tests only the code")
     args = parser.parse_args(arguments)
     scale = QUICK_LONG if args.quick else LONG
-    base = evaluate(args.output_dir / BASE, None, scale)
+    base = evaluate_with(args.output_dir / BASE, None, measures(scale), scale)
     found = {BASE: [summarize(base, base, scale)], **{variant: [] for variant in args.variants}}
     for seed in args.seeds:
         for variant in args.variants:
             folder = args.output_dir / variant / f"seed-{seed}"
-            if not (folder / "history.json").is_file():
+            if not (folder / HISTORY).is_file():
                 train(folder, variant, seed, scale, args.kl_target)
-            results = evaluate(folder / "evaluation", folder, scale)
+            results = evaluate_with(folder / "evaluation", folder, measures(scale), scale)
             found[variant].append(summarize(base, results, scale))
             (args.output_dir / "results.json").write_text(json.dumps(found, indent=2, default=float))
     table = Table("rewards", *found[BASE][0], title="mean over seeds (standard deviation)")

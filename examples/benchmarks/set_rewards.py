@@ -16,27 +16,25 @@ with other `--variants` or `--seeds` may share `OUTPUT_DIR` and be started at th
 """
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from evidence.runs import LONG, LONG_RATE, LONG_SETTINGS, MAIN, QUICK_LONG, QUICK_SIZES, SEEDS, Scale
+from evidence.other_rewards import HISTORY, evaluate_with, sizes_of, train_with
+from evidence.runs import LONG, QUICK_LONG, SEEDS, Scale
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from trl_marble import MarbleConfig, MarbleNFTTrainer
-from trl_marble.evaluation import EvaluationConfig, EvaluationResults, evaluate_pipeline
+from trl_marble.evaluation import EvaluationResults, gains_in_deviations
 from trl_marble.rewards import VendiDiversity
 from trl_marble.rollout.diversity import thumbnails
-from trl_marble.shapeworld import load_pipeline, load_prompts, reward_funcs
+from trl_marble.shapeworld import reward_funcs
 
 
 BASE, VARIANTS = "base", ("five", "six", "diversity")
-EVALUATION_SEED = 0
 
 
 def small_pixels(images: list[Image.Image]) -> Tensor:
@@ -52,53 +50,29 @@ def rewards(variant: str) -> list:
 
 def train(folder: Path, variant: str, seed: int, scale: Scale, kl_target: float) -> None:
     """Train one adapter, and save it in the folder."""
+    settings: dict[str, Any] = {"multi_objective_aggregation": "progress", "scale_rewards": "group"}
+    settings |= {"beta": 0.5, "kl_target": kl_target}
     # The value of a group depends on its size, so the base model's groups are as large.
-    sizes = QUICK_SIZES if scale.quick else {}
-    settings: dict[str, Any] = LONG_SETTINGS | sizes | {"multi_objective_aggregation": "progress"}
-    settings |= {"scale_rewards": "group", "beta": 0.5, "kl_target": kl_target}
-    config = MarbleConfig(
-        str(folder),
-        **settings,
-        progress_base_images=settings["num_generations"],
-        learning_rate=LONG_RATE,
-        max_steps=scale.steps,
-        seed=seed,
-        use_cpu=True,
-        save_steps=10,
-        save_total_limit=1,
-        report_to="none",
-        log_images=False,
-        disable_tqdm=True,
-    )
-    trainer = MarbleNFTTrainer(load_pipeline(), rewards(variant), args=config, train_dataset=load_prompts("train"))
-    trainer.train(resume_from_checkpoint="auto")
-    trainer.save_model()
-    (folder / "history.json").write_text(json.dumps(trainer.state.log_history))
+    settings["progress_base_images"] = sizes_of(scale)["num_generations"]
+    train_with(folder, rewards(variant), settings, seed, scale)
 
 
-def evaluate(folder: Path, adapter: Path | None, scale: Scale) -> EvaluationResults:
-    """Score an adapter, or the base, on held-out prompts with all six rewards."""
-    config = EvaluationConfig(
-        str(folder),
-        adapter=None if adapter is None else str(adapter),
-        num_generations=scale.images,
-        num_inference_steps=2 if scale.quick else scale.evaluation_steps,
-        seed=EVALUATION_SEED,
-    )
-    return evaluate_pipeline(load_pipeline(), rewards("six"), scale.prompts(MAIN), config)
+def _gains(
+    base: EvaluationResults, results: EvaluationResults, names: Sequence[str]
+) -> dict[str, tuple[float, float]]:
+    before, after = [{name: of.table[name].to_numpy() for name in names} for of in (base, results)]
+    return gains_in_deviations(before, after, base.groups)[0]
 
 
 def gains_table(base: EvaluationResults, found: dict[str, list[EvaluationResults]]) -> Table:
     """Gains in standard deviations of the base's images, the mean over seeds; and the KL and the Vendi score."""
     names = base.reward_names
     table = Table("rewards", *names, "worst of five", "Vendi score", "KL", title="gains since the base")
+    five = [name for name in names if name != "VendiDiversity"]
     for variant, results in found.items():
-        gains = {
-            name: np.mean([each.table[name].mean() - base.table[name].mean() for each in results])
-            / base.table[name].std(ddof=0)
-            for name in names
-        }
-        worst = min(gain for name, gain in gains.items() if name != "VendiDiversity")
+        points = [_gains(base, each, names) for each in results]
+        gains = {name: np.mean([point[name][0] for point in points]) for name in names}
+        worst = np.nanmin([gains[name] for name in five])
         vendi = np.mean([each.table["VendiDiversity"].mean() for each in results])
         kl = np.mean([each.table["kl"].mean() if "kl" in each.table else 0.0 for each in results])  # the base has none
         table.add_row(
@@ -116,14 +90,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="two small steps: tests only the code")
     args = parser.parse_args(arguments)
     scale = QUICK_LONG if args.quick else LONG
-    base = evaluate(args.output_dir / BASE, None, scale)
+    base = evaluate_with(args.output_dir / BASE, None, rewards("six"), scale)
     found: dict[str, list[EvaluationResults]] = {variant: [] for variant in args.variants}
     for seed in args.seeds:
         for variant in args.variants:
             folder = args.output_dir / variant / f"seed-{seed}"
-            if not (folder / "history.json").is_file():
+            if not (folder / HISTORY).is_file():
                 train(folder, variant, seed, scale, args.kl_target)
-            found[variant].append(evaluate(folder / "evaluation", folder, scale))
+            found[variant].append(evaluate_with(folder / "evaluation", folder, rewards("six"), scale))
     Console(width=160).print(gains_table(base, {BASE: [base], **found}))
 
 

@@ -86,7 +86,7 @@ class Teaching:
         return self.weights.velocity_of(self.teachers[teacher].adapter_name, x_t, t, conditioning)
 
     def record(self, taught: Sequence[tuple[Lesson, Tensor]]) -> None:
-        """Record each teacher's loss in a micro-step, from lessons and distances; NaN for one without a sample."""
+        """Record each teacher's loss in a micro-step; NaN for a teacher that no sample of it has."""
         for members, (lesson, distance) in zip(self._lessons, taught, strict=True):
             for teacher in members:
                 own = distance.detach().where(lesson.applies[teacher], torch.nan)

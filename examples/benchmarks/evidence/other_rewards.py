@@ -1,0 +1,55 @@
+# Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
+"""Long runs with rewards of a benchmark's own, and their evaluation."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from trl_marble import MarbleConfig, MarbleNFTTrainer
+from trl_marble.evaluation import EvaluationConfig, EvaluationResults, evaluate_pipeline
+from trl_marble.shapeworld import load_pipeline, load_prompts
+
+from .runs import LONG_RATE, LONG_SETTINGS, MAIN, QUICK_SIZES, Scale
+
+
+HISTORY = "history.json"  # the last file that a run writes
+EVALUATION_SEED = 0
+
+
+def sizes_of(scale: Scale) -> dict[str, Any]:
+    """The settings of a long run of this scale, without those of a method."""
+    return LONG_SETTINGS | (QUICK_SIZES if scale.quick else {})
+
+
+def train_with(folder: Path, rewards: list, settings: Mapping[str, Any], seed: int, scale: Scale) -> None:
+    """Train one adapter, and save it in the folder; an interrupted run continues from its last checkpoint."""
+    config = MarbleConfig(
+        str(folder),
+        **sizes_of(scale) | settings,
+        learning_rate=LONG_RATE,
+        max_steps=scale.steps,
+        seed=seed,
+        use_cpu=True,
+        save_steps=10,
+        save_total_limit=1,
+        report_to="none",
+        log_images=False,
+        disable_tqdm=True,
+    )
+    trainer = MarbleNFTTrainer(load_pipeline(), rewards, args=config, train_dataset=load_prompts("train"))
+    trainer.train(resume_from_checkpoint="auto")
+    trainer.save_model()
+    (folder / HISTORY).write_text(json.dumps(trainer.state.log_history))
+
+
+def evaluate_with(folder: Path, adapter: Path | None, rewards: list, scale: Scale) -> EvaluationResults:
+    """Score an adapter, or the base, on held-out prompts."""
+    config = EvaluationConfig(
+        str(folder),
+        adapter=None if adapter is None else str(adapter),
+        num_generations=scale.images,
+        num_inference_steps=2 if scale.quick else scale.evaluation_steps,
+        seed=EVALUATION_SEED,
+    )
+    return evaluate_pipeline(load_pipeline(), rewards, scale.prompts(MAIN), config)
