@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 from trl_marble.checkpoint.settings import load_settings
 
 
-# Two optimizer steps a generation batch and two passes over it: checkpoints 1 and 3 are inside a generation batch, in
-# its first and in its second pass, and 4 is between two. With two processes a prompt's images are on both.
+# Each generation batch has two optimizer steps and is used twice. Checkpoint 1 is inside the first use of a batch,
+# checkpoint 3 inside its second use, and checkpoint 4 is between two batches. Two processes share a prompt's images.
 WHOLE = {
     "per_device_train_batch_size": 6,
     "gradient_accumulation_steps": 1,
