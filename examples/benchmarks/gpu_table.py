@@ -113,7 +113,7 @@ def measure_profile(size: str, device: str) -> dict[str, Any]:
     words = [*(TINY_STEP if size == "tiny" else FIRST_STEP).split(), "--model", size, "--device", device]
     with tempfile.TemporaryDirectory() as folder:
         bench = step_cost.Bench(step_cost.parse_args(words), REWARDS, folder)
-        bench.switch("exact")
+        bench.switch(step_cost.MODES["exact"])
         activities = [ProfilerActivity.CPU, *([] if device == "cpu" else [ProfilerActivity.CUDA])]
         with profile(activities=activities) as recorded:
             first = _timed_step(bench)
@@ -134,14 +134,13 @@ def measure_profile(size: str, device: str) -> dict[str, Any]:
 
 
 def _timed_step(bench: Any) -> dict[str, float]:
-    """Seconds of a step and of its parts."""
+    """Seconds of a step and of its parts. To read them waits for the device."""
     times = bench.trainer.times
     times.clear()
     times.begin("step")
     bench.sample()
     bench.update(solves=True)
     times.end("step")
-    bench.synchronize()
     return {name: seconds for name, seconds in times.flush().items() if name.startswith("time/")}
 
 

@@ -77,9 +77,9 @@ class Browser:
         return result["result"].get("value")
 
     def wait_for(self, script: str) -> None:
-        """Wait until an expression is true in the page."""
+        """Wait until an expression is true in the page, which may still have to define what is in it."""
         deadline = time.monotonic() + PATIENCE
-        while not self.run(script):
+        while not self.run(f"(() => {{ try {{ return {script} }} catch {{ return false }} }})()"):
             assert time.monotonic() < deadline, f"{script} did not become true: {self.run('document.body.innerText')}"
             time.sleep(0.05)
 

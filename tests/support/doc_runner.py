@@ -201,8 +201,8 @@ def at_most(config: type, limits: dict[str, int], fixed: dict[str, Any]) -> None
             # A value that is not allowed stays, so that it is refused as the page says.
             if value is None or (name == "max_steps" and value < 0) or value > limit:
                 settings[name] = limit
-        if settings.get("policy_loss") == "grpo":
-            settings["num_inference_steps"] = 3  # more than add noise
+        if settings.get("policy_loss") == "grpo" or "regularizer_fraction" in settings:
+            settings["num_inference_steps"] = 3  # more than add noise; a part of one trained step would be refused
         if settings.get("per_device_train_batch_size", 0) > 0:  # else the groups of a prompt would not be whole
             settings["per_device_train_batch_size"] = limits["per_device_train_batch_size"]
         positional = () if output_dir is None else (output_dir,)

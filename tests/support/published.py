@@ -293,9 +293,15 @@ def micro_step(model: Published, balance_on: str = "advantage") -> Report:
 def _convert(component: Any) -> None:
     """To bf16, but for what `from_pretrained` keeps in fp32."""
     kept = set(component._keep_in_fp32_modules or [])
-    for name, tensor in (*component.named_parameters(), *component.named_buffers()):
-        if tensor.is_floating_point() and not kept & set(name.split(".")):
-            tensor.data = tensor.data.to(torch.bfloat16)
+    for place, module in component.named_modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
+                if tensor is None or not tensor.is_floating_point() or kept & {*place.split("."), name}:
+                    continue
+                if isinstance(tensor, torch.nn.Parameter):
+                    tensor.data = tensor.data.to(torch.bfloat16)
+                else:  # a new one: a buffer may be a view, and what it is of would stay in fp32
+                    tensors[name] = tensor.to(torch.bfloat16)
 
 
 def _drawn(x0: Tensor, noise: Tensor, t: Tensor) -> Any:
