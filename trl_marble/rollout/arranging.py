@@ -39,21 +39,8 @@ class BatchArranger:
         weighted_sum: Tensor,
     ) -> RolloutBatch:
         """
-        Arrange a generation batch. All processes call it.
-
-        Args:
-            generation (`int`):
-                Number of the generation batch.
-            scored ([`ScoredRows`]):
-                This process's part of it.
-            groups (`Tensor` of shape `[B]`, int64):
-                The group of each image of all processes.
-            advantages (`Tensor` of shape `[K, B]`):
-                The advantages of these.
-            taught (`Tensor` of shape `[T, B]`):
-                The rows of the teachers.
-            weighted_sum (`Tensor` of shape `[K + T]`):
-                See [`RolloutBatch`].
+        Arrange a generation batch, of whose images of all processes it gets the groups `[B]`, the advantages `[K, B]`
+        and the rows of the teachers `[T, B]`. All processes call it.
         """
         rows, samples, num_samples = scored.rows, scored.samples, len(groups)
         own = self.layout.own_samples(self.accelerator.process_index)

@@ -131,18 +131,8 @@ class Resampler:
         self, task: RolloutTask, scored: ScoredRows, find_silent: Callable[[Tensor], list[int]]
     ) -> ScoredRows:
         """
-        Replace the rows of groups without a signal. Each process samples those at its own places.
-
-        Args:
-            task ([`~trl_marble.rollout.rows.RolloutTask`]):
-                The generation batch.
-            scored ([`~trl_marble.rollout.rows.ScoredRows`]):
-                This process's part of it.
-            find_silent (`Callable[[Tensor], list[int]]`):
-                From the rewards of all processes to the groups without a signal.
-
-        Returns:
-            [`~trl_marble.rollout.rows.ScoredRows`]: this process's part of it afterwards.
+        Replace the rows of groups without a signal, which `find_silent` finds by the rewards of all processes. Each
+        process samples those at its own places.
         """
         own, dataset = self.shares[self.accelerator.process_index], self.rows.dataset
         sources = dataset["source"][:] if "source" in dataset.column_names else None

@@ -39,19 +39,8 @@ class RolloutMetrics:
 
     def record(self, samples: Samples, finite: Tensor, rewards: Tensor, groups: Tensor, step: int) -> None:
         """
-        Record the metrics of a rollout. All processes call it.
-
-        Args:
-            samples ([`Samples`]):
-                This process's samples.
-            finite (`Tensor` of shape `[B]`, bool):
-                Which samples of all processes have finite latents.
-            rewards (`Tensor` of shape `[K, B]`):
-                Their rewards.
-            groups (`Tensor` of shape `[B]`, int64):
-                Their groups.
-            step (`int`):
-                Number of optimizer steps before.
+        Record the metrics of this process's samples, with what is known of those of all processes: which have finite
+        latents `[B]`, their rewards `[K, B]` and their groups `[B]`; after so many optimizer steps.
         """
         failures = self.sampler.failures
         if not failures.raises_nonfinite:

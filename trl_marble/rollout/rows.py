@@ -61,19 +61,8 @@ class RolloutTask(NamedTuple):
 
 class ScoredRows(NamedTuple):
     """
-    This process's part of a generation batch, sampled and scored.
-
-    Args:
-        rows ([`Rows`]):
-            The rows.
-        embeddings ([`Embeddings`]):
-            Their embeddings.
-        samples ([`Samples`]):
-            Their images, one each, with their scores.
-        rewards (`Tensor` of shape `[K, B]`):
-            The rewards of the images of all processes.
-        replaced (`dict[int, int]`, *optional*):
-            Place of an image of any process -> its row, where it is not the one that was drawn first.
+    This process's part of a generation batch, sampled and scored; the rewards `[K, B]` of the images of all processes;
+    and place of an image of any process -> its row, where it is not the one that was drawn first.
     """
 
     rows: Rows
@@ -123,18 +112,6 @@ class RowSampler:
         """
         Sample and score rows, as many as on every other process, and keep them all. Rewards that compare images are
         asked when all are sampled.
-
-        Args:
-            rows ([`Rows`]):
-                The rows.
-            embeddings ([`Embeddings`]):
-                Their embeddings.
-            places ([`Places`]):
-                Their places.
-            trainer_state ([`~transformers.TrainerState`]):
-                Passed on to the rewards.
-            sde ([`~trl_marble.sde.SDEWindow`], *optional*):
-                Solver steps that add noise.
         """
         starts = range(0, len(rows.prompts), self.batch_size)
 
@@ -146,15 +123,8 @@ class RowSampler:
 
         parts: list[Samples] = []
         with rollout_advice("rollout_batch_size", self.batch_size):
-            self.sampler.sample_and_score(
-                [self.scorer],
-                map(cut, starts),
-                len(starts),
-                len(rows.prompts),
-                trainer_state,
-                parts.append,
-                sde=sde,
-            )
+            size = len(starts), len(rows.prompts)
+            self.sampler.sample_and_score([self.scorer], map(cut, starts), *size, trainer_state, parts.append, sde=sde)
             samples = Samples.concatenate(parts)
             if self.scorer.of_sets.any():
                 own = set_images(rows, places, samples)

@@ -214,13 +214,13 @@ class RolloutSource:
             self.progress_meter.observe(prompt_ids, rewards)
 
     def _sample_and_score(self, task: RolloutTask, rows: Rows) -> ScoredRows:
-        embeddings, places = self._rows.encode(rows), self._places(task)
-        samples = self._rows.sample(rows, embeddings, places, task.trainer_state, task.sde)
+        embeddings = self._rows.encode(rows)
+        samples = self._rows.sample(rows, embeddings, self._places(task), task.trainer_state, task.sde)
         return ScoredRows(rows, embeddings, samples, gather_rewards(self.accelerator, samples.scores))
 
     def _places(self, task: RolloutTask) -> Places:
-        settings = self.settings
-        return Places.of(self._own, settings.num_generations, settings.seed, Draw.ROLLOUT, task.generation)
+        num_generations, seed = self.settings.num_generations, self.settings.seed
+        return Places.of(self._own, num_generations, seed, Draw.ROLLOUT, task.generation)
 
     def _groups(self, rewards: Tensor) -> Tensor:
         return torch.arange(rewards.shape[1]) // self.settings.num_generations
