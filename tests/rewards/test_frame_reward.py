@@ -158,7 +158,7 @@ def test_an_async_reward_shares_the_event_loop(kind):
     try:
         scores = scorer.collect(scorer.submit(VIDEOS, PROMPTS, {}, None))
         assert scores.rewards[0].tolist() == [20, 120]
-        assert not scorer._threads  # none was needed
+        assert not scorer._calls.threads  # none was needed
     finally:
         scorer.close()
 

@@ -54,8 +54,8 @@ def train(folder, **settings):
         **settings,
     )
     batches = []
-    arrange = trainer.rollouts._arrange
-    trainer.rollouts._arrange = lambda *args: batches.append(arrange(*args)) or batches[-1]
+    arrange = trainer.rollouts._arranger.arrange
+    trainer.rollouts._arranger.arrange = lambda *args: batches.append(arrange(*args)) or batches[-1]
     return trainer, batches
 
 

@@ -5,12 +5,12 @@ import pytest
 import torch
 from trainer_helpers import prompt_set, small_trainer
 
-from trl_marble.trainer import construction
+from trl_marble.trainer.construction import pipeline
 
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch):
-    monkeypatch.setattr(construction, "EMBEDDINGS", tmp_path / "embeddings")
+    monkeypatch.setattr(pipeline, "EMBEDDINGS", tmp_path / "embeddings")
     return tmp_path / "embeddings"
 
 

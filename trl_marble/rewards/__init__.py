@@ -21,7 +21,9 @@ from .ocr import OCRAccuracy
 from .pickscore import PickScore
 from .protocol import InfiniteRewardError, Learner, RewardError, RewardFunc, reward_names, reward_tensor
 from .remote import RemoteReward
-from .scoring import PendingScores, RewardScorer, Scores
+from .reward_calls import PendingScores
+from .scores import Scores
+from .scoring import RewardScorer
 from .set_reward import SetReward
 from .set_rewards import FrechetReward, MMDReward, VendiDiversity
 from .vlm_judge import VLMJudge

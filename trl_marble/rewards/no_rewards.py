@@ -1,9 +1,9 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
 """The scorer of a run without rewards."""
 
-import torch
-
-from .scoring import PendingScores, RewardScorer, Scores
+from .answers import Answers
+from .reward_calls import RewardCalls
+from .scoring import RewardScorer
 
 
 class NoRewards(RewardScorer):
@@ -11,9 +11,4 @@ class NoRewards(RewardScorer):
 
     def __init__(self) -> None:
         self.funcs, self.names, self.scopes, self.learners, self.timeout = [], [], [], {}, None
-        self._threads, self._loop, self._answered = {}, None, set()
-        self._device = torch.device("cpu")
-
-    def collect(self, pending: PendingScores, deadline: float | None = None) -> Scores:
-        rewards = torch.empty(0, len(pending.prompts))
-        return Scores(rewards, rewards.isnan(), [])
+        self._calls, self._answers = RewardCalls(), Answers(None)

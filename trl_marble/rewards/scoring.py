@@ -2,141 +2,35 @@
 """Score batches of images or videos with several rewards at once, while the next batch is sampled."""
 
 import functools
-import inspect
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import CancelledError, Future
-from types import MappingProxyType
-from typing import Any, NamedTuple
+from concurrent.futures import Future
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..media import Sample, to_rgb, to_tensor
-from .call_log import LOG_KEYWORDS, CallLog, LogKey, join_extras
+from ..media import Sample
+from .answers import Answers
+from .call_log import LOG_KEYWORDS, CallLog, LogKey
 from .extractor_reward import ExtractorReward
 from .frame_reward import FrameReward
 from .learning_reward import LearningReward
 from .model_reward import ModelReward
 from .parameters import accepts, accepts_log_function, call_signature
 from .protocol import (
-    BrokenRewardError,
-    InfiniteRewardError,
     RewardError,
     RewardFunc,
     Scope,
-    errors_for_infinite,
     find_learner,
-    most_common_prompts,
     reward_names,
     reward_scope,
-    reward_tensor,
     validate_reward_funcs,
 )
+from .reward_calls import PendingScores, RewardCalls, media_keyword
+from .scores import Scores
 from .set_reward import SetReward
-from .threads import EventLoopThread, Worker, wait_until
-
-
-# Exceptions of code that is wrong whatever the image. Leaving out the failed images would hide it.
-MISTAKES = (TypeError, NameError, AttributeError, ImportError, NotImplementedError)
-
-
-class PendingScores(NamedTuple):
-    """
-    Scores that are being computed: one future for each reward that was asked, the prompts, the log of each call, and
-    which of the scorer's rewards were asked.
-    """
-
-    futures: list[Future]
-    prompts: list[str]
-    logs: list[CallLog]
-    rows: list[int]
-
-    @property
-    def done(self) -> bool:
-        """Whether all calls have ended."""
-        return all(future.done() for future in self.futures)
-
-    def cancel(self) -> None:
-        """Drop the calls that have not begun, and cancel async ones."""
-        for future in self.futures:
-            future.cancel()
-
-
-class Scores(NamedTuple):
-    """
-    The scores of a batch by all rewards.
-
-    Args:
-        rewards (`Tensor` of shape `[K, B]`, float32):
-            The scores; NaN where a reward does not apply or failed.
-        failed (`Tensor` of shape `[K, B]`, bool):
-            Where a reward failed.
-        errors (`list` of [`RewardError`]):
-            Each failure, with the exception of the reward as its cause.
-        metrics (`Mapping[tuple[str, str], list[float]]`, *optional*):
-            Numbers that rewards logged with `log_metric`: reward and metric -> its numbers.
-        extras (`Mapping[tuple[str, str], list]`, *optional*):
-            Columns that rewards logged with `log_extra`: reward and column -> B values, `None` where there is none.
-        seconds (`Mapping[str, float]`, *optional*):
-            Reward -> how long its calls took, added up; calls of one batch run beside those of other rewards.
-    """
-
-    rewards: Tensor
-    failed: Tensor
-    errors: list[RewardError]
-    metrics: Mapping[LogKey, list[float]] = MappingProxyType({})
-    extras: Mapping[LogKey, list[Any]] = MappingProxyType({})
-    seconds: Mapping[str, float] = MappingProxyType({})
-
-    @staticmethod
-    def concatenate(parts: "Sequence[Scores]") -> "Scores":
-        """Join the scores of several batches."""
-        keys = dict.fromkeys(key for part in parts for key in part.metrics)
-        return Scores(
-            torch.cat([part.rewards for part in parts], dim=1),
-            torch.cat([part.failed for part in parts], dim=1),
-            [error for part in parts for error in part.errors],
-            {key: [value for part in parts for value in part.metrics.get(key, [])] for key in keys},
-            join_extras([(part.extras, part.rewards.shape[1]) for part in parts]),
-            {
-                name: math.fsum(part.seconds.get(name, 0.0) for part in parts)
-                for name in dict.fromkeys(name for part in parts for name in part.seconds)
-            },
-        )
-
-    def select(self, chosen: Sequence[int]) -> "Scores":
-        """The scores of some of the images, with everything that is not of single images."""
-        index = torch.tensor(chosen, dtype=torch.int64)
-        extras = {key: [values[i] for i in chosen] for key, values in self.extras.items()}
-        return self._replace(rewards=self.rewards[:, index], failed=self.failed[:, index], extras=extras)
-
-    @staticmethod
-    def stack(parts: "Sequence[Scores]") -> "Scores":
-        """The scores of the same images by several scorers, the rows of one below those of the other."""
-        metrics: dict[LogKey, list[float]] = {}
-        extras: dict[LogKey, list[Any]] = {}
-        seconds: dict[str, float] = {}
-        for part in parts:
-            metrics |= part.metrics
-            extras |= part.extras
-            seconds |= part.seconds
-        rewards, failed = torch.cat([part.rewards for part in parts]), torch.cat([part.failed for part in parts])
-        return Scores(rewards, failed, [error for part in parts for error in part.errors], metrics, extras, seconds)
-
-    @staticmethod
-    def join(parts: "Sequence[Scores]") -> "Scores":
-        """The scores of the same images by different rewards, each part with NaN in the rows of the others."""
-        first, *others = parts
-        rewards, failed = first.rewards, first.failed
-        metrics, extras, seconds = dict(first.metrics), dict(first.extras), dict(first.seconds)
-        for part in others:
-            rewards, failed = torch.where(part.rewards.isnan(), rewards, part.rewards), failed | part.failed
-            metrics |= part.metrics
-            extras |= part.extras
-            seconds |= {name: seconds.get(name, 0.0) + value for name, value in part.seconds.items()}
-        return Scores(rewards, failed, [error for part in parts for error in part.errors], metrics, extras, seconds)
+from .threads import wait_until
 
 
 class RewardScorer:
@@ -173,10 +67,7 @@ class RewardScorer:
         found = {row: find_learner(func) for row, func in enumerate(self.funcs)}
         self.learners = {row: learner for row, learner in found.items() if learner is not None}
         self.timeout = timeout
-        self._device = torch.device("cpu")
-        self._answered: set[str] = set()  # the rewards that have scored an image
-        self._threads: dict[str, Worker] = {}
-        self._loop: EventLoopThread | None = None
+        self._calls, self._answers = RewardCalls(), Answers(timeout)
 
     def __len__(self) -> int:
         return len(self.funcs)
@@ -259,7 +150,7 @@ class RewardScorer:
         """
         log = CallLog(len(prompts))
         kwargs = {"features": features, "groups": groups}
-        future = self._start(self.by_features[row].credit, self.names[row], kwargs, log)
+        future = self._calls.start(self.by_features[row].credit, self.names[row], kwargs, log)
         return PendingScores([future], prompts, [log], [row])
 
     def update(
@@ -295,7 +186,7 @@ class RewardScorer:
             [`RewardError`]: See [`call`].
         """
         update = self.learners[row].update
-        shown = {"features": seen} if isinstance(seen, Tensor) else self._media(row, seen)
+        shown = {"features": seen} if isinstance(seen, Tensor) else media_keyword(self.funcs[row], seen)
         log = CallLog(len(prompts))
         optional = {**columns, "prompts": prompts, "log_metric": log.log_metric}
         signature = call_signature(update)
@@ -320,9 +211,9 @@ class RewardScorer:
             [`RewardError`]: If it failed, or did not end within `timeout` seconds.
         """
         func = functools.partial(getattr(self.learners[row], method), *args)
-        future = self._start(func, self.names[row], kwargs, CallLog(0))
+        future = self._calls.start(func, self.names[row], kwargs, CallLog(0))
         self._wait(PendingScores([future], [], [], [row]), None)
-        answer = self._answer(future)
+        answer = self._answers.value(future)
         if isinstance(answer, BaseException):
             raise RewardError(f"`{self.names[row]}.{method}` raised {type(answer).__name__}: {answer}.") from answer
         return answer
@@ -349,7 +240,7 @@ class RewardScorer:
                 in its code.
         """
         self._wait(pending, deadline)
-        read = [self._read(future, name, pending.prompts) for future, name in self._named(pending)]
+        read = [self._answers.scores(future, name, pending.prompts) for future, name in self._named(pending)]
         rewards = torch.full((len(self), len(pending.prompts)), torch.nan)
         failed = torch.zeros(rewards.shape, dtype=torch.bool)
         for row, part in zip(pending.rows, read, strict=True):
@@ -381,7 +272,7 @@ class RewardScorer:
         failed = torch.zeros(len(self), len(pending.prompts), dtype=torch.bool)
         errors: list[RewardError] = []
         for row, future in zip(pending.rows, pending.futures, strict=True):
-            own, failed[row], own_errors = self._read_features(future, self.names[row], pending.prompts)
+            own, failed[row], own_errors = self._answers.features(future, self.names[row], pending.prompts)
             features.append(own)
             errors += own_errors
         nothing = torch.full(failed.shape, torch.nan)
@@ -398,15 +289,16 @@ class RewardScorer:
         Raises:
             [`RewardError`]: As in [`collect`].
         """
-        ended = [(future, name) for future, name in self._named(pending) if future.done()]
-        return [error for future, name in ended for error in self._read(future, name, pending.prompts).errors]
+        calls = [(future, name) for future, name in self._named(pending) if future.done()]
+        read = [self._answers.scores(future, name, pending.prompts) for future, name in calls]
+        return [error for part in read for error in part.errors]
 
     def to(self, device: torch.device, dtype: torch.dtype) -> None:
         """
         Set the device of the rewards that are models, and their dtype unless they have their own. It also becomes the
         current device of every thread of a reward.
         """
-        self._device = device
+        self._calls.device = device
         for func in self.funcs:
             if isinstance(func, ModelReward | FrameReward | ExtractorReward):
                 func.to(device, dtype)
@@ -424,12 +316,7 @@ class RewardScorer:
         Calls that have not begun are dropped and async calls are cancelled. A sync call that is running goes on, since
         nothing can end it, but nobody waits for it.
         """
-        for worker in self._threads.values():
-            worker.stop()
-        self._threads.clear()
-        if self._loop is not None:
-            self._loop.stop()
-            self._loop = None
+        self._calls.stop()
 
     def _wait(self, pending: PendingScores, deadline: float | None) -> None:
         if deadline is None and self.timeout is not None:
@@ -450,58 +337,6 @@ class RewardScorer:
     def _named(self, pending: PendingScores) -> list[tuple[Future, str]]:
         return list(zip(pending.futures, [self.names[row] for row in pending.rows], strict=True))
 
-    def _read(self, future: Future, name: str, prompts: list[str]) -> Scores:
-        """The scores of one reward. A call that has not ended has failed."""
-        answer = self._answer(future)
-        if isinstance(answer, BaseException):  # also SystemExit: on the thread of a reward it does not end the run
-            nothing = torch.full((1, len(prompts)), torch.nan)
-            return Scores(nothing, nothing.isnan(), [_failure(name, answer, prompts, name in self._answered)])
-        answer = errors_for_infinite(answer, name, prompts)
-        rewards = reward_tensor(answer, name, prompts)
-        failed = torch.tensor([isinstance(value, Exception) for value in answer])
-        errors = [
-            value if isinstance(value, InfiniteRewardError) else _failure(name, value, [prompt], True)
-            for value, prompt in zip(answer, prompts, strict=True)
-            if isinstance(value, Exception)
-        ]
-        if not failed.all():
-            self._answered.add(name)
-        return Scores(rewards[None], failed[None], errors)
-
-    def _read_features(
-        self, future: Future, name: str, prompts: list[str]
-    ) -> tuple[Tensor | None, Tensor, list[RewardError]]:
-        """The features of one reward, where it failed, and its failures. A call that has not ended has failed."""
-        answer = self._answer(future)
-        if isinstance(answer, BaseException):
-            error = _failure(name, answer, prompts, name in self._answered)
-            return None, torch.ones(len(prompts), dtype=torch.bool), [error]
-        if not isinstance(answer, Tensor) or answer.ndim != 2 or len(answer) != len(prompts):
-            shown = f"shape {tuple(answer.shape)}" if isinstance(answer, Tensor) else f"type {type(answer).__name__}"
-            raise RewardError(
-                f"`{name}.features` returned something of {shown} for {len(prompts)} images; return a tensor of shape "
-                f"({len(prompts)}, number of features)."
-            )
-        self._answered.add(name)
-        infinite = answer.detach().cpu().isinf().any(dim=1)
-        errors: list[RewardError] = [
-            InfiniteRewardError(f"Reward `{name}` has infinite features for the prompt {prompt!r}; bound them.")
-            for prompt, is_infinite in zip(prompts, infinite.tolist(), strict=True)
-            if is_infinite
-        ]
-        return answer.detach().cpu().masked_fill(infinite[:, None], torch.nan), infinite, errors
-
-    def _answer(self, future: Future) -> Any:
-        """The value that a call returned, or the exception that it raised, or a `TimeoutError`."""
-        if not future.done():
-            future.cancel()  # has an effect if the call has not begun or is async
-            return TimeoutError(f"no answer after {self.timeout:g} seconds (`reward_timeout`)")
-        try:
-            error = future.exception()
-        except CancelledError as cancelled:
-            return cancelled
-        return future.result() if error is None else error
-
     def _call(
         self,
         row: int,
@@ -514,71 +349,9 @@ class RewardScorer:
     ) -> tuple[Future, CallLog]:
         """Start a call of a reward, or of one of its methods, with the keywords of rewards."""
         kwargs: dict[str, Any] = {column: list(values) for column, values in columns.items()}
-        kwargs |= self._media(row, samples)
+        kwargs |= media_keyword(self.funcs[row], samples)
         kwargs |= {"prompts": list(prompts), "trainer_state": trainer_state, **more}
         log = CallLog(len(prompts))
         # Only to rewards that accept them: others work without.
         kwargs |= {key: getattr(log, key) for key in LOG_KEYWORDS if accepts_log_function(func, key)}
-        return self._start(func, self.names[row], kwargs, log), log
-
-    def _media(self, row: int, samples: Sequence[Sample]) -> dict[str, Any]:
-        """The keyword with the images or videos, as a reward gets them."""
-        keyword = "videos" if isinstance(samples[0], list) else "images"
-        as_tensor = getattr(self.funcs[row], "image_type", "pil") == "pt"
-        return {keyword: to_tensor(samples) if as_tensor else _own_lists(samples)}
-
-    def _start(self, func: Callable, name: str, kwargs: dict[str, Any], log: CallLog) -> Future:
-        if _is_async(func):
-            if self._loop is None:
-                self._loop = EventLoopThread("async-rewards", self._device)
-            return self._loop.submit(functools.partial(_timed_async, log, func, kwargs))
-        if name not in self._threads:
-            self._threads[name] = Worker(f"reward-{name}", self._device)
-        return self._threads[name].submit(functools.partial(_timed, log, func, kwargs))
-
-
-def _failure(name: str, error: BaseException, prompts: list[str], has_answered: bool) -> RewardError:
-    """The error for a failure, with the prompts of its images."""
-    number = "one image" if len(prompts) == 1 else f"batch of {len(prompts)} images"
-    text = f"Reward `{name}` raised {type(error).__name__}: {error} ({number} for {most_common_prompts(prompts)})."
-    failure: RewardError
-    if isinstance(error, MISTAKES):
-        failure = BrokenRewardError(text)
-    elif not has_answered:
-        failure = BrokenRewardError(f"{text} It has not scored any image so far.")
-    else:
-        failure = RewardError(text)
-    failure.__cause__ = error
-    return failure
-
-
-def _timed(log: CallLog, func: Callable, kwargs: dict[str, Any]) -> Any:
-    """Call a reward and note how long it took."""
-    start = time.perf_counter()
-    try:
-        return func(**kwargs)
-    finally:
-        log.seconds = time.perf_counter() - start
-
-
-async def _timed_async(log: CallLog, func: Callable, kwargs: dict[str, Any]) -> Any:
-    """Call an async reward and note how long it took."""
-    start = time.perf_counter()
-    try:
-        return await func(**kwargs)
-    finally:
-        log.seconds = time.perf_counter() - start
-
-
-def _is_async(func: Any) -> bool:
-    """Whether a reward is an async function, or an object with an async `__call__`."""
-    while isinstance(func, functools.partial):
-        func = func.func
-    if isinstance(func, FrameReward):
-        return _is_async(func.reward)
-    return inspect.iscoroutinefunction(func) or inspect.iscoroutinefunction(type(func).__call__)
-
-
-def _own_lists(samples: Sequence[Sample]) -> list[Sample]:
-    """The images in RGB, in new lists that a reward may change."""
-    return [[to_rgb(frame) for frame in sample] if isinstance(sample, list) else to_rgb(sample) for sample in samples]
+        return self._calls.start(func, self.names[row], kwargs, log), log

@@ -10,7 +10,8 @@ from .reward_learning import RewardLearning
 from .reward_logs import average_logged
 from .sampler import RolloutSampler, SampleBatch, Samples
 from .set_scores import SetImages
-from .source import RolloutRecord, RolloutSettings, RolloutSource
+from .settings import RolloutSettings
+from .source import RolloutRecord, RolloutSource
 
 
 __all__ = [

@@ -13,13 +13,13 @@ from torch import Tensor
 from transformers.utils import logging
 
 from ..balance import ProgressWeights
-from ..data import read_rows
-from ..memory_advice import rollout_advice
 from ..metrics import MetricBuffer
-from ..pipelines import adapters_disabled, encode_distinct, row_digests
+from ..pipelines import adapters_disabled, row_digests
 from ..rewards import RewardScorer
 from ..sde import SDEWindow
 from ..seeding import Draw, derive_seed
+from .gathering import gather_rewards, gather_rows
+from .rows import Places, RowSampler
 from .sampler import RolloutSampler, Samples
 
 
@@ -80,8 +80,9 @@ class ProgressMeter:
         accelerator: Accelerator,
         metrics: MetricBuffer,
     ) -> None:
-        self.weights, self.sampler, self.scorer, self.dataset = weights, sampler, scorer, dataset
+        self.weights, self.sampler, self.scorer = weights, sampler, scorer
         self.settings, self.accelerator, self.metrics = settings, accelerator, metrics
+        self._rows = RowSampler(sampler, scorer, dataset, settings.batch_size, settings.edits)
         self._said_that_all_are_reached = False
 
     def prepare(
@@ -115,7 +116,7 @@ class ProgressMeter:
         """
         self.weights.roll_back()  # what a generation batch has left that no optimizer step has used
         ids = _prompt_ids(row_numbers, row_digests(prompts, images))
-        gathered = self._gather(torch.stack([ids, torch.tensor(row_numbers)], dim=1))
+        gathered = gather_rows(self.accelerator, torch.stack([ids, torch.tensor(row_numbers)], dim=1))
         rows = dict(gathered.tolist())
         if missing := self.weights.missing(gathered[:, 0]):
             base_ids = torch.tensor(missing).repeat_interleave(self.settings.images_per_prompt)
@@ -158,46 +159,24 @@ class ProgressMeter:
         first = share * self.accelerator.process_index
         numbers = [min(i, number - 1) for i in range(first, first + share)]
         places = [divmod(place, images_per_prompt) for place in numbers]
-        own_rows = [rows[place] for place, _ in places]
         seeds = [derive_seed(self.settings.seed, Draw.BASE, rows[place], image) for place, image in places]
-        together, flow, batch_size = self.sampler.together, self.sampler.flow, self.settings.batch_size
-        with together.phase():
-            columns = read_rows(self.dataset, own_rows)
-        prompts = columns.pop("prompt")
-        with together.phase(), rollout_advice("rollout_batch_size", batch_size):
-            conditioning, prompt_index = encode_distinct(
-                flow, prompts, columns["image"] if self.settings.edits else None
-            )
-        with rollout_advice("rollout_batch_size", batch_size), adapters_disabled(flow.transformer):
-            samples = self.sampler.sample_rows(
-                self.scorer,
-                prompts,
-                columns,
-                seeds,
-                conditioning,
-                prompt_index,
-                batch_size,
-                trainer_state,
-                numbers,
-                [place for place, _ in places],
-                sde,
-            )
+        own_rows = self._rows.read([rows[place] for place, _ in places])
+        embeddings = self._rows.encode(own_rows)
+        with adapters_disabled(self.sampler.flow.transformer):
+            own = Places(numbers, [place for place, _ in places], seeds)
+            samples = self._rows.sample(own_rows, embeddings, own, trainer_state, sde)
         self._warn_of_missing_scores(samples)
-        return self._gather(samples.scores.rewards.T)[:number].T
+        return gather_rewards(self.accelerator, samples.scores)[:, :number]
 
     def _warn_of_missing_scores(self, samples: Samples) -> None:
         own = (samples.scores.failed.any(dim=0) | ~samples.finite).sum()
-        left_out = int(self._gather(own[None]).sum())
+        left_out = int(gather_rows(self.accelerator, own[None]).sum())
         if left_out and self.accelerator.is_main_process:
             causes = "".join(f" {error}" for error in samples.scores.errors[:1])
             logger.warning(
                 f"{left_out} images of the base model lack a score, because a reward failed or they are not finite; "
                 f"they are left out.{causes}"
             )
-
-    def _gather(self, values: Tensor) -> Tensor:
-        """Rows of all processes, in their order, on the CPU."""
-        return self.accelerator.gather(values.contiguous().to(self.accelerator.device)).cpu()
 
 
 def _prompt_ids(row_numbers: Sequence[int], digests: Sequence[str]) -> Tensor:
