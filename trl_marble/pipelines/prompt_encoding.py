@@ -5,6 +5,7 @@ import os
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import PIL.Image
 import torch
@@ -127,7 +128,8 @@ class PromptEncoder:
             "do_classifier_free_guidance": with_negatives,
             "device": self._device or calls.transformer.device,
         }
-        known = known_arguments(calls.family.pipeline_class.encode_prompt, arguments)
+        pipeline_class: Any = calls.family.pipeline_class
+        known = known_arguments(pipeline_class.encode_prompt, arguments)
         outputs = calls.pipeline.encode_prompt(prompts, **known)
         if not isinstance(outputs, tuple):
             outputs = (outputs,)
