@@ -8,6 +8,7 @@ import pytest
 import torch
 from datasets import Dataset
 from pretended_gpu import listening
+from safetensors.torch import load_file
 from tiny import tiny_sd3
 from tiny_edits import TINY_EDITS, edit_image, edit_instruction
 from tiny_families import TINY
@@ -15,6 +16,7 @@ from tiny_scorers import five_rewards
 from tiny_videos import TINY_VIDEOS
 from trainer_helpers import small_trainer
 
+from trl_marble.hub import save_adapter
 from trl_marble.pipelines import FAMILIES, FlowPipeline, add_trainable_adapter, lora_config
 from trl_marble.pipelines.offloading import offload_components
 
@@ -158,7 +160,7 @@ def waits_of_a_step(tmp_path, **settings):
     assert all(tensor.isfinite().all() for tensor in trainer.weights.trained.values())
     # From the last thing that the last rollout waits for.
     after = log[starts[-1] + 1 :]
-    rooms = re.compile(r"^(update|balance|losses|pipelines/(weight|policy|conditioning|flow))")
+    rooms = re.compile(r"^(update|balance|losses|pipelines/(weight|policy|conditioning|velocities|pipeline_calls))")
     waits = [each for each in after if each.kind == "wait" and rooms.match(each.place)]
     blocking = [each for each in after if each.kind == "to_device" and not each.detail and rooms.match(each.place)]
     return collections.Counter(each.place for each in waits), collections.Counter(each.place for each in blocking)
@@ -179,6 +181,16 @@ def test_an_update_waits_as_often_whatever_the_number_of_layers(tmp_path):
         for number in (1, 2)
     )
     assert one == two
+
+
+def test_an_adapter_is_saved_with_one_wait(tmp_path):
+    pipeline = tiny_sd3(num_layers=1)
+    trainable = add_trainable_adapter(pipeline, lora_config(pipeline, r=2))
+    pipeline.to("cuda")
+    with listening() as log:
+        file = save_adapter(pipeline, tmp_path)
+    assert len(log.of("wait")) == 1, log.table("wait")
+    assert len(load_file(file)) == len(trainable) > 1
 
 
 def test_a_run_ends_with_the_weights_of_a_run_on_the_cpu(tmp_path):

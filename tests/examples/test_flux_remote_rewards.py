@@ -3,11 +3,12 @@
 
 import json
 import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 
 import numpy as np
 import pytest
 from example_scripts import as_options, command_in_docstring, load_script, parse
+from http_servers import BusyServer
 from safetensors import safe_open
 
 from trl_marble.rewards.server import RewardServer
@@ -34,7 +35,7 @@ def judge():
         def log_message(self, *args):
             pass
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server = BusyServer(("127.0.0.1", 0), Handler)
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
     yield f"http://127.0.0.1:{server.server_port}/v1"

@@ -36,7 +36,7 @@ def latents_of(flow, conditioning, seed=0):
 def guided_by_the_pipeline(flow, x_t, t, conditioning):
     """What the pipeline's `__call__` gives to its scheduler, for one sample and with guidance."""
     solver = OneStep(flow.pipeline.scheduler, t)
-    driver = flow._driver(solver, conditioning)
+    driver = flow._calls.driver(solver, conditioning)
     driver.prepare_latents = replace_latents(driver.prepare_latents, x_t)
     arguments = flow.call_arguments(conditioning, guided=True)
     with torch.no_grad():

@@ -9,7 +9,14 @@ import torch
 from peft import LoraConfig
 from torch import nn
 
-from trl_marble.pipelines import FlowPipeline, Policy, adapters_disabled, add_trainable_adapter, lora_config
+from trl_marble.pipelines import (
+    FlowPipeline,
+    Policy,
+    adapters_disabled,
+    add_trainable_adapter,
+    lora_config,
+    velocities,
+)
 from trl_marble.pipelines.compilation import compile_blocks
 from trl_marble.pipelines.offloading import offload_components
 from trl_marble.pipelines.recording import Recorder, Recording
@@ -37,9 +44,9 @@ def through_the_pipeline(flow: FlowPipeline, *inputs) -> torch.Tensor:
         flow.is_listed = True
 
 
-def count_pipeline_calls(flow: FlowPipeline, monkeypatch) -> list[None]:
-    calls, own = [], flow._velocity_by_pipeline
-    monkeypatch.setattr(flow, "_velocity_by_pipeline", lambda *args: calls.append(None) or own(*args))
+def count_pipeline_calls(monkeypatch) -> list[None]:
+    calls, own = [], velocities.velocity_by_pipeline
+    monkeypatch.setattr(velocities, "velocity_by_pipeline", lambda *args: calls.append(None) or own(*args))
     return calls
 
 
@@ -50,7 +57,7 @@ def randomize(trainable) -> None:
 
 def test_the_pipeline_is_called_once_for_a_conditioning(monkeypatch):
     flow = make_flow()
-    calls = count_pipeline_calls(flow, monkeypatch)
+    calls = count_pipeline_calls(monkeypatch)
     conditioning = flow.encode(PROMPTS)
     runs = []
     flow.transformer.register_forward_pre_hook(lambda *_: runs.append(None))
@@ -163,9 +170,7 @@ def test_nothing_of_a_call_is_kept_but_what_is_repeated(monkeypatch):
     """The noisy latents and the activations of the first call would hold memory as long as the conditioning."""
     flow = make_flow()
     recorders: list[weakref.ref] = []
-    monkeypatch.setattr(
-        "trl_marble.pipelines.flow_pipeline.Recorder", lambda *args: _note_reference(Recorder(*args), recorders)
-    )
+    monkeypatch.setattr(velocities, "Recorder", lambda *args: _note_reference(Recorder(*args), recorders))
     conditioning, x_t = flow.encode(PROMPTS), noise()
     velocity = flow.velocity(x_t, TIMES, conditioning)
     kept = weakref.ref(x_t), weakref.ref(velocity)

@@ -7,8 +7,9 @@ import json
 import socket
 import threading
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 
+from http_servers import BusyServer
 from PIL import Image
 
 
@@ -52,10 +53,7 @@ class Endpoint:
             def log_message(self, *args):
                 pass
 
-        class Server(ThreadingHTTPServer):
-            request_queue_size = 128  # the default of 5 resets connections that come at once
-
-        self.server = Server(("127.0.0.1", 0), Handler)
+        self.server = BusyServer(("127.0.0.1", 0), Handler)
         self.server.handle_error = lambda *_: None  # clients go away here on purpose
         self.url = f"http://127.0.0.1:{self.server.server_port}/v1"
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from diffusers import DiffusionPipeline
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from peft import LoraConfig
@@ -112,6 +113,7 @@ def save_adapter(
         published = _published_config(config) | {"lora_alpha": config.r, "alpha_pattern": config.rank_pattern}
         published.pop("use_rslora", None)
 
+    state = _on_cpu(state)
     for key, value in state.items():
         if not value.isfinite().all():
             raise ValueError(
@@ -124,8 +126,7 @@ def save_adapter(
     pipeline.save_lora_weights(
         folder,
         weight_name=unfinished.name,
-        # safetensors cannot write strided views.
-        transformer_lora_layers={key: value.detach().cpu().contiguous() for key, value in state.items()},
+        transformer_lora_layers=state,
         transformer_lora_adapter_metadata=published,
         safe_serialization=True,
     )
@@ -159,6 +160,20 @@ def _scales(pipeline: DiffusionPipeline, adapter_name: str) -> dict[str, float]:
 def _multiply_scale(key: str, weight: Tensor, scales: Mapping[str, float]) -> Tensor:
     match = _KEY.fullmatch(key)
     return scale_weight(weight, scales[match["layer"]]) if match is not None and match["scaled"] else weight
+
+
+def _on_cpu(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies of tensors on the CPU. Those of one dtype come together, so that the device is waited for once."""
+    together: dict[tuple[torch.device, torch.dtype], list[str]] = {}
+    for key, value in state.items():
+        together.setdefault((value.device, value.dtype), []).append(key)
+    copies: dict[str, Tensor] = {}
+    for keys in together.values():
+        values = [state[key].detach() for key in keys]
+        parts = torch.cat([value.flatten() for value in values]).cpu().split([value.numel() for value in values])
+        # Each on its own: safetensors writes no tensors that share memory.
+        copies |= {key: part.view_as(value).clone() for key, part, value in zip(keys, parts, values, strict=True)}
+    return {key: copies[key] for key in state}
 
 
 def _published_config(config: LoraConfig) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from torch.nn.functional import softplus
 from .forward_process import OnNoisedSamples, at_least_float32, divide_by_counts, mean_square_distance
 from .groups import Groups, group_mean
 from .nft import MIN_ADAPTIVE_WEIGHT
-from .policy_loss import Drawn, FrozenVelocities, Penalties, StepCounts
+from .policy_loss import Drawn, FrozenVelocities, StepCounts
 
 
 CRDObjective = Literal["mse", "bce"]
@@ -66,10 +66,6 @@ class CRDLoss(OnNoisedSamples):
     sampling_policy_preset: int | None
 
     needs = frozenset({"old", "group"})
-
-    @property
-    def penalties(self) -> Penalties:
-        return Penalties(reference=self.beta)
 
     def terms(self, velocity: Tensor, drawn: Drawn, frozen: FrozenVelocities) -> Sequence[Tensor]:
         old = velocity.detach() if frozen.old is None else frozen.old

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .forward_process import OnNoisedSamples, divide_by_counts, matching_errors
 from .groups import group_mean
-from .policy_loss import Drawn, FrozenVelocities, Penalties, StepCounts
+from .policy_loss import Drawn, FrozenVelocities, StepCounts
 
 
 DGPOReference = Literal["base", "old"]
@@ -55,10 +55,6 @@ class DGPOLoss(OnNoisedSamples):
     @property
     def needs(self) -> frozenset[str]:
         return frozenset({"group", "old"} | ({"reference"} if self.dgpo_reference == "base" else set()))
-
-    @property
-    def penalties(self) -> Penalties:
-        return Penalties(reference=self.beta)
 
     def terms(self, velocity: Tensor, drawn: Drawn, frozen: FrozenVelocities) -> Sequence[Tensor]:
         """The matching errors of the trained policy, the old one and the reference."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..sde import SDEWindow
 from .forward_process import OnNoisedSamples, at_least_float32, mean_square_distance
-from .policy_loss import Drawn, FrozenVelocities, Penalties, Sampled, StepCounts
+from .policy_loss import Drawn, FrozenVelocities, Sampled, StepCounts
 
 
 @dataclass(frozen=True)
@@ -34,10 +34,6 @@ class NoRewardLoss(OnNoisedSamples):
     @property
     def samples_with_old(self) -> bool:
         return False
-
-    @property
-    def penalties(self) -> Penalties:
-        return Penalties(reference=self.beta)
 
     def window(self, generation: int, num_steps: int, seed: int) -> SDEWindow | None:
         # Steps without noise: only so that the states are kept.

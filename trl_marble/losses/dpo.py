@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .forward_process import OnNoisedSamples, divide_by_counts, matching_errors
-from .policy_loss import Drawn, FrozenVelocities, Penalties, StepCounts
+from .policy_loss import Drawn, FrozenVelocities, StepCounts
 
 
 @dataclass(frozen=True)
@@ -35,10 +35,6 @@ class DPOLoss(OnNoisedSamples):
     beta: float
 
     needs = frozenset({"group", "reference"})
-
-    @property
-    def penalties(self) -> Penalties:
-        return Penalties(reference=self.beta)
 
     def terms(self, velocity: Tensor, drawn: Drawn, frozen: FrozenVelocities) -> Sequence[Tensor]:
         return matching_errors(drawn, velocity, frozen.reference)

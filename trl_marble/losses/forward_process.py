@@ -7,14 +7,21 @@ import torch
 from torch import Tensor
 
 from ..sde import SDEWindow
-from .policy_loss import Drawn, FrozenVelocities, Sampled, StepCounts
+from .policy_loss import Drawn, FrozenVelocities, Penalties, Sampled, StepCounts
 
 
 class OnNoisedSamples:
     """
     What losses on noised samples have in common: each sample at some times with fresh noise, images that the old
-    policy samples, and nothing that rewards share beside the penalties. A loss with another answer gives its own.
+    policy samples, and nothing that rewards share beside one penalty, the KL to the base model with the coefficient
+    `beta`. A loss with another answer gives its own.
     """
+
+    beta: float
+
+    @property
+    def penalties(self) -> Penalties:
+        return Penalties(reference=self.beta)
 
     @property
     def samples_with_old(self) -> bool:

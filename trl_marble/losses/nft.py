@@ -17,7 +17,7 @@ from .forward_process import (
     at_least_float32,
     divide_by_counts,
 )
-from .policy_loss import Drawn, FrozenVelocities, Penalties, StepCounts
+from .policy_loss import Drawn, FrozenVelocities, StepCounts
 
 
 # Lower bound of the adaptive weight w, as in DiffusionNFT's reference code.
@@ -52,10 +52,6 @@ class NFTLoss(OnNoisedSamples):
     beta: float
 
     needs = frozenset({"old"})
-
-    @property
-    def penalties(self) -> Penalties:
-        return Penalties(reference=self.beta)
 
     def terms(self, velocity: Tensor, drawn: Drawn, frozen: FrozenVelocities) -> Sequence[Tensor]:
         old = velocity.detach() if frozen.old is None else frozen.old

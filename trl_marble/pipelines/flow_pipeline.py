@@ -2,64 +2,32 @@
 """One way to condition, sample and differentiate any flow-matching diffusers pipeline."""
 
 import copy
-import inspect
 import os
-import warnings
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import Any, Literal
 
 import PIL.Image
 import torch
-from diffusers.configuration_utils import ConfigMixin
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..media import to_rgb
-from ..sde import SDEWindow, Transitions
+from ..sde import SDEWindow
 from ..step_times import StepTimes
 from .acceleration import Acceleration
 from .assumed_family import assume_family
-from .conditioning import Conditioning, Rows
-from .embedding_cache import EmbeddingCache, encoder_fingerprint, in_chunks, join_rows
+from .conditioning import Conditioning
 from .families import find_family
-from .overrides import encode_once, replace_latents
-from .pipeline_checks import check_guidance, check_images, check_size, check_trainable
-from .precision import autocast_calls, autocast_for
-from .prompt_length import describe_long_prompts
+from .pipeline_calls import PipelineCalls
+from .pipeline_checks import check_guidance, check_size, check_trainable
+from .prompt_encoding import PromptEncoder
+from .prompt_length import find_length_limit
 from .quantization import base_dtype
-from .recording import Circumstances, Recorder, Recording, autocast_of
-from .schedulers import (
-    FLOW_MATCHING_SCHEDULERS,
-    OneStep,
-    check_flow_matching,
-    has_inverted_time,
-    keep_samples,
-    record_times,
-)
-from .sde_solver import SDESolver, euler_of
-
-
-class Rollout(NamedTuple):
-    """
-    Samples: their clean latents and their images.
-
-    Args:
-        latents (`torch.Tensor` of shape `[batch, ...]`):
-            The clean latents x0 in the layout that the transformer sees (packed tokens for Flux).
-        images (`list` or `torch.Tensor` of shape `[batch, 3, height, width]`):
-            The decoded images, as `PIL.Image.Image` or as one tensor with values in [0, 1]. Where the family makes
-            videos, each is a list of frames, and the tensor is of shape `[batch, frames, 3, height, width]`.
-        transitions ([`~trl_marble.sde.Transitions`], *optional*):
-            What the steps with noise went through, where there are any.
-    """
-
-    latents: Tensor
-    images: list[Any] | Tensor
-    transitions: Transitions | None = None
+from .rollouts import Rollout, sample
+from .training_times import find_training_times
+from .velocities import batch_velocity, negatives_of
 
 
 class FlowPipeline:
@@ -130,16 +98,10 @@ class FlowPipeline:
         self.width = width
         self.guidance_scale = guidance_scale
         self.reference_guidance_scale = reference_guidance_scale
-        pipeline_class: Any = self.family.pipeline_class
-        self._encode_parameters = inspect.signature(pipeline_class.encode_prompt).parameters
-        self._call_parameters = inspect.signature(pipeline_class.__call__).parameters
-        self.max_sequence_length: int | None = self._find_length_limit(max_sequence_length)
+        self.max_sequence_length = find_length_limit(pipeline, self.family, max_sequence_length)
         self.num_frames = num_frames
         self.autocast_dtype = autocast_dtype
-        self._warned_of_long_prompt = False
-        self._embeddings: EmbeddingCache | None = None
-        self._encoder_device: torch.device | None = None  # where it is not the transformer's
-        self._has_text_encoders = True
+        self._encoder = PromptEncoder()
 
     @property
     def transformer(self) -> ModelMixin:
@@ -159,22 +121,15 @@ class FlowPipeline:
     @property
     def splits_batches(self) -> bool:
         """Whether one call of the pipeline is limited to one time or to one sample, even without images to edit."""
-        # The loop of the 5B of Wan 2.2 writes the time of the batch into every token.
-        expands_time = bool(self.pipeline.config.get("expand_timesteps"))
-        return self.family.one_time or self.family.one_sample or expands_time
+        return self._calls.splits_batches
 
     def precision(self) -> AbstractContextManager[None]:
         """
         The context of all calls of the pipeline. With `autocast_dtype` its transformer runs under autocast, and so
         does the second transformer for unconditional predictions that some pipelines have.
         """
-        if self.autocast_dtype is None:
-            return nullcontext()
-        components = self.pipeline.components.items()
-        modules = [part for name, part in components if isinstance(part, nn.Module) and "transformer" in name]
-        return autocast_calls(modules, self.autocast_dtype)
+        return self._calls.precision()
 
-    @torch.no_grad()
     def encode(self, prompts: Sequence[str], images: Sequence[PIL.Image.Image] | None = None) -> Conditioning:
         """
         Encode prompts with the pipeline's own text encoders.
@@ -198,24 +153,7 @@ class FlowPipeline:
             `ValueError`: there are no prompts; there is not one image per prompt; or there are no images where the
                 family needs them, or images where it takes none.
         """
-        if isinstance(prompts, str):
-            raise TypeError(f"`prompts` must be a sequence of strings, got one string: pass [{prompts!r}].")
-        if len(prompts) == 0:
-            raise ValueError("`prompts` is empty; pass at least one prompt.")
-        check_images(self.pipeline, self.family, prompts, images)
-        if self._has_text_encoders and not self._warned_of_long_prompt:  # whose limits count
-            message = describe_long_prompts(self.pipeline, self.family, self.max_sequence_length, prompts)
-            if message is not None:
-                warnings.warn(message, UserWarning, stacklevel=3)  # the caller, beyond the no_grad decorator
-                self._warned_of_long_prompt = True
-        rows: dict[str, Rows] = {} if images is None else {"image": [to_rgb(image) for image in images]}
-        if self.family.encoded_names is None:
-            return Conditioning({**rows, "prompt": list(prompts)})
-        rows |= self._encode_in_chunks(list(prompts), self.family.encoded_names)
-        if self._encodes_negatives and self.family.negative_names is not None:
-            rows |= self._encode_in_chunks([""] * len(prompts), self.family.negative_names)
-        conditioning = Conditioning(rows)
-        return conditioning if self._embeddings is None else conditioning.to(self.device)
+        return self._encoder.encode(self._calls, prompts, images, self._encodes_negatives)
 
     def cache_embeddings(self, folder: str | os.PathLike, device: torch.device | str | None = None) -> None:
         """
@@ -233,25 +171,7 @@ class FlowPipeline:
         Raises:
             `ValueError`: the pipeline takes no embeddings.
         """
-        if self.family.encoded_names is None:
-            raise ValueError(
-                f"{type(self.pipeline).__name__} takes no embeddings but text, so there are none to keep. Set "
-                "cache_embeddings=False."
-            )
-        settings = [
-            type(self.pipeline).__name__,
-            sorted(self.family.arguments.items()),
-            self.family.encoded_names,
-            self.family.negative_names,
-            self.max_sequence_length,
-            self._encodes_negatives,
-            self.dtype,
-        ]
-        self._embeddings = EmbeddingCache(Path(folder), encoder_fingerprint(self.pipeline, settings))
-        if device is not None:
-            self._encoder_device = torch.device(device)
-            for name in self._text_encoders:
-                self.pipeline.components[name].to(device)
+        self._encoder.cache_embeddings(self._calls, folder, device, self._encodes_negatives)
 
     def drop_text_encoders(self) -> None:
         """
@@ -261,17 +181,7 @@ class FlowPipeline:
         Raises:
             `RuntimeError`: embeddings are not kept on disk.
         """
-        if self._embeddings is None:
-            raise RuntimeError("Without text encoders nothing can be encoded; call `cache_embeddings` first.")
-        for name in self._text_encoders:
-            setattr(self.pipeline, name, None)
-        self._has_text_encoders = False
-
-    @property
-    def _text_encoders(self) -> list[str]:
-        """The names of the text encoders that the pipeline has."""
-        components = self.pipeline.components.items()
-        return [name for name, part in components if name.startswith("text_encoder") and part is not None]
+        self._encoder.drop_text_encoders(self._calls)
 
     def with_size(self, height: int | None, width: int | None) -> "FlowPipeline":
         """
@@ -289,6 +199,7 @@ class FlowPipeline:
         check_size(self.pipeline, self.family, height, width, self.num_frames)
         other = copy.copy(self)
         other.height, other.width = height, width
+        other._encoder = copy.copy(self._encoder)  # each warns by itself
         return other
 
     def encode_any(self) -> Conditioning:
@@ -341,25 +252,8 @@ class FlowPipeline:
                 `scheduler` is not flow matching or its time runs in the other direction; or with `sde`, a step's
                 probability would not be known.
         """
-        if len(seeds) != len(conditioning):
-            raise ValueError(f"got {len(seeds)} seeds for {len(conditioning)} prompts; pass one seed per prompt.")
-        was_training = self.transformer.training
-        self.transformer.eval()
         options = (num_inference_steps, output_type, scheduler, times, acceleration, sde)
-        try:
-            if not self._takes_one_sample(conditioning):
-                return self._sample(conditioning, seeds, *options)
-            rollouts = [
-                self._sample(conditioning.select(torch.tensor([i])), [seed], *options) for i, seed in enumerate(seeds)
-            ]
-        finally:
-            self.transformer.train(was_training)
-        images: list[Any] = [image for rollout in rollouts for image in rollout.images]
-        return Rollout(
-            latents=torch.cat([rollout.latents for rollout in rollouts]),
-            images=torch.stack(images) if output_type == "pt" else images,
-            transitions=Transitions.concatenate([rollout.transitions for rollout in rollouts]),
-        )
+        return sample(self._calls, conditioning, seeds, *options)
 
     def velocity(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         """
@@ -385,22 +279,8 @@ class FlowPipeline:
         Raises:
             `ValueError`: `t` or `conditioning` does not have one entry per sample.
         """
-        batch = x_t.shape[0]
-        if t.shape != (batch,) or len(conditioning) != batch:
-            raise ValueError(
-                f"x_t has {batch} samples, but t has shape {tuple(t.shape)} and the conditioning {len(conditioning)} "
-                "rows; pass one time and one row per sample."
-            )
-        t = t.to(device=x_t.device, dtype=torch.float32)
-        one_sample = self._takes_one_sample(conditioning)
-        if not one_sample and not self.splits_batches:
-            return self._velocity_at(x_t, t, conditioning)
-        calls = torch.arange(batch) if one_sample else torch.unique(t, return_inverse=True)[1].cpu()
-        if not calls.any():
-            return self._velocity_at(x_t, t[0], conditioning)
-        samples = [torch.nonzero(calls == call).flatten() for call in calls.unique()]
-        parts = [self._velocity_at(x_t[rows], t[rows[0]], conditioning.part(rows)) for rows in samples]
-        return torch.cat(parts)[torch.argsort(torch.cat(samples))]
+        # A class that is not in the table is called each time: nobody has compared its recordings.
+        return batch_velocity(self._calls, x_t, t, conditioning, may_record=self.is_listed)
 
     def reference_velocity(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         """
@@ -427,18 +307,8 @@ class FlowPipeline:
             guided = copy.copy(self)
             guided.guidance_scale = scale
             return guided.velocity(x_t, t, conditioning.twin("guided"))  # whose recorded calls are other ones
-        negative = self.velocity(x_t, t, self._negatives(conditioning))
+        negative = self.velocity(x_t, t, negatives_of(conditioning, self.family))
         return negative + scale * (self.velocity(x_t, t, conditioning) - negative)
-
-    def _negatives(self, conditioning: Conditioning) -> Conditioning:
-        """The negative prompts of a conditioning in the place of its prompts."""
-        rows, encoded = conditioning.kwargs, self.family.encoded_names
-        if encoded is None:
-            return conditioning.twin("negative", rows | {"prompt": [self.family.empty_prompt] * len(conditioning)})
-        # Not the prompts' own where there is no negative one: a mask is left out where nothing is padded.
-        others = {name: row for name, row in rows.items() if name not in encoded and not name.startswith("negative_")}
-        negatives = {name.removeprefix("negative_"): row for name, row in rows.items() if name.startswith("negative_")}
-        return conditioning.twin("negative", others | negatives)
 
     def training_times(self, num_inference_steps: int, scheduler: SchedulerMixin | None = None) -> Tensor:
         """
@@ -459,155 +329,7 @@ class FlowPipeline:
             `ValueError`: `num_inference_steps` is too small, or `scheduler` is not flow matching or not one that the
                 pipeline can use.
         """
-        solver = self._fresh_solver(num_inference_steps, scheduler)
-        times = record_times(solver)
-        conditioning = self.encode_any()
-        try:
-            with torch.no_grad():
-                self._call_with_gradients(
-                    self._driver(solver, conditioning),
-                    conditioning,
-                    # Its own generator: the initial noise, though not used, must not advance torch's global one.
-                    generator=torch.Generator("cpu").manual_seed(0),
-                    num_inference_steps=num_inference_steps,
-                )
-        except (AssertionError, AttributeError, TypeError, ValueError) as error:
-            if isinstance(solver, FLOW_MATCHING_SCHEDULERS):
-                raise
-            raise ValueError(
-                f"{type(self.pipeline).__name__} cannot set up a schedule with {type(solver).__name__} "
-                f"({type(error).__name__}: {error}). Use UniPCMultistepScheduler or FlowMatchEulerDiscreteScheduler."
-            ) from error
-        if not times[0].isfinite().all():
-            raise ValueError(
-                f"{type(solver).__name__} has no schedule of num_inference_steps={num_inference_steps}: its times are "
-                f"{times[0].tolist()}. Use more steps."
-            )
-        # Solvers of higher order come back to a time; each counts once.
-        return torch.unique_consecutive(times[0].to(device="cpu", dtype=torch.float32))
-
-    def _fresh_solver(self, num_inference_steps: int, scheduler: SchedulerMixin | None) -> Any:
-        """A copy of the scheduler: solvers have state, and that of the caller's must not change."""
-        if num_inference_steps < 1:
-            raise ValueError(f"num_inference_steps must be at least 1, got {num_inference_steps}.")
-        if scheduler is None:
-            scheduler = self.pipeline.scheduler
-        check_flow_matching(scheduler)
-        inverts, should_invert = has_inverted_time(scheduler), has_inverted_time(self.pipeline.scheduler)
-        if inverts != should_invert:
-            raise ValueError(
-                f"With invert_sigmas={inverts} time runs in the other direction in this {type(scheduler).__name__} "
-                f"than in {type(self.pipeline).__name__}. Use a scheduler with invert_sigmas={should_invert} in "
-                "its config."
-            )
-        return copy.deepcopy(scheduler)
-
-    def _driver(self, solver: Any, conditioning: Conditioning) -> Any:
-        """A copy of the pipeline with another solver and without a progress bar; other components are shared."""
-        driver = copy.copy(self.pipeline)
-        driver.set_progress_bar_config(disable=True)
-        driver.scheduler = solver
-        if self.family.encoded_names is None:
-            driver.encode_prompt = encode_once(driver.encode_prompt, conditioning)
-        return driver
-
-    def _sample(
-        self,
-        conditioning: Conditioning,
-        seeds: Sequence[int],
-        num_inference_steps: int,
-        output_type: Literal["pil", "pt"],
-        scheduler: SchedulerMixin | None,
-        times: StepTimes | None,
-        acceleration: Acceleration | None,
-        sde: SDEWindow | None,
-    ) -> Rollout:
-        """Call the pipeline as its users do."""
-        if sde is not None:
-            scheduler = euler_of(self.pipeline.scheduler)
-        solver = self._fresh_solver(num_inference_steps, scheduler)
-        noisy = None if sde is None else SDESolver(solver, sde, seeds)
-        # Each step begins the decoding anew, the last one for good.
-        latents = keep_samples(solver, lambda: times.begin("decode") if times is not None else None)
-        driver = self._driver(solver, conditioning)
-        faster = nullcontext() if acceleration is None else acceleration.applied(driver, num_inference_steps)
-        with self.precision(), faster:
-            output = driver(
-                **self.call_arguments(conditioning, guided=self.is_guided),
-                generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
-                num_inference_steps=num_inference_steps,
-                output_type=output_type,
-            )
-        if times is not None:
-            times.end("decode")
-        transitions = None if noisy is None else noisy.transitions()
-        return Rollout(latents=latents[0], images=output[0], transitions=transitions)  # `images` or `frames`
-
-    def _velocity_at(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
-        """
-        The velocity in one call; `t` is one time per sample, or one time for all samples.
-
-        The first call for a conditioning goes through the pipeline. What it does is recorded, and later calls do the
-        same without it.
-        """
-        if not self.is_listed or torch.is_inference_mode_enabled():  # not compared; or writes would go unnoticed
-            return self._velocity_by_pipeline(x_t, t, conditioning).to(x_t.dtype)
-        circumstances, derived = self._circumstances(x_t, t), conditioning.derived()
-        recorded: tuple[Circumstances | None, Recording | None] = derived.get(Recording, (None, None))
-        before, recording = recorded
-        if before != circumstances or not (recording is None or recording.is_intact()):
-            recorder = Recorder(x_t, t)
-            with recorder.recording(self.transformer, self._call_transformer):
-                velocity = self._velocity_by_pipeline(x_t, t, conditioning, recorder.stop)
-            derived[Recording] = circumstances, recorder.finish(velocity)
-        elif recording is None:  # it cannot be repeated
-            velocity = self._velocity_by_pipeline(x_t, t, conditioning)
-        else:
-            velocity = recording.velocity(x_t, t)
-        return velocity.to(x_t.dtype)
-
-    def _velocity_by_pipeline(
-        self, x_t: Tensor, t: Tensor, conditioning: Conditioning, when_done: Callable[[], None] | None = None
-    ) -> Tensor:
-        """The velocity as the pipeline hands it to its scheduler."""
-        solver = OneStep(self.pipeline.scheduler, t, when_done)
-        driver = self._driver(solver, conditioning)
-        options: dict[str, Any] = {}
-        if "prepare_latents" in dir(driver):  # without it, `__call__` uses the latents it is given as they are
-            driver.prepare_latents = replace_latents(driver.prepare_latents, x_t)
-            options["generator"] = torch.Generator("cpu").manual_seed(0)  # not torch's global one
-        else:
-            options["latents"] = x_t.to(self.dtype)
-        # Two, because Mochi divides by half of it; `OneStep` takes one step whatever the number.
-        self._call_with_gradients(driver, conditioning, num_inference_steps=2, **options)
-        vars(driver).clear()  # its replaced methods hold it, and so the latents, until the next garbage collection
-        if solver.velocity is None:
-            raise RuntimeError(f"{type(self.pipeline).__name__} ended without a denoising step; it cannot be trained.")
-        return solver.velocity
-
-    def _circumstances(self, x_t: Tensor, t: Tensor) -> Circumstances:
-        """What a velocity call depends on, apart from the conditioning, the weights and the values of x_t and t."""
-        parts = list(vars(self.pipeline).values())
-        configs = [part.config for part in parts if isinstance(part, ConfigMixin)]
-        weight = next(self.transformer.parameters())
-        return Circumstances(
-            [*vars(self).values(), *parts, *configs],
-            (x_t.shape, x_t.stride(), x_t.dtype, x_t.device, t.shape, weight.dtype, weight.device, autocast_of(x_t)),
-        )
-
-    def _call_transformer(self, *args: Any, **kwargs: Any) -> Any:
-        """The transformer in its precision, without the conversion of its output, which is recorded."""
-        if self.autocast_dtype is None:
-            return self.transformer(*args, **kwargs)
-        with autocast_for(self.transformer, self.autocast_dtype):
-            return self.transformer(*args, **kwargs)
-
-    def _call_with_gradients(self, driver: Any, conditioning: Conditioning, **options: Any) -> None:
-        """Run the pipeline's `__call__` without its `no_grad` decorator and without classifier-free guidance."""
-        with self.precision():
-            inspect.unwrap(type(driver).__call__)(
-                driver, **self.call_arguments(conditioning, guided=False), **options, output_type="latent"
-            )
+        return find_training_times(self._calls, self.encode_any(), num_inference_steps, scheduler)
 
     def call_arguments(self, conditioning: Conditioning, guided: bool = False) -> dict[str, Any]:
         """
@@ -622,75 +344,12 @@ class FlowPipeline:
         Returns:
             `dict[str, Any]`: arguments by name.
         """
-        family = self.family
-        arguments = {
-            **family.arguments,
-            "max_sequence_length": self.max_sequence_length,
-        }
-        # Only what was set: many pipelines have a number as default and fail at `None`.
-        if self.height is not None:
-            arguments["height"] = self.height
-        if self.width is not None:
-            arguments["width"] = self.width
-        if self.height is not None and self.width is not None:
-            arguments["max_area"] = self.height * self.width  # Flux Kontext scales every size to it, or to a million
-        if self.num_frames is not None:
-            arguments[family.num_frames_argument] = self.num_frames
-        if guided:  # with embeddings the text must be None, which is not every pipeline's default
-            arguments["negative_prompt"] = [""] * len(conditioning) if family.encoded_names is None else None
-        # Copies: some pipelines write into the lists that they are given.
-        rows: dict[str, Any] = {
-            name: row if isinstance(row, Tensor) else list(row)
-            for name, row in conditioning.kwargs.items()
-            if guided or not name.startswith("negative_")
-        }
-        if "image" in rows:
-            (rows["image"],) = rows["image"]  # there is one sample, and a list could mean several images of it
-        scale = self.guidance_scale if guided or family.guidance == "embedded" else 1.0
-        return _select_known(arguments, self._call_parameters) | family.guidance_arguments(scale) | rows
-
-    def _encode_in_chunks(self, prompts: list[str], names: tuple[str | None, ...]) -> dict[str, Rows]:
-        if self._embeddings is not None:
-            return self._embeddings.rows(prompts, names, lambda chunk: self._run_encoders(chunk, names))
-        return join_rows([self._run_encoders(chunk, names) for chunk in in_chunks(prompts)])
-
-    def _run_encoders(self, prompts: list[str], names: tuple[str | None, ...]) -> dict[str, Rows]:
-        """Run `encode_prompt`; its outputs by the names of the `__call__` arguments, each with one row per prompt."""
-        if not self._has_text_encoders:
-            raise ValueError(
-                f"The prompt {prompts[0]!r} is not in the cache of embeddings, and the text encoders were dropped. "
-                "Only prompts of the `train_dataset` and the `eval_dataset` that the trainer was made with can be "
-                "used; for others set cache_embeddings=False."
-            )
-        arguments = {
-            **self.family.arguments,
-            "max_sequence_length": self.max_sequence_length,
-            "do_classifier_free_guidance": self._encodes_negatives,
-            "device": self._encoder_device or self.device,
-        }
-        outputs = self.pipeline.encode_prompt(prompts, **_select_known(arguments, self._encode_parameters))
-        if not isinstance(outputs, tuple):
-            outputs = (outputs,)
-        return {
-            name: self._cast(output)
-            for name, output in zip(names, outputs, strict=True)
-            if name is not None and output is not None and len(output) > 0  # some return [] without negative prompts
-        }
-
-    def _cast(self, rows: Rows) -> Rows:
-        """Convert embeddings to the transformer's dtype; masks of integers and truth values keep theirs."""
-        if not isinstance(rows, Tensor):
-            return [self._cast(row) for row in rows]
-        return rows.to(self.dtype) if rows.is_floating_point() else rows
-
-    def _takes_one_sample(self, conditioning: Conditioning) -> bool:
-        """Whether one call is limited to one row of the conditioning."""
-        return self.family.one_sample or "image" in conditioning.kwargs
+        return self._calls.arguments(conditioning, guided)
 
     @property
     def is_guided(self) -> bool:
         """Whether rollouts use classifier-free guidance."""
-        return self.family.guidance == "classifier_free" and self.guidance_scale > 1
+        return self._calls.is_guided
 
     @property
     def guides_reference(self) -> bool:
@@ -705,18 +364,16 @@ class FlowPipeline:
         """Whether prompts are encoded together with the empty negative prompt."""
         return self.is_guided or (self.family.guidance == "classifier_free" and self.guides_reference)
 
-    def _find_length_limit(self, max_sequence_length: int | None) -> int | None:
-        if "max_sequence_length" in self._call_parameters:
-            own = self._call_parameters["max_sequence_length"].default
-            return own if max_sequence_length is None else max_sequence_length
-        if max_sequence_length is not None:
-            raise ValueError(
-                f"max_sequence_length={max_sequence_length} would be ignored: {type(self.pipeline).__name__} has no "
-                "such argument. Leave it out."
-            )
-        return None
-
-
-def _select_known(values: dict[str, Any], parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments that a function has."""
-    return {name: value for name, value in values.items() if name in parameters}
+    @property
+    def _calls(self) -> PipelineCalls:
+        """How the pipeline is called, with the settings that this object has now."""
+        return PipelineCalls(
+            pipeline=self.pipeline,
+            family=self.family,
+            height=self.height,
+            width=self.width,
+            num_frames=self.num_frames,
+            max_sequence_length=self.max_sequence_length,
+            guidance_scale=self.guidance_scale,
+            autocast_dtype=self.autocast_dtype,
+        )

@@ -1,11 +1,43 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
-"""Prompts that are longer than the text encoders of a pipeline read."""
+"""How long a prompt the text encoders of a pipeline read, and prompts that are longer."""
 
+import inspect
 from collections.abc import Sequence
+from typing import Any
 
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
 from .families import Family
+
+
+def find_length_limit(pipeline: DiffusionPipeline, family: Family, max_sequence_length: int | None) -> int | None:
+    """
+    How many tokens of a prompt count.
+
+    Args:
+        pipeline ([`~diffusers.DiffusionPipeline`]):
+            The pipeline.
+        family (`Family`):
+            Its row of the table.
+        max_sequence_length (`int`, *optional*):
+            What was asked for. Defaults to the pipeline's own.
+
+    Returns:
+        `int`: `None` where the pipeline has no such argument.
+
+    Raises:
+        `ValueError`: it has none, and something was asked for.
+    """
+    pipeline_class: Any = family.pipeline_class
+    parameters = inspect.signature(pipeline_class.__call__).parameters
+    if "max_sequence_length" in parameters:
+        return parameters["max_sequence_length"].default if max_sequence_length is None else max_sequence_length
+    if max_sequence_length is not None:
+        raise ValueError(
+            f"max_sequence_length={max_sequence_length} would be ignored: {type(pipeline).__name__} has no "
+            "such argument. Leave it out."
+        )
+    return None
 
 
 def describe_long_prompts(

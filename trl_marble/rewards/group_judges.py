@@ -27,7 +27,7 @@ class _GroupJudge:
         prior (`float`):
             See `bradley_terry`.
         endpoint (`Any`):
-            The arguments of `JudgeEndpoint`.
+            The arguments of `JudgeEndpoint`, in their order.
     """
 
     scope = "group"
@@ -188,12 +188,10 @@ class RankingJudge(_GroupJudge):
             The question, which must ask for an answer such as "Ranking: 2 > 3 > 1". `{prompt}` and `{number}` are
             replaced by the prompt and the number of images.
         prior (`float`, *optional*, defaults to `1.0`):
-            Precision of the normal prior of the strengths: with more, few wins count less.
+            See [`PairwiseJudge`].
 
     Attributes:
-        scope (`str`): `"group"`: it is called with complete groups of images.
-        applies_to (`str`): In words, the images that the reward applies to.
-        value_range (`str`): In words, the scale of the reward.
+        scope, applies_to, value_range: See [`PairwiseJudge`].
 
     Raises:
         `ValueError`: If an argument has an impossible value. No message contains the key.

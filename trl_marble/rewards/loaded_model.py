@@ -20,13 +20,8 @@ class LoadedModel(ABC):
     A frozen model. It is loaded on first use, so that making the object costs nothing.
 
     Args:
-        batch_size (`int`, *optional*, defaults to `16`):
-            Number of images in one forward pass.
-        dtype (`torch.dtype`, *optional*):
-            Dtype of the weights. Defaults to the trainer's dtype, and to float32 without a trainer.
-        offload (`bool`, *optional*, defaults to `False`):
-            Whether the weights stay on the CPU but for the time of scoring: slower, but the update can use
-            their memory on the device.
+        batch_size, dtype, offload:
+            See [`ModelReward`].
 
     Raises:
         `ValueError`: If `batch_size` is not positive.
