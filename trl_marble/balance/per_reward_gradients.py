@@ -182,14 +182,15 @@ class WeightedBackward(GradientRows):
         self._coefficients = self.gradients.new_zeros(len(self.gradients), batch_size)
         try:
             for module, phantom in zip(self._linears, self._phantoms, strict=True):
-                module.__class__ = _RowLinear
-                module.phantom, module.coefficients = phantom, self._coefficients  # type: ignore[assignment]
+                # Not by the modules' own way of setting attributes, which takes milliseconds for hundreds of layers.
+                vars(module).update(phantom=phantom, coefficients=self._coefficients)
+                object.__setattr__(module, "__class__", _RowLinear)
             yield
         finally:
             for module in self._linears:
-                module.__class__ = nn.Linear
-                module.__dict__.pop("phantom", None)
-                module.__dict__.pop("coefficients", None)
+                object.__setattr__(module, "__class__", nn.Linear)
+                vars(module).pop("phantom", None)
+                vars(module).pop("coefficients", None)
             self._coefficients = None
 
     def backward(self, objectives: Sequence[Objective], retain_graph: bool = False) -> None:
