@@ -7,6 +7,7 @@ import torch
 from peft import LoraConfig
 
 from trl_marble.pipelines import FlowPipeline, Policy, PolicyWeights, add_trainable_adapter
+from trl_marble.pipelines.policy_weights import _MODELESS
 
 
 @pytest.fixture
@@ -55,12 +56,15 @@ def test_with_dropout_no_forward_pass_for_training_is_one_of_the_old_policy(inpu
     assert not weights.velocity(*inputs, conditioning).equal(old)
 
 
-def test_every_module_is_in_the_mode_of_its_velocity(inputs):
-    weights = make_weights()
+def test_every_module_that_has_modes_is_in_that_of_its_velocity(inputs):
+    weights = make_weights(lora_dropout=0.5)
+    modules = [module for module in weights.policy.modules() if type(module) not in _MODELESS]
+    assert any(isinstance(module, torch.nn.Dropout) for module in modules)
+    assert {weights.policy, weights.policy.transformer, *weights._adapter_layers} < set(modules)
     conditioning = weights.flow.encode(["a cat", "a dog"])
     for velocity, trains in ((weights.velocity, True), (weights.base_velocity, False), (weights.velocity, True)):
         velocity(*inputs, conditioning)
-        assert {module.training for module in weights.policy.modules()} == {trains}
+        assert {module.training for module in modules} == {trains}
 
 
 def test_what_was_saved_is_taken_over_in_place():

@@ -204,16 +204,16 @@ def test_more_backward_passes_than_two_are_found(model, monkeypatch):
 
 
 def test_trained_weights_that_do_not_come_back_are_found(model, monkeypatch):
-    swapped_in = WeightShadow.swapped_in
+    put_into = WeightShadow.put_into
 
     @contextmanager
-    def rounds(self):
-        with swapped_in(self):
+    def rounds(self, places):
+        with put_into(self, places):
             yield
         for parameter in self._parameters.values():
             parameter.data = parameter.data.bfloat16().float()
 
-    monkeypatch.setattr(WeightShadow, "swapped_in", rounds)
+    monkeypatch.setattr(WeightShadow, "put_into", rounds)
     with pytest.raises(Failed, match="changed .* trained weights"):
         check_policies(model)
 

@@ -20,6 +20,9 @@ from torch.nn.functional import linear as linear_product
 from .flat_gradients import flatten_gradients
 
 
+MOST_PARTS = 4  # that the gradients of a layer's samples are computed in
+
+
 class Objective(NamedTuple):
     """
     One loss per sample and its coefficients in each row: row `r` is `sum_i coefficients[r, i] * losses[i]`.
@@ -182,14 +185,15 @@ class WeightedBackward(GradientRows):
         self._coefficients = self.gradients.new_zeros(len(self.gradients), batch_size)
         try:
             for module, phantom in zip(self._linears, self._phantoms, strict=True):
-                module.__class__ = _RowLinear
-                module.phantom, module.coefficients = phantom, self._coefficients  # type: ignore[assignment]
+                # Not by the modules' own way of setting attributes, which takes milliseconds for hundreds of layers.
+                vars(module).update(phantom=phantom, coefficients=self._coefficients)
+                object.__setattr__(module, "__class__", _RowLinear)
             yield
         finally:
             for module in self._linears:
-                module.__class__ = nn.Linear
-                module.__dict__.pop("phantom", None)
-                module.__dict__.pop("coefficients", None)
+                object.__setattr__(module, "__class__", nn.Linear)
+                vars(module).pop("phantom", None)
+                vars(module).pop("coefficients", None)
             self._coefficients = None
 
     def backward(self, objectives: Sequence[Objective], retain_graph: bool = False) -> None:
@@ -251,7 +255,12 @@ class _RowProduct(torch.autograd.Function):
         (grad,) = grads
         batch = len(input)
         outward, inward = grad.reshape(batch, -1, grad.shape[-1]), input.reshape(batch, -1, input.shape[-1])
-        of_samples = torch.bmm(outward.mT, inward)  # (B, out, in)
-        rows = coefficients @ of_samples.flatten(1).to(coefficients.dtype)
+        # The gradients of the samples, (B, out, in), part by part: with few tokens they are larger than what the
+        # layer reads and writes, at the moment when most of the activations exist.
+        number = min(MOST_PARTS, -(-min(weight.shape) // inward.shape[1]))
+        rows = [
+            coefficients @ torch.bmm(part.mT, inward).flatten(1).to(coefficients.dtype)
+            for part in outward.chunk(number, dim=2)
+        ]
         grad_input = grad @ weight if ctx.needs_input_grad[0] else None
-        return grad_input, None, rows.view(-1, *weight.shape), None
+        return grad_input, None, torch.cat(rows, dim=1).view(-1, *weight.shape), None

@@ -119,7 +119,7 @@ def adapters_disabled(transformer: nn.Module, layers: Sequence[BaseTunerLayer] |
     if layers is None:
         layers = adapter_layers(transformer)
     # Not by peft's own switch, which also sets the flags, weight by weight. Attributes of modules are slow to set.
-    enabled = [vars(layer) for layer in layers if not layer.disable_adapters]
+    enabled = [vars(layer) for layer in layers if not layer._disable_adapters]
     try:
         for attributes in enabled:
             attributes["_disable_adapters"] = True
