@@ -10,6 +10,7 @@ from .reward_learning import RewardLearning
 from .reward_logs import average_logged
 from .sampler import RolloutSampler, SampleBatch, Samples
 from .set_scores import SetImages
+from .shares import ShareDraws
 from .source import RolloutRecord, RolloutSettings, RolloutSource
 
 
@@ -28,6 +29,7 @@ __all__ = [
     "SampleBatch",
     "Samples",
     "SetImages",
+    "ShareDraws",
     "StoredBatch",
     "average_logged",
     "count_failures",

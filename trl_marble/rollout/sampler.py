@@ -14,6 +14,7 @@ from ..media import Sample
 from ..memory_advice import reward_advice
 from ..nonfinite import CAUSES
 from ..pipelines import Acceleration, Conditioning, FlowPipeline
+from ..pipelines.mixing import mixing
 from ..processes import FailingTogether
 from ..progress import MakeBar
 from ..rewards import RewardScorer, Scores
@@ -38,12 +39,16 @@ class SampleBatch(NamedTuple):
             The seed of each image.
         conditioning ([`~trl_marble.pipelines.Conditioning`]):
             One row per image.
+        shares (`Tensor` of shape `[B, K]`, *optional*):
+            The share of each part of the adapter that samples each image, see
+            [`~trl_marble.pipelines.mixing.mixing`]. By default the adapter is used as it is.
     """
 
     prompts: list[str]
     columns: dict[str, list]
     seeds: list[int]
     conditioning: Conditioning
+    shares: Tensor | None = None
 
 
 class Samples(NamedTuple):
@@ -231,6 +236,7 @@ class RolloutSampler:
         numbers: Sequence[int],
         groups: Sequence[int],
         sde: SDEWindow | None = None,
+        shares: Tensor | None = None,
     ) -> Samples:
         """
         Sample and score this process's rows, as many as on every other process, and keep them all. Rewards that
@@ -259,13 +265,17 @@ class RolloutSampler:
                 The group of each image.
             sde ([`~trl_marble.sde.SDEWindow`], *optional*):
                 Solver steps that add noise. By default there are none.
+            shares (`Tensor` of shape `[B, K]`, *optional*):
+                See [`SampleBatch`].
         """
         starts = range(0, len(prompts), batch_size)
 
         def cut(start: int) -> SampleBatch:
             part = slice(start, start + batch_size)
             part_columns = {name: values[part] for name, values in columns.items()}
-            return SampleBatch(prompts[part], part_columns, seeds[part], conditioning.select(prompt_index[part]))
+            own_shares = None if shares is None else shares[part]
+            selected = conditioning.select(prompt_index[part])
+            return SampleBatch(prompts[part], part_columns, seeds[part], selected, own_shares)
 
         parts: list[Samples] = []
         self.sample_and_score(
@@ -310,7 +320,8 @@ class RolloutSampler:
         device = self.flow.device
         # Solvers that draw noise at every step draw it from the global generator. With the seed of an image that noise
         # would be the image's initial noise again.
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        devices = [device] if device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices), mixing(self.flow, batch.shares):
             torch.manual_seed(derive_seed(batch.seeds[0], Draw.SOLVER))
             rollout = self.flow.rollout(
                 batch.conditioning,

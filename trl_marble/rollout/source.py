@@ -34,6 +34,7 @@ from .reward_learning import RewardLearning
 from .reward_logs import average_logged
 from .sampler import RolloutSampler, Samples
 from .set_scores import SetImages
+from .shares import ShareDraws
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,9 @@ class RolloutSettings:
             Whether the pipeline edits the images of the column `image`.
         resample_rounds (`int`, *optional*, defaults to `0`):
             How often other prompts are drawn for groups on which no reward tells images apart.
+        shares ([`ShareDraws`], *optional*):
+            Draws what share each reward has of each prompt: in what samples its images, and in its advantage. By
+            default rewards have no shares.
     """
 
     seed: int
@@ -59,6 +63,7 @@ class RolloutSettings:
     batch_size: int
     edits: bool
     resample_rounds: int = 0
+    shares: ShareDraws | None = None
 
 
 class _Rows(NamedTuple):
@@ -110,7 +115,8 @@ class RolloutSource:
         settings ([`RolloutSettings`]):
             Settings.
         compute_advantages (`Callable[[Tensor, Tensor], Tensor]`):
-            From rewards `[K, B]` and groups `[B]` of all processes to advantages.
+            From rewards `[K, B]` and groups `[B]` of all processes to advantages; with shares also from those of the
+            samples, `[B, K]`.
         compare_with_sum (`Callable[[Tensor, Tensor], Tensor]`):
             From rewards `[K, B]`, and what `assign_teachers` returned, to how their weighted sum would mix the
             gradients of rewards and teachers, `[K + T]`.
@@ -137,7 +143,7 @@ class RolloutSource:
         dataset: Dataset,
         layout: BatchLayout,
         settings: RolloutSettings,
-        compute_advantages: Callable[[Tensor, Tensor], Tensor],
+        compute_advantages: Callable[..., Tensor],
         compare_with_sum: Callable[[Tensor, Tensor], Tensor],
         accelerator: Accelerator,
         metrics: MetricBuffer,
@@ -222,7 +228,7 @@ class RolloutSource:
         )
         conditioning, prompt_index = self._encode(rows)
         seeds = [derive_seed(self.settings.seed, Draw.ROLLOUT, generation, i) for i in own]
-        samples = self._sample_rows(rows, conditioning, prompt_index, own, seeds, trainer_state, sde)
+        samples = self._sample_rows(rows, conditioning, prompt_index, own, seeds, trainer_state, sde, generation)
         rewards = self._gather(samples.scores.rewards.T).T
         groups = torch.arange(rewards.shape[1]) // self.settings.num_generations
         replaced: dict[int, int] = {}
@@ -279,8 +285,10 @@ class RolloutSource:
         seeds: list[int],
         trainer_state: Any,
         sde: SDEWindow | None,
+        generation: int,
     ) -> Samples:
         """Sample and score rows that have these places in the generation batch."""
+        shares = None if self.settings.shares is None else self.settings.shares.of(generation, places)
         with rollout_advice("rollout_batch_size", self.settings.batch_size):
             return self.sampler.sample_rows(
                 self.scorer,
@@ -294,7 +302,15 @@ class RolloutSource:
                 places,
                 [place // self.settings.num_generations for place in places],
                 sde,
+                shares,
             )
+
+    def _advantages(self, rewards: Tensor, groups: Tensor, generation: int) -> Tensor:
+        """The advantages of the samples of all processes."""
+        if self.settings.shares is None:
+            return self.compute_advantages(rewards, groups)
+        shares = self.settings.shares.of(generation, range(rewards.shape[1]))
+        return self.compute_advantages(rewards, groups, shares)
 
     def _resample(
         self,
@@ -317,7 +333,7 @@ class RolloutSource:
         prompts = OtherPrompts(gather_object(list(row_numbers)), self.settings.num_generations, sources)
         for attempt in range(self.settings.resample_rounds + 1):
             rewards = self._gather(samples.scores.rewards.T).T
-            silent = find_silent_groups(self.compute_advantages(rewards, groups), groups)
+            silent = find_silent_groups(self._advantages(rewards, groups, generation), groups)
             if attempt == self.settings.resample_rounds:
                 break
             seed = derive_seed(self.settings.seed, Draw.OTHER_PROMPTS, generation, attempt)
@@ -330,7 +346,9 @@ class RolloutSource:
             rows = self._read([prompts.rows[place] for place in filled])
             conditioning, prompt_index = self._encode(rows)
             seeds = [derive_seed(self.settings.seed, Draw.RESAMPLED, generation, attempt, i) for i in filled]
-            others = self._sample_rows(rows, conditioning, prompt_index, filled, seeds, trainer_state, sde)
+            others = self._sample_rows(
+                rows, conditioning, prompt_index, filled, seeds, trainer_state, sde, generation
+            )
             order = list(range(len(own)))
             for number, place in enumerate(mine):
                 order[place - own.start] = len(own) + number
@@ -406,7 +424,7 @@ class RolloutSource:
         num_updates, device = self.layout.updates_per_pass, samples.latents.device
         order_seed = derive_seed(self.settings.seed, Draw.ORDER, generation)
         order = training_order(rewards.shape[1], own, num_updates, order_seed)
-        of_rewards = mask_silent_groups(self.compute_advantages(rewards, groups), groups)
+        of_rewards = mask_silent_groups(self._advantages(rewards, groups, generation), groups)
         all_advantages = torch.cat([of_rewards, taught])
         steps = steps_of_samples(rewards.shape[1], num_updates, order_seed)
         halves_seed = derive_seed(self.settings.seed, Draw.HALVES, generation)

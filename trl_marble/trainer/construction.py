@@ -43,6 +43,7 @@ from ..pipelines import (
     verify_acceleration,
 )
 from ..pipelines.embedding_cache import in_chunks
+from ..pipelines.mixing import add_mixed_adapter
 from ..processes import FailingTogether
 from ..progress import MakeBar
 from ..rewards import RewardScorer
@@ -63,6 +64,7 @@ from ..rollout import (
 from ..step_times import StepTimes
 from ..update import BalanceSettings, KLControl, NonFiniteGuard, PolicyUpdate, StepGradient, Teaching, TimeGrid
 from ..update.micro_steps import draw_micro_steps
+from .balance_slider import share_draws
 from .marble_config import MarbleConfig
 from .teachers import assign_teachers
 
@@ -198,10 +200,10 @@ def build_flow(pipeline: DiffusionPipeline, args: MarbleConfig) -> FlowPipeline:
 
 
 def add_adapters(
-    pipeline: DiffusionPipeline, peft_config: LoraConfig | None, teachers: Sequence[Teacher]
+    flow: FlowPipeline, peft_config: LoraConfig | None, teachers: Sequence[Teacher], parts: int | None
 ) -> tuple[dict[str, nn.Parameter], dict[str, Any]]:
     """
-    Add the adapter that is trained, and load the teachers.
+    Add the adapter that is trained, with a number of parts where it has some, and load the teachers.
 
     Returns:
         `tuple`: The trainable weights by name, and what describes the frozen ones, ready for JSON: the base model and
@@ -210,7 +212,11 @@ def add_adapters(
     Raises:
         `ValueError`: If one of them does not fit the pipeline.
     """
-    trainable = dict(add_trainable_adapter(pipeline, peft_config or lora_config(pipeline)))
+    pipeline = flow.pipeline
+    if parts is not None:
+        trainable = add_mixed_adapter(flow, peft_config, parts)
+    else:
+        trainable = dict(add_trainable_adapter(pipeline, peft_config or lora_config(pipeline)))
     base_model = base_fingerprint(pipeline.transformer)
     # `None` is what a checkpoint from before there were teachers has.
     return trainable, {"base_model": base_model, "teachers": load_teachers(pipeline, teachers) or None}
@@ -382,10 +388,10 @@ def build_source(
     batch_centred = torch.tensor([reward_center(func) == "batch" for func in scorer.funcs])
     meter = _build_meter(sampler, scorer, dataset, edits, accelerator, metrics, args)
 
-    def compute_advantages(rewards: Tensor, groups: Tensor) -> Tensor:
+    def compute_advantages(rewards: Tensor, groups: Tensor, shares: Tensor | None = None) -> Tensor:
         if len(rewards) == 0:
             return rewards
-        weights = reward_weights
+        weights = reward_weights if shares is None else reward_weights[:, None] * shares.T
         if meter is not None:
             rewards, weights = meter.weights.in_units_of_scales(rewards), meter.weights.weights
         mode, scale = args.multi_objective_aggregation, args.scale_rewards
@@ -397,7 +403,12 @@ def build_source(
         dataset,
         _build_layout(args),
         RolloutSettings(
-            args.seed, args.num_generations, args.rollout_batch_size, edits, int(args.resample_silent_prompts)
+            args.seed,
+            args.num_generations,
+            args.rollout_batch_size,
+            edits,
+            int(args.resample_silent_prompts),
+            share_draws(args, len(scorer)),
         ),
         compute_advantages,
         functools.partial(_compare_with_sum, reward_weights=reward_weights, args=args),
@@ -516,6 +527,7 @@ def build_update(
         times,
         None if args.kl_target is None else KLControl(args.beta, args.kl_target),
         teaching,
+        share_draws(args, len(reward_names)),
     )
 
 
