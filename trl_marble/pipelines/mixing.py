@@ -2,9 +2,9 @@
 """
 One LoRA that is K of them: each has a part of its ranks, and each sample its own shares of the parts.
 
-The sum of K adapters with weights w is one LoRA: sum_k w_k B_k A_k = [B_1 ... B_K] diag(w_1, ..., w_K) [A_1; ...; A_K].
-So the parts are trained as one adapter, and all that mixing does is to multiply what comes out of its first factor. With
-equal shares, 1 / K each, nothing is multiplied: the adapter as it is, with alpha / (K r), is their equal mixture.
+K adapters with weights w_k together are one: sum_k w_k B_k A_k = [B_1 ... B_K] diag(w_1, ..., w_K) [A_1; ...; A_K].
+So the parts are trained as one adapter, and mixing multiplies what comes out of its first factor, by K w_k. With equal
+shares, w_k = 1 / K, that is 1: the adapter as it is, with its scale alpha / (K r), is the equal mixture of its parts.
 """
 
 import copy
@@ -86,7 +86,8 @@ def mixing(flow: FlowPipeline, shares: Tensor | None, adapter_name: str = "defau
     firsts = [layer.lora_A[adapter_name] for layer in layers if adapter_name in layer.lora_A]
     number, parts = shares.shape
     scale = (parts * shares).to(flow.device, torch.float32)
-    factors = {rank: scale.repeat_interleave(rank // parts, dim=1) for rank in {first.out_features for first in firsts}}
+    ranks = {first.out_features for first in firsts}
+    factors = {rank: scale.repeat_interleave(rank // parts, dim=1) for rank in ranks}
     most = 2 if flow.is_guided else 1  # some pipelines put negative prompts before the others in one batch
 
     def multiply(module: nn.Linear, inputs: tuple[Tensor], output: Tensor) -> Tensor:

@@ -346,9 +346,7 @@ class RolloutSource:
             rows = self._read([prompts.rows[place] for place in filled])
             conditioning, prompt_index = self._encode(rows)
             seeds = [derive_seed(self.settings.seed, Draw.RESAMPLED, generation, attempt, i) for i in filled]
-            others = self._sample_rows(
-                rows, conditioning, prompt_index, filled, seeds, trainer_state, sde, generation
-            )
+            others = self._sample_rows(rows, conditioning, prompt_index, filled, seeds, trainer_state, sde, generation)
             order = list(range(len(own)))
             for number, place in enumerate(mine):
                 order[place - own.start] = len(own) + number

@@ -28,8 +28,8 @@ def check_balance_slider(
         )
     if teachers:
         raise ValueError(
-            f"`balance_slider=True` trains one part of the adapter for each reward, and the teacher {teachers[0].key!r} "
-            "has none; leave one of the two out."
+            "`balance_slider=True` trains one part of the adapter for each reward, and the teacher "
+            f"{teachers[0].key!r} has none; leave one of the two out."
         )
     sizes = {name: getattr(args, name) for name in ("per_device_train_batch_size", "rollout_batch_size")}
     if (flow.splits_batches or edits) and set(sizes.values()) != {1}:
