@@ -179,7 +179,8 @@ class CardInputs:
         teachers (`Mapping[str, str]`, *optional*):
             The adapters that it was distilled from, as the trainer is given them.
         parts (`Sequence[str]`, *optional*):
-            Of an adapter that is the equal mixture of one for each reward: their names. They are in `adapters/<name>`.
+            Of an adapter that is the equal mixture of one for each reward: their names. They are in the files
+            `adapters/<name>.safetensors`.
     """
 
     repo_name: str

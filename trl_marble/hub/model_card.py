@@ -30,7 +30,7 @@ from .card_inputs import (
     is_absolute,
     is_hub_id,
 )
-from .slider import part_folder
+from .slider import part_file
 
 
 TEMPLATE = Path(__file__).with_name("model_card_template.md")
@@ -204,8 +204,8 @@ def _with_error(value: float | None, se: float | None, sign: bool = False) -> st
 
 
 def _part_cells(name: str) -> dict[str, str]:
-    """Name and folder of a part of the adapter, as Python literals."""
-    return {"name": _literal(name), "folder": _literal(part_folder(name))}
+    """Name and file of a part of the adapter, as Python literals."""
+    return {"name": _literal(name), "file": _literal(part_file(name))}
 
 
 def _sources_table(sources: Mapping[str, Sequence[RewardRow]]) -> str:

@@ -35,7 +35,7 @@ from ..version import __version__
 from .card_inputs import CardInputs, GainsRow, GalleryItem, RewardRow
 from .model_card import build_model_card
 from .push import WEIGHTS, is_rendered_card, published_files
-from .slider import part_folder
+from .slider import part_file
 
 
 logger = logging.get_logger(__name__)
@@ -396,7 +396,7 @@ def push_checkpoint(
     Returns:
         `list[Future[CommitInfo]]`: The uploads, which go on.
     """
-    for file in [*checkpoint.glob(WEIGHTS), *checkpoint.glob(f"{part_folder('*')}/{WEIGHTS}")]:
+    for file in [*checkpoint.glob(WEIGHTS), *checkpoint.glob(part_file("*"))]:
         copied = folder / file.relative_to(checkpoint)
         copied.parent.mkdir(parents=True, exist_ok=True)
         unfinished = copied.with_name(f"tmp-{file.name}")

@@ -8,13 +8,12 @@ from pathlib import Path
 from urllib.parse import unquote, urlparse
 
 import yaml
-from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from huggingface_hub import CommitOperationAdd, HfApi, ModelCard
 
 from ..evaluation.records import is_within
 from .card_inputs import ACCESS_TOKEN, INPUTS_FILE, CardInputs, is_hub_id
 from .model_card import build_model_card
-from .slider import part_folder
+from .slider import part_file
 
 
 CARD_FILE = "README.md"
@@ -154,7 +153,7 @@ def _parts(folder: Path) -> list[str]:
     """The files of the parts that the adapter was trained with, see [`CardInputs`]."""
     if not (folder / INPUTS_FILE).is_file():
         return []
-    files = [f"{part_folder(name)}/{LORA_WEIGHT_NAME_SAFE}" for name in CardInputs.load(folder).parts]
+    files = [part_file(name) for name in CardInputs.load(folder).parts]
     for name in files:
         if not (folder / name).is_file():
             raise FileNotFoundError(

@@ -3,9 +3,8 @@
 
 import re
 from collections.abc import Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
-from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from torch import nn
 
 from .files import LoraLayer, read_layers, write_layers
@@ -16,14 +15,14 @@ FOLDER = "adapters"  # beside the adapter that is their equal mixture
 
 def part_names(reward_names: Sequence[str]) -> list[str]:
     """
-    What the adapter of each reward is called, in its folder and in a pipeline.
+    What the adapter of each reward is called, as a file and in a pipeline.
 
     Args:
         reward_names (`Sequence[str]`):
             The rewards, in the order of the parts.
 
     Returns:
-        `list[str]`: the same, where these can be names of folders and of modules, which adapters are; else similar.
+        `list[str]`: the same, where these can be names of files and of modules, which adapters are; else similar.
     """
     names: list[str] = []
     for reward in reward_names:
@@ -34,9 +33,13 @@ def part_names(reward_names: Sequence[str]) -> list[str]:
     return names
 
 
-def part_folder(name: str) -> str:
-    """Where the adapter of a part is, relative to the whole one."""
-    return str(PurePosixPath(FOLDER, name))
+def part_file(name: str) -> str:
+    """
+    The file of a part, relative to the folder of the whole adapter.
+
+    It has not the name of the whole one, of which there must be one: diffusers takes any of that name in a repository.
+    """
+    return f"{FOLDER}/{name}.safetensors"
 
 
 def split_adapter(file: Path, reward_names: Sequence[str]) -> list[Path]:
@@ -50,13 +53,13 @@ def split_adapter(file: Path, reward_names: Sequence[str]) -> list[Path]:
             The rewards, in the order of the parts.
 
     Returns:
-        `list[Path]`: their files, each in `adapters/<name>` beside the whole one.
+        `list[Path]`: their files, `adapters/<name>.safetensors` beside the whole one.
     """
     layers, number = read_layers(file), len(reward_names)
     written = []
     for place, name in enumerate(part_names(reward_names)):
         part = {layer: _part(lora, place, number) for layer, lora in layers.items()}
-        written.append(file.parent / FOLDER / name / LORA_WEIGHT_NAME_SAFE)
+        written.append(file.parent / part_file(name))
         write_layers(part, written[-1])
     return written
 
