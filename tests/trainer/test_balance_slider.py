@@ -194,7 +194,9 @@ def test_what_is_saved_is_the_equal_mixture_its_parts_and_how_to_mix_them(tmp_pa
         assert not close(parts.velocity(*inputs), expected, 1e-4)
 
     card = (folder / "README.md").read_text()
-    load = 'pipeline.load_lora_weights("path/to/this/folder", weight_name="adapters/{0}.safetensors", adapter_name="{0}")'
+    load = (
+        'pipeline.load_lora_weights("path/to/this/folder", weight_name="adapters/{0}.safetensors", adapter_name="{0}")'
+    )
     assert load.format("bright") in card and load.format("blue") in card
     assert 'pipeline.set_adapters(["bright", "blue"], [0.5, 0.5])' in card and "Each prompt had shares" in card
     assert "| `lora_rank` | `3` |" in card and "| `balance_slider` | `True` |" in card
