@@ -8,7 +8,7 @@ import torch
 from peft import LoraConfig
 from safetensors.torch import load_file
 from tiny import tiny_flux, tiny_sd3
-from trainer_helpers import PROMPTS, blue, bright, prompt_set, small_trainer
+from trainer_helpers import PROMPTS, bright, prompt_set, small_trainer
 
 from trl_marble.balance import group_advantages
 from trl_marble.hub import load_adapter, save_adapter
@@ -111,14 +111,17 @@ def test_in_the_update_all_velocities_are_those_of_each_samples_own_mixture(tmp_
         "old_velocity": OneByOne(trainer, weights.old, tmp_path / "old"),
     }
     asked = []
-    for name in apart:
 
-        def note(*arguments, name=name, ask=getattr(weights, name)):
+    def noted(name, ask):
+        def note(*arguments):
             velocity = ask(*arguments)
             asked.append((name, arguments, velocity.detach().clone()))
             return velocity
 
-        setattr(weights, name, note)
+        return note
+
+    for name in apart:
+        setattr(weights, name, noted(name, getattr(weights, name)))
     trainer.train()
     shares = ShareDraws(42, 2, 2).of(0, trainer._batch.sample_ids.tolist())
     assert len(shares.unique(dim=0)) == 2
