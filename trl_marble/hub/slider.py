@@ -27,7 +27,7 @@ def part_names(reward_names: Sequence[str]) -> list[str]:
     names: list[str] = []
     for reward in reward_names:
         name = re.sub(r"\W+", "_", reward, flags=re.ASCII).strip("_") or "reward"
-        while name in names or hasattr(nn.ModuleDict, name):
+        while name in names or hasattr(nn.ModuleDict(), name):
             name += "_"
         names.append(name)
     return names

@@ -83,7 +83,8 @@ def mixing(flow: FlowPipeline, shares: Tensor | None, adapter_name: str = "defau
         yield
         return
     layers = [module for module in flow.transformer.modules() if isinstance(module, LoraLayer)]
-    firsts = [layer.lora_A[adapter_name] for layer in layers if adapter_name in layer.lora_A]
+    pairs = [pair for layer in layers for pair in layer.lora_A.items()]
+    firsts = [first for name, first in pairs if name == adapter_name and isinstance(first, nn.Linear)]
     number, parts = shares.shape
     scale = (parts * shares).to(flow.device, torch.float32)
     ranks = {first.out_features for first in firsts}

@@ -157,8 +157,8 @@ class MarbleNFTTrainer(WithoutPredictions, ObservedTrainer):
         self.flow = construction.build_flow(self.pipeline, args)
         self.edits = construction.check_prompts(self.flow, self.scorers, train_dataset, eval_dataset)
         check_balance_slider(self.flow, self.edits, self.scorer.names, self.teachers, args)
-        parts = len(self.scorer) if args.balance_slider else None
-        trainable, frozen = construction.add_adapters(self.flow, peft_config, self.teachers, parts)
+        num_parts = len(self.scorer) if args.balance_slider else None
+        trainable, frozen = construction.add_adapters(self.flow, peft_config, self.teachers, num_parts)
         construction.cache_embeddings(self.flow, train_dataset, eval_dataset, args)
         construction.place_pipeline(self.flow, trainable, args)
         super().__init__(
