@@ -22,6 +22,7 @@ class Draw(IntEnum):
     GROUP_NOISE = 12
     OTHER_PROMPTS = 13
     RESAMPLED = 14
+    SHARES = 15
 
 
 def derive_seed(seed: int, draw: Draw, *place: int) -> int:

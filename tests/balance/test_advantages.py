@@ -145,6 +145,24 @@ def test_sum_then_normalize_by_hand():
     np.testing.assert_allclose(advantages[0].numpy(), [*expected, nan], rtol=1e-6)
 
 
+@pytest.mark.parametrize("mode", ["sum_then_normalize", "normalize_then_sum"])
+def test_weights_may_differ_from_sample_to_sample(mode):
+    rewards = torch.tensor([[1.0, 3.0, 2.0, nan, 4.0], [5.0, 1.0, 2.0, 3.0, nan]])
+    one, other = torch.tensor([1.0, 0.0]), torch.tensor([0.3, 0.7])
+    weights = torch.stack([one, one, other, other, other], dim=1)  # group by group
+    advantages = aggregate_advantages(rewards, GROUPS, weights, mode, "none")
+    assert advantages.shape == (1, 5)
+    for weight, members in ((one, slice(0, 2)), (other, slice(2, 5))):
+        expected = aggregate_advantages(rewards, GROUPS, weight, mode, "none")[:, members]
+        found = advantages[:, members]
+        if mode == "sum_then_normalize":
+            assert torch.allclose(found, expected)
+        else:  # up to the standard deviation over the batch, which is of both groups
+            assert torch.allclose(found / found.norm(), expected / expected.norm(), atol=1e-4)
+    same = aggregate_advantages(rewards, GROUPS, other[:, None].expand(2, 5), mode)
+    assert same.equal(aggregate_advantages(rewards, GROUPS, other, mode))
+
+
 def test_normalize_then_sum_is_trls():
     """Against the formula in TRL's GRPOTrainer (with its own standard deviation put into both places)."""
     generator = torch.Generator().manual_seed(1)

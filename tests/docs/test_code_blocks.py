@@ -11,7 +11,10 @@ PAGES = [page for page in pages() if read_blocks(page)]
 # Pages whose blocks take more than a few seconds. The README's do so too, and always run.
 LONG = {
     f"docs/{name}.md"
-    for name in "cli distillation evaluation gpu hub quickstart reproducing scaling step_cost trainer".split()
+    for name in (
+        "cli distillation evaluation gpu hub one_adapter_many_balances quickstart reproducing scaling "
+        "step_cost trainer"
+    ).split()
 }
 assert set(PAGES) >= LONG
 

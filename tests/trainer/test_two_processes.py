@@ -91,6 +91,15 @@ EQUAL = {
         "per_device_train_batch_size": 6,
         "prompts": [*scenarios.PROMPTS, "sea"],
     },
+    # Shares of the rewards, of a group that is on both processes, and with other prompts for silent groups.
+    "shares": {
+        "rewards": ["left_if_long", "dark_rank_if_long"],
+        "balance_slider": True,
+        "multi_objective_aggregation": "normalize_then_sum",
+        "resample_silent_prompts": 2,
+        "per_device_train_batch_size": 6,
+        "prompts": [*scenarios.PROMPTS, "sea"],
+    },
     # Rewards that learn on the first process, from images and from features.
     "learning": {
         "rewards": ["left", "Novelty", "Unlike", "Dark"],

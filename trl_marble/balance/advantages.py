@@ -101,8 +101,8 @@ def aggregate_advantages(
             Raw rewards, NaN where a reward does not apply.
         groups (`torch.LongTensor` of shape `(B,)`):
             Group id of every sample.
-        reward_weights (`torch.Tensor` of shape `(K,)`):
-            Weight of every reward in the sums.
+        reward_weights (`torch.Tensor` of shape `(K,)` or `(K, B)`):
+            Weight of every reward in the sums, or that of every reward for every sample.
         mode (`str`):
             One of the modes above.
         scale_rewards (`str`, *optional*, defaults to `"batch"`):
@@ -128,10 +128,12 @@ def aggregate_advantages(
             f"Unknown multi_objective_aggregation {mode!r}: use one of {', '.join(get_args(AggregationMode))}."
         )
     weights = torch.as_tensor(reward_weights).detach().cpu().double()
-    if weights.shape != rewards.shape[:1]:
+    if weights.shape not in (rewards.shape[:1], rewards.shape):
         raise ValueError(
             f"reward_weights has shape {tuple(weights.shape)} for {len(rewards)} rewards: give one weight per reward."
         )
+    if weights.ndim == 1:
+        weights = weights[:, None]
     if not weights.isfinite().all():
         raise ValueError(f"reward_weights must be finite, got {weights.tolist()}.")
 
@@ -283,5 +285,5 @@ def _std(values: Tensor) -> Tensor:
 
 def _weighted_sum_of_valid(values: Tensor, weights: Tensor) -> Tensor:
     """Weighted sum `(1, B)` over the rewards that apply; NaN where none does."""
-    total = (weights[:, None] * values).nansum(dim=0, keepdim=True)
+    total = (weights * values).nansum(dim=0, keepdim=True)
     return total.masked_fill(values.isnan().all(dim=0, keepdim=True), torch.nan)

@@ -178,6 +178,9 @@ class CardInputs:
             Where the time of the training went.
         teachers (`Mapping[str, str]`, *optional*):
             The adapters that it was distilled from, as the trainer is given them.
+        parts (`Sequence[str]`, *optional*):
+            Of an adapter that is the equal mixture of one for each reward: their names. They are in the files
+            `adapters/<name>.safetensors`.
     """
 
     repo_name: str
@@ -206,6 +209,7 @@ class CardInputs:
     progress_plot: str | None = None
     times: TimeSummary | None = None
     teachers: Mapping[str, str] = field(default_factory=dict)
+    parts: Sequence[str] = ()
 
     def public(self) -> "CardInputs":
         """

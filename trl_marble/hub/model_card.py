@@ -30,6 +30,7 @@ from .card_inputs import (
     is_absolute,
     is_hub_id,
 )
+from .slider import part_file
 
 
 TEMPLATE = Path(__file__).with_name("model_card_template.md")
@@ -92,6 +93,9 @@ def build_model_card(inputs: CardInputs) -> ModelCard:
         num_trained=len(trained),
         trained_names=", ".join(_code(row.name) for row in trained),
         teachers=[(_code(name), _code(adapter)) for name, adapter in inputs.teachers.items()],
+        parts=[_part_cells(name) for name in inputs.parts],
+        part_names=json.dumps(list(inputs.parts)),
+        part_shares=", ".join([f"{1 / max(1, len(inputs.parts)):.3g}"] * len(inputs.parts)),
         num_teachers="one teacher" if len(inputs.teachers) == 1 else f"{len(inputs.teachers)} teachers",
         trained_here=inputs.trained_here,
         pipeline_class=inputs.pipeline_class,
@@ -197,6 +201,11 @@ def _gains_cells(gains: GainsRow) -> dict[str, str]:
 def _with_error(value: float | None, se: float | None, sign: bool = False) -> str:
     text = format_value(value, sign)
     return f"{text} ± {format_value(se)}" if _measured(value) and _measured(se) else text
+
+
+def _part_cells(name: str) -> dict[str, str]:
+    """Name and file of a part of the adapter, as Python literals."""
+    return {"name": _literal(name), "file": _literal(part_file(name))}
 
 
 def _sources_table(sources: Mapping[str, Sequence[RewardRow]]) -> str:

@@ -34,7 +34,8 @@ from ..media import Sample, sample_suffix, save_sample
 from ..version import __version__
 from .card_inputs import CardInputs, GainsRow, GalleryItem, RewardRow
 from .model_card import build_model_card
-from .push import is_rendered_card, published_files
+from .push import WEIGHTS, is_rendered_card, published_files
+from .slider import part_file
 
 
 logger = logging.get_logger(__name__)
@@ -138,6 +139,8 @@ class RunSummary:
             The optimizer step that the adapter is from: the last one, unless a better one was loaded.
         teachers (`Mapping[str, str]`, *optional*):
             The adapters that it was distilled from, as the trainer is given them.
+        parts (`Sequence[str]`, *optional*):
+            Of an adapter with a part for each reward: the names of the parts.
     """
 
     history: Sequence[dict[str, Any]]
@@ -152,6 +155,7 @@ class RunSummary:
     model_id: str | None
     adapter_step: int
     teachers: Mapping[str, str] = field(default_factory=dict)
+    parts: Sequence[str] = ()
 
 
 def write_card(run: RunSummary, folder: Path, model_name: str | None = None) -> None:
@@ -203,6 +207,7 @@ def write_card(run: RunSummary, folder: Path, model_name: str | None = None) -> 
         best_evaluation=best_evaluation(run.history, run.reward_names),
         adapter_evaluation=next(reversed(worst_gains(of_adapter, run.reward_names)), None),
         teachers=run.teachers,
+        parts=run.parts,
     )
     inputs.save(folder)
     build_model_card(inputs).save(folder / "README.md")
@@ -391,10 +396,12 @@ def push_checkpoint(
     Returns:
         `list[Future[CommitInfo]]`: The uploads, which go on.
     """
-    for file in checkpoint.glob("pytorch_lora_weights*.safetensors"):
-        unfinished = folder / f"tmp-{file.name}"
+    for file in [*checkpoint.glob(WEIGHTS), *checkpoint.glob(part_file("*"))]:
+        copied = folder / file.relative_to(checkpoint)
+        copied.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = copied.with_name(f"tmp-{file.name}")
         shutil.copy(file, unfinished)
-        os.replace(unfinished, folder / file.name)  # never half a file, nor one that changes while it is uploaded
+        os.replace(unfinished, copied)  # never half a file, nor one that changes while it is uploaded
     write_card_to()
     api, message = HfApi(token=token), f"Training in progress, step {step}"
     upload: dict[str, Any] = {"repo_id": repo_id, "revision": revision, "run_as_future": True}

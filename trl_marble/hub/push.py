@@ -13,6 +13,7 @@ from huggingface_hub import CommitOperationAdd, HfApi, ModelCard
 from ..evaluation.records import is_within
 from .card_inputs import ACCESS_TOKEN, INPUTS_FILE, CardInputs, is_hub_id
 from .model_card import build_model_card
+from .slider import part_file
 
 
 CARD_FILE = "README.md"
@@ -26,8 +27,9 @@ _IMAGE = re.compile(r"!\[(?:\\.|[^\]\\])*\]\(\s*<?([^)\s>]+)>?[^)]*\)|<img\b[^>]
 
 def published_files(folder: str | os.PathLike) -> list[str]:
     """
-    The files of a folder that are pushed to the Hub: the adapter, its card, the pictures that the card shows, and
-    `model_card.json`, from which the card is rendered. Logs, checkpoints and all other files stay local.
+    The files of a folder that are pushed to the Hub: the adapter, its parts where the card has some, the card, the
+    pictures that the card shows, and `model_card.json`, from which the card is rendered. Logs, checkpoints and all
+    other files stay local.
 
     Args:
         folder (`str` or `os.PathLike`):
@@ -37,7 +39,8 @@ def published_files(folder: str | os.PathLike) -> list[str]:
         `list[str]`: paths relative to the folder, sorted, with `/` between their parts.
 
     Raises:
-        `FileNotFoundError`: the folder has no adapter or no card, or the card shows a picture that does not exist.
+        `FileNotFoundError`: the folder has no adapter or no card, or lacks a part of the adapter or a picture that the
+            card shows.
         `ValueError`: the card's metadata cannot be read, it shows a file that is not a picture, a file is outside the
             folder (possibly through a link), or a text contains an access token.
     """
@@ -54,6 +57,7 @@ def published_files(folder: str | os.PathLike) -> list[str]:
             "`trl_marble.hub.card_from_evaluations(folder, ...)`."
         )
     texts = [name for name in (CARD_FILE, INPUTS_FILE) if (folder / name).is_file()]
+    weights += _parts(folder)
     for name in (*weights, *texts):
         if not is_within(folder.resolve(), name):
             raise ValueError(f"{folder / name} is a link to a file outside the folder. Put the file itself there.")
@@ -143,6 +147,20 @@ def _name_repository(folder: Path, repo_id: str) -> None:
     named = dataclasses.replace(inputs, repo_name=repo_id.split("/")[1], model_id=repo_id)
     named.save(folder)
     build_model_card(named).save(folder / CARD_FILE)
+
+
+def _parts(folder: Path) -> list[str]:
+    """The files of the parts that the adapter was trained with, see [`CardInputs`]."""
+    if not (folder / INPUTS_FILE).is_file():
+        return []
+    files = [part_file(name) for name in CardInputs.load(folder).parts]
+    for name in files:
+        if not (folder / name).is_file():
+            raise FileNotFoundError(
+                f"The card explains the adapter {name!r}, which is not in {str(folder)!r}. Save it again with "
+                "`trainer.save_model()`."
+            )
+    return files
 
 
 def _pictures(folder: Path) -> list[str]:

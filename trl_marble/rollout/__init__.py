@@ -11,6 +11,7 @@ from .reward_logs import average_logged
 from .sampler import RolloutSampler, SampleBatch, Samples
 from .set_scores import SetImages
 from .settings import RolloutSettings
+from .shares import ShareDraws
 from .source import RolloutRecord, RolloutSource
 
 
@@ -29,6 +30,7 @@ __all__ = [
     "SampleBatch",
     "Samples",
     "SetImages",
+    "ShareDraws",
     "StoredBatch",
     "average_logged",
     "count_failures",

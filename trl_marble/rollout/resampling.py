@@ -167,6 +167,5 @@ class Resampler:
     def _sample(self, task: RolloutTask, prompts: OtherPrompts, places: list[int], attempt: int) -> Samples:
         """Sample the rows that some places have now."""
         rows = self.rows.read([prompts.rows[place] for place in places])
-        seeded = self.settings.seed, Draw.RESAMPLED, task.generation, attempt
-        own = Places.of(places, self.settings.num_generations, *seeded)
+        own = Places.of(places, self.settings, Draw.RESAMPLED, task.generation, attempt)
         return self.rows.sample(rows, self.rows.encode(rows), own, task.trainer_state, task.sde)

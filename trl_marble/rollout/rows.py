@@ -16,6 +16,7 @@ from ..sde import SDEWindow
 from ..seeding import Draw, derive_seed
 from .sampler import RolloutSampler, SampleBatch, Samples
 from .set_scores import SetImages
+from .settings import RolloutSettings
 
 
 class Rows(NamedTuple):
@@ -34,17 +35,23 @@ class Embeddings(NamedTuple):
 
 
 class Places(NamedTuple):
-    """The number of each image among those of all processes, its group, and its seed."""
+    """
+    The number of each image among those of all processes, its group, its seed, and where rewards have shares of each
+    prompt, those of the image, `[B, K]`.
+    """
 
     numbers: Sequence[int]
     groups: list[int]
     seeds: list[int]
+    shares: Tensor | None = None
 
     @classmethod
-    def of(cls, numbers: Sequence[int], num_generations: int, seed: int, draw: Draw, *place: int) -> Self:
-        """Places in a generation batch. The seeds follow from the last arguments and the number of an image."""
-        groups = [number // num_generations for number in numbers]
-        return cls(numbers, groups, [derive_seed(seed, draw, *place, number) for number in numbers])
+    def of(cls, numbers: Sequence[int], settings: RolloutSettings, draw: Draw, generation: int, *more: int) -> Self:
+        """Places in a generation batch. Seeds follow from the last arguments and the number of an image."""
+        groups = [number // settings.num_generations for number in numbers]
+        seeds = [derive_seed(settings.seed, draw, generation, *more, number) for number in numbers]
+        shares = None if settings.shares is None else settings.shares.of(generation, numbers)
+        return cls(numbers, groups, seeds, shares)
 
 
 class RolloutTask(NamedTuple):
@@ -119,7 +126,8 @@ class RowSampler:
             part = slice(start, start + self.batch_size)
             columns = {name: values[part] for name, values in rows.columns.items()}
             conditioning = embeddings.conditioning.select(embeddings.prompt_index[part])
-            return SampleBatch(rows.prompts[part], columns, places.seeds[part], conditioning)
+            shares = None if places.shares is None else places.shares[part]
+            return SampleBatch(rows.prompts[part], columns, places.seeds[part], conditioning, shares)
 
         parts: list[Samples] = []
         with rollout_advice("rollout_batch_size", self.batch_size):

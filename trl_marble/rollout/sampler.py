@@ -14,6 +14,7 @@ from ..media import Sample
 from ..memory_advice import reward_advice
 from ..nonfinite import CAUSES
 from ..pipelines import Acceleration, Conditioning, FlowPipeline
+from ..pipelines.mixing import mixing
 from ..processes import FailingTogether
 from ..progress import MakeBar
 from ..rewards import RewardScorer, Scores
@@ -38,12 +39,16 @@ class SampleBatch(NamedTuple):
             The seed of each image.
         conditioning ([`~trl_marble.pipelines.Conditioning`]):
             One row per image.
+        shares (`Tensor` of shape `[B, K]`, *optional*):
+            The share of each part of the adapter that samples each image, see
+            [`~trl_marble.pipelines.mixing.mixing`]. By default the adapter is used as it is.
     """
 
     prompts: list[str]
     columns: dict[str, list]
     seeds: list[int]
     conditioning: Conditioning
+    shares: Tensor | None = None
 
 
 class Samples(NamedTuple):
@@ -246,7 +251,8 @@ class RolloutSampler:
         device = self.flow.device
         # Solvers that draw noise at every step draw it from the global generator. With the seed of an image that noise
         # would be the image's initial noise again.
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        devices = [device] if device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices), mixing(self.flow, batch.shares):
             torch.manual_seed(derive_seed(batch.seeds[0], Draw.SOLVER))
             rollout = self.flow.rollout(
                 batch.conditioning,

@@ -3,6 +3,8 @@
 
 from dataclasses import dataclass
 
+from .shares import ShareDraws
+
 
 @dataclass(frozen=True)
 class RolloutSettings:
@@ -20,6 +22,9 @@ class RolloutSettings:
             Whether the pipeline edits the images of the column `image`.
         resample_rounds (`int`, *optional*, defaults to `0`):
             How often other prompts are drawn for groups on which no reward tells images apart.
+        shares ([`ShareDraws`], *optional*):
+            Draws what share each reward has of each prompt: in what samples its images, and in its advantage. By
+            default rewards have no shares.
     """
 
     seed: int
@@ -27,3 +32,4 @@ class RolloutSettings:
     batch_size: int
     edits: bool
     resample_rounds: int = 0
+    shares: ShareDraws | None = None

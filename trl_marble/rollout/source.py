@@ -75,7 +75,8 @@ class RolloutSource:
         settings ([`RolloutSettings`]):
             Settings.
         compute_advantages (`Callable[[Tensor, Tensor], Tensor]`):
-            From rewards `[K, B]` and groups `[B]` of all processes to advantages.
+            From rewards `[K, B]` and groups `[B]` of all processes to advantages; with shares also from those of the
+            samples, `[B, K]`.
         compare_with_sum (`Callable[[Tensor, Tensor], Tensor]`):
             From rewards `[K, B]`, and what `assign_teachers` returned, to how their weighted sum would mix the
             gradients of rewards and teachers, `[K + T]`.
@@ -102,7 +103,7 @@ class RolloutSource:
         dataset: Dataset,
         layout: BatchLayout,
         settings: RolloutSettings,
-        compute_advantages: Callable[[Tensor, Tensor], Tensor],
+        compute_advantages: Callable[..., Tensor],
         compare_with_sum: Callable[[Tensor, Tensor], Tensor],
         accelerator: Accelerator,
         metrics: MetricBuffer,
@@ -183,7 +184,7 @@ class RolloutSource:
         prompt_ids = self._prepare_progress(task, rows)
         scored = self._sample_and_score(task, rows)
         if self.settings.resample_rounds > 0:
-            scored = self._resampler.resample(task, scored, self._find_silent)
+            scored = self._resampler.resample(task, scored, functools.partial(self._find_silent, task))
         finite = gather_rows(self.accelerator, scored.samples.finite)
         self._check_any_is_finite(finite)
         groups = self._groups(scored.rewards)
@@ -191,7 +192,7 @@ class RolloutSource:
         self._observe_progress(prompt_ids, scored.rewards)
         sources = self._gather_sources(scored.rows)
         taught = self._teach(sources, finite, scored.rewards)
-        advantages = mask_silent_groups(self.compute_advantages(scored.rewards, groups), groups)
+        advantages = mask_silent_groups(self._advantages(task, scored.rewards), groups)
         weighted_sum = self.compare_with_sum(scored.rewards, taught)
         batch = self._arranger.arrange(generation, scored, groups, advantages, taught, weighted_sum)
         self._learn(task, scored)
@@ -219,15 +220,20 @@ class RolloutSource:
         return ScoredRows(rows, embeddings, samples, gather_rewards(self.accelerator, samples.scores))
 
     def _places(self, task: RolloutTask) -> Places:
-        num_generations, seed = self.settings.num_generations, self.settings.seed
-        return Places.of(self._own, num_generations, seed, Draw.ROLLOUT, task.generation)
+        return Places.of(self._own, self.settings, Draw.ROLLOUT, task.generation)
 
     def _groups(self, rewards: Tensor) -> Tensor:
         return torch.arange(rewards.shape[1]) // self.settings.num_generations
 
-    def _find_silent(self, rewards: Tensor) -> list[int]:
-        groups = self._groups(rewards)
-        return find_silent_groups(self.compute_advantages(rewards, groups), groups)
+    def _advantages(self, task: RolloutTask, rewards: Tensor) -> Tensor:
+        """The advantages of the samples of all processes."""
+        groups, shares = self._groups(rewards), self.settings.shares
+        if shares is None:
+            return self.compute_advantages(rewards, groups)
+        return self.compute_advantages(rewards, groups, shares.of(task.generation, range(rewards.shape[1])))
+
+    def _find_silent(self, task: RolloutTask, rewards: Tensor) -> list[int]:
+        return find_silent_groups(self._advantages(task, rewards), self._groups(rewards))
 
     def _check_any_is_finite(self, finite: Tensor) -> None:
         with self.together.phase():

@@ -156,6 +156,13 @@ class MarbleConfig(TrainingArguments):
             `"progress"`: the same with weights that follow how far each reward has come since the base model: needs
             no weights, does not depend on the rewards' scales, and costs what a weighted sum costs, see
             [`~trl_marble.balance.ProgressWeights`]; best with `scale_rewards="group"`.
+        balance_slider (`bool`, *optional*, defaults to `False`):
+            Whether to train one adapter for every balance between the rewards: it has a part for each reward, of the
+            rank of the `peft_config`, which is saved as an adapter of its own, and diffusers'
+            `pipeline.set_adapters(names, shares)` sets the balance when images are made. Each prompt of a generation
+            batch has shares of the rewards, drawn evenly from all that sum to 1: they mix the parts that sample and
+            train on its images, and are the weights of its advantages in `"normalize_then_sum"`, which it needs
+            (times `reward_weights`). Evaluations are at equal shares. See docs/one_adapter_many_balances.md.
         resample_silent_prompts (`int`, *optional*, defaults to `0`):
             How often other prompts are drawn for those without a signal: on whose images no reward differs, so that
             nothing can be learned from them. `1` (or `True`): their images are sampled anew for other prompts, of the
@@ -503,6 +510,9 @@ class MarbleConfig(TrainingArguments):
         )
     )
 
+    balance_slider: bool = field(
+        default=False, metadata={"help": "Whether one adapter is trained for every balance between the rewards."}
+    )
     resample_silent_prompts: int = field(
         default=0, metadata={"help": "How often other prompts are drawn for those on which no reward differs."}
     )
@@ -669,6 +679,7 @@ class MarbleConfig(TrainingArguments):
         self._check_ranges()
         self._check_batches()
         self._check_unused()
+        self._check_balance_slider()
         check_combinations(self)
         self._check_devices()
         if self.log_images:
@@ -822,6 +833,23 @@ class MarbleConfig(TrainingArguments):
                 f"{self.steps_per_generation}), which is not a multiple of `num_generations` "
                 f"({self.num_generations}). Change one of them so that every prompt has its whole group."
             )
+
+    def _check_balance_slider(self) -> None:
+        """Refuse what does not work with shares that differ from sample to sample."""
+        if not self.balance_slider:
+            return
+        if self.multi_objective_aggregation != "normalize_then_sum":
+            raise ValueError(
+                "`balance_slider=True` sums the advantages of the rewards, with other weights for each prompt, and "
+                f"`multi_objective_aggregation={self.multi_objective_aggregation!r}` does something else; set "
+                "`multi_objective_aggregation='normalize_then_sum'`."
+            )
+        for name in ("torch_compile", "shard_base"):
+            if getattr(self, name):
+                raise ValueError(
+                    f"`balance_slider=True` and `{name}=True` do not work together: layers of the transformer are "
+                    "changed from batch to batch. Leave one of them out."
+                )
 
     def _check_unused(self) -> None:
         """Refuse settings that have no effect beside others."""

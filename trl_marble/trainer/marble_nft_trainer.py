@@ -27,6 +27,7 @@ from ..data import RepeatPromptSampler, prepare_prompts, source_weights
 from ..evaluation.base_evaluations import BaseEvaluations
 from ..evaluation.prompt_sets import check_best_metric, prepare_evaluation_sets
 from ..hub import save_adapter
+from ..hub.slider import split_adapter
 from ..memory_advice import update_advice
 from ..metrics import MetricBuffer
 from ..nonfinite import refuse_nonfinite
@@ -36,6 +37,7 @@ from ..rewards import RewardFunc
 from ..rollout import RolloutBatch, StoredBatch
 from ..step_times import StepTimes
 from . import construction
+from .balance_slider import check_balance_slider
 from .checkpointed_trainer import OPTIMIZER_FILE
 from .follow_policy import FollowPolicy
 from .marble_config import MarbleConfig
@@ -154,7 +156,9 @@ class MarbleNFTTrainer(WithoutPredictions, ObservedTrainer):
         self.pipeline = load_pipeline(pipeline)
         self.flow = construction.build_flow(self.pipeline, args)
         self.edits = construction.check_prompts(self.flow, self.scorers, train_dataset, eval_dataset)
-        trainable, frozen = construction.add_adapters(self.pipeline, peft_config, self.teachers)
+        check_balance_slider(self.flow, self.edits, self.scorer.names, self.teachers, args)
+        num_parts = len(self.scorer) if args.balance_slider else None
+        trainable, frozen = construction.add_adapters(self.flow, peft_config, self.teachers, num_parts)
         construction.cache_embeddings(self.flow, train_dataset, eval_dataset, args)
         construction.place_pipeline(self.flow, trainable, args)
         super().__init__(
@@ -201,7 +205,7 @@ class MarbleNFTTrainer(WithoutPredictions, ObservedTrainer):
             args,
             self.teachers,
         )
-        identity = frozen | describe_run(self.flow, self.scorer, self.source_weights)
+        identity = frozen | describe_run(self.flow, self.scorer, self.source_weights, args.balance_slider)
         division = BatchDivision(args.world_size, self.layout)
         parts = self.schedule, self.rollouts, self.update.kl_control, self.base_evaluations
         self.run_state = RunState(self.weights, *parts, identity, division)
@@ -358,7 +362,9 @@ class MarbleNFTTrainer(WithoutPredictions, ObservedTrainer):
         refuse_nonfinite("averaged weights", self.weights.averaged.state_dict())
         if self.args.should_save:
             with self.weights.averaged.swapped_in():
-                save_adapter(self.pipeline, output_dir or self.args.output_dir)
+                file = save_adapter(self.pipeline, output_dir or self.args.output_dir)
+            if self.args.balance_slider:
+                split_adapter(file, self.scorer.names)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self.run_state.refuse_nonfinite()  # before anything is written

@@ -22,6 +22,7 @@ from ..hub.publishing import (
     write_card,
     write_card_beside_adapter,
 )
+from ..hub.slider import part_names
 from ..media import Sample
 from ..pipelines import FlowPipeline, Teacher
 from ..rewards import RewardScorer
@@ -52,16 +53,20 @@ class PublishedTrainer(CheckpointedTrainer):
         if not self.flow.is_listed:  # the card cannot look its guidance up
             settings |= family.guidance_arguments(settings.pop("guidance_scale"))
         settings |= {"optimizer_steps": self.state.global_step, "processes": args.world_size}
-        settings |= {"lora_rank": config.r, "lora_alpha": config.lora_alpha}
+        names = self.scorers[0].names
+        parts = part_names(names) if args.balance_slider else []
+        settings |= {"lora_rank": config.r // max(1, len(parts)), "lora_alpha": config.lora_alpha}
+        if parts:
+            settings["balance_slider"] = True
         if self.teachers and not args.balances_gradients:
             settings["teacher_weight"] = args.teacher_weight
-        if not self.scorers[0].names:
+        if not names:
             settings["teacher_states"] = args.teacher_states
         if self.weighting is not None:  # in the place of the one that `args` names
             settings["weighting"] = getattr(self.weighting, "__name__", type(self.weighting).__name__)
         return RunSummary(
             history=self.state.log_history,
-            reward_names=self.scorers[0].names,
+            reward_names=names,
             held_out_names=[name for scorer in self.scorers[1:] for name in scorer.names],
             pipeline_class=family.pipeline_class.__name__,
             base_model=None if source is None else str(source),
@@ -72,6 +77,7 @@ class PublishedTrainer(CheckpointedTrainer):
             model_id=self.hub_model_id,
             adapter_step=self.adapter_step,
             teachers={teacher.key: teacher.adapter for teacher in self.teachers},
+            parts=parts,
         )
 
     def _adapter_gallery(self) -> Mapping[str, Sequence[Sample]]:

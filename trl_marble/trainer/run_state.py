@@ -130,7 +130,9 @@ def refuse_nonfinite_optimizer(optimizer: torch.optim.Optimizer) -> None:
         refuse_nonfinite("optimizer", {name: value for name, value in state.items() if torch.is_tensor(value)})
 
 
-def describe_run(flow: FlowPipeline, scorer: RewardScorer, source_weights: dict[str, float] | None) -> dict[str, Any]:
+def describe_run(
+    flow: FlowPipeline, scorer: RewardScorer, source_weights: dict[str, float] | None, has_parts: bool
+) -> dict[str, Any]:
     """
     What a run must share with a checkpoint that it resumes from, ready for JSON, beside the base model and teachers.
     """
@@ -138,6 +140,8 @@ def describe_run(flow: FlowPipeline, scorer: RewardScorer, source_weights: dict[
     lora = {"r": config.r, "lora_alpha": config.lora_alpha}
     # What else says how strong the adapter is; ranks and DoRA are seen in the weights.
     lora |= {name: value for name in ("use_rslora", "alpha_pattern") if (value := getattr(config, name))}
+    if has_parts:  # of its ranks, one for each reward
+        lora["balance_slider"] = True
     return {
         "pipeline": type(flow.pipeline).__name__,
         "rewards": scorer.names,

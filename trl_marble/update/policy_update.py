@@ -4,6 +4,7 @@
 import dataclasses
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
@@ -14,8 +15,9 @@ from ..losses import Drawn, FrozenVelocities, Lesson, Penalties, PolicyLoss, Sam
 from ..losses.forward_process import add_shared, mean_square_distance
 from ..metrics import MetricBuffer, finite_mean, mean_rms
 from ..pipelines import Conditioning, PolicyWeights
+from ..pipelines.mixing import mixing
 from ..progress import MakeBar
-from ..rollout import BatchLayout, Position, RolloutBatch
+from ..rollout import BatchLayout, Position, RolloutBatch, ShareDraws
 from ..seeding import Draw, derive_seed
 from ..step_times import StepTimes
 from .group_table import GroupTable
@@ -87,6 +89,9 @@ class PolicyUpdate:
         teaching ([`Teaching`], *optional*):
             The teachers, to each of which one of the last rows of a batch's advantages belongs. By default there are
             none.
+        shares ([`~trl_marble.rollout.ShareDraws`], *optional*):
+            Draws the shares that the parts of the adapter have of each sample, see
+            [`~trl_marble.pipelines.mixing.mixing`]. By default it has no parts.
     """
 
     def __init__(
@@ -106,12 +111,13 @@ class PolicyUpdate:
         times: StepTimes,
         kl_control: KLControl | None = None,
         teaching: Teaching | None = None,
+        shares: ShareDraws | None = None,
     ) -> None:
         self.loss, self.weights, self.gradient, self.guard = loss, weights, gradient, guard
         self.layout, self.grid, self.regularizer_fraction = layout, grid, regularizer_fraction
         self.seed, self.num_processes, self.num_generations = seed, num_processes, num_generations
         self.metrics, self.make_bar, self.times, self.kl_control = metrics, make_bar, times, kl_control
-        self.teaching = teaching
+        self.teaching, self.shares = teaching, shares
 
     @property
     def compares_groups(self) -> bool:
@@ -178,7 +184,8 @@ class PolicyUpdate:
         """The terms of a micro-batch at each of its draws, `[T, N, B]`."""
         conditioning = batch.conditioning.select(batch.prompt_index[part])
         terms = []
-        with self.make_bar("look ahead", self.grid.per_sample) as bar:
+        mixed = self._mixing(position, batch.sample_ids[part])
+        with self.make_bar("look ahead", self.grid.per_sample) as bar, mixed:
             for drawn in self._draws(batch, part, position):
                 frozen = self._frozen_velocities(drawn.x_t, drawn.t, conditioning, Penalties())
                 with self.times.measure("forward"):
@@ -224,7 +231,7 @@ class PolicyUpdate:
         prompts = batch.prompts_of(sample_ids)
         loss = torch.zeros((), device=batch.latents.device)
         first_place = position.micro_batch_of_update * num_times
-        with self.make_bar("update", num_times) as bar:
+        with self.make_bar("update", num_times) as bar, self._mixing(position, sample_ids):
             for place, drawn in enumerate(self._draws(batch, part, position), start=first_place):
                 groups = None if self._groups is None else self._groups.at(place - first_place, sample_ids)
                 penalties = self._penalties if place in self._regularized else Penalties()
@@ -246,6 +253,11 @@ class PolicyUpdate:
                         loss += self._backward(velocity, terms, drawn, frozen, penalties, own, counts, taught)
                 bar.update()
         return loss
+
+    def _mixing(self, position: Position, sample_ids: Tensor) -> AbstractContextManager[None]:
+        """The context of all passes of a micro-batch, backward ones too."""
+        shares = None if self.shares is None else self.shares.of(position.generation, sample_ids.tolist())
+        return mixing(self.weights.flow, shares)
 
     def _backward(
         self,

@@ -24,6 +24,7 @@ from ...pipelines import (
     verify_acceleration,
 )
 from ...pipelines.embedding_cache import in_chunks
+from ...pipelines.mixing import add_mixed_adapter
 from ...processes import FailingTogether
 from ..marble_config import MarbleConfig
 
@@ -58,10 +59,10 @@ def build_flow(pipeline: DiffusionPipeline, args: MarbleConfig) -> FlowPipeline:
 
 
 def add_adapters(
-    pipeline: DiffusionPipeline, peft_config: LoraConfig | None, teachers: Sequence[Teacher]
+    flow: FlowPipeline, peft_config: LoraConfig | None, teachers: Sequence[Teacher], parts: int | None
 ) -> tuple[dict[str, nn.Parameter], dict[str, Any]]:
     """
-    Add the adapter that is trained, and load the teachers.
+    Add the adapter that is trained, with a number of parts where it has some, and load the teachers.
 
     Returns:
         `tuple`: The trainable weights by name, and what describes the frozen ones, ready for JSON: the base model and
@@ -70,7 +71,11 @@ def add_adapters(
     Raises:
         `ValueError`: If one of them does not fit the pipeline.
     """
-    trainable = dict(add_trainable_adapter(pipeline, peft_config or lora_config(pipeline)))
+    pipeline = flow.pipeline
+    if parts is not None:
+        trainable = add_mixed_adapter(flow, peft_config, parts)
+    else:
+        trainable = dict(add_trainable_adapter(pipeline, peft_config or lora_config(pipeline)))
     base_model = base_fingerprint(pipeline.transformer)
     # `None` is what a checkpoint from before there were teachers has.
     return trainable, {"base_model": base_model, "teachers": load_teachers(pipeline, teachers) or None}

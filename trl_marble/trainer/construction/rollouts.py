@@ -24,6 +24,7 @@ from ...rollout import (
     RolloutSettings,
     RolloutSource,
 )
+from ..balance_slider import share_draws
 from ..marble_config import MarbleConfig
 from ..teachers import assign_teachers
 from .update import build_policy_loss
@@ -45,10 +46,10 @@ def build_source(
     batch_centred = torch.tensor([reward_center(func) == "batch" for func in scorer.funcs])
     meter = _build_meter(sampler, scorer, dataset, edits, accelerator, metrics, args)
 
-    def compute_advantages(rewards: Tensor, groups: Tensor) -> Tensor:
+    def compute_advantages(rewards: Tensor, groups: Tensor, shares: Tensor | None = None) -> Tensor:
         if len(rewards) == 0:
             return rewards
-        weights = reward_weights
+        weights = reward_weights if shares is None else reward_weights[:, None] * shares.T
         if meter is not None:
             rewards, weights = meter.weights.in_units_of_scales(rewards), meter.weights.weights
         mode, scale = args.multi_objective_aggregation, args.scale_rewards
@@ -60,7 +61,12 @@ def build_source(
         dataset,
         _build_layout(args),
         RolloutSettings(
-            args.seed, args.num_generations, args.rollout_batch_size, edits, int(args.resample_silent_prompts)
+            args.seed,
+            args.num_generations,
+            args.rollout_batch_size,
+            edits,
+            int(args.resample_silent_prompts),
+            share_draws(args, len(scorer)),
         ),
         compute_advantages,
         functools.partial(_compare_with_sum, reward_weights=reward_weights, args=args),

@@ -16,6 +16,7 @@ from ...rollout import BatchLayout
 from ...step_times import StepTimes
 from ...update import BalanceSettings, KLControl, NonFiniteGuard, PolicyUpdate, StepGradient, Teaching, TimeGrid
 from ...update.micro_steps import draw_micro_steps
+from ..balance_slider import share_draws
 from ..marble_config import MarbleConfig
 
 
@@ -79,6 +80,7 @@ def build_update(
         times,
         None if args.kl_target is None else KLControl(args.beta, args.kl_target),
         teaching,
+        share_draws(args, len(reward_names)),
     )
 
 
