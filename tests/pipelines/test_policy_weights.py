@@ -1,6 +1,8 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
 """The weights of a policy: which of them gives a velocity, and what is saved of them."""
 
+import inspect
+
 import pytest
 import tiny
 import torch
@@ -65,6 +67,25 @@ def test_every_module_that_has_modes_is_in_that_of_its_velocity(inputs):
     for velocity, trains in ((weights.velocity, True), (weights.base_velocity, False), (weights.velocity, True)):
         velocity(*inputs, conditioning)
         assert {module.training for module in modules} == {trains}
+
+
+@pytest.mark.parametrize("kind", _MODELESS)
+def test_modules_that_are_left_alone_do_not_read_the_mode(kind):
+    assert "self.training" not in inspect.getsource(kind)
+
+
+def test_an_old_velocity_leaves_every_parameter_in_its_place(inputs):
+    weights = make_weights()
+    conditioning = weights.flow.encode(["a cat", "a dog"])
+    train(weights)
+    before = {name: (id(parameter), parameter.data_ptr()) for name, parameter in weights.policy.named_parameters()}
+    with weights.old.swapped_in():
+        expected = weights.detached_velocity(*inputs, conditioning)
+    assert weights.old_velocity(*inputs, conditioning).equal(expected)
+    with pytest.raises(ValueError, match="one time and one row per sample"):
+        weights.old_velocity(*inputs, conditioning.select(torch.tensor([0])))
+    after = {name: (id(parameter), parameter.data_ptr()) for name, parameter in weights.policy.named_parameters()}
+    assert after == before
 
 
 def test_what_was_saved_is_taken_over_in_place():

@@ -246,6 +246,7 @@ class _RowProduct(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, input: Tensor, weight: Tensor, phantom: Tensor, coefficients: Tensor) -> Tensor:
+        input = input.contiguous()  # as the product does; with a view all of its tensor would be kept
         ctx.save_for_backward(input, weight, coefficients)
         return linear_product(input, weight)
 
