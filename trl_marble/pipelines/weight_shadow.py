@@ -133,8 +133,8 @@ class WeightShadow:
                 owner[name] = parameter
             yield
         finally:
-            for (owner, name), parameter in zip(places, live, strict=True):
-                owner[name] = parameter
+            for (owner, name), held in zip(places, live, strict=True):
+                owner[name] = held
 
     def state_dict(self) -> dict[str, Tensor]:
         """The shadow's values by parameter name; they are not copied."""
