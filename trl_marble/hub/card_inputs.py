@@ -209,7 +209,7 @@ class CardInputs:
     progress_plot: str | None = None
     times: TimeSummary | None = None
     teachers: Mapping[str, str] = field(default_factory=dict)
-    parts: Sequence[str] = ()
+    parts: Sequence[str] = field(default_factory=list)
 
     def public(self) -> "CardInputs":
         """

@@ -207,7 +207,7 @@ def write_card(run: RunSummary, folder: Path, model_name: str | None = None) -> 
         best_evaluation=best_evaluation(run.history, run.reward_names),
         adapter_evaluation=next(reversed(worst_gains(of_adapter, run.reward_names)), None),
         teachers=run.teachers,
-        parts=run.parts,
+        parts=list(run.parts),
     )
     inputs.save(folder)
     build_model_card(inputs).save(folder / "README.md")

@@ -4,6 +4,7 @@
 import dataclasses
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from urllib.parse import unquote, urlparse
 
@@ -57,14 +58,13 @@ def published_files(folder: str | os.PathLike) -> list[str]:
             "`trl_marble.hub.card_from_evaluations(folder, ...)`."
         )
     texts = [name for name in (CARD_FILE, INPUTS_FILE) if (folder / name).is_file()]
-    weights += _parts(folder)
-    for name in (*weights, *texts):
-        if not is_within(folder.resolve(), name):
-            raise ValueError(f"{folder / name} is a link to a file outside the folder. Put the file itself there.")
+    _refuse_links([*weights, *texts], folder)
+    parts = _parts(folder)
+    _refuse_links(parts, folder)
     for name in texts:
         if ACCESS_TOKEN.search((folder / name).read_text(encoding="utf-8")):
             raise ValueError(f"{folder / name} contains an access token (hf_...). Remove it, and revoke the token.")
-    return sorted({*weights, *texts, *_pictures(folder)})
+    return sorted({*weights, *parts, *texts, *_pictures(folder)})
 
 
 def push_adapter(
@@ -147,6 +147,12 @@ def _name_repository(folder: Path, repo_id: str) -> None:
     named = dataclasses.replace(inputs, repo_name=repo_id.split("/")[1], model_id=repo_id)
     named.save(folder)
     build_model_card(named).save(folder / CARD_FILE)
+
+
+def _refuse_links(names: Sequence[str], folder: Path) -> None:
+    for name in names:
+        if not is_within(folder.resolve(), name):
+            raise ValueError(f"{folder / name} is a link to a file outside the folder. Put the file itself there.")
 
 
 def _parts(folder: Path) -> list[str]:
