@@ -16,6 +16,7 @@ from trl_marble.evaluation import (
     clustered_mean,
     compare_evaluations,
     evaluations_table,
+    gain_plot,
     gains_at_kl,
     gains_in_deviations,
     gains_table,
@@ -248,6 +249,19 @@ def test_pictures_and_tables_show_them(tmp_path):
     assert "sum at KL 0.08" in text and "_$other at KL 0.08" in text and text.count("not reached") == 1
     with pytest.raises(ValueError, match="No evaluation has a KL"):
         plot_gains({"a": []}, path)
+
+
+def test_many_runs_have_lines_of_their_own_and_a_legend_inside_of_the_picture(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(gain_plot, "save_figure", lambda figure, path: drawn.append(figure))
+    curves = {f"weights by progress, variant {i}": run_gains(history(a=[0.5, 0.6, 0.8])) for i in range(20)}
+    plot_gains(curves, tmp_path / "gains.png")
+    (figure,) = drawn
+    figure.canvas.draw()
+    (legend,) = figure.legends
+    assert figure.bbox.width >= legend.get_window_extent().x1 and len(legend.get_texts()) == 20
+    lines = figure.axes[0].get_lines()[:20]
+    assert len({(line.get_color(), line.get_linestyle(), line.get_marker()) for line in lines}) == 20
 
 
 def test_every_evaluation_of_a_run_is_a_row():

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 GAINS_FILE = "gain_against_kl.png"
 COLUMNS = 3
+LINES = ("o-", "s--", "^:")  # of the first runs, of those that have the same colors again, and so on
 
 
 def plot_gains(
@@ -60,7 +61,8 @@ def plot_gains(
     axes = figure.subplots(lines, COLUMNS, squeeze=False, sharex=True).flatten()
     handles = []
     for index, points in enumerate(shown.values()):
-        color = PALETTE[index % len(PALETTE)]
+        again, place = divmod(index, len(PALETTE))
+        style = LINES[again % len(LINES)]
         series: list[list[Measured]] = [
             [point.worst for point in points],
             [point.mean for point in points],
@@ -68,7 +70,7 @@ def plot_gains(
             *([point.gains.get(reward, (math.nan, math.nan)) for point in points] for reward in rewards),
         ]
         for panel, values in zip(axes, series, strict=False):
-            handle = _draw(panel, [point.kl for point in points], values, color)
+            handle = _draw(panel, [point.kl for point in points], values, PALETTE[place], style)
         handles.append(handle)
     for place, (panel, title) in enumerate(zip(axes, titles, strict=False)):
         _style(panel, title, is_share=place == 2, is_summary=place < COLUMNS)
@@ -86,11 +88,13 @@ def plot_gains(
     )
     figure.suptitle(note, x=0.02, ha="left", fontsize=9, color=FAINT)
     if len(shown) > 1:
+        labels = [_plain(name) for name in shown]
+        widest = 0.6 + 0.08 * max(map(len, labels))  # inches, about
         figure.legend(
             handles,
-            [_plain(name) for name in shown],
+            labels,
             loc="outside lower left",
-            ncols=4,
+            ncols=max(1, int(figure.get_figwidth() / widest)),
             frameon=False,
             fontsize=9,
             labelcolor=INK,
@@ -98,7 +102,7 @@ def plot_gains(
     return save_figure(figure, path)
 
 
-def _draw(axes: "Axes", kls: Sequence[Measured], values: Sequence[Measured], color: str):
+def _draw(axes: "Axes", kls: Sequence[Measured], values: Sequence[Measured], color: str, style: str):
     """Draw points with their errors, connected where they are several."""
     (x, x_error), (y, y_error) = (np.array(pairs, dtype=float).T for pairs in (kls, values))
     return axes.errorbar(
@@ -106,7 +110,7 @@ def _draw(axes: "Axes", kls: Sequence[Measured], values: Sequence[Measured], col
         y,
         xerr=np.nan_to_num(x_error),
         yerr=np.nan_to_num(y_error),
-        fmt="o-",
+        fmt=style,
         color=color,
         linewidth=1.6,
         markersize=4,

@@ -11,7 +11,7 @@ from trl_marble.evaluation import GainPoint
 from trl_marble.evaluation.figures import FAINT, INK, new_figure, save_figure
 
 from .methods import REWARDS
-from .pictures import add_legend, color_of, style_panel
+from .pictures import add_legend, color_of, line_of, style_panel
 
 
 def plot_steps(curves: Mapping[str, Sequence[GainPoint]], path: Path) -> None:
@@ -35,7 +35,7 @@ def plot_steps(curves: Mapping[str, Sequence[GainPoint]], path: Path) -> None:
         for place, (label, points) in enumerate(curves.items()):
             steps = [point.step for point in points]
             mean, error = np.array([value(point) for point in points]).T
-            axes.plot(steps, mean, color=color_of(place), linewidth=1.5, label=label)
+            axes.plot(steps, mean, line_of(place), color=color_of(place), linewidth=1.5, label=label)
             axes.fill_between(steps, mean - error, mean + error, color=color_of(place), alpha=0.15, linewidth=0)
         axes.axhline(0, color=INK, linewidth=0.8, zorder=1)
         style_panel(axes, title)

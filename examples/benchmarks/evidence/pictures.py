@@ -45,7 +45,14 @@ def plot_curves(results: Mapping[str, MethodResult], path: Path) -> str:
         for place, result in enumerate(several.values()):
             steps, values = _curve(result.histories, reward)
             axes.plot(
-                steps, values, color=color_of(place), linewidth=1.6, marker="o", markersize=3, label=result.label
+                steps,
+                values,
+                line_of(place),
+                color=color_of(place),
+                linewidth=1.6,
+                marker="o",
+                markersize=3,
+                label=result.label,
             )
         axes.axhline(0, color=INK, linewidth=0.8, zorder=1)
         style_panel(axes, reward)
@@ -168,6 +175,11 @@ def _curve(histories: Sequence[Sequence[Mapping[str, Any]]], reward: str) -> tup
 def color_of(place: int) -> str:
     """The color of the method at this place of a legend."""
     return PALETTE[place % len(PALETTE)]
+
+
+def line_of(place: int) -> str:
+    """Its line: where there are more methods than colors, they have the same colors with other lines."""
+    return ("-", "--", ":")[place // len(PALETTE) % 3]
 
 
 def _figure(width: float, height: float) -> Figure:
