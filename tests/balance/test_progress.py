@@ -292,3 +292,17 @@ def test_a_reward_of_twice_the_priority_is_to_come_twice_as_far():
     assert weights([0.3, 0.6], priorities=[1, 2]).tolist() == pytest.approx([0.5, 0.5])
     torch.testing.assert_close(weights([0.3, 0.6], priorities=[2, 2]), weights([0.3, 0.6]))
     torch.testing.assert_close(weights([0.3, 0.6], priorities=[10, 20]), weights([0.3, 0.6], priorities=[1, 2]))
+
+
+def test_a_reward_that_ranks_the_images_of_a_prompt_is_refused():
+    prompts = torch.arange(20).repeat_interleave(4)
+    generator = torch.Generator().manual_seed(0)
+    order = torch.stack([torch.randperm(4, generator=generator) for _ in range(20)]).flatten().float()
+    scores = torch.rand(80, generator=generator)
+    few = ProgressWeights(["rank", "score"])
+    few.add_base(prompts[:60], torch.stack([order[:60] / 3, scores[:60]]))  # it may be by chance
+    with pytest.raises(ValueError, match=r"`rank` has the mean 0.5 on .* each of 20 prompts"):
+        few.add_base(prompts[60:], torch.stack([order[60:] / 3, scores[60:]]))
+    # What is the same for all images, or applies to some, is none.
+    order[::4] = torch.nan
+    ProgressWeights(["rank", "same"]).add_base(prompts, torch.stack([order, torch.ones(80)]))

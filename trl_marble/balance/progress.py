@@ -9,6 +9,10 @@ import torch
 from torch import Tensor
 
 
+# From so many prompts on, equal means are not taken for chance: rewards may have few values.
+LEAST_PROMPTS = 16
+
+
 class ProgressWeights:
     """
     Weighs each reward by how far it has come since the base model: those that lag weigh most.
@@ -165,8 +169,8 @@ class ProgressWeights:
                 Their raw rewards, NaN where a reward does not apply.
 
         Raises:
-            `ValueError`: if shapes are wrong, a prompt has images already, or a bound is not above the mean of its
-            reward.
+            `ValueError`: if shapes are wrong, a prompt has images already, a bound is not above the mean of its
+            reward, or a reward only compares a prompt's images with each other.
         """
         values = self._checked(prompts, rewards)
         if len(self.missing(prompts)) < len(prompts.unique()):
@@ -180,6 +184,7 @@ class ProgressWeights:
             seen=_add(state.seen, values),
         )
         self._check_bounds()
+        self._refuse_rankings()
 
     def observe(self, prompts: Tensor, rewards: Tensor) -> None:
         """
@@ -250,6 +255,20 @@ class ProgressWeights:
                     f"{mean:g}: progress is measured as a share of the way between them, so the bound must be higher. "
                     "Give the highest value that can be hoped for, or `None`."
                 )
+
+    def _refuse_rankings(self) -> None:
+        """Refuse rewards whose mean is the same on each prompt, though images differ: no policy can raise it."""
+        deviations = _std(self._state.base).tolist()
+        for name, deviation, means in zip(self.names, deviations, self._state.means.T, strict=True):
+            known = means[~means.isnan()]
+            if len(known) < LEAST_PROMPTS or deviation == 0 or (known - known[0]).abs().max() > 1e-4 * deviation:
+                continue
+            raise ValueError(
+                f"Reward `{name}` has the mean {known[0]:.3g} on the base model's images of each of {len(known)} "
+                "prompts, though it differs between images: it ranks a prompt's images, and whatever the policy does, "
+                "it makes no progress. Use another aggregation, such as 'normalize_then_sum', or a reward that "
+                "scores each image."
+            )
 
     @property
     def _gains(self) -> Tensor:
