@@ -164,6 +164,14 @@ def test_one_backward_pass_an_objective_whatever_the_number_of_rows():
         assert passes == ["first", "second"]
 
 
+def test_a_layer_without_tokens_has_no_gradient():
+    layer = nn.Linear(4, 3, bias=False)
+    rows = WeightedBackward(1, [layer])
+    with rows.recording(2):
+        rows.backward([Objective(layer(torch.randn(2, 0, 4)).flatten(1).sum(dim=1), torch.ones(1, 2))])
+    assert rows.gradients.equal(torch.zeros(1, 12))
+
+
 def test_dropout_is_that_of_the_forward_pass():
     net, linears, objectives = weighted_problem(3, dropout=0.5)
     separate, weighted = SeparateBackward(3, [li.weight for li in linears]), WeightedBackward(3, linears)

@@ -176,3 +176,12 @@ def test_the_memory_is_that_of_the_documented_table(tmp_path, monkeypatch):
         assert find_costs(SD35).peak_memory(script_args, args, 5) / 1e9 == pytest.approx(
             float(row.split("|")[2]), abs=0.06
         ), label
+
+
+def test_an_adapter_for_every_balance_has_a_part_for_each_reward(estimate):
+    settings = {"multi_objective_aggregation": "normalize_then_sum"}
+
+    def peak(**changes):
+        return float(re.search(r"Peak memory of one GPU: ([0-9.]+)", estimate(**settings, **changes))[1])
+
+    assert peak(balance_slider=True, lora_r=64) == peak(lora_r=128) > peak(lora_r=64)

@@ -63,8 +63,8 @@ def make_run(folder):
 
 
 def test_names_can_be_those_of_files_and_of_modules():
-    names = ["reader", "my.reward", "my reward", "<lambda>", "type", "../up", "é", "reader_1", "training"]
-    expected = ["reader", "my_reward", "my_reward_", "lambda", "type_", "up", "reward", "reader_1", "training_"]
+    names = ["reader", "my.reward", "my reward", "<lambda>", "type", "../up", "é", "reader_1", "training", "Up"]
+    expected = ["reader", "my_reward", "my_reward_", "lambda", "type_", "up", "reward", "reader_1", "training_", "Up_"]
     assert part_names(names) == expected
     torch.nn.ModuleDict({name: torch.nn.Identity() for name in part_names(names)})
 

@@ -10,6 +10,7 @@ from peft import LoraConfig
 
 from trl_marble.pipelines import FlowPipeline, Policy, PolicyWeights, add_trainable_adapter
 from trl_marble.pipelines.policy_weights import _MODELESS
+from trl_marble.pipelines.weight_shadow import find_places
 
 
 @pytest.fixture
@@ -86,6 +87,14 @@ def test_an_old_velocity_leaves_every_parameter_in_its_place(inputs):
         weights.old_velocity(*inputs, conditioning.select(torch.tensor([0])))
     after = {name: (id(parameter), parameter.data_ptr()) for name, parameter in weights.policy.named_parameters()}
     assert after == before
+
+
+def test_a_weight_in_two_modules_is_refused():
+    modules = torch.nn.ModuleDict({"one": torch.nn.Linear(2, 2), "other": torch.nn.Linear(2, 2)})
+    modules["other"].bias = modules["one"].bias
+    assert len(find_places(modules, [modules["one"].weight])) == 1  # of those that are trained
+    with pytest.raises(ValueError, match="Two modules share one trained weight"):
+        find_places(modules, [modules["one"].bias])
 
 
 def test_what_was_saved_is_taken_over_in_place():

@@ -258,7 +258,7 @@ class _RowProduct(torch.autograd.Function):
         outward, inward = grad.reshape(batch, -1, grad.shape[-1]), input.reshape(batch, -1, input.shape[-1])
         # The gradients of the samples, (B, out, in), part by part: with few tokens they are larger than what the
         # layer reads and writes, at the moment when most of the activations exist.
-        number = min(MOST_PARTS, -(-min(weight.shape) // inward.shape[1]))
+        number = min(MOST_PARTS, -(-min(weight.shape) // max(1, inward.shape[1])))
         rows = [
             coefficients @ torch.bmm(part.mT, inward).flatten(1).to(coefficients.dtype)
             for part in outward.chunk(number, dim=2)

@@ -64,7 +64,8 @@ class ModelCosts:
             num_rewards (`int`):
                 K.
         """
-        adapter = self.numbers["adapter_of_rank_32"] * script_args.lora_r / RANK
+        parts = num_rewards if args.balance_slider else 1
+        adapter = self.numbers["adapter_of_rank_32"] * parts * script_args.lora_r / RANK
         # A gradient of each reward in both halves of the step, and of what they share; or one of all rewards.
         gradients = 2 * num_rewards + 1 if args.balances_gradients else 1
         copies = 2 if args.sampling_policy_preset is None else 3  # old, averaged, and what samples

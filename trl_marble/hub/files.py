@@ -118,8 +118,10 @@ def write_layers(layers: Mapping[str, LoraLayer], file: Path) -> None:
         config |= {f"{component}.{key}": value for key, value in values.items()}
     file.parent.mkdir(parents=True, exist_ok=True)
     header = {"format": "pt", LORA_ADAPTER_METADATA_KEY: json.dumps(config, indent=2, sort_keys=True)}
-    save_file(tensors, file, metadata=header)
-    sort_header(file)
+    unfinished = file.with_name(f"tmp-{file.name}")  # never half a file, also if the process is killed
+    save_file(tensors, unfinished, metadata=header)
+    sort_header(unfinished)
+    os.replace(unfinished, file)
 
 
 def sort_header(file: Path) -> None:

@@ -27,7 +27,8 @@ def part_names(reward_names: Sequence[str]) -> list[str]:
     names: list[str] = []
     for reward in reward_names:
         name = re.sub(r"\W+", "_", reward, flags=re.ASCII).strip("_") or "reward"
-        while name in names or hasattr(nn.ModuleDict(), name):
+        # Of names that differ in case only, some systems make one file.
+        while name.lower() in map(str.lower, names) or hasattr(nn.ModuleDict(), name):
             name += "_"
         names.append(name)
     return names

@@ -49,6 +49,7 @@ def add_mixed_adapter(flow: FlowPipeline, peft_config: LoraConfig | None, parts:
     config.rank_pattern = {name: parts * rank for name, rank in (config.rank_pattern or {}).items()}
     trainable = dict(add_trainable_adapter(flow.pipeline, config))
     if plain_lora_linears(flow.transformer, trainable) is None:
+        flow.pipeline.unload_lora_weights()  # for another try with the same pipeline
         raise ValueError(
             "`balance_slider=True` trains plain LoRAs of linear layers, and `peft_config` has others. Set "
             "use_dora=False and lora_bias=False, and leave convolutions and `target_parameters` out."

@@ -24,14 +24,20 @@ def find_places(module: nn.Module, parameters: Iterable[nn.Parameter]) -> list[P
 
     Returns:
         `list`: The place of each, in their order.
+
+    Raises:
+        `ValueError`: if one of them is in two places.
     """
-    places = {
-        parameter: (part._parameters, name)
-        for part in module.modules()
-        for name, parameter in part._parameters.items()
-        if parameter is not None
-    }
-    return [places[parameter] for parameter in parameters]
+    places: dict[nn.Parameter, Place] = {}
+    wanted = list(parameters)
+    ids = set(map(id, wanted))
+    for part in module.modules():
+        for name, parameter in part._parameters.items():
+            if parameter in places and id(parameter) in ids:
+                raise ValueError(f"Two modules share one trained weight (`{name}`): its values cannot be exchanged.")
+            if parameter is not None:
+                places[parameter] = part._parameters, name
+    return [places[parameter] for parameter in wanted]
 
 
 class WeightShadow:
