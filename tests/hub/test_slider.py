@@ -80,6 +80,7 @@ def test_the_mean_of_the_parts_is_the_whole(tmp_path):
         assert not torch.allclose(changes[1], changes[2], atol=1e-1)
 
 
+@pytest.mark.slow
 def test_parts_are_published_with_the_card_that_explains_them_and_diffusers_finds_them(tmp_path):
     folder = tmp_path / "run"
     make_run(folder)
