@@ -12,8 +12,8 @@ PAGES = [page for page in pages() if read_blocks(page)]
 LONG = {
     f"docs/{name}.md"
     for name in (
-        "cli distillation evaluation gpu hub one_adapter_many_balances quickstart reproducing scaling "
-        "step_cost trainer"
+        "cli distillation evaluation gpu hub losses metrics one_adapter_many_balances pipelines quickstart "
+        "reproducing scaling step_cost trainer troubleshooting"
     ).split()
 }
 assert set(PAGES) >= LONG
