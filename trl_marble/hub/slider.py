@@ -38,14 +38,15 @@ def part_file(name: str) -> str:
     """
     The file of a part, relative to the folder of the whole adapter.
 
-    It has not the name of the whole one, of which there must be one: diffusers takes any of that name in a repository.
+    Only the whole adapter has the file name that diffusers looks for. Of several such files in a repository it would
+    load any.
     """
     return f"{FOLDER}/{name}.safetensors"
 
 
 def split_adapter(file: Path, reward_names: Sequence[str]) -> list[Path]:
     """
-    Write each part of an adapter as one of its own, such that their mixture with the weights 1 / K is the whole one.
+    Write each part of an adapter as an adapter of its own. Mixed with the weights 1 / K they are the whole adapter.
 
     Args:
         file (`Path`):
@@ -54,7 +55,7 @@ def split_adapter(file: Path, reward_names: Sequence[str]) -> list[Path]:
             The rewards, in the order of the parts.
 
     Returns:
-        `list[Path]`: their files, `adapters/<name>.safetensors` beside the whole one.
+        `list[Path]`: their files, `adapters/<name>.safetensors` in the folder of the whole adapter.
     """
     layers, number = read_layers(file), len(reward_names)
     written = []
