@@ -23,6 +23,13 @@ settings.register_profile("long", deadline=None, max_examples=2000)  # `make fuz
 settings.load_profile("shared machine")
 
 
+def pytest_generate_tests(metafunc):
+    """A set has another order in every process, and the processes of `pytest -n` have to find the same tests."""
+    for mark in metafunc.definition.iter_markers("parametrize"):
+        if isinstance(mark.args[1], set | frozenset):
+            raise TypeError(f"{metafunc.definition.nodeid} is parametrized with a set; sort it.")
+
+
 @pytest.fixture
 def tiny_sd3():
     """Factory of fresh tiny SD3 pipelines, see tests/support/tiny.py."""
