@@ -27,7 +27,7 @@ def make_small(monkeypatch, **settings):
         "num_generations": 2,
         "num_generations_eval": 1,
         "per_device_train_batch_size": 16,
-        "num_inference_steps": 2,
+        "num_inference_steps": 3,
         "num_images_to_log": 2,
     }
     for name, value in (small | settings).items():

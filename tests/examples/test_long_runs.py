@@ -59,10 +59,11 @@ def test_every_entry_has_its_settings():
         json.dumps(plan)
 
 
-def test_the_demo_is_a_long_run():
+def test_the_demo_is_a_long_run_with_its_own_samples():
     demo = MarbleConfig("demo", **DEMO_SETTINGS)
-    run = Run(MAIN, f"{demo.multi_objective_aggregation}@{demo.beta:g}", LONG_RATE, 1, LONG)
+    run = Run(MAIN, methods.DEMO_RECIPE, LONG_RATE, 1, LONG)
     settings = run.plan()["settings"] | {"learning_rate": run.learning_rate, "num_generations_eval": run.scale.images}
+    assert settings.pop("rollout_batch_size") >= demo.per_device_train_batch_size  # the same images in one call
     assert {name: getattr(demo, name) for name in settings} == settings
     shared = [Run(MAIN, entry, LONG_RATE, 1, LONG).plan()["settings"] for entry in ("base", "gdpo@0.2")]
     assert shared[0] | {"beta": 0.2, **methods.GDPO} == shared[1] and shared[0]["beta"] == 0

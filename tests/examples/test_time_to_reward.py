@@ -184,11 +184,20 @@ def test_baselines_have_the_settings_of_their_recipes():
     assert "multi_objective_aggregation" not in settings  # balanced at every step, the default
     assert paper.settings == {**demo.settings, "balance_every": 10, "balance_on": "loss", "beta": 1e-4}
     assert plans["paper"]["scale"]["steps"] == 25
-    recipe = plans[methods.RECIPE]
-    assert recipe["scale"]["steps"] == 50 and recipe["settings"]["num_inference_steps"] == 5
-    awm = plans[f"awm@{methods.AWM_STRENGTH}"]["settings"]
+    recipe = plans[methods.DEMO_RECIPE]
+    assert recipe["scale"]["steps"] == 75 and recipe["settings"]["num_inference_steps"] == 5
+    awm = plans[f"awm_demo@{methods.AWM_STRENGTH}"]["settings"]
     assert awm.pop("policy_loss") == "awm" and awm.pop("beta") == pytest.approx(recipe["settings"]["beta"] / 5)
     assert awm == {name: value for name, value in recipe["settings"].items() if name != "beta"}
+
+
+def test_tuning_has_a_seed_and_prompts_of_its_own():
+    runs = time_to_reward.planned_runs(time_to_reward.parse_args(["--tuning"]))
+    assert {(run.phase, run.seed) for run in runs} == {("tuning", 0)} and len({run.name for run in runs}) == len(runs)
+    assert [run.method for run in runs if run.learning_rate > 1.2e-3] == list(methods.FAST_ENTRIES)
+    label = time_to_reward.label_of(runs[-1])
+    assert label.endswith("64 images a step, beta 0.2, learning rate 0.0024")
+    assert {run.method for run in runs} == {"demo_61ec878", *methods.SAMPLE_ENTRIES}
 
 
 @pytest.mark.parametrize("arguments", [["--entries", "nothing@1"], ["--seeds", "1", "1"], ["--jobs", "0"]])
@@ -205,10 +214,11 @@ def test_from_nothing_to_a_report(tmp_path):
     text = (tmp_path / "report" / "report.md").read_text()
     assert text.count("## Until what ") == 2 and "the demo at 61ec878 has after 3 steps" in text
     times = json.loads((tmp_path / "report" / "times.json").read_text())
-    assert set(times) == {"demo_61ec878", "paper", methods.RECIPE}
-    own = times[methods.RECIPE]["1"]
+    labels = [methods.find_method(name).label for name in (*methods.BASELINES, methods.DEMO_RECIPE)]
+    assert list(times) == labels
+    own = times[labels[2]]["1"]
     assert own["steps"] == [0, 2, 3] and own["cpu_seconds"][0] == 0 < own["cpu_seconds"][1] < own["cpu_seconds"][2]
-    # 16 images, 2 solver steps, 1 timestep: the old demo's first step is on-policy, the others have an old pass.
-    assert times["demo_61ec878"]["1"]["passes"] == [0, 16 * (2 * 2 + 2 + 4), 16 * (3 * 2 + 2 + 4 + 4)]
+    # 16 images, 3 solver steps, 2 timesteps: the old demo's first step is on-policy, the others have an old pass.
+    assert times[labels[0]]["1"]["passes"] == [0, 16 * (2 * 3 + 4 + 8), 16 * (3 * 3 + 4 + 8 + 8)]
     time_to_reward.main(arguments)  # nothing is repeated, and the report is the same
     assert json.loads((tmp_path / "report" / "times.json").read_text()) == times

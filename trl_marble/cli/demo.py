@@ -21,24 +21,25 @@ HELP = "train ShapeWorld, a tiny Stable Diffusion 3, on five rewards: minutes on
 DEMO_SETTINGS: dict[str, Any] = {
     "learning_rate": 1.2e-3,
     "lr_scheduler_type": "linear",  # down to 0: the last steps average the noise of the first
-    "num_generations": 8,  # images of each of 16 prompts a step
-    "per_device_train_batch_size": 128,
+    "num_generations": 8,  # images of each of 8 prompts a step
+    "per_device_train_batch_size": 64,
     "gradient_accumulation_steps": 1,
-    "rollout_batch_size": 128,
+    "rollout_batch_size": 64,
     "num_inference_steps": 5,
     "timestep_fraction": 0.8,  # each image is trained on at 4 of the 5 timesteps
     "old_policy_preset": 0,  # the policy that samples is the one that is trained
     "beta": 0.2,
+    "regularizer_fraction": 0.25,  # the KL at one of the 4 timesteps
     "multi_objective_aggregation": "progress",
     "scale_rewards": "group",
     "eval_strategy": "steps",
-    "eval_steps": 25,  # and after the last step
+    "eval_steps": 30,  # and after the last step
     "eval_on_start": True,
     "per_device_eval_batch_size": 128,
     "num_generations_eval": 24,
     "num_images_to_log": 8,
 }
-DEMO_STEPS = 50
+DEMO_STEPS = 60
 
 
 def register(subparsers: Any, whole: bool = False) -> None:

@@ -206,34 +206,56 @@ LONG_BASES: dict[str, Method] = {
 }
 
 
-# What is recommended, and what the demo does.
+# The method that is recommended, and its strength.
 RECIPE = "progress@0.2"
 RECIPE_METHOD, _, RECIPE_STRENGTH = RECIPE.partition("@")
 
 
-# ---- Variants of the recipe: one setting each ----
+# ---- Ways to make and use samples: one setting each, and some of them together ----
 
-# Of the policy that samples. In the recipe it is the trained one, preset 0.
-OLD_POLICIES: dict[str, tuple[str, dict[str, Any]]] = {
-    "preset1": ("a policy that lags more and more samples (DiffusionNFT)", {"old_policy_preset": 1}),
-    "preset2": ("a policy that lags from step 75 on samples", {"old_policy_preset": 2}),
-}
 # In the order in which a tie is decided, the simplest first.
 SAMPLES: dict[str, tuple[str, dict[str, Any]]] = {
     "solver4": ("4 solver steps, trained at 3", {"num_inference_steps": 4, "timestep_fraction": 0.75}),
-    "times2": ("trained at 2 of 5 timesteps", {"num_inference_steps": 5, "timestep_fraction": 0.4}),
-    "times3": ("trained at 3 of 5 timesteps", {"num_inference_steps": 5, "timestep_fraction": 0.6}),
-    "times5": ("trained at all of 5 timesteps", {"num_inference_steps": 5, "timestep_fraction": 1.0}),
+    "times2": ("trained at 2 of 5 timesteps", {"timestep_fraction": 0.4}),
+    "times5": ("trained at all of 5 timesteps", {"timestep_fraction": 1.0}),
     "solver8": ("8 solver steps, trained at 6", {"num_inference_steps": 8, "timestep_fraction": 0.75}),
     "group4": ("4 images of each prompt, twice the prompts", {"num_generations": 4}),
     "group16": ("16 images of each prompt, half the prompts", {"num_generations": 16}),
     "images64": ("64 images a step", {"per_device_train_batch_size": 64}),
-    "images256": ("256 images a step", {"per_device_train_batch_size": 256}),
+    "images32": ("32 images a step", {"per_device_train_batch_size": 32}),
     "split2": (
         "two optimizer steps of 64 images from each generation batch",
         {"per_device_train_batch_size": 64, "steps_per_generation": 2},
     ),
     "twice": ("each generation batch trains two optimizer steps", {"num_iterations": 2}),
+    "images64_kl4": (
+        "64 images a step, the KL in 1 of 4 forward passes",
+        {"per_device_train_batch_size": 64, "regularizer_fraction": 0.25},
+    ),
+    "images64_group4": (
+        "64 images a step, 4 of each prompt",
+        {"per_device_train_batch_size": 64, "num_generations": 4},
+    ),
+    "images64_times2": (
+        "64 images a step, trained at 2 of 5 timesteps",
+        {"per_device_train_batch_size": 64, "timestep_fraction": 0.4},
+    ),
+    "images64_solver4": (
+        "64 images a step, 4 solver steps, trained at 3",
+        {"per_device_train_batch_size": 64, "num_inference_steps": 4, "timestep_fraction": 0.75},
+    ),
+}
+SAMPLE_ENTRIES = (RECIPE, *(f"{RECIPE_METHOD}_{name}@{RECIPE_STRENGTH}" for name in SAMPLES))
+# These are run with twice the learning rate too.
+FAST_ENTRIES = (RECIPE, f"{RECIPE_METHOD}_images64@{RECIPE_STRENGTH}")
+
+# Of these, what the demo has.
+DEMO_SAMPLES = "images64_kl4"
+
+# Of the policy that samples. In the demo it is the trained one, preset 0.
+OLD_POLICIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "preset1": ("a policy that lags more and more samples (DiffusionNFT)", {"old_policy_preset": 1}),
+    "preset2": ("a policy that lags from step 75 on samples", {"old_policy_preset": 2}),
 }
 
 
@@ -251,17 +273,18 @@ def _vary(method: str, variants: Mapping[str, tuple[str, dict[str, Any]]], equal
     }
 
 
-LONG_BASES |= {
-    **_vary(RECIPE_METHOD, OLD_POLICIES, equal_cost=False),
-    # Has per-reward gradients, and so held-out cosines.
-    **_vary("marble", OLD_POLICIES, equal_cost=False),
-    **_vary(RECIPE_METHOD, SAMPLES, equal_cost=True),
-    "awm": replace(
-        LONG_BASES[RECIPE_METHOD],
-        label=f"{LONG_BASES[RECIPE_METHOD].label}, AWM",
-        settings={**LONG_BASES[RECIPE_METHOD].settings, "policy_loss": "awm"},
-    ),
-}
+LONG_BASES["awm"] = replace(
+    LONG_BASES[RECIPE_METHOD],
+    label=f"{LONG_BASES[RECIPE_METHOD].label}, AWM",
+    settings={**LONG_BASES[RECIPE_METHOD].settings, "policy_loss": "awm"},
+)
+LONG_BASES |= _vary(RECIPE_METHOD, SAMPLES, equal_cost=True)
+# With the demo's samples: `progress_demo` is the demo.
+for _name in (RECIPE_METHOD, "gdpo", "marble", "awm"):
+    LONG_BASES |= _vary(_name, {"demo": SAMPLES[DEMO_SAMPLES]}, equal_cost=False)
+# MARBLE has per-reward gradients, and so held-out cosines.
+for _name in (f"{RECIPE_METHOD}_demo", "marble_demo"):
+    LONG_BASES |= _vary(_name, OLD_POLICIES, equal_cost=False)
 
 
 def long_method(name: str) -> Method:
@@ -279,6 +302,8 @@ def long_method(name: str) -> Method:
         raise ValueError(f"`{name}`: there is no way to limit the drift that is called `{kind}`.")
     value = float(strength.removeprefix(kind))
     settings: dict[str, Any] = {**method.settings, "beta": DRIFT_BETAS.get(kind, value)}
+    if not settings["beta"]:
+        settings.pop("regularizer_fraction", None)  # of what is not there
     if kind == "lag":
         settings["old_policy_preset"] = 1
     if kind == "average":
@@ -328,16 +353,17 @@ LONG_TUNING = (
 )
 
 
-# The variants that are run, see `variants.py`.
-OLD_POLICY_ENTRIES = tuple(
-    f"{name}@{strength}"
-    for strength in (RECIPE_STRENGTH, "0")
-    for name in (RECIPE_METHOD, *(f"{RECIPE_METHOD}_{variant}" for variant in OLD_POLICIES))
-)
-OLD_POLICY_COSINES = tuple(
-    f"{name}@{LONG_STRENGTHS['marble'][0]}" for name in ("marble", *(f"marble_{variant}" for variant in OLD_POLICIES))
-)
-SAMPLE_ENTRIES = (RECIPE, *(f"{RECIPE_METHOD}_{name}@{RECIPE_STRENGTH}" for name in SAMPLES))
+# The demo's recipe, and what is run with another policy that samples, see `recipe_variants.py`.
+DEMO_RECIPE = f"{RECIPE_METHOD}_demo@{RECIPE_STRENGTH}"
+
+
+def _old_policies(method: str, strength: str) -> tuple[str, ...]:
+    return tuple(f"{name}@{strength}" for name in (method, *(f"{method}_{variant}" for variant in OLD_POLICIES)))
+
+
+OLD_POLICY_ENTRIES = _old_policies(f"{RECIPE_METHOD}_demo", RECIPE_STRENGTH)
+OLD_POLICY_NO_KL = _old_policies(f"{RECIPE_METHOD}_demo", "0")
+OLD_POLICY_COSINES = _old_policies("marble_demo", LONG_STRENGTHS["marble"][0])
 
 # In units of AWM's loss: the gradient of its rewards' part is DiffusionNFT's divided by the clip of the advantages, 5,
 # up to how they weight the matching error.
@@ -346,17 +372,18 @@ AWM_STRENGTH = f"{float(RECIPE_STRENGTH) / 5:g}"
 # ---- Time to the same rewards: what is compared, and with what ----
 
 _EARLIER_DEMO: dict[str, Any] = {**SHARED_SETTINGS, "old_policy_preset": 1}
+EARLIER_DEMO = "demo_61ec878"
 BASELINES: dict[str, Method] = {
     # Eight solver steps, six of them trained, 256 images, an old policy that lags, no KL, balanced at every step.
-    "demo_61ec878": Method("the demo at 61ec878", settings=_EARLIER_DEMO),
+    EARLIER_DEMO: Method("the demo at 61ec878", settings=_EARLIER_DEMO),
     # New weights at every tenth step, from whole losses, and a KL of 1e-4 at each timestep; sizes as above.
     "paper": Method("MARBLE's paper", settings={**_EARLIER_DEMO, **REFERENCE, "beta": 1e-4}),
 }
 TIMED_ENTRIES = (
-    RECIPE,
-    f"gdpo@{LONG_STRENGTHS['gdpo'][0]}",
-    f"marble@{LONG_STRENGTHS['marble'][0]}",
-    f"awm@{AWM_STRENGTH}",
+    DEMO_RECIPE,
+    f"gdpo_demo@{LONG_STRENGTHS['gdpo'][0]}",
+    f"marble_demo@{LONG_STRENGTHS['marble'][0]}",
+    f"awm_demo@{AWM_STRENGTH}",
 )
 
 
