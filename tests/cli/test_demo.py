@@ -80,7 +80,7 @@ def test_the_demo_is_short():
 @pytest.mark.parametrize("seed", [42, 1, 2])
 def test_every_reward_rises(tmp_path, seed):
     report = run(tmp_path / "demo", "--seed", str(seed))
-    assert [each["step"] for each in report["evaluations"]] == [0, 25, 50]
+    assert [each["step"] for each in report["evaluations"]] == [0, 30, 60]
     for evaluation in report["evaluations"][1:]:
         for name, gain in evaluation["gains"].items():
             assert gain["mean"] > 0, f"{name} at step {evaluation['step']}"

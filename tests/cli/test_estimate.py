@@ -34,11 +34,13 @@ def estimate(tmp_path, monkeypatch, capsys):
     return run
 
 
-def test_the_defaults_are_the_papers_step(estimate):
-    shown = estimate("--gpu", "h100", max_steps=100)
+def test_the_papers_step_and_that_of_the_defaults(estimate):
+    shown = estimate("--gpu", "h100", max_steps=100, beta=1e-4, old_policy_preset=1, regularizer_fraction=1.0)
     assert "1152 images (48 prompts x 24)" in shown
     # 25 solver steps, and 24 timesteps with three forward and two backward passes each. The first step is on-policy.
     assert 1152 * (25 + 24 * 4.9) < passes_in(shown) < 1152 * (25 + 24 * 5)
+    # By default one forward and one backward pass, and one more of both at a quarter of the timesteps.
+    assert passes_in(estimate("--gpu", "h100", max_steps=100)) == 1152 * (25 + 24 * 2.5)
     assert shown.count("minutes per step") == 1 and "hours in all" in shown and "not measured" in shown
 
 

@@ -66,7 +66,8 @@ def test_the_demo_is_a_long_run_with_its_own_samples():
     assert settings.pop("rollout_batch_size") >= demo.per_device_train_batch_size  # the same images in one call
     assert {name: getattr(demo, name) for name in settings} == settings
     shared = [Run(MAIN, entry, LONG_RATE, 1, LONG).plan()["settings"] for entry in ("base", "gdpo@0.2")]
-    assert shared[0] | {"beta": 0.2, **methods.GDPO} == shared[1] and shared[0]["beta"] == 0
+    own = {"beta": 0.2, "regularizer_fraction": 1.0, **methods.GDPO}
+    assert shared[0] | own == shared[1] and shared[0]["beta"] == 0
 
 
 def test_how_a_run_is_watched_is_no_part_of_its_plan():

@@ -64,6 +64,7 @@ def test_the_cost_of_a_step_by_hand():
         "gradient_accumulation_steps": 1,
         "old_policy_preset": 0,
         "beta": 0.1,
+        "regularizer_fraction": 1.0,
     }
     assert estimate_passes(settings) == 10 * (5 + 5 + 4 * 3)
     assert estimate_passes({**settings, "old_policy_preset": 1}) == 10 * (5 + 5 + 4 * 4)

@@ -182,7 +182,8 @@ def test_baselines_have_the_settings_of_their_recipes():
     assert (settings["per_device_train_batch_size"], settings["num_generations"]) == (256, 16)
     assert settings["old_policy_preset"] == 1 and settings["beta"] == 0
     assert "multi_objective_aggregation" not in settings  # balanced at every step, the default
-    assert paper.settings == {**demo.settings, "balance_every": 10, "balance_on": "loss", "beta": 1e-4}
+    own = {"balance_every": 10, "balance_on": "loss", "beta": 1e-4, "regularizer_fraction": 1.0}
+    assert paper.settings == demo.settings | own
     assert plans["paper"]["scale"]["steps"] == 25
     recipe = plans[methods.DEMO_RECIPE]
     assert recipe["scale"]["steps"] == 75 and recipe["settings"]["num_inference_steps"] == 5

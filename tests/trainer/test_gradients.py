@@ -114,6 +114,7 @@ def test_direction_is_that_of_autograd_on_the_formulas(monkeypatch, make_trainer
         max_grad_norm=0.0,
         balance_on=balance_on,
         beta=0.5,
+        regularizer_fraction=1.0,
         old_policy_preset=2,
     )
     fix_weights(trainer, weights)

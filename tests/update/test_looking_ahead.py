@@ -16,6 +16,8 @@ SAMPLES, TIMES = 8, 2  # of two prompts
 def build(folder, micro_batch=4, lags=True, std=0.1, **settings):
     """A trainer whose trained, old and base policies all differ, before its first step."""
     own = {"balance_every": 1} if "multi_objective_aggregation" not in settings else {}
+    if settings.get("beta") != 0.0:
+        own["regularizer_fraction"] = 1.0
     trainer = small_trainer(
         folder,
         num_generations=4,
@@ -81,7 +83,8 @@ def test_the_direction_does_not_depend_on_the_batch_split(tmp_path, settings):
         trainer = build(tmp_path / str(size), size, **settings)
         found[size] = take(trainer, sample(trainer))
     assert found[8].norm() > 0
-    assert relative_error(found[2], found[8]) < 1e-5 and relative_error(found[1], found[8]) < 1e-5
+    # GDRO's terms nearly cancel: 1.5e-5 on one kind of processor, less on another.
+    assert relative_error(found[2], found[8]) < 3e-5 and relative_error(found[1], found[8]) < 3e-5
 
 
 def drawn_by(trainer):

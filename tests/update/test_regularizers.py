@@ -1,5 +1,5 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
-"""The KL and AWM's trust region in a random part of an optimizer step's micro-steps."""
+"""The KL and AWM's trust region at a random part of the timesteps."""
 
 import itertools
 from statistics import mean
@@ -10,18 +10,21 @@ from trainer_helpers import small_trainer
 
 from trl_marble import MarbleConfig
 from trl_marble.update import policy_update
-from trl_marble.update.micro_steps import draw_micro_steps
+from trl_marble.update.random_part import draw_fraction
 
 
-# Two micro-batches at two timesteps.
+# Two micro-batches at four timesteps.
 SETTINGS = {
     "per_device_train_batch_size": 2,
     "gradient_accumulation_steps": 2,
+    "num_inference_steps": 4,
     "timestep_fraction": 1.0,
     "beta": 0.5,
     "balance_every": 1,
+    "regularizer_fraction": 1.0,
 }
-MICRO_STEPS = 4
+TIMES, MICRO_BATCHES = 4, 2
+MICRO_STEPS = TIMES * MICRO_BATCHES
 SUM = {"multi_objective_aggregation": "sum_then_normalize"}
 AWM = {"policy_loss": "awm", "old_policy_preset": 3}
 
@@ -63,7 +66,7 @@ class Step:
         """The update's direction, the loss, and the KL of each micro-step that has one."""
         trainer = self.trainer
         trainer.metrics.clear()
-        positions = [trainer.layout.locate(place) for place in range(2)]
+        positions = [trainer.layout.locate(place) for place in range(trainer.args.gradient_accumulation_steps)]
         trainer.update.begin(number, self.batch, positions[0])
         loss = sum(trainer.update.accumulate(self.batch, position) for position in positions)
         trainer.update.finish()
@@ -73,7 +76,7 @@ class Step:
 
 
 def choose(monkeypatch, *places):
-    monkeypatch.setattr(policy_update, "draw_micro_steps", lambda *args: frozenset(places))
+    monkeypatch.setattr(policy_update, "draw_fraction", lambda *args: frozenset(places))
 
 
 def relative_error(a, b):
@@ -90,7 +93,7 @@ def test_the_mean_over_all_choices_is_the_full_gradient(tmp_path, monkeypatch, s
     step = Step(tmp_path / "run", **settings)
     expected, expected_loss, _ = step.take()
     found = []
-    for places in itertools.combinations(range(MICRO_STEPS), number):
+    for places in itertools.combinations(range(TIMES), number):
         choose(monkeypatch, *places)
         found.append(step.take()[:2])
     directions, losses = zip(*found, strict=True)
@@ -103,21 +106,22 @@ def test_the_mean_over_all_choices_is_the_full_gradient(tmp_path, monkeypatch, s
     ("settings", "old", "base", "backwards"),
     [
         # On-policy the trust region of DiffusionNFT has no gradient, and what is balanced has a pass of its own.
-        ({"lags": False}, 0, 1, MICRO_STEPS + 1),
-        ({"lags": True}, MICRO_STEPS, 1, 2 * MICRO_STEPS),
-        ({"balance_on": "loss"}, MICRO_STEPS, 1, 2 * MICRO_STEPS + 1),
-        (SUM, MICRO_STEPS, 1, MICRO_STEPS),
-        (AWM, 1, 1, MICRO_STEPS + 1),
-        (AWM | {"beta": 0.0}, 1, 0, MICRO_STEPS + 1),
-        (AWM | {"awm_ema_beta": 0.0, "old_policy_preset": 1}, 0, 1, MICRO_STEPS + 1),
-        (AWM | {"awm_off_policy": True}, MICRO_STEPS, 1, MICRO_STEPS + 1),
+        ({"lags": False}, 0, 1, TIMES + 1),
+        ({"lags": True}, TIMES, 1, 2 * TIMES),
+        ({"balance_on": "loss"}, TIMES, 1, 2 * TIMES + 1),
+        (SUM, TIMES, 1, TIMES),
+        (AWM, 1, 1, TIMES + 1),
+        (AWM | {"beta": 0.0}, 1, 0, TIMES + 1),
+        (AWM | {"awm_ema_beta": 0.0, "old_policy_preset": 0}, 0, 1, TIMES + 1),
+        (AWM | {"awm_off_policy": True}, TIMES, 1, TIMES + 1),
     ],
 )
-def test_other_micro_steps_cost_no_pass_for_it(tmp_path, settings, old, base, backwards):
+def test_other_timesteps_cost_no_pass_for_it(tmp_path, settings, old, base, backwards):
     step = Step(tmp_path / "run", regularizer_fraction=0.25, **settings)
     step.take()
-    assert step.forwards == {"trained": MICRO_STEPS, "old": old, "base": base}
-    assert step.backwards == backwards
+    passes = {"trained": TIMES, "old": old, "base": base}
+    assert step.forwards == {kind: number * MICRO_BATCHES for kind, number in passes.items()}
+    assert step.backwards == backwards * MICRO_BATCHES
 
 
 def test_the_kl_that_is_logged_and_followed_is_the_mean_over_the_chosen(tmp_path, monkeypatch):
@@ -126,7 +130,7 @@ def test_the_kl_that_is_logged_and_followed_is_the_mean_over_the_chosen(tmp_path
     assert len(everywhere) == MICRO_STEPS and len(set(everywhere)) == MICRO_STEPS
     choose(monkeypatch, 1, 2)
     _, _, chosen = step.take()
-    assert chosen == everywhere[1:3]
+    assert chosen == everywhere[1:3] + everywhere[TIMES + 1 : TIMES + 3]  # of both micro-batches
     assert step.trainer.update._kl == pytest.approx(mean(chosen))
 
 
@@ -144,8 +148,25 @@ def test_each_step_draws_anew_and_does_not_touch_other_draws(tmp_path):
     assert step.trainer.update._regularized == drawn[3]  # as in a run that is resumed there
 
 
-def test_every_micro_step_is_drawn_equally_often():
-    drawn = [draw_micro_steps(0.3, 10, seed) for seed in range(3000)]
+@pytest.mark.parametrize("settings", [{}, SUM, AWM], ids=["advantage", "weighted sum", "AWM"])
+def test_a_step_does_not_depend_on_how_it_is_cut(tmp_path, settings):
+    directions = [
+        Step(
+            tmp_path / str(size),
+            **settings,
+            regularizer_fraction=0.5,
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=4 // size,
+        ).take(3)
+        for size in (1, 2, 4)
+    ]
+    for direction, loss, _ in directions[1:]:
+        assert relative_error(direction, directions[0][0]) < 1e-5
+        torch.testing.assert_close(loss, directions[0][1])
+
+
+def test_every_place_is_drawn_equally_often():
+    drawn = [draw_fraction(0.3, 10, seed) for seed in range(3000)]
     assert {len(each) for each in drawn} == {3}
     often = [sum(place in each for each in drawn) for place in range(10)]
     assert all(750 < number < 1050 for number in often)  # 900, with a standard deviation of 25
@@ -155,7 +176,7 @@ def test_every_micro_step_is_drawn_equally_often():
     ("fraction", "total", "number"), [(1.0, 7, 7), (0.9, 2, 2), (0.5, 3, 2), (1 / 8, 96, 12), (1e-3, 96, 1)]
 )
 def test_the_number_is_rounded_and_at_least_one(fraction, total, number):
-    assert len(draw_micro_steps(fraction, total, seed=0)) == number
+    assert len(draw_fraction(fraction, total, seed=0)) == number
 
 
 @pytest.mark.parametrize(
@@ -181,8 +202,8 @@ def test_it_has_an_effect_without_a_kl_where_there_is_a_trust_region(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("timestep_fraction", "fraction", "steps"), [(0.5, 0.5, "1 micro-step "), (1.0, 0.9, "2 micro-steps ")]
+    ("timestep_fraction", "fraction", "times"), [(0.5, 0.5, "1 timestep,"), (1.0, 0.9, "2 timesteps,")]
 )
-def test_a_fraction_that_is_all_of_a_step_is_refused(tmp_path, timestep_fraction, fraction, steps):
-    with pytest.raises(ValueError, match=rf"`regularizer_fraction={fraction}` has no effect.*{steps}"):
+def test_a_fraction_that_is_all_timesteps_is_refused(tmp_path, timestep_fraction, fraction, times):
+    with pytest.raises(ValueError, match=rf"`regularizer_fraction={fraction}` has no effect.*{times}"):
         small_trainer(tmp_path, timestep_fraction=timestep_fraction, regularizer_fraction=fraction)

@@ -82,14 +82,17 @@ def micro_steps(watch):
 )
 def test_backward_passes_of_a_solving_step_do_not_depend_on_the_rewards(watched, rewards, balance_on, beta, passes):
     for reward_funcs in (rewards[:1], rewards):
-        watch = watched(reward_funcs=reward_funcs, balance_on=balance_on, beta=beta, balance_every=1)
+        settings = {"balance_on": balance_on, "beta": beta, "old_policy_preset": 1}
+        if beta > 0:
+            settings["regularizer_fraction"] = 1.0
+        watch = watched(reward_funcs=reward_funcs, balance_every=1, **settings)
         assert watch.backwards[1] == passes * micro_steps(watch)
         row = watch.trainer.state.log_history[1]
         assert math.isfinite(row["balance/heldout_cos_min"])  # which cost none of them
 
 
 def test_other_steps_take_one_backward_pass(watched):
-    mixing = watched(balance_every=2, balance_on="loss", beta=0.1)
+    mixing = watched(balance_every=2, balance_on="loss", beta=0.1, regularizer_fraction=1.0)
     assert mixing.backwards == [3 * micro_steps(mixing), micro_steps(mixing)]
     summing = watched(multi_objective_aggregation="sum_then_normalize")
     assert summing.backwards == [micro_steps(summing)] * 2
@@ -155,7 +158,7 @@ def test_dora_takes_separate_passes_and_says_so(watched, caplog):
 @pytest.mark.parametrize("balance_on", ["loss", "advantage"])
 def test_a_streaming_step_with_known_weights_is_the_solving_step(watched, balance_on):
     settings = {"balance_on": balance_on, "balance_every": 1, "beta": 0.1, "gradient_accumulation_steps": 2}
-    settings |= {"per_device_train_batch_size": 4}
+    settings |= {"per_device_train_batch_size": 4, "regularizer_fraction": 1.0}
     solving = watched(fix_weights, **settings)
     streaming = watched(fix_weights, balance_fraction=0.5, **settings)
     steps = micro_steps(streaming)

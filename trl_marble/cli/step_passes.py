@@ -10,7 +10,7 @@ from ..losses import FrozenVelocities, Groups, PolicyLoss, Sampled, StepCounts
 from ..sde import Transitions
 from ..trainer import MarbleConfig
 from ..trainer.construction import build_policy_loss
-from ..update.micro_steps import draw_micro_steps
+from ..update.random_part import draw_fraction
 
 
 UNBOUNDED_STEPS = 1000  # over which the mean is taken where `max_steps` is not set
@@ -96,7 +96,7 @@ def compute_passes(
     per_sample = loss.num_times(args.num_inference_steps, args.timestep_fraction)
     micro_steps = args.gradient_accumulation_steps // num_processes * per_sample
     updates = args.steps_per_generation // args.gradient_accumulation_steps * args.num_iterations
-    penalized = _share(args.regularizer_fraction, micro_steps)
+    penalized = _share(args.regularizer_fraction, per_sample)
     streamed = _share(args.balance_fraction, micro_steps)
     base_calls = 2 if classifier_free and (args.reference_guidance_scale or 1) > 1 else 1
     sums = {"old": 0.0, "reference": 0.0, "trained": 0.0, "backward": 0.0}
@@ -139,9 +139,9 @@ def compute_passes(
     )
 
 
-def _share(fraction: float, micro_steps: int) -> float:
-    """The part of a step's micro-steps that [`~trl_marble.update.micro_steps.draw_micro_steps`] draws."""
-    return len(draw_micro_steps(fraction, micro_steps, seed=0)) / micro_steps
+def _share(fraction: float, total: int) -> float:
+    """The part of them that [`~trl_marble.update.random_part.draw_fraction`] draws."""
+    return len(draw_fraction(fraction, total, seed=0)) / total
 
 
 def _objectives(loss: PolicyLoss, has_old: bool, ahead: bool, has_penalties: bool) -> int:

@@ -26,7 +26,7 @@ def check_costs(subject: Subject) -> Finding:
     The computed memory adds up the tensors that exist at the same time, as the table in docs/scaling.md does; the
     measured one is what PyTorch's allocator reports, which only a GPU has.
     """
-    with subject.trainer(bf16=subject.bf16, max_steps=STEPS) as trainer:
+    with subject.trainer(bf16=subject.bf16, max_steps=STEPS, regularizer_fraction=1.0) as trainer:
         with count_passes(trainer.flow.transformer) as passes:
             trainer.train()
         logs = [entry for entry in trainer.state.log_history if "time/step" in entry][1:]  # the first step warms up

@@ -217,12 +217,13 @@ class MarbleConfig(TrainingArguments):
             The KL to hold, as `kl` (or `guided_kl`) is logged: the mean over elements of `(v - v_ref)^2`. `beta` is
             then the first value of a coefficient that follows the KL, see [`~trl_marble.update.KLControl`]: begin
             high, with 0.5 for example. By default `beta` stays as it is.
-        regularizer_fraction (`float`, *optional*, defaults to `1.0`):
-            In `(0, 1]`: the fraction of an optimizer step's forward passes (timesteps of micro-batches, the same ones
-            on all processes) in which the penalties are evaluated: that of `beta`, and AWM's trust region. They are
-            drawn anew for each step; their number is rounded to an integer, at least 1. The penalty is the mean over
-            them, so that on average over the draws its gradient is that of all forward passes. The others cost no
-            forward pass of the base model (for AWM, nor of the old policy) and no backward pass of the penalties.
+        regularizer_fraction (`float`, *optional*, defaults to `0.25`):
+            In `(0, 1]`: the fraction of the timesteps of each image at which the penalties are evaluated: that of
+            `beta`, and AWM's trust region. They are drawn anew for each step, and are the same ones, the first and
+            third of an image for example, for all images; their number is rounded to an integer, at least 1. The
+            penalty is the mean over them, so that on average over the draws its gradient is that of all timesteps.
+            The others cost no forward pass of the base model (for AWM, nor of the old policy) and no backward pass of
+            the penalties. `1.0` evaluates them everywhere.
 
         awm_weighting (`str`, *optional*, defaults to `"ghuber"`):
             How AWM weights the matching error over timesteps and sizes: `"ghuber"`, `"huber"`, `"t"`, `"t2"` or
@@ -356,7 +357,7 @@ class MarbleConfig(TrainingArguments):
 
         > Parameters that control the old policy and the averaged weights
 
-        old_policy_preset (`int`, *optional*, defaults to `1`):
+        old_policy_preset (`int`, *optional*, defaults to `0`):
             How fast the policy that samples follows the one that is trained: old <- eta old + (1 - eta) current with
             eta = min(max(0, step - flat) * rate, max), applied after each generation batch. `0`: fully on-policy;
             `1`: rate 0.001 up to 0.95 (the paper's); `2`: flat 75, rate 0.0075, max 0.999; `3`: rate 0.001 up to 0.3
@@ -539,8 +540,8 @@ class MarbleConfig(TrainingArguments):
         metadata={"help": "KL to the base model to hold: `beta` then follows the KL, and is its first value."},
     )
     regularizer_fraction: float = field(
-        default=1.0,
-        metadata={"help": "Fraction of a step's forward passes in which the KL and AWM's trust region are evaluated."},
+        default=0.25,
+        metadata={"help": "Fraction of the timesteps at which the KL and AWM's trust region are evaluated."},
     )
     awm_weighting: Literal["ghuber", "huber", "t", "t2", "uniform"] = field(
         default="ghuber", metadata={"help": "How AWM weights the matching error."}
@@ -638,7 +639,7 @@ class MarbleConfig(TrainingArguments):
 
     # Parameters that control the old policy and the averaged weights
     old_policy_preset: int = field(
-        default=1, metadata={"help": "Schedule of the old policy, which samples the images: 0, 1, 2, 3 or 4."}
+        default=0, metadata={"help": "Schedule of the old policy, which samples the images: 0, 1, 2, 3 or 4."}
     )
     weight_ema_decay: float = field(
         default=0.9,

@@ -22,8 +22,8 @@ from ..seeding import Draw, derive_seed
 from ..step_times import StepTimes
 from .group_table import GroupTable
 from .kl_control import KLControl
-from .micro_steps import draw_micro_steps
 from .nonfinite import NonFiniteGuard
+from .random_part import draw_fraction
 from .step_gradient import StepGradient
 from .teaching import Teaching
 
@@ -70,7 +70,7 @@ class PolicyUpdate:
         grid ([`TimeGrid`]):
             The times to train on.
         regularizer_fraction (`float`):
-            Fraction of a step's micro-steps that the loss's penalties are taken from, in (0, 1], see
+            Fraction of each sample's timesteps at which the loss's penalties are taken, in (0, 1], see
             [`~trl_marble.losses.Penalties`].
         seed (`int`):
             Seed of the run.
@@ -153,11 +153,11 @@ class PolicyUpdate:
             self.metrics.record("beta", self.kl_control.beta)
         self._kls: list[Tensor] = []  # of the step's samples on this process
         self._penalties = self.loss.penalties
-        # The same micro-steps on all processes. The mean over their samples is, on average over the draws, that over
-        # all samples of the step, whatever their number.
+        # Of each sample the same timesteps, so that the step does not depend on how it is cut into micro-batches. The
+        # mean over them is, on average over the draws, that over all timesteps, whatever their number.
         seed = derive_seed(self.seed, Draw.REGULARIZED, step)
-        self._regularized = draw_micro_steps(self.regularizer_fraction, num_micro_steps, seed)
-        self._num_regularized = samples * len(self._regularized)
+        self._regularized = draw_fraction(self.regularizer_fraction, per_sample, seed)
+        self._num_regularized = samples * self.layout.micro_batches_per_update * len(self._regularized)
         reads_old = "old" in self.loss.needs or self._penalties.old > 0
         self._old_differs = reads_old and not self.weights.are_on_policy()
         self._groups: GroupTable | None = None
@@ -234,7 +234,7 @@ class PolicyUpdate:
         with self.make_bar("update", num_times) as bar, self._mixing(position, sample_ids):
             for place, drawn in enumerate(self._draws(batch, part, position), start=first_place):
                 groups = None if self._groups is None else self._groups.at(place - first_place, sample_ids)
-                penalties = self._penalties if place in self._regularized else Penalties()
+                penalties = self._penalties if place - first_place in self._regularized else Penalties()
                 frozen = self._frozen_velocities(drawn.x_t, drawn.t, conditioning, penalties)
                 lessons: list[Lesson] = []
                 if self.teaching is not None and self._taught_by is not None:

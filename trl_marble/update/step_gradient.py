@@ -30,8 +30,8 @@ from ..balance import (
 from ..balance.weightings import Weighting
 from ..metrics import MetricBuffer
 from ..seeding import Draw, derive_seed
-from .micro_steps import draw_micro_steps
 from .nonfinite import NonFiniteGuard, drop_gradients
+from .random_part import draw_fraction
 
 
 logger = logging.get_logger(__name__)
@@ -177,7 +177,7 @@ class StepGradient:
         assert self.balance is not None
         if self._solves:
             return frozenset(range(total))
-        return draw_micro_steps(self.balance.fraction, total, derive_seed(self.seed, Draw.MEASURED, step))
+        return draw_fraction(self.balance.fraction, total, derive_seed(self.seed, Draw.MEASURED, step))
 
     # ---- Micro-steps ----
 

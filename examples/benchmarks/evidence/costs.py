@@ -104,5 +104,5 @@ def estimate_passes(settings: Mapping[str, Any]) -> float:
     # On-policy, the first of several updates by the same images finds the old policy equal to the trained one.
     preset = settings.get("old_policy_preset", MarbleConfig.old_policy_preset)
     lagging = 1.0 if preset else (updates - 1) / updates
-    reference = settings.get("regularizer_fraction", 1.0) if settings["beta"] else 0.0
+    reference = settings.get("regularizer_fraction", MarbleConfig.regularizer_fraction) if settings["beta"] else 0.0
     return sampled / updates * (solver_steps + IMAGE_PASSES) + batch * trained * (2 + lagging + reference)

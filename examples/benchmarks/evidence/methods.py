@@ -35,6 +35,7 @@ SHARED_SETTINGS: dict[str, Any] = {
     "rollout_batch_size": 128,
     "num_inference_steps": 8,
     "timestep_fraction": 0.75,
+    "old_policy_preset": 1,
     "beta": 0.0,
 }
 
@@ -281,7 +282,7 @@ LONG_BASES["awm"] = replace(
 LONG_BASES |= _vary(RECIPE_METHOD, SAMPLES, equal_cost=True)
 # With the demo's samples: `progress_demo` is the demo.
 for _name in (RECIPE_METHOD, "gdpo", "marble", "awm"):
-    LONG_BASES |= _vary(_name, {"demo": SAMPLES[DEMO_SAMPLES]}, equal_cost=False)
+    LONG_BASES |= _vary(_name, {"demo": ("the demo's samples", SAMPLES[DEMO_SAMPLES][1])}, equal_cost=False)
 # MARBLE has per-reward gradients, and so held-out cosines.
 for _name in (f"{RECIPE_METHOD}_demo", "marble_demo"):
     LONG_BASES |= _vary(_name, OLD_POLICIES, equal_cost=False)
@@ -301,9 +302,9 @@ def long_method(name: str) -> Method:
     if kind not in ("", "lag", "average", "target", *DRIFT_CONTROLS):
         raise ValueError(f"`{name}`: there is no way to limit the drift that is called `{kind}`.")
     value = float(strength.removeprefix(kind))
-    settings: dict[str, Any] = {**method.settings, "beta": DRIFT_BETAS.get(kind, value)}
+    settings: dict[str, Any] = {"regularizer_fraction": 1.0, **method.settings, "beta": DRIFT_BETAS.get(kind, value)}
     if not settings["beta"]:
-        settings.pop("regularizer_fraction", None)  # of what is not there
+        del settings["regularizer_fraction"]  # of what is not there
     if kind == "lag":
         settings["old_policy_preset"] = 1
     if kind == "average":
@@ -371,13 +372,13 @@ AWM_STRENGTH = f"{float(RECIPE_STRENGTH) / 5:g}"
 
 # ---- Time to the same rewards: what is compared, and with what ----
 
-_EARLIER_DEMO: dict[str, Any] = {**SHARED_SETTINGS, "old_policy_preset": 1}
 EARLIER_DEMO = "demo_61ec878"
+PAPER: dict[str, Any] = {**SHARED_SETTINGS, **REFERENCE, "beta": 1e-4, "regularizer_fraction": 1.0}
 BASELINES: dict[str, Method] = {
     # Eight solver steps, six of them trained, 256 images, an old policy that lags, no KL, balanced at every step.
-    EARLIER_DEMO: Method("the demo at 61ec878", settings=_EARLIER_DEMO),
+    EARLIER_DEMO: Method("the demo at 61ec878", settings=SHARED_SETTINGS),
     # New weights at every tenth step, from whole losses, and a KL of 1e-4 at each timestep; sizes as above.
-    "paper": Method("MARBLE's paper", settings={**_EARLIER_DEMO, **REFERENCE, "beta": 1e-4}),
+    "paper": Method("MARBLE's paper", settings=PAPER),
 }
 TIMED_ENTRIES = (
     DEMO_RECIPE,

@@ -37,7 +37,7 @@ TUNING_SEED = 0
 # core. `beta` and how rewards are combined are each method's own.
 LONG_STEPS = 150
 LONG_SETTINGS = {
-    **{name: DEMO_SETTINGS[name] for name in (*SHARED_SETTINGS, "old_policy_preset")},
+    **{name: DEMO_SETTINGS[name] for name in SHARED_SETTINGS},
     "per_device_train_batch_size": 128,
     "rollout_batch_size": 128,
     "beta": 0.0,

@@ -15,7 +15,7 @@ from ...progress import MakeBar
 from ...rollout import BatchLayout
 from ...step_times import StepTimes
 from ...update import BalanceSettings, KLControl, NonFiniteGuard, PolicyUpdate, StepGradient, Teaching, TimeGrid
-from ...update.micro_steps import draw_micro_steps
+from ...update.random_part import draw_fraction
 from ..balance_slider import share_draws
 from ..marble_config import MarbleConfig
 
@@ -59,7 +59,7 @@ def build_update(
         linears = measured_linears(weights.flow, weights.trained, edits, args.per_device_train_batch_size)
     grid_times = weights.flow.training_times(args.num_inference_steps)
     grid = TimeGrid(grid_times, loss.num_times(len(grid_times), args.timestep_fraction))
-    _check_regularizer_fraction(args, layout.micro_batches_per_update * grid.per_sample)
+    _check_regularizer_fraction(args, grid.per_sample)
     teaching = None
     if teachers:
         weight = None if args.balances_gradients else args.teacher_weight
@@ -84,16 +84,15 @@ def build_update(
     )
 
 
-def _check_regularizer_fraction(args: MarbleConfig, num_micro_steps: int) -> None:
-    """Refuse a fraction of an optimizer step's micro-steps that is all of them."""
+def _check_regularizer_fraction(args: MarbleConfig, num_times: int) -> None:
+    """Refuse a fraction of the timesteps that is all of them."""
     fraction = args.regularizer_fraction
-    if fraction in (1.0, MarbleConfig.regularizer_fraction):  # the default need not fit every step
+    if fraction in (1.0, MarbleConfig.regularizer_fraction):  # the default need not fit every run
         return
-    if len(draw_micro_steps(fraction, num_micro_steps, seed=0)) < num_micro_steps:
+    if len(draw_fraction(fraction, num_times, seed=0)) < num_times:
         return
-    steps = "1 micro-step" if num_micro_steps == 1 else f"{num_micro_steps} micro-steps"
+    times = "1 timestep" if num_times == 1 else f"{num_times} timesteps"
     raise ValueError(
-        f"`regularizer_fraction={fraction}` has no effect: an optimizer step has {steps} (one for each timestep of "
-        "each micro-batch), and that part of them, rounded, is all of them. Leave it out, or choose a smaller "
-        "`per_device_train_batch_size` and more `gradient_accumulation_steps`."
+        f"`regularizer_fraction={fraction}` has no effect: each image is trained at {times}, and that part of them, "
+        "rounded, is all of them. Leave it out, or train at more (`timestep_fraction`)."
     )
