@@ -11,7 +11,7 @@
 Align Stable Diffusion 3.5 Medium with five rewards at once, as MARBLE does (huggingface.co/papers/2605.06507):
 PickScore, HPSv2.1 and CLIPScore on every prompt, the accuracy of written text and GenEval on their own prompts.
 
-With the paper's settings: the defaults of `MarbleConfig`, except `beta`, `balance_every` and `balance_on`
+With the paper's settings: the defaults of `MarbleConfig`, except for the five before `--max_steps`
 (`--gradient_accumulation_steps` is the default 144 divided by the number of processes). For more than some tens of
 steps leave `--beta` out: with the paper's, policies drift until rewards are lost.
 
@@ -25,6 +25,8 @@ accelerate launch --num_processes 8 examples/scripts/sd3_five_rewards.py \\
     --balance_every 10 \\
     --balance_on loss \\
     --beta 1e-4 \\
+    --regularizer_fraction 1.0 \\
+    --old_policy_preset 1 \\
     --max_steps 1000 \\
     --push_to_hub
 ```

@@ -72,9 +72,9 @@ class MarbleConfig(TrainingArguments):
     This class includes only the parameters that are specific to MARBLE training. For a full list of training
     arguments, please refer to the [`~transformers.TrainingArguments`] documentation. Defaults are those of the MARBLE
     paper (https://huggingface.co/papers/2605.06507) for Stable Diffusion 3.5 Medium on one device: 48 prompts x 24
-    images per optimizer step. On several devices divide `gradient_accumulation_steps` by their number. Two differ,
-    because they were better or cheaper where we compared (docs/step_cost.md): the paper has `balance_every=10` and
-    `balance_on="loss"`.
+    images per optimizer step. On several devices divide `gradient_accumulation_steps` by their number. Five differ,
+    because they were better or cheaper where we compared (docs/step_cost.md, docs/long_runs.md): the paper has
+    `balance_every=10`, `balance_on="loss"`, `beta=1e-4`, `regularizer_fraction=1.0` and `old_policy_preset=1`.
 
     Parameters:
         > Parameters that control the rollouts
