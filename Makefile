@@ -36,7 +36,7 @@ help:
 	@echo "make evidence  compare methods on ShapeWorld, 4.1 hours on two cores; tables and pictures in $(EVIDENCE)/report/"
 	@echo "make ablations  the same, and what else was tried: 4.2 hours more"
 	@echo "make long   runs of 150 steps at several strengths of the KL: about 8 hours on two cores; results in $(LONG)/report/"
-	@echo "make variants  variants of the demo's recipe, one setting each; results in $(LONG)/report/"
+	@echo "make variants  the demo's recipe over 150 steps with a policy that lags; results in $(LONG)/report/"
 	@echo "make time_to_reward  how soon a run has what earlier recipes have after 25 steps; results in $(TIMES)/report/"
 	@echo "make test   lint rules and the tests"
 	@echo "make slow   the tests that are left out of 'make test' because they take long"
