@@ -48,8 +48,8 @@ def test_variants_of_samples_have_as_many_steps_as_cost_what_the_recipe_costs():
     for entry in methods.SAMPLE_ENTRIES:
         run = run_of(entry)
         steps[entry.partition("@")[0].removeprefix(f"{methods.RECIPE_METHOD}_")] = run.steps
-        total = run.steps * estimate_passes(run.settings)
-        assert total == pytest.approx(recipe.steps * estimate_passes(recipe.settings), rel=0.02)
+        total = run.steps * estimate_passes(run.settings, 5)
+        assert total == pytest.approx(recipe.steps * estimate_passes(recipe.settings, 5), rel=0.02)
     assert steps[methods.RECIPE_METHOD] == 150 and steps["group4"] == steps["group16"] == 150
     assert steps["images64"] == 300 and steps["images32"] == 600
     assert steps["solver8"] < 150 < steps["solver4"]
@@ -61,18 +61,22 @@ def test_the_cost_of_a_step_by_hand():
         "num_inference_steps": 5,
         "timestep_fraction": 0.8,
         "per_device_train_batch_size": 10,
+        "num_generations": 5,
         "gradient_accumulation_steps": 1,
         "old_policy_preset": 0,
         "beta": 0.1,
+        "multi_objective_aggregation": "progress",
+        "max_steps": 100,
         "regularizer_fraction": 1.0,
     }
-    assert estimate_passes(settings) == 10 * (5 + 5 + 4 * 3)
-    assert estimate_passes({**settings, "old_policy_preset": 1}) == 10 * (5 + 5 + 4 * 4)
-    assert estimate_passes({**settings, "beta": 0.0}) == 10 * (5 + 5 + 4 * 2)
-    assert estimate_passes({**settings, "regularizer_fraction": 0.25}) == 10 * (5 + 5 + 4 * 2.25)
+    assert estimate_passes(settings, 5) == 10 * (5 + 5 + 4 * 3)
+    # In all steps but the first the old policy is another one.
+    assert estimate_passes({**settings, "old_policy_preset": 1}, 5) == 10 * (5 + 5 + 4 * (4 - 0.01))
+    assert estimate_passes({**settings, "beta": 0.0}, 5) == 10 * (5 + 5 + 4 * 2)
+    assert estimate_passes({**settings, "regularizer_fraction": 0.25}, 5) == 10 * (5 + 5 + 4 * 2.25)
     # Two updates share the samples, and the second of them finds an old policy that differs.
-    assert estimate_passes({**settings, "num_iterations": 2}) == 10 * (5 + 4 * 3.5)
-    assert estimate_passes({**settings, "steps_per_generation": 2}) == 10 * (10 + 4 * 3.5)
+    assert estimate_passes({**settings, "num_iterations": 2}, 5) == 10 * (5 + 4 * 3.5)
+    assert estimate_passes({**settings, "steps_per_generation": 2}, 5) == 10 * (10 + 4 * 3.5)
 
 
 def test_the_plans_of_other_runs_have_no_steps_of_their_own():

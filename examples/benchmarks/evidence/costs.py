@@ -12,6 +12,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from trl_marble import MarbleConfig
+from trl_marble.cli.step_passes import compute_passes
 from trl_marble.evaluation.records import write_atomically
 from trl_marble.selftest.passes import count_passes
 
@@ -84,25 +85,19 @@ def total_until(costs: Mapping[int, StepCost], step: int) -> StepCost:
 IMAGE_PASSES = 5
 
 
-def estimate_passes(settings: Mapping[str, Any]) -> float:
+def estimate_passes(settings: Mapping[str, Any], num_rewards: int) -> float:
     """
-    About how many passes for each image an optimizer step takes, with decoding and scoring in the same unit, for
-    aggregations without per-reward gradients. It decides how many steps a run of a given cost has.
+    About how many passes for each image an optimizer step takes, with decoding and scoring in the same unit. It
+    decides how many steps a run of a given cost has.
 
     Args:
         settings (`Mapping[str, Any]`):
-            Of a run with `policy_loss="nft"`.
+            Of `MarbleConfig`.
+        num_rewards (`int`):
+            K.
     """
-    solver_steps = settings["num_inference_steps"]
-    trained = max(1, int(solver_steps * settings["timestep_fraction"]))
-    batch = settings["per_device_train_batch_size"] * settings["gradient_accumulation_steps"]
-    updates = settings.get("steps_per_generation", settings["gradient_accumulation_steps"])
-    updates = updates // settings["gradient_accumulation_steps"] * settings.get("num_iterations", 1)
-    sampled = settings["per_device_train_batch_size"] * settings.get(
-        "steps_per_generation", settings["gradient_accumulation_steps"]
-    )
-    # On-policy, the first of several updates by the same images finds the old policy equal to the trained one.
-    preset = settings.get("old_policy_preset", MarbleConfig.old_policy_preset)
-    lagging = 1.0 if preset else (updates - 1) / updates
-    reference = settings.get("regularizer_fraction", MarbleConfig.regularizer_fraction) if settings["beta"] else 0.0
-    return sampled / updates * (solver_steps + IMAGE_PASSES) + batch * trained * (2 + lagging + reference)
+    args = MarbleConfig("estimated", **settings)
+    passes = compute_passes(args, num_processes=1, classifier_free=False, num_rewards=num_rewards)
+    # An image of the base model, which weights by progress ask for once a prompt, is left out.
+    updates = args.steps_per_generation // args.gradient_accumulation_steps * args.num_iterations
+    return passes.total - passes.base_images + IMAGE_PASSES * args.generation_batch_size / updates

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trl_marble import MarbleConfig
 from trl_marble.balance import mgda_weights
 from trl_marble.shapeworld import reward_funcs
 
@@ -63,8 +64,12 @@ class Method:
             The method that an ablation compares it with. Defaults to `tuned_as`.
         drift (`tuple[str, float]`, *optional*):
             A name of `DRIFT_CONTROLS` and its strength. Defaults to none.
-        costs_as_recipe (`bool`, *optional*, defaults to `False`):
-            Whether a run has as many steps as the recipe's cost, and not as many as the recipe.
+        costs_as (`str`, *optional*):
+            A run has as many steps as cost what a run of this method costs. By default all have equally many.
+        beta_unit (`float`, *optional*, defaults to `1.0`):
+            The first coefficient of a KL that is held, in that of DiffusionNFT's loss.
+        kl_unit (`float`, *optional*, defaults to `1.0`):
+            The KL that the loss logs and holds, in the mean of (v - v_base)^2.
     """
 
     label: str
@@ -75,7 +80,9 @@ class Method:
     tuned_as: str | None = None
     beside: str | None = None
     drift: tuple[str, float] | None = None
-    costs_as_recipe: bool = False
+    costs_as: str | None = None
+    beta_unit: float = 1.0
+    kl_unit: float = 1.0
 
     @property
     def rewards(self) -> tuple[str, ...]:
@@ -260,7 +267,9 @@ OLD_POLICIES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def _vary(method: str, variants: Mapping[str, tuple[str, dict[str, Any]]], equal_cost: bool) -> dict[str, Method]:
+def _vary(
+    method: str, variants: Mapping[str, tuple[str, dict[str, Any]]], costs_as: str | None = None
+) -> dict[str, Method]:
     """`<method>_<variant>` for each variant."""
     base = LONG_BASES[method]
     return {
@@ -268,7 +277,7 @@ def _vary(method: str, variants: Mapping[str, tuple[str, dict[str, Any]]], equal
             base,
             label=f"{base.label}, {what}",
             settings={**base.settings, **settings},
-            costs_as_recipe=equal_cost,
+            costs_as=costs_as,
         )
         for name, (what, settings) in variants.items()
     }
@@ -279,13 +288,62 @@ LONG_BASES["awm"] = replace(
     label=f"{LONG_BASES[RECIPE_METHOD].label}, AWM",
     settings={**LONG_BASES[RECIPE_METHOD].settings, "policy_loss": "awm"},
 )
-LONG_BASES |= _vary(RECIPE_METHOD, SAMPLES, equal_cost=True)
+LONG_BASES |= _vary(RECIPE_METHOD, SAMPLES, costs_as=RECIPE)
 # With the demo's samples: `progress_demo` is the demo.
 for _name in (RECIPE_METHOD, "gdpo", "marble", "awm"):
-    LONG_BASES |= _vary(_name, {"demo": ("the demo's samples", SAMPLES[DEMO_SAMPLES][1])}, equal_cost=False)
+    LONG_BASES |= _vary(_name, {"demo": ("the demo's samples", SAMPLES[DEMO_SAMPLES][1])})
+
+# ---- Losses: `gdpo_awm` is the demo's settings with GDPO and AWM, see `compare_losses.py` ----
+
+# Name -> label, settings, and the units of the KL (see `Method`). All sample from the trained policy, but the last.
+# The units of beta are ratios of gradient norms over the first six steps, without a KL; that of GRPO's KL a ratio of
+# what it logs to what evaluations measure.
+LOSSES: dict[str, tuple[str, dict[str, Any], float, float]] = {
+    "nft": ("DiffusionNFT", {}, 1.0, 1.0),
+    "awm": ("AWM", {"policy_loss": "awm"}, 0.2, 1.0),
+    "crd": ("CRD", {"policy_loss": "crd"}, 1.4, 1.0),
+    "dgpo": ("DGPO", {"policy_loss": "dgpo"}, 0.35, 1.0),
+    "gdro": ("GDRO", {"policy_loss": "gdro"}, 8000.0, 1.0),
+    "dpo": ("pairs", {"policy_loss": "dpo"}, 4000.0, 1.0),
+    "grpo": (
+        "GRPO",
+        {"policy_loss": "grpo", "timestep_fraction": MarbleConfig.timestep_fraction},  # which it does not use
+        1.7,
+        0.014,
+    ),
+    "crd_published": (
+        "CRD, its old policy and sampling policy",
+        {"policy_loss": "crd", "old_policy_preset": 4, "sampling_policy_preset": 2},
+        1.4,
+        1.0,
+    ),
+}
+# Of both ways to combine rewards, the first is the one that learning rates are chosen with.
+LOSS_AGGREGATIONS = ("gdpo", "marble")
+LOSS_KL = 0.03  # held in all runs: about what the demo's recipe has after as many steps
+_FIRST_LOSS = f"{LOSS_AGGREGATIONS[0]}_demo@target{LOSS_KL:g}"  # has the cost that all others have
+for _name in LOSS_AGGREGATIONS:
+    LONG_BASES |= {
+        f"{_name}_{_loss}": replace(
+            LONG_BASES[f"{_name}_demo"],
+            label=f"{_label}, {LONG_BASES[_name].label}",
+            settings={**LONG_BASES[f"{_name}_demo"].settings, "old_policy_preset": 0, **_settings},
+            costs_as=_FIRST_LOSS,
+            beta_unit=_beta,
+            kl_unit=_kl,
+        )
+        for _loss, (_label, _settings, _beta, _kl) in LOSSES.items()
+    }
+
+
+def loss_entry(aggregation: str, loss: str) -> str:
+    """The entry of a loss with a way to combine rewards."""
+    return f"{aggregation}_{loss}@target{LOSS_KL:g}"
+
+
 # MARBLE has per-reward gradients, and so held-out cosines.
 for _name in (f"{RECIPE_METHOD}_demo", "marble_demo"):
-    LONG_BASES |= _vary(_name, OLD_POLICIES, equal_cost=False)
+    LONG_BASES |= _vary(_name, OLD_POLICIES)
 
 
 def long_method(name: str) -> Method:
@@ -310,7 +368,7 @@ def long_method(name: str) -> Method:
     if kind == "average":
         settings["weight_ema_decay"] = 0.98
     if kind == "target":
-        settings["kl_target"] = value
+        settings |= {"beta": DRIFT_BETAS[kind] * method.beta_unit, "kl_target": value * method.kl_unit}
     drift = (kind, value) if kind in DRIFT_CONTROLS else None
     return replace(method, label=f"{method.label}, {kind or 'beta'} {value:g}", settings=settings, drift=drift)
 

@@ -24,7 +24,7 @@ from trl_marble.shapeworld import load_pipeline, load_prompts, reward_funcs
 from .costs import StepCosts, estimate_passes
 from .drift import DRIFT_CONTROLS
 from .experiments import EXPERIMENTS
-from .methods import BASE, METHODS, RECIPE, SHARED_SETTINGS, find_method, make_weighting
+from .methods import BASE, METHODS, SHARED_SETTINGS, find_method, make_weighting
 
 
 # Optimizer steps of a run, for every method: five for each stage of the sequential one.
@@ -168,10 +168,10 @@ class Run:
         method = find_method(self.method)
         if not method.stages:
             return 0
-        if not method.costs_as_recipe:
+        if method.costs_as is None:
             return self.scale.steps
-        recipe = dataclasses.replace(self, method=RECIPE)
-        ratio = estimate_passes(recipe.settings) / estimate_passes(self.settings)
+        other, num_rewards = dataclasses.replace(self, method=method.costs_as), len(method.rewards)
+        ratio = estimate_passes(other.settings, num_rewards) / estimate_passes(self.settings, num_rewards)
         return max(1, round(self.scale.steps * ratio))
 
     @property
@@ -200,7 +200,7 @@ class Run:
         method, own = find_method(self.method), asdict(self)
         for name in ("curve_steps", "curve_images", "curve_inference_steps"):  # these only watch a run
             del own["scale"][name]
-        if method.costs_as_recipe:
+        if method.costs_as is not None:
             own["steps"] = self.steps
         return {
             **own,
