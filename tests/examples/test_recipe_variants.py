@@ -72,7 +72,7 @@ def test_the_cost_of_a_step_by_hand():
     assert estimate_passes(settings, 5) == 10 * (5 + 5 + 4 * 3)
     # In all steps but the first the old policy is another one.
     assert estimate_passes({**settings, "old_policy_preset": 1}, 5) == 10 * (5 + 5 + 4 * (4 - 0.01))
-    assert estimate_passes({**settings, "beta": 0.0}, 5) == 10 * (5 + 5 + 4 * 2)
+    assert estimate_passes({**settings, "beta": 0.0, "regularizer_fraction": 0.25}, 5) == 10 * (5 + 5 + 4 * 2)
     assert estimate_passes({**settings, "regularizer_fraction": 0.25}, 5) == 10 * (5 + 5 + 4 * 2.25)
     # Two updates share the samples, and the second of them finds an old policy that differs.
     assert estimate_passes({**settings, "num_iterations": 2}, 5) == 10 * (5 + 4 * 3.5)
