@@ -45,7 +45,7 @@ from diffusers import DiffusionPipeline
 from trl import TrlParser
 
 from trl_marble import MarbleConfig, MarbleNFTTrainer
-from trl_marble.hub import fuse_adapter, interpolate_adapters
+from trl_marble.hub import combine_adapters, fuse_adapter
 from trl_marble.rewards import RewardFunc
 from trl_marble.shapeworld import load_pipeline, load_prompts, rewards
 
@@ -93,16 +93,6 @@ def train_adapter(
     return folder
 
 
-def average(adapters: Sequence[Path], folder: Path) -> Path:
-    """The mean of what adapters add to the weights: exact, so that its rank is the sum of theirs."""
-    mean = adapters[0]
-    for number, adapter in enumerate(adapters[1:], start=2):
-        place = folder if number == len(adapters) else folder / f"first-{number}"
-        interpolate_adapters(mean, adapter, 1 / number, place)
-        mean = place
-    return mean
-
-
 def main(script_args: ScriptArguments, training_args: MarbleConfig) -> None:
     process, output, prompts = PartialState(), Path(training_args.output_dir), load_prompts("train")
     merged: list[Path] = []
@@ -121,9 +111,10 @@ def main(script_args: ScriptArguments, training_args: MarbleConfig) -> None:
         # ---- Reduce: their mean goes into the base model ----
         process.wait_for_everyone()
         if process.is_main_process:
-            average(adapters, folder / "merged")
+            # Exact, so that the rank of the mean is the sum of theirs.
+            combine_adapters(dict.fromkeys(adapters, 1 / len(adapters)), folder / "merged")
         process.wait_for_everyone()
-        merged.append(folder / "merged" if len(adapters) > 1 else adapters[0])
+        merged.append(folder / "merged")
 
     if process.is_main_process:
         merged_pipeline(merged).save_pretrained(output / "pipeline")

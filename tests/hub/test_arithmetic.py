@@ -1,5 +1,5 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
-"""Comparing and interpolating adapters, checked against dense weight changes and images."""
+"""Comparing and combining adapters, checked against dense weight changes and images."""
 
 import json
 import math
@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from trl_marble.hub import compare_adapters, interpolate_adapters, load_adapter, save_adapter
+from trl_marble.hub import combine_adapters, compare_adapters, load_adapter, save_adapter
 from trl_marble.hub.files import read_layers
 
 
@@ -59,7 +59,7 @@ VARIANTS = {
 @pytest.mark.parametrize("share", [0, 0.3, 0.5, 1])
 def test_interpolation_is_the_weighted_sum_of_the_weight_changes(tmp_path, variant, share):
     a, b = saved(tmp_path / "a"), saved(tmp_path / "b", seed=1, **VARIANTS[variant])
-    file = interpolate_adapters(a, b, share, tmp_path / "new" / "between")
+    file = combine_adapters({a: 1 - share, b: share}, tmp_path / "new" / "between")
     assert file == tmp_path / "new" / "between" / FILE
     found, dense_a, dense_b = dense(file.parent), dense(a), dense(b)
     expected = {
@@ -75,14 +75,14 @@ def test_interpolation_is_the_weighted_sum_of_the_weight_changes(tmp_path, varia
 def test_shares_0_and_1_make_the_images_of_the_two_adapters(tmp_path, variant):
     a, b = saved(tmp_path / "a"), saved(tmp_path / "b", seed=1, **VARIANTS[variant])
     for share, end in ((0.0, a), (1.0, b)):
-        interpolate_adapters(a, b, share, tmp_path / str(share))
+        combine_adapters({a: 1 - share, b: share}, tmp_path / str(share))
         np.testing.assert_allclose(images_with(tmp_path / str(share)), images_with(end), atol=1e-4)
     assert np.abs(images_with(a) - images_with(b)).max() > 0.01
 
 
 def test_the_file_has_its_ranks_and_also_works_without_metadata(tmp_path):
     a, b = saved(tmp_path / "a"), saved(tmp_path / "b", seed=1, r=2, target_modules=["to_q"])
-    file = interpolate_adapters(a, b, 0.25, tmp_path / "between")
+    file = combine_adapters({a: 0.75, b: 0.25}, tmp_path / "between")
     with safe_open(file, "pt") as opened:
         config = json.loads(opened.metadata()["lora_adapter_metadata"])
     assert config["transformer.r"] == config["transformer.lora_alpha"] == 4
@@ -91,7 +91,7 @@ def test_the_file_has_its_ranks_and_also_works_without_metadata(tmp_path):
     bare.mkdir()
     save_file(load_file(file), bare / FILE)
     np.testing.assert_allclose(images_with(bare), images_with(file.parent), atol=1e-6)
-    assert interpolate_adapters(a, b, 0.25, tmp_path / "again").read_bytes() == file.read_bytes()
+    assert combine_adapters({a: 0.75, b: 0.25}, tmp_path / "again").read_bytes() == file.read_bytes()
 
 
 def test_an_adapter_compared_with_itself(tmp_path):
@@ -169,7 +169,7 @@ def test_a_convolution(tmp_path):
             tmp_path / f"{name}.safetensors",
         )
     paths = [tmp_path / f"{name}.safetensors" for name in "ab"]
-    file = interpolate_adapters(*paths, 0.5, tmp_path / "between")
+    file = combine_adapters(dict.fromkeys(paths, 0.5), tmp_path / "between")
     a, b, between = (
         (lora := read_layers(path)[layer]).lora_B.flatten(1) @ lora.lora_A.flatten(1) * lora.scale
         for path in (*paths, file)
@@ -191,7 +191,7 @@ def test_adapters_of_different_models(tmp_path):
         | {key: value for key, value in state.items() if "lora_A" in key},
         tmp_path / "wide.safetensors",
     )
-    for call in (compare_adapters, lambda a, b: interpolate_adapters(a, b, 0.5, tmp_path / "out")):
+    for call in (compare_adapters, lambda a, b: combine_adapters({a: 0.5, b: 0.5}, tmp_path / "out")):
         with pytest.raises(ValueError, match="no layer in common .*same base model"):
             call(a, tmp_path / "flux")
         with pytest.raises(ValueError, match=r"has the shape \(32, 32\) in the first adapter and \(64, 32\)"):
@@ -199,18 +199,27 @@ def test_adapters_of_different_models(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("share", [-0.1, 1.01, math.nan])
-def test_refuses_a_share_outside_0_and_1(tmp_path, share):
-    a = saved(tmp_path / "a")
-    with pytest.raises(ValueError, match=r"is not in \[0, 1\]"):
-        interpolate_adapters(a, a, share, tmp_path / "out")
+@pytest.mark.parametrize(("weight", "message"), [(math.nan, "is nan; pass a finite"), (0.0, "differs from 0")])
+def test_refuses_weights_that_make_no_adapter(tmp_path, weight, message):
+    with pytest.raises(ValueError, match=message):
+        combine_adapters({saved(tmp_path / "a"): weight}, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_any_number_of_adapters_with_any_weights(tmp_path):
+    weights = {saved(tmp_path / str(seed), seed=seed): weight for seed, weight in enumerate((0.5, -0.25, 2.0))}
+    found = dense(combine_adapters(weights, tmp_path / "all").parent)
+    parts = {adapter: dense(adapter) for adapter in weights}
+    for name, change in found.items():
+        expected = sum(weight * parts[adapter][name] for adapter, weight in weights.items())
+        torch.testing.assert_close(change, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_an_adapter_is_not_replaced_by_its_mixture(tmp_path):
     a, b = saved(tmp_path / "a"), saved(tmp_path / "b", seed=1)
     before = (b / FILE).read_bytes()
     with pytest.raises(ValueError, match="is the folder of one of the adapters"):
-        interpolate_adapters(a, b / FILE, 0.5, b)
+        combine_adapters({a: 0.5, b / FILE: 0.5}, b)
     assert (b / FILE).read_bytes() == before
 
 
@@ -233,7 +242,7 @@ def test_refuses_files_that_are_not_plain_lora(tmp_path, key, message):
 def test_dora_is_refused(tmp_path):
     a, dora = saved(tmp_path / "a"), saved(tmp_path / "dora", use_dora=True)
     with pytest.raises(ValueError, match="DoRA"):
-        interpolate_adapters(a, dora, 0.5, tmp_path / "out")
+        combine_adapters({a: 0.5, dora: 0.5}, tmp_path / "out")
 
 
 def test_empty_damaged_and_broken_files(tmp_path):

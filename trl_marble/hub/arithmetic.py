@@ -1,5 +1,5 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
-"""Compare and interpolate adapters, by what they add to the weights.
+"""Compare and combine adapters, by what they add to the weights.
 
 An adapter adds scale * B @ A to a layer's weight. All results are about this product, since the factors themselves are
 arbitrary: B @ A = (B M) @ (M^-1 A) for any invertible M.
@@ -94,22 +94,18 @@ def compare_adapters(a: str | os.PathLike, b: str | os.PathLike) -> AdapterCompa
     return AdapterComparison(overall, layers)
 
 
-def interpolate_adapters(
-    a: str | os.PathLike, b: str | os.PathLike, share: float, output_dir: str | os.PathLike
-) -> Path:
+def combine_adapters(weights: Mapping[str | os.PathLike, float], output_dir: str | os.PathLike) -> Path:
     """
-    Write the adapter whose change is (1 - share) x the change of the first adapter + share x that of the second.
+    Write the adapter whose change is the weighted sum of the changes of others: a point between two, or the average
+    of many (a soup, https://huggingface.co/papers/2306.04488).
 
-    The sum is exact up to the rounding of fp32: the factors of both are concatenated, so that a layer's rank is the
-    sum of the two ranks. Averages of A and of B would have another product.
+    The sum is exact up to the rounding of fp32: the factors are concatenated, so that a layer's rank is the sum of the
+    ranks. Averages of A and of B would have another product.
 
     Args:
-        a (`str` or `os.PathLike`):
-            The first adapter, see [`compare_adapters`].
-        b (`str` or `os.PathLike`):
-            The second adapter. Ranks, alphas and layers may differ.
-        share (`float`):
-            Share of the second adapter, in [0, 1].
+        weights (`Mapping[str | os.PathLike, float]`):
+            Adapter, see [`compare_adapters`], -> its weight. Ranks, alphas and layers may differ, and the weights need
+            not sum to 1. Those with the weight 0 are left out.
         output_dir (`str` or `os.PathLike`):
             Folder for `pytorch_lora_weights.safetensors`; made if missing. An earlier file of that name is replaced.
 
@@ -118,21 +114,25 @@ def interpolate_adapters(
 
     Raises:
         `OSError`: one of the adapters does not exist.
-        `ValueError`: `share` is outside [0, 1], the file would replace one of the adapters, or they are of different
-            base models (see [`compare_adapters`]).
+        `ValueError`: no weight differs from 0, or one is not finite; the file would replace one of the adapters; or
+            they are of different base models (see [`compare_adapters`]).
     """
-    if not 0 <= share <= 1:
-        raise ValueError(f"share={share} is not in [0, 1]: 0 is the first adapter, 1 the second.")
+    for adapter, weight in weights.items():
+        if not math.isfinite(weight):
+            raise ValueError(f"The weight of {str(adapter)!r} is {weight}; pass a finite number.")
+    if not any(weights.values()):
+        raise ValueError(f"No weight differs from 0: {list(weights.values())}. Give one adapter a weight.")
     file = Path(output_dir) / LORA_WEIGHT_NAME_SAFE
-    for adapter in (a, b):
+    for adapter in weights:
         if file.exists() and file.samefile(find_adapter(os.fspath(adapter))):
             raise ValueError(f"{str(output_dir)!r} is the folder of one of the adapters. Pass another `output_dir`.")
-    layers_a, layers_b = read_layers(a), read_layers(b)
-    _check_same_base(layers_a, layers_b)
-    # An adapter with share 0 is left out, so that share=0 is the first adapter itself, and share=1 the second.
     parts: dict[str, list[tuple[float, LoraLayer]]] = {}
-    for weight, layers in ((1 - share, layers_a), (share, layers_b)):
-        if weight > 0:
+    first: Mapping[str, LoraLayer] | None = None
+    for adapter, weight in weights.items():
+        layers = read_layers(adapter)
+        first = first or layers
+        _check_same_base(first, layers)
+        if weight:
             for name, layer in layers.items():
                 parts.setdefault(name, []).append((weight, layer))
     write_layers({name: _stack(parts[name]) for name in sorted(parts)}, file)
