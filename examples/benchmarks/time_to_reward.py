@@ -41,9 +41,9 @@ from pathlib import Path
 
 from evidence.costs import read_costs
 from evidence.methods import BASELINES, EARLIER_DEMO, FAST_ENTRIES, SAMPLE_ENTRIES, TIMED_ENTRIES, find_method
+from evidence.parts import COSTS_FILE
 from evidence.reaching import Ratio, TimedCurve, compare_curves, known_bounds, timed_curve
 from evidence.runs import (
-    COSTS_FILE,
     LONG_RATE,
     LONG_STEPS,
     MAIN,

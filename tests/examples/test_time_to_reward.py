@@ -18,6 +18,7 @@ sys.path.append(str(EXAMPLES / "benchmarks"))
 import time_to_reward  # noqa: E402
 from evidence import methods  # noqa: E402
 from evidence.costs import StepCost, StepCosts, read_costs, total_until  # noqa: E402
+from evidence.parts import COSTS_FILE  # noqa: E402
 from evidence.reaching import (  # noqa: E402
     Target,
     TimedCurve,
@@ -28,7 +29,6 @@ from evidence.reaching import (  # noqa: E402
     timed_curve,
     value_at,
 )
-from evidence.runs import COSTS_FILE  # noqa: E402
 
 
 # ---- Costs ----

@@ -85,7 +85,9 @@ def total_until(costs: Mapping[int, StepCost], step: int) -> StepCost:
 IMAGE_PASSES = 5
 
 
-def estimate_passes(settings: Mapping[str, Any], num_rewards: int) -> float:
+def estimate_passes(
+    settings: Mapping[str, Any], num_rewards: int, num_lessons: int = 0, num_teachers: int = 0
+) -> float:
     """
     About how many passes for each image an optimizer step takes, with decoding and scoring in the same unit. It
     decides how many steps a run of a given cost has.
@@ -94,10 +96,22 @@ def estimate_passes(settings: Mapping[str, Any], num_rewards: int) -> float:
         settings (`Mapping[str, Any]`):
             Of `MarbleConfig`.
         num_rewards (`int`):
-            K.
+            K; without rewards nothing is decoded.
+        num_lessons (`int`, *optional*, defaults to `0`):
+            Most teachers that any sample has.
+        num_teachers (`int`, *optional*, defaults to `0`):
+            T.
     """
     args = MarbleConfig("estimated", **settings)
-    passes = compute_passes(args, num_processes=1, classifier_free=False, num_rewards=num_rewards)
-    # An image of the base model, which weights by progress ask for once a prompt, is left out.
+    passes = compute_passes(
+        args,
+        num_processes=1,
+        classifier_free=False,
+        num_rewards=num_rewards,
+        num_lessons=num_lessons,
+        num_teachers=num_teachers,
+    )
     updates = args.steps_per_generation // args.gradient_accumulation_steps * args.num_iterations
-    return passes.total - passes.base_images + IMAGE_PASSES * args.generation_batch_size / updates
+    scored = args.generation_batch_size / updates if num_rewards else 0.0
+    # An image of the base model, which weights by progress ask for once a prompt, is left out.
+    return passes.total - passes.base_images + IMAGE_PASSES * scored

@@ -70,6 +70,9 @@ class Method:
             The first coefficient of a KL that is held, in that of DiffusionNFT's loss.
         kl_unit (`float`, *optional*, defaults to `1.0`):
             The KL that the loss logs and holds, in the mean of (v - v_base)^2.
+        composite (`str`, *optional*):
+            A name of `COMPOSITES`: several trainings, whose settings are for the specialists among them. Defaults to
+            none.
     """
 
     label: str
@@ -83,6 +86,7 @@ class Method:
     costs_as: str | None = None
     beta_unit: float = 1.0
     kl_unit: float = 1.0
+    composite: str | None = None
 
     @property
     def rewards(self) -> tuple[str, ...]:

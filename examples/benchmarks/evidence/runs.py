@@ -3,28 +3,26 @@
 
 import dataclasses
 import json
-import shutil
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
-from diffusers import DiffusionPipeline
 from transformers import TrainerCallback
 
-from trl_marble import MarbleConfig, MarbleNFTTrainer
+from trl_marble import MarbleNFTTrainer
 from trl_marble.cli.demo import DEMO_SETTINGS
 from trl_marble.evaluation import EvaluationConfig, EvaluationResults, evaluate_pipeline
 from trl_marble.evaluation.records import write_atomically
-from trl_marble.shapeworld import load_pipeline, load_prompts, reward_funcs
 
-from .costs import StepCosts, estimate_passes
+from .costs import estimate_passes
 from .drift import DRIFT_CONTROLS
 from .experiments import EXPERIMENTS
-from .methods import BASE, METHODS, SHARED_SETTINGS, find_method, make_weighting
+from .methods import BASE, METHODS, REWARDS, SHARED_SETTINGS, find_method, make_weighting
+from .parts import COMPOSITES, HISTORY_FILE, Merge, Part, fuse, join_histories, train_part
+from .worlds import SHAPEWORLD, WORLDS, World
 
 
 # Optimizer steps of a run, for every method: five for each stage of the sequential one.
@@ -65,8 +63,6 @@ REPORT_FILE = "report.json"
 PLAN_FILE = "run.json"
 LOG_FILE = "log.txt"
 PROGRESS_FILE = "steps.txt"
-HISTORY_FILE = "history.json"
-COSTS_FILE = "costs.json"
 
 
 @dataclass(frozen=True)
@@ -91,6 +87,8 @@ class Scale:
             Whether the runs are long ones, with `LONG_SETTINGS`.
         quick (`bool`, *optional*, defaults to `False`):
             Whether everything is as small as possible: this only tests the code and measures nothing.
+        world (`str`, *optional*, defaults to `"shapeworld"`):
+            A name of `WORLDS`.
     """
 
     steps: int = STEPS
@@ -101,6 +99,7 @@ class Scale:
     curve_inference_steps: int | None = None
     long: bool = False
     quick: bool = False
+    world: str = SHAPEWORLD
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -117,7 +116,7 @@ class Scale:
     def prompts(self, phase: str) -> Dataset:
         """The prompts on which the runs of a phase are scored, equally many of each source."""
         limit = 1 if self.quick else PROMPTS_OF_A_SOURCE
-        rows = load_prompts("train" if phase == TUNING else "test")
+        rows = WORLDS[self.world].load_prompts("train" if phase == TUNING else "test")
         places: dict[str, list[int]] = {}
         for place, source in enumerate(rows["source"]):
             places.setdefault(source, []).append(place)
@@ -163,8 +162,34 @@ class Run:
         return f"{self.phase}/{self.method}/lr-{self.learning_rate:g}/seed-{self.seed}"
 
     @property
+    def world(self) -> World:
+        """Where it is trained."""
+        return WORLDS[self.scale.world]
+
+    @property
     def steps(self) -> int:
-        """Optimizer steps over all stages."""
+        """Optimizer steps of all parts."""
+        return sum(part.steps for part in self.parts if isinstance(part, Part))
+
+    @property
+    def parts(self) -> list[Part | Merge]:
+        """Its trainings and merges, in their order; the last one is the result."""
+        method = find_method(self.method)
+        if method.composite is not None:
+            assert method.costs_as is not None  # what it may cost
+            other = dataclasses.replace(self, method=method.costs_as)
+            budget = self.scale.steps * estimate_passes(other.settings, len(self.world.rewards))
+            return COMPOSITES[method.composite](self.world, self.settings, budget)
+        parts: list[Part | Merge] = []
+        for number, steps in enumerate(split_steps(self._steps_of_cost, len(method.stages))):
+            stage = method.stages[number]
+            rewards = self.world.rewards if stage == REWARDS else stage
+            on = tuple(part.name for part in parts)
+            parts.append(Part(f"stage-{number + 1}", steps, self.settings, rewards, on=on, number=number))
+        return parts
+
+    @property
+    def _steps_of_cost(self) -> int:
         method = find_method(self.method)
         if not method.stages:
             return 0
@@ -191,6 +216,8 @@ class Run:
     @property
     def has_curves(self) -> bool:
         """Whether small evaluations during training make a curve: for long runs and those of the main table."""
+        if find_method(self.method).composite is not None:
+            return False
         if self.scale.long:
             return self.method != BASE
         return self.phase == MAIN and self.method in METHODS and self.method != BASE
@@ -200,8 +227,12 @@ class Run:
         method, own = find_method(self.method), asdict(self)
         for name in ("curve_steps", "curve_images", "curve_inference_steps"):  # these only watch a run
             del own["scale"][name]
+        if self.scale.world == SHAPEWORLD:
+            del own["scale"]["world"]
         if method.costs_as is not None:
             own["steps"] = self.steps
+        if method.composite is not None:
+            own["parts"] = [asdict(part) for part in self.parts]
         return {
             **own,
             "stages": [list(stage) for stage in method.stages],
@@ -258,26 +289,25 @@ def execute(run: Run, output_dir: Path) -> None:
     """
     folder = output_dir / run.name
     write_atomically(folder / PLAN_FILE, json.dumps(run.plan(), indent=2).encode())
-    method = find_method(run.method)
     start, start_of_cpu = time.monotonic(), time.process_time()
     histories: list[list[dict[str, Any]]] = []
-    pipeline = load_pipeline()
     done = 0
-    for number, steps in enumerate(split_steps(run.steps, len(method.stages))):
-        stage = folder / f"stage-{number + 1}"
-        if not (stage / HISTORY_FILE).is_file():
-            _train_stage(run, number, steps, stage, pipeline, _Progress(folder / PROGRESS_FILE, done))
-            pipeline = load_pipeline()  # the trainer's pipeline has the trained adapter, not the saved (averaged) one
-            for earlier in range(number):
-                _fuse(pipeline, folder / f"stage-{earlier + 1}")
-        histories.append(json.loads((stage / HISTORY_FILE).read_text()))
-        if run.scale.long:
-            pipeline.load_lora_weights(stage)  # beside the base, so that the KL to it can be measured
-        else:
-            _fuse(pipeline, stage)
-        done += steps
+    for part in run.parts:
+        if isinstance(part, Merge):
+            part.write(folder)
+            continue
+        _train(run, part, folder, done)
+        histories.append(json.loads((folder / part.name / HISTORY_FILE).read_text()))
+        done += part.steps
     trained = time.monotonic()
-    prompts = run.scale.prompts(run.phase)
+    pipeline = run.world.load_pipeline()
+    if run.parts:
+        last = run.parts[-1]
+        if run.scale.long:
+            pipeline.load_lora_weights(folder / last.name)  # beside the base, so that the KL to it can be measured
+        else:
+            for name in (*(last.on if isinstance(last, Part) else ()), last.name):
+                fuse(pipeline, folder / name)
     config = EvaluationConfig(
         str(folder / "evaluation"),
         num_generations=run.scale.tuning_images if run.phase == TUNING else run.scale.images,
@@ -285,10 +315,11 @@ def execute(run: Run, output_dir: Path) -> None:
         seed=EVALUATION_SEED,
         batch_size=DEMO_SETTINGS["per_device_eval_batch_size"],
     )
-    evaluate_pipeline(pipeline, [*reward_funcs()], prompts, config)
+    rewards = [*run.world.reward_funcs(), *run.world.heldout_funcs()]
+    evaluate_pipeline(pipeline, rewards, run.scale.prompts(run.phase), config)
     report = {
         "plan": run.plan(),
-        "history": list(_joined(histories)),
+        "history": list(join_histories(histories)),
         # Of the last attempt, if a run was interrupted.
         "training_seconds": trained - start,
         "cpu_seconds": time.process_time() - start_of_cpu,
@@ -309,73 +340,45 @@ def load_scores(run: Run, output_dir: Path) -> EvaluationResults:
     return EvaluationResults.load(output_dir / run.name / "evaluation")
 
 
-def _train_stage(
-    run: Run, number: int, steps: int, folder: Path, pipeline: DiffusionPipeline, progress: TrainerCallback
-) -> None:
-    """Train one adapter on the pipeline in its current state; the history is written last and completes the stage."""
+def _train(run: Run, part: Part, folder: Path, done: int) -> None:
+    """Train one part, after so many steps of others."""
     method = find_method(run.method)
-    config = MarbleConfig(
-        str(folder),
-        **run.settings,
-        learning_rate=run.learning_rate,
-        max_steps=steps,
-        seed=run.seed,
-        data_seed=run.seed + STAGE_SEEDS * number,
-        use_cpu=True,  # on every machine, for equal conditions
-        save_steps=10 if run.scale.long else 5,
-        save_total_limit=1,
-        eval_strategy="steps" if run.has_curves else "no",
-        eval_steps=run.scale.curve_steps if run.has_curves else None,
-        eval_on_start=run.has_curves and number == 0,
-        eval_num_inference_steps=run.scale.curve_inference_steps if run.has_curves else None,
-        num_generations_eval=min(run.scale.curve_images, run.scale.images),
-        per_device_eval_batch_size=DEMO_SETTINGS["per_device_eval_batch_size"],
-        report_to="none",
-        log_images=False,
-        disable_tqdm=True,
-    )
-    by_name = {reward.__name__: reward for reward in reward_funcs()}
-    trainer = MarbleNFTTrainer(
-        pipeline,
-        reward_funcs=[by_name.pop(name) for name in method.stages[number]],
-        eval_reward_funcs=list(by_name.values()),  # all others: curves have every reward
-        args=config,
-        train_dataset=load_prompts("train"),
+    settings = {
+        "learning_rate": run.learning_rate,
+        "seed": run.seed,
+        "data_seed": run.seed + STAGE_SEEDS * part.number,
+        "use_cpu": True,  # on every machine, for equal conditions
+        "save_steps": 10 if run.scale.long else 5,
+        "save_total_limit": 1,
+        "eval_strategy": "steps" if run.has_curves else "no",
+        "eval_steps": run.scale.curve_steps if run.has_curves else None,
+        "eval_on_start": run.has_curves and part.number == 0,
+        "eval_num_inference_steps": run.scale.curve_inference_steps if run.has_curves else None,
+        "num_generations_eval": min(run.scale.curve_images, run.scale.images),
+        "per_device_eval_batch_size": DEMO_SETTINGS["per_device_eval_batch_size"],
+        "report_to": "none",
+        "log_images": False,
+        "disable_tqdm": True,
+    }
+
+    def change(trainer: MarbleNFTTrainer) -> None:
+        if method.experiment is not None:
+            trainer.update.gradient = EXPERIMENTS[method.experiment](trainer)
+        if method.drift is not None:
+            kind, strength = method.drift
+            DRIFT_CONTROLS[kind](trainer, strength)
+
+    train_part(
+        part,
+        folder,
+        run.world,
+        settings,
+        [_Progress(folder / PROGRESS_FILE, done)],
+        change,
+        card_name=f"{run.scale.world}-{run.method.replace('_', '-')}-seed-{run.seed}" if run.has_curves else None,
         eval_dataset=run.scale.prompts(run.phase),
         weighting=make_weighting(method),
-        callbacks=[progress, StepCosts(folder / COSTS_FILE)],
     )
-    if method.experiment is not None:
-        trainer.update.gradient = EXPERIMENTS[method.experiment](trainer)
-    if method.drift is not None:
-        kind, strength = method.drift
-        DRIFT_CONTROLS[kind](trainer, strength)
-    try:
-        trainer.train(resume_from_checkpoint=any(folder.glob("checkpoint-*")))
-    except FileNotFoundError as error:  # there are checkpoints, but none is valid
-        raise FileNotFoundError(f"{error} Delete `{folder}` to train this stage again.") from error
-    trainer.save_model()
-    if run.has_curves:
-        trainer.create_model_card(model_name=f"shapeworld-{run.method.replace('_', '-')}-seed-{run.seed}")
-    write_atomically(folder / HISTORY_FILE, json.dumps(trainer.state.log_history).encode())
-    for checkpoint in folder.glob("checkpoint-*"):
-        shutil.rmtree(checkpoint)
-
-
-def _fuse(pipeline: DiffusionPipeline, adapter: Path) -> None:
-    """Fuse an adapter into the pipeline, so that the next one can be trained."""
-    pipeline.load_lora_weights(adapter)
-    pipeline.fuse_lora(components=["transformer"])
-    pipeline.unload_lora_weights()
-
-
-def _joined(histories: list[list[dict[str, Any]]]) -> Iterator[dict[str, Any]]:
-    """The logs of all stages, with the step numbers of the complete run."""
-    offset = 0
-    for history in histories:
-        for row in history:
-            yield row | {"step": row["step"] + offset}
-        offset += max((row["step"] for row in history), default=0)
 
 
 class _Progress(TrainerCallback):

@@ -1,0 +1,55 @@
+# Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
+"""The worlds that methods are compared on: a pipeline, prompts and rewards."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from datasets import Dataset
+from diffusers import DiffusionPipeline
+
+from trl_marble import shapeworld
+
+
+@dataclass(frozen=True)
+class World:
+    """
+    A pipeline with prompts and rewards.
+
+    Args:
+        rewards (`tuple[str, ...]`):
+            The rewards' names, in the order of tables.
+        load_pipeline (`Callable[[], DiffusionPipeline]`):
+            The pretrained pipeline.
+        load_prompts (`Callable[[str], Dataset]`):
+            The prompts of a split, `"train"` or `"test"`, with the column `source`.
+        reward_funcs (`Callable[[], Sequence]`):
+            The rewards that are trained on.
+        heldout_funcs (`Callable[[], Sequence]`, *optional*, defaults to none):
+            Rewards that are only measured at the end.
+        sources (`Mapping[str, str]`, *optional*, defaults to none):
+            Reward -> the only source of prompts that it applies to.
+    """
+
+    rewards: tuple[str, ...]
+    load_pipeline: Callable[[], DiffusionPipeline]
+    load_prompts: Callable[[str], Dataset]
+    reward_funcs: Callable[[], Sequence[Any]]
+    heldout_funcs: Callable[[], Sequence[Any]] = tuple
+    sources: Mapping[str, str] = field(default_factory=dict)
+
+    def rewards_by_name(self) -> dict[str, Any]:
+        """The rewards that are trained on."""
+        return {reward.__name__: reward for reward in self.reward_funcs()}
+
+
+SHAPEWORLD = "shapeworld"
+WORLDS = {
+    SHAPEWORLD: World(
+        rewards=tuple(reward.__name__ for reward in shapeworld.reward_funcs()),
+        load_pipeline=shapeworld.load_pipeline,
+        load_prompts=shapeworld.load_prompts,
+        reward_funcs=shapeworld.reward_funcs,
+        sources={"composition": "compositional", "reader": "glyph"},
+    )
+}
