@@ -60,7 +60,8 @@ class PublishedAmortization(_Experiment):
     def begin(self, step: int, counts: Tensor, active: Tensor, num_micro_steps: int, weighted_sum: Tensor) -> None:
         super().begin(step, counts, active, num_micro_steps, weighted_sum)
         if not self._solves:
-            self._weights = torch.ones(1, device=self.accelerator.device)  # of the one mixed advantage
+            self._weights = torch.ones(1)  # of the one mixed advantage
+            self._mixing = self._weights.to(self.accelerator.device)
 
     def backward(self, terms: Sequence[Tensor], coefficients: Sequence[Tensor], shared: Tensor | None) -> None:
         super().backward(terms, coefficients if self._solves else self._of_mixed_advantages(), shared)

@@ -19,6 +19,7 @@ from trl_marble.balance import mgda_weights
 from trl_marble.shapeworld import reward_funcs
 
 from .drift import DRIFT_CONTROLS
+from .worlds import WORLDS
 
 
 REWARDS = tuple(reward.__name__ for reward in reward_funcs())
@@ -73,6 +74,8 @@ class Method:
         composite (`str`, *optional*):
             A name of `COMPOSITES`: several trainings, whose settings are for the specialists among them. Defaults to
             none.
+        final_kl (`float`, *optional*):
+            The KL that the result of a composite is scaled to.
     """
 
     label: str
@@ -87,6 +90,7 @@ class Method:
     beta_unit: float = 1.0
     kl_unit: float = 1.0
     composite: str | None = None
+    final_kl: float | None = None
 
     @property
     def rewards(self) -> tuple[str, ...]:
@@ -447,6 +451,62 @@ TIMED_ENTRIES = (
     f"gdpo_demo@{LONG_STRENGTHS['gdpo'][0]}",
     f"marble_demo@{LONG_STRENGTHS['marble'][0]}",
     f"awm_demo@{AWM_STRENGTH}",
+)
+
+
+# ---- Recipes: balance, distil or average? See `compare_recipes.py` ----
+
+RECIPES_KL = 0.04  # of all results
+FIRST_RECIPE = f"{RECIPE_METHOD}_demo@target{RECIPES_KL:g}"  # what it costs is the budget of all
+_DEMO = {**SAMPLES[DEMO_SAMPLES][1], "old_policy_preset": 0}
+
+
+def _balanced(name: str, method: Method, settings: Mapping[str, Any] | None = None) -> None:
+    LONG_BASES[name] = replace(
+        method, settings={**method.settings, **_DEMO, **(settings or {})}, tuned_as=None, costs_as=FIRST_RECIPE
+    )
+
+
+# As `progress_demo`, `gdpo_demo` and `marble_demo`, but at equal cost.
+_balanced("r_weighted_sum", METHODS["weighted_sum"])
+_balanced("r_gdpo", METHODS["gdpo"])
+_balanced("r_equal", METHODS["equal"])
+_balanced("r_marble", METHODS["marble"])
+_balanced("r_marble_floor", VARIANTS["floor"])
+_balanced("r_upgrad", VARIANTS["upgrad"])
+_balanced("r_published", METHODS["marble_reference"], {"old_policy_preset": 1, "regularizer_fraction": 1.0})
+for _name, _label in {
+    "soup": "soup of specialists",
+    "mapreduce": "MapReduce LoRA",
+    "distilled": "DiffusionOPD",
+    "distilled_balanced": "balanced distillation",
+}.items():
+    LONG_BASES[f"r_{_name}"] = Method(
+        _label, settings={**WEIGHTED_SUM, **_DEMO}, composite=_name, final_kl=RECIPES_KL, costs_as=FIRST_RECIPE
+    )
+
+
+for _world in WORLDS.values():
+    for _name in _world.rewards:
+        _balanced(f"r_alone_{_name}", Method(f"{_name} alone", ((_name,),), WEIGHTED_SUM))
+
+
+def alone_entry(reward: str) -> str:
+    """One reward alone, at the cost and the KL of the recipes."""
+    return f"r_alone_{reward}@target{RECIPES_KL:g}"
+
+
+RECIPE_ENTRIES = (
+    FIRST_RECIPE,
+    *(
+        f"r_{name}@target{RECIPES_KL:g}"
+        for name in ("weighted_sum", "gdpo", "equal", "marble", "marble_floor", "upgrad", "published")
+    ),
+)
+COMPOSITE_ENTRIES = tuple(
+    f"r_{name}@target{kl:g}"
+    for name in ("soup", "mapreduce", "distilled", "distilled_balanced")
+    for kl in (RECIPES_KL, 5 * RECIPES_KL)  # of the specialists
 )
 
 

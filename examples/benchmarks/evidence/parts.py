@@ -2,7 +2,9 @@
 """What a run consists of: trainings one after the other, and merges of their adapters."""
 
 import json
+import math
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +14,7 @@ from diffusers import DiffusionPipeline
 from transformers import TrainerCallback
 
 from trl_marble import MarbleConfig, MarbleNFTTrainer
+from trl_marble.evaluation import EvaluationConfig, evaluate_pipeline
 from trl_marble.evaluation.records import write_atomically
 from trl_marble.hub import combine_adapters
 
@@ -77,7 +80,54 @@ class Merge:
         combine_adapters({folder / name: weight for name, weight in self.weights.items()}, folder / self.name)
 
 
+@dataclass(frozen=True)
+class Rescale:
+    """
+    An adapter times the factor with which its policy is at a given KL to the base model.
+
+    The factor is found on prompts of the train split: the KL grows about with its square.
+
+    Args:
+        name (`str`):
+            The folder of the result.
+        part (`str`):
+            An earlier part or merge.
+        kl (`float`):
+            The mean of (v - v_base)^2 that it is to have.
+        prompts (`int`, *optional*, defaults to `48`):
+            How many prompts it is measured on, evenly spaced.
+        steps (`int`, *optional*, defaults to `8`):
+            Solver steps.
+    """
+
+    name: str
+    part: str
+    kl: float
+    prompts: int = 48
+    steps: int = 8
+
+    def write(self, folder: Path, world: World) -> None:
+        """Write the adapter below the folder of the run."""
+        every = world.load_prompts("train")
+        chosen = every.select([place * len(every) // self.prompts for place in range(self.prompts)])
+        factor = 1.0
+        for _ in range(RESCALINGS):
+            combine_adapters({folder / self.part: factor}, folder / self.name)
+            pipeline = world.load_pipeline()
+            pipeline.load_lora_weights(folder / self.name)
+            with tempfile.TemporaryDirectory() as place:
+                config = EvaluationConfig(place, num_generations=4, num_inference_steps=self.steps)
+                kl = evaluate_pipeline(pipeline, world.reward_funcs()[-1:], chosen, config).kl_to_base()
+            assert kl is not None  # the adapter is beside the base
+            factor *= math.sqrt(self.kl / kl[0])
+        combine_adapters({folder / self.part: factor}, folder / self.name)
+
+
+RESCALINGS = 3
+
 # ---- Runs of several parts ----
+
+Piece = Part | Merge | Rescale
 
 ROUNDS = 3  # of MapReduce
 STUDENT_SHARE = 0.5  # of a budget; the other half trains the teachers
@@ -103,15 +153,15 @@ def _mean(name: str, parts: Sequence[Part]) -> Merge:
     return Merge(name, {part.name: 1 / len(parts) for part in parts})
 
 
-def soup(world: World, settings: Mapping[str, Any], budget: float) -> list[Part | Merge]:
+def soup(world: World, settings: Mapping[str, Any], budget: float) -> list[Piece]:
     """The average of specialists (rewarded soups, https://huggingface.co/papers/2306.04488)."""
     parts = train_specialists(world, settings, budget)
     return [*parts, _mean("soup", parts)]
 
 
-def map_reduce(world: World, settings: Mapping[str, Any], budget: float) -> list[Part | Merge]:
+def map_reduce(world: World, settings: Mapping[str, Any], budget: float) -> list[Piece]:
     """Specialists and their average, again and again (MapReduce LoRA, https://huggingface.co/papers/2511.20629)."""
-    done: list[Part | Merge] = []
+    done: list[Piece] = []
     merged: tuple[str, ...] = ()
     for number in range(ROUNDS):
         folder = f"round-{number + 1}"
@@ -123,9 +173,7 @@ def map_reduce(world: World, settings: Mapping[str, Any], budget: float) -> list
     return [*done, Merge("sum", dict.fromkeys(merged, 1.0))]
 
 
-def _distill(
-    world: World, settings: Mapping[str, Any], budget: float, student: Mapping[str, Any]
-) -> list[Part | Merge]:
+def _distill(world: World, settings: Mapping[str, Any], budget: float, student: Mapping[str, Any]) -> list[Piece]:
     parts = train_specialists(world, settings, budget * (1 - STUDENT_SHARE))
     teachers = {world.sources.get(part.name, f"all:{part.name}"): part.name for part in parts}
     # Each sample is taught by those of all prompts, and by at most one of its source.
@@ -145,17 +193,17 @@ _ONLY_REWARDS = (
 )
 
 
-def distill(world: World, settings: Mapping[str, Any], budget: float) -> list[Part | Merge]:
+def distill(world: World, settings: Mapping[str, Any], budget: float) -> list[Piece]:
     """A student of the specialists (DiffusionOPD, https://huggingface.co/papers/2605.15055)."""
     return _distill(world, settings, budget, {"multi_objective_aggregation": "sum_then_normalize"})
 
 
-def distill_balanced(world: World, settings: Mapping[str, Any], budget: float) -> list[Part | Merge]:
+def distill_balanced(world: World, settings: Mapping[str, Any], budget: float) -> list[Piece]:
     """The same, with each teacher's gradient balanced as a reward's is."""
     return _distill(world, settings, budget, {"multi_objective_aggregation": "marble"})
 
 
-COMPOSITES: dict[str, Callable[[World, Mapping[str, Any], float], list[Part | Merge]]] = {
+COMPOSITES: dict[str, Callable[[World, Mapping[str, Any], float], list[Piece]]] = {
     "soup": soup,
     "mapreduce": map_reduce,
     "distilled": distill,

@@ -21,7 +21,7 @@ from .costs import estimate_passes
 from .drift import DRIFT_CONTROLS
 from .experiments import EXPERIMENTS
 from .methods import BASE, METHODS, REWARDS, SHARED_SETTINGS, find_method, make_weighting
-from .parts import COMPOSITES, HISTORY_FILE, Merge, Part, fuse, join_histories, train_part
+from .parts import COMPOSITES, HISTORY_FILE, Merge, Part, Piece, Rescale, fuse, join_histories, train_part
 from .worlds import SHAPEWORLD, WORLDS, World
 
 
@@ -172,15 +172,18 @@ class Run:
         return sum(part.steps for part in self.parts if isinstance(part, Part))
 
     @property
-    def parts(self) -> list[Part | Merge]:
+    def parts(self) -> list[Piece]:
         """Its trainings and merges, in their order; the last one is the result."""
         method = find_method(self.method)
         if method.composite is not None:
             assert method.costs_as is not None  # what it may cost
             other = dataclasses.replace(self, method=method.costs_as)
             budget = self.scale.steps * estimate_passes(other.settings, len(self.world.rewards))
-            return COMPOSITES[method.composite](self.world, self.settings, budget)
-        parts: list[Part | Merge] = []
+            parts = COMPOSITES[method.composite](self.world, self.settings, budget)
+            assert method.final_kl is not None  # where it is compared
+            sizes = {"prompts": 3, "steps": 2} if self.scale.quick else {}
+            return [*parts, Rescale("rescaled", parts[-1].name, method.final_kl, **sizes)]
+        parts: list[Piece] = []
         for number, steps in enumerate(split_steps(self._steps_of_cost, len(method.stages))):
             stage = method.stages[number]
             rewards = self.world.rewards if stage == REWARDS else stage
@@ -232,7 +235,7 @@ class Run:
         if method.costs_as is not None:
             own["steps"] = self.steps
         if method.composite is not None:
-            own["parts"] = [asdict(part) for part in self.parts]
+            own["parts"] = json.loads(json.dumps([asdict(part) for part in self.parts]))  # as it is read
         return {
             **own,
             "stages": [list(stage) for stage in method.stages],
@@ -295,6 +298,9 @@ def execute(run: Run, output_dir: Path) -> None:
     for part in run.parts:
         if isinstance(part, Merge):
             part.write(folder)
+            continue
+        if isinstance(part, Rescale):
+            part.write(folder, run.world)
             continue
         _train(run, part, folder, done)
         histories.append(json.loads((folder / part.name / HISTORY_FILE).read_text()))

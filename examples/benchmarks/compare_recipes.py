@@ -1,0 +1,214 @@
+# Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
+
+# /// script
+# dependencies = ["trl_marble", "rich"]
+# ///
+"""Balance, distil or average? Recipes for five rewards at equal cost and equal KL to the base.
+
+```bash
+python examples/benchmarks/compare_recipes.py
+```
+
+The budget of every recipe is what 150 steps of the demo's recipe cost, in passes of the transformer, with decoding and
+scoring an image in the same unit; the training of specialists and teachers is part of it. All have the demo's samples.
+Ways to balance hold a KL of 0.04 (`kl_target`). Recipes that combine specialists are scaled to that KL at the end, by
+a factor that is found on prompts of the train split. A student gets half of the budget, its teachers the other half;
+MapReduce has three rounds.
+
+`tune` chooses with seed 0 on prompts of the train split, three settings each: for ways to balance the learning rate,
+with a third of the budget; for what combines specialists the KL and the learning rate of the specialists, with all of
+it. The rule: the highest sum of the mean and the worst gain at the end. `main` runs three seeds on held-out prompts,
+and `bounds` each reward alone, with the first seed, at the same KL and cost. `report` writes tables and a picture.
+
+Nothing is tuned on a second world: `--world` takes the settings that were chosen on ShapeWorld.
+
+Every run has its own folder and is a process with one thread. Finished runs are not repeated, and interrupted ones
+continue from their last checkpoint.
+"""
+
+import argparse
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from evidence.methods import (
+    COMPOSITE_ENTRIES,
+    RECIPE_ENTRIES,
+    RECIPES_KL,
+    alone_entry,
+    find_method,
+    missing_packages,
+)
+from evidence.recipes_report import (
+    RecipeResult,
+    as_json,
+    bounds_table,
+    collect_recipes,
+    difference_table,
+    label_of,
+    plot_recipes,
+    recipe_table,
+    score_run,
+)
+from evidence.runs import (
+    LEARNING_RATES,
+    LONG,
+    LONG_RATE,
+    MAIN,
+    QUICK_LONG,
+    SEEDS,
+    TUNING,
+    TUNING_SEED,
+    Run,
+    Scale,
+    base_run,
+    load_scores,
+)
+from evidence.tables import ABSENT, table
+from evidence.workers import run_missing
+from evidence.worlds import SHAPEWORLD, WORLDS
+from rich.console import Console
+
+from trl_marble.evaluation.records import write_atomically
+from trl_marble.evaluation.results import to_json
+
+
+STAGES = ("tune", "main", "bounds", "report")
+SCALE = replace(LONG, images=48, tuning_images=16, curve_steps=50)
+SHORT = 50  # steps of the recipe, when learning rates are chosen
+FAST_RATE = 2 * LONG_RATE
+
+
+def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", type=Path, default=Path("runs/recipes"), help="default: %(default)s")
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES), help="default: all")
+    parser.add_argument("--world", choices=list(WORLDS), default=SHAPEWORLD, help="default: %(default)s")
+    parser.add_argument("--methods", nargs="+", choices=list(CANDIDATES), help="default: all", metavar="NAME")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time; default: %(default)s")
+    parser.add_argument("--dry_run", action="store_true", help="print what would be run")
+    parser.add_argument("--quick", action="store_true", help="one setting, one seed, two steps: tests only the code")
+    args = parser.parse_args(arguments)
+    if args.jobs < 1:
+        parser.error(f"--jobs is {args.jobs}; at least one run has to be made at a time")
+    args.methods = args.methods or list(CANDIDATES)
+    for name in args.methods:
+        if missing := missing_packages(find_method(CANDIDATES[name][0][0])):
+            parser.error(
+                f"{name} needs {' and '.join(missing)}, not installed here. Install what is missing (pip install "
+                "torchjd qpsolvers), or leave it out by naming the others in --methods."
+            )
+    return args
+
+
+def _candidates() -> dict[str, list[tuple[str, float]]]:
+    """Name -> the entries and learning rates that are tried."""
+    found = {entry.partition("@")[0]: [(entry, rate) for rate in LEARNING_RATES] for entry in RECIPE_ENTRIES}
+    for entry in COMPOSITE_ENTRIES:
+        found.setdefault(entry.partition("@")[0], []).append((entry, LONG_RATE))
+    for name in {entry.partition("@")[0]: None for entry in COMPOSITE_ENTRIES}:
+        found[name].append((found[name][-1][0], FAST_RATE))
+    return found
+
+
+CANDIDATES = _candidates()
+
+
+def tuning_runs(names: Sequence[str], scale: Scale) -> dict[str, list[Run]]:
+    """Name -> a run for each of its candidates."""
+    runs = {}
+    for name in names:
+        entries = CANDIDATES[name][:1] if scale.quick else CANDIDATES[name]
+        own = scale
+        if not scale.quick and find_method(entries[0][0]).composite is None:
+            own = replace(scale, steps=SHORT)
+        runs[name] = [Run(TUNING, entry, rate, TUNING_SEED, own) for entry, rate in entries]
+    return runs
+
+
+def choose(runs: Mapping[str, Sequence[Run]], output_dir: Path) -> tuple[dict[str, tuple[str, float]], str]:
+    """The entry and the learning rate of each name, by the rule, and the table of what was tried."""
+    chosen, rows = {}, []
+    for name, own in runs.items():
+        before = load_scores(base_run(TUNING, own[0].scale), output_dir)
+        scores = {}
+        for run in own:
+            end, _ = score_run(run, before, output_dir)
+            scores[run] = (end.mean[0], end.worst[0], end.kl[0])
+        best = max(scores, key=lambda run: sum(scores[run][:2]))
+        chosen[name] = (best.method, best.learning_rate)
+        for run, (mean, worst, kl) in scores.items():
+            strength = run.method.rpartition("target")[2] if find_method(run.method).composite else ABSENT
+            mark = "chosen" if run is best else ""
+            rate = f"{run.learning_rate:g}"
+            rows.append([label_of(run.method), strength, rate, f"{mean:.2f}", f"{worst:.2f}", f"{kl:.3f}", mark])
+    header = ["", "KL of the specialists", "learning rate", "mean", "worst", "KL", ""]
+    return chosen, table(header, rows)
+
+
+_TEXT = (
+    f"Scaled to, or held at, a KL of {RECIPES_KL:g}. Gains in standard deviations of the untrained pipeline's images, "
+    "mean over seeds ± standard error over seeds. Worst: of the reward that gained least. Joint: share of the "
+    "held-out prompts on which all rewards that apply rose. Passes and CPU time of all optimizer steps, divided by "
+    "the recipe's.\n"
+)
+
+
+def write_report(results: Mapping[str, RecipeResult], bounds: Mapping[str, RecipeResult], tuning: str, args) -> Path:
+    """Write `report.md`, the picture and `recipes.json` of one world."""
+    folder, world = args.output_dir / "report" / args.world, WORLDS[args.world]
+    parts = [f"# Recipes: {args.world}\n", _TEXT, recipe_table(results, world.rewards)]
+    if world.heldout_funcs():
+        names = [reward.__name__ for reward in world.heldout_funcs()]
+        rows = [[own.label, *(own.gain_text(name) for name in names)] for own in results.values()]
+        parts += ["## Held-out networks\n", table(["", *names], rows)]
+    parts += ["## The recipe minus each other, same seed\n", difference_table(results)]
+    if shares := bounds_table(results, bounds, world.rewards):
+        parts += ["## Shares of what each reward gains alone\n", shares]
+    if tuning:
+        parts += [f"## Settings: seed {TUNING_SEED}, prompts of the train split\n", tuning]
+    if results:
+        plot_recipes({args.world: results}, folder / "recipes.png")
+        parts.append("![Worst against mean gain](recipes.png)\n")
+    write_atomically(folder / "recipes.json", to_json({"results": as_json(results), "bounds": as_json(bounds)}))
+    write_atomically(folder / "report.md", "\n".join(parts).encode())
+    return folder / "report.md"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    args = parse_args(arguments)
+    console = Console()
+    scale = QUICK_LONG if args.quick else SCALE
+    tuning = tuning_runs(args.methods, scale)  # on ShapeWorld, whatever the world
+    every = [run for own in tuning.values() for run in own]
+    if "tune" in args.stages:
+        bases = dict.fromkeys(base_run(TUNING, run.scale) for run in every)
+        run_missing("tune", [*bases, *every], args.output_dir, args.jobs, console, args.dry_run)
+    if missing := [run for run in every if not run.is_finished(args.output_dir)]:
+        if args.dry_run:
+            console.print("The runs of `main` follow when these are finished.")
+            return
+        raise SystemExit(f"No settings are chosen yet: {len(missing)} runs of `tune` are missing.")
+    chosen, text = choose(tuning, args.output_dir)
+    scale = replace(scale, world=args.world)
+    seeds = SEEDS[:1] if args.quick else SEEDS
+    runs = [Run(MAIN, *chosen[name], seed, scale) for seed in seeds for name in args.methods]
+    if "main" in args.stages:
+        run_missing("main", [base_run(MAIN, scale), *runs], args.output_dir, args.jobs, console, args.dry_run)
+    alone = {name: Run(MAIN, alone_entry(name), LONG_RATE, SEEDS[0], scale) for name in WORLDS[args.world].rewards}
+    if "bounds" in args.stages and not args.quick:
+        run_missing("bounds", list(alone.values()), args.output_dir, args.jobs, console, args.dry_run)
+    if "report" in args.stages and not args.dry_run:
+        results = collect_recipes(runs, args.output_dir)
+        found = collect_recipes(list(alone.values()), args.output_dir)
+        bounds = {name: found[run.method] for name, run in alone.items() if run.method in found}
+        path = write_report(results, bounds, text if args.world == SHAPEWORLD else "", args)
+        console.print(f"The report is in {path.parent}", highlight=False)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KeyboardInterrupt:
+        raise SystemExit("Interrupted. Run the same command again to continue.") from None

@@ -1,0 +1,216 @@
+# Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
+"""Tables and the picture of `compare_recipes.py`: recipes at equal cost and equal KL, by worst and mean reward."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from trl_marble.evaluation import EvaluationResults, GainPoint
+from trl_marble.evaluation.figures import FAINT, INK, new_figure, save_figure
+from trl_marble.evaluation.gains import measure_gains
+from trl_marble.evaluation.plots import PALETTE
+
+from .costs import read_costs, total_until
+from .methods import FIRST_RECIPE, find_method
+from .parts import COSTS_FILE, Part
+from .runs import Run, base_run, load_scores
+from .statistics import mean_over_seeds
+from .tables import ABSENT, estimate_text, table
+
+
+@dataclass(frozen=True)
+class RecipeResult:
+    """
+    The finished runs of a recipe.
+
+    Args:
+        label (`str`):
+            Its name in tables and pictures.
+        ends (`dict[int, GainPoint]`):
+            Seed -> gains at the end, of trained and of held-out rewards; worst and mean are of the trained ones.
+        diversity (`list[float]`):
+            Diversity within prompts divided by the base's, of each seed.
+        cpu_seconds (`list[float]`):
+            CPU time of all optimizer steps, of each seed.
+        passes (`list[int]`):
+            Passes of the transformer in them.
+    """
+
+    label: str
+    ends: dict[int, GainPoint]
+    diversity: list[float]
+    cpu_seconds: list[float]
+    passes: list[int]
+
+    def text(self, value: str, digits: int = 2) -> str:
+        """Mean and error over seeds of `worst`, `mean`, `joint_gain` or `kl`."""
+        values = [getattr(point, value)[0] for point in self.ends.values()]
+        return estimate_text(mean_over_seeds(values), digits=digits)
+
+    def gain_text(self, reward: str) -> str:
+        """Mean and error over seeds of a reward's gain."""
+        return estimate_text(mean_over_seeds([point.gains[reward][0] for point in self.ends.values()]), digits=2)
+
+
+def label_of(entry: str) -> str:
+    """What an entry is called: the method, without its strength where that is the KL of all."""
+    label = find_method(entry).label
+    return label.partition(", target")[0].replace(", the demo's samples", "").replace(", N = 1", "")
+
+
+def score_run(run: Run, before: EvaluationResults, output_dir: Path) -> tuple[GainPoint, float]:
+    """Gains of a finished run at its end, and its diversity divided by the base's."""
+    after = load_scores(run, output_dir)
+    held_out = [reward.__name__ for reward in run.world.heldout_funcs()]
+    first, second = (
+        {name: each.table[name].to_numpy() for name in (*run.world.rewards, *held_out)} for each in (before, after)
+    )
+    kl = after.kl_to_base()
+    assert kl is not None  # the adapter is beside the base
+    return measure_gains(first, second, before.groups, kl, held_out), after.diversity()[0] / before.diversity()[0]
+
+
+def collect_recipes(runs: Sequence[Run], output_dir: Path) -> dict[str, RecipeResult]:
+    """The finished runs of a phase by entry; empty while the untrained pipeline is not scored."""
+    if not runs or not (base := base_run(runs[0].phase, runs[0].scale)).is_finished(output_dir):
+        return {}
+    before = load_scores(base, output_dir)
+    results: dict[str, RecipeResult] = {}
+    for run in runs:
+        if not run.is_finished(output_dir):
+            continue
+        end, diversity = score_run(run, before, output_dir)
+        costs = [
+            total_until(read_costs(output_dir / run.name / part.name / COSTS_FILE), part.steps)
+            for part in run.parts
+            if isinstance(part, Part)
+        ]
+        own = results.setdefault(run.method, RecipeResult(label_of(run.method), {}, [], [], []))
+        own.ends[run.seed] = end
+        own.diversity.append(diversity)
+        own.cpu_seconds.append(sum(cost.cpu_seconds for cost in costs))
+        own.passes.append(sum(cost.passes for cost in costs))
+    return results
+
+
+def recipe_table(results: Mapping[str, RecipeResult], rewards: Sequence[str]) -> str:
+    """Where each recipe ended, and what it cost."""
+    first = results.get(FIRST_RECIPE)
+    header = ["", "seeds", "KL", "worst", "mean", *rewards, "joint", "diversity", "passes", "CPU time"]
+    rows = []
+    for result in results.values():
+        cost = [
+            ABSENT if first is None else f"{np.mean(own) / np.mean(other):.2f}"
+            for own, other in (
+                (result.passes, first.passes if first else []),
+                (result.cpu_seconds, first.cpu_seconds if first else []),
+            )
+        ]
+        gains = [result.gain_text(name) for name in rewards]
+        rows.append(
+            [
+                result.label,
+                str(len(result.ends)),
+                result.text("kl", digits=3),
+                result.text("worst"),
+                result.text("mean"),
+                *gains,
+                result.text("joint_gain"),
+                f"{np.mean(result.diversity):.2f}",
+                *cost,
+            ]
+        )
+    return table(header, rows)
+
+
+def difference_table(results: Mapping[str, RecipeResult]) -> str:
+    """The first recipe minus each other, seed by seed; empty while there is nothing to compare."""
+    first = results.get(FIRST_RECIPE)
+    rows = []
+    for entry, other in results.items():
+        seeds = sorted(set(other.ends) & set(first.ends)) if first else []
+        if first is None or entry == FIRST_RECIPE or not seeds:
+            continue
+        cells = []
+        for value in ("worst", "mean", "kl"):
+            pairs = [(getattr(first.ends[seed], value)[0], getattr(other.ends[seed], value)[0]) for seed in seeds]
+            cells.append(estimate_text(mean_over_seeds([own - theirs for own, theirs in pairs]), digits=3))
+        rows.append([other.label, str(len(seeds)), *cells])
+    return table(["the recipe minus", "seeds", "worst", "mean", "KL"], rows) if rows else ""
+
+
+def bounds_table(
+    results: Mapping[str, RecipeResult], bounds: Mapping[str, RecipeResult], rewards: Sequence[str]
+) -> str:
+    """How much of what each reward gains alone each recipe has; empty while a bound is missing."""
+    alone = {}
+    for name in rewards:
+        own = bounds.get(name)
+        if own is None:
+            return ""
+        alone[name] = float(np.mean([point.gains[name][0] for point in own.ends.values()]))
+    rows = []
+    for result in results.values():
+        shares = {
+            name: float(np.mean([point.gains[name][0] for point in result.ends.values()])) / alone[name]
+            for name in rewards
+        }
+        worst = min(shares, key=lambda name: shares[name])
+        rows.append([result.label, *(f"{shares[name]:.2f}" for name in rewards), f"{shares[worst]:.2f} ({worst})"])
+    return table(["", *rewards, "lowest"], rows)
+
+
+def plot_recipes(results: Mapping[str, Mapping[str, RecipeResult]], path: Path) -> None:
+    """
+    Worst against mean gain, one panel for each world.
+
+    Args:
+        results (`Mapping[str, Mapping[str, RecipeResult]]`):
+            World -> its recipes.
+        path (`Path`):
+            The file to write.
+    """
+    figure = new_figure(6.2 * len(results), 5.0)
+    panels = figure.subplots(1, len(results), squeeze=False).flatten()
+    places = {entry: place for place, entry in enumerate(dict.fromkeys(e for own in results.values() for e in own))}
+    for axes, (world, own) in zip(panels, results.items(), strict=True):
+        for entry, result in own.items():
+            means = mean_over_seeds([point.mean[0] for point in result.ends.values()])
+            worst = mean_over_seeds([point.worst[0] for point in result.ends.values()])
+            again, place = divmod(places[entry], len(PALETTE))
+            axes.errorbar(
+                means.mean,
+                worst.mean,
+                xerr=0.0 if math.isnan(means.seed_error) else means.seed_error,
+                yerr=0.0 if math.isnan(worst.seed_error) else worst.seed_error,
+                fmt="os^Dv"[again],
+                color=PALETTE[place],
+                markersize=6,
+                elinewidth=1.0,
+                label=result.label,
+            )
+        axes.set_title(world, color=INK, fontsize=10, loc="left")
+        axes.set_xlabel("mean gain over the rewards", color=FAINT, fontsize=9)
+        axes.set_ylabel("gain of the worst reward", color=FAINT, fontsize=9)
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[-1].legend(fontsize=7.5, frameon=False, loc="center left", bbox_to_anchor=(1.01, 0.5))
+    save_figure(figure, path)
+
+
+def as_json(results: Mapping[str, RecipeResult]) -> dict[str, Any]:
+    """All numbers."""
+    return {
+        entry: {
+            "label": result.label,
+            "ends": {str(seed): point.numbers() for seed, point in result.ends.items()},
+            "diversity": result.diversity,
+            "cpu_seconds": result.cpu_seconds,
+            "passes": result.passes,
+        }
+        for entry, result in results.items()
+    }

@@ -1,0 +1,189 @@
+# Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
+"""The comparison of recipes: equal cost, equal KL, what the composites consist of, and the command to a report."""
+
+import json
+import sys
+
+import pytest
+from example_scripts import EXAMPLES
+from trainer_helpers import small_config
+
+from trl_marble import MarbleConfig
+from trl_marble.evaluation import GainPoint
+
+
+sys.path.append(str(EXAMPLES / "benchmarks"))
+import compare_recipes  # noqa: E402
+from compare_recipes import CANDIDATES, SCALE, tuning_runs  # noqa: E402
+from evidence import methods  # noqa: E402
+from evidence.costs import estimate_passes  # noqa: E402
+from evidence.parts import Merge, Part, Rescale  # noqa: E402
+from evidence.recipes_report import RecipeResult, bounds_table, difference_table, plot_recipes, recipe_table  # noqa: E402
+from evidence.runs import MAIN, Run  # noqa: E402
+from evidence.worlds import WORLDS, World  # noqa: E402
+
+
+SHAPEWORLD = WORLDS["shapeworld"]
+
+
+def run_of(entry):
+    return Run(MAIN, entry, 1.2e-3, 1, SCALE)
+
+
+def passes_of(part):
+    rewards, teachers = len(part.rewards), len(part.teachers)
+    lessons = 4 if teachers else 0  # three of all prompts, and one of the source
+    return part.steps * estimate_passes(part.settings, rewards, num_lessons=lessons, num_teachers=teachers)
+
+
+# ---- What is compared ----
+
+
+def test_all_cost_the_same():
+    budget = 150 * estimate_passes(run_of(methods.FIRST_RECIPE).settings, 5)
+    for entry in (*methods.RECIPE_ENTRIES, *methods.COMPOSITE_ENTRIES, methods.alone_entry("calm")):
+        parts = [part for part in run_of(entry).parts if isinstance(part, Part)]
+        assert sum(map(passes_of, parts)) == pytest.approx(budget, rel=0.02), entry
+        for part in parts:
+            MarbleConfig("compared", max_steps=part.steps, **part.settings)  # is a possible configuration
+
+
+def test_ways_to_balance_hold_the_kl_and_composites_are_scaled_to_it():
+    for entry in methods.RECIPE_ENTRIES:
+        (part,) = run_of(entry).parts
+        assert part.settings["kl_target"] == 0.04 and part.rewards == SHAPEWORLD.rewards
+        assert part.settings["old_policy_preset"] == ("published" in entry)
+    for entry in methods.COMPOSITE_ENTRIES:
+        *_, before, last = run_of(entry).parts
+        assert last == Rescale("rescaled", before.name, 0.04)
+
+
+def test_a_soup_is_the_mean_of_specialists_on_their_own_prompts():
+    *parts, merge, _ = run_of("r_soup@target0.2").parts
+    assert [part.rewards for part in parts] == [(name,) for name in SHAPEWORLD.rewards]
+    assert [part.source for part in parts] == ["compositional", "glyph", None, None, None]
+    assert len({part.number for part in parts}) == 5 and {part.settings["kl_target"] for part in parts} == {0.2}
+    assert merge == Merge("soup", {part.name: 0.2 for part in parts})
+
+
+def test_mapreduce_begins_each_round_with_what_was_merged():
+    parts = run_of("r_mapreduce@target0.04").parts
+    assert [part.on for part in parts if part.name.endswith("/calm")] == [
+        (),
+        ("round-1/merged",),
+        ("round-1/merged", "round-2/merged"),
+    ]
+    assert parts[-2] == Merge("sum", {f"round-{number}/merged": 1.0 for number in (1, 2, 3)})
+    assert len({part.number for part in parts if isinstance(part, Part)}) == 15
+
+
+def test_a_student_has_teachers_of_its_prompts_and_no_rewards():
+    for entry, aggregation in (("r_distilled", "sum_then_normalize"), ("r_distilled_balanced", "marble")):
+        *teachers, student, _ = run_of(f"{entry}@target0.04").parts
+        assert student.teachers == {
+            "compositional": "composition",
+            "glyph": "reader",
+            **{f"all:{name}": name for name in ("coverage", "centring", "calm")},
+        }
+        assert not student.rewards and student.settings["multi_objective_aggregation"] == aggregation
+        assert student.settings["beta"] == 0 and "kl_target" not in student.settings
+        assert sum(map(passes_of, teachers)) == pytest.approx(passes_of(student), rel=0.03)
+
+
+def test_three_settings_each_are_tried():
+    runs = tuning_runs(list(CANDIDATES), SCALE)
+    for name, own in runs.items():
+        assert len({(run.method, run.learning_rate) for run in own}) == 3, name
+        assert {run.phase for run in own} == {"tuning"} and {run.seed for run in own} == {0}
+    assert {run.scale.steps for run in runs["r_gdpo"]} == {50} and {run.scale.steps for run in runs["r_soup"]} == {150}
+
+
+# ---- An adapter at a given KL ----
+
+
+@pytest.mark.slow
+def test_an_adapter_is_scaled_to_a_kl(tmp_path):
+    from trl_marble import MarbleNFTTrainer
+    from trl_marble.evaluation import EvaluationConfig, evaluate_pipeline
+
+    args = small_config(tmp_path / "part", max_steps=4, learning_rate=3e-3, beta=0.0)
+    trainer = MarbleNFTTrainer(
+        SHAPEWORLD.load_pipeline(),
+        SHAPEWORLD.reward_funcs()[-1],
+        args=args,
+        train_dataset=SHAPEWORLD.load_prompts("train"),
+    )
+    trainer.train()
+    trainer.save_model()
+    Rescale("scaled", "part", 0.01, prompts=8, steps=2).write(tmp_path, SHAPEWORLD)
+    pipeline = SHAPEWORLD.load_pipeline()
+    pipeline.load_lora_weights(tmp_path / "scaled")
+    every = SHAPEWORLD.load_prompts("train")
+    chosen = every.select([place * len(every) // 8 for place in range(8)])
+    config = EvaluationConfig(str(tmp_path / "eval"), num_generations=4, num_inference_steps=2)
+    kl, _ = evaluate_pipeline(pipeline, SHAPEWORLD.reward_funcs()[-1:], chosen, config).kl_to_base()
+    assert kl == pytest.approx(0.01, rel=0.05)
+
+
+# ---- The report ----
+
+
+def result(label, worst, mean, passes, calm=0.2):
+    ends = {
+        seed: GainPoint(
+            kl=(0.04, 0.001),
+            gains={"calm": (calm + 0.1 * seed, 0.1), "reader": (mean, 0.1)},
+            worst=(worst + 0.1 * seed, 0.1),
+            mean=(mean, 0.1),
+            joint_gain=(0.5, 0.1),
+        )
+        for seed in (1, 2)
+    }
+    return RecipeResult(label, ends, [0.9, 1.0], [10.0, 12.0], [passes, passes])
+
+
+def test_tables_by_hand(tmp_path):
+    first, other = result("ours", 0.2, 0.5, 100), result("theirs", 0.1, 0.6, 90)
+    results = {methods.FIRST_RECIPE: first, "r_gdpo@target0.04": other}
+    text = recipe_table(results, ("calm", "reader"))
+    row = next(line for line in text.splitlines() if line.startswith("| theirs"))
+    assert [cell.strip() for cell in row.split("|")][2:6] == ["2", "0.040 ± 0.000", "0.25 ± 0.05", "0.60 ± 0.00"]
+    assert row.rstrip(" |").endswith("0.95 | 0.90 | 1.00")
+    line = difference_table(results).splitlines()[-1]
+    assert [cell.strip() for cell in line.split("|")][1:5] == ["theirs", "2", "0.100 ± 0.000", "-0.100 ± 0.000"]
+    bounds = {"calm": result("calm alone", 0, 0, 1, calm=0.55), "reader": result("reader alone", 0, 1.0, 1)}
+    assert bounds_table(results, bounds, ("calm", "reader")).splitlines()[-1].split("|")[2:5] == [
+        " 0.50 ",
+        " 0.60 ",
+        " 0.50 (calm) ",
+    ]
+    assert bounds_table(results, {}, ("calm", "reader")) == ""
+    plot_recipes({"one": results, "another": results}, tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").stat().st_size > 10_000
+
+
+def test_nothing_is_run_without_settings(tmp_path, capsys):
+    names = ["progress_demo", "r_soup"]
+    compare_recipes.main(["--dry_run", "--methods", *names, "--output_dir", str(tmp_path)])
+    # Three runs each, and the base at two scales.
+    assert "0 of 8 runs are finished" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="6 runs of `tune` are missing"):
+        compare_recipes.main(["--stages", "main", "--methods", *names, "--output_dir", str(tmp_path)])
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_from_nothing_to_a_report(tmp_path):
+    names = ["progress_demo", "r_published", "r_mapreduce", "r_distilled_balanced"]
+    compare_recipes.main(["--quick", "--methods", *names, "--output_dir", str(tmp_path), "--jobs", "1"])
+    folder = tmp_path / "report" / "shapeworld"
+    text = (folder / "report.md").read_text()
+    assert "MapReduce LoRA" in text and "## The recipe minus each other" in text and (folder / "recipes.png").is_file()
+    content = json.loads((folder / "recipes.json").read_text())
+    assert len(content["results"]) == 4 and all(own["passes"][0] > 0 for own in content["results"].values())
+
+
+def test_a_world_is_asked_for_its_own_parts():
+    assert isinstance(SHAPEWORLD, World) and set(SHAPEWORLD.rewards_by_name()) == set(SHAPEWORLD.rewards)
+    assert set(SHAPEWORLD.sources) < set(SHAPEWORLD.rewards)
+    assert set(SHAPEWORLD.sources.values()) <= set(SHAPEWORLD.load_prompts("train")["source"])
