@@ -28,8 +28,10 @@ MAX_SDIST := 20000000
 EVIDENCE := runs/compare
 LONG := runs/long
 TIMES := runs/time_to_reward
+LOSSES := runs/losses
+RECIPES := runs/recipes
 
-.PHONY: demo evidence ablations long variants time_to_reward test slow gpu pretended-gpu fuzz audit docs lint build test-lowest test-latest clean help
+.PHONY: demo evidence ablations long variants time_to_reward losses recipes test slow gpu pretended-gpu fuzz audit docs lint build test-lowest test-latest clean help
 
 help:
 	@echo "make demo   train ShapeWorld against five rewards; results in runs/demo/"
@@ -38,6 +40,8 @@ help:
 	@echo "make long   runs of 150 steps at several strengths of the KL: about 8 hours on two cores; results in $(LONG)/report/"
 	@echo "make variants  the demo's recipe over 150 steps with a policy that lags; results in $(LONG)/report/"
 	@echo "make time_to_reward  how soon a run has what earlier recipes have after 25 steps; results in $(TIMES)/report/"
+	@echo "make losses   every loss at equal cost and equal KL; results in $(LOSSES)/report/"
+	@echo "make recipes  balance, distil or average, at equal cost and equal KL; results in $(RECIPES)/report/"
 	@echo "make test   lint rules and the tests"
 	@echo "make slow   the tests that are left out of 'make test' because they take long"
 	@echo "make gpu    the tests that need a GPU"
@@ -70,6 +74,14 @@ variants: $(INSTALLED)
 
 time_to_reward: $(INSTALLED)
 	$(BIN)/python examples/benchmarks/time_to_reward.py --output_dir $(TIMES)
+
+losses: $(INSTALLED)
+	$(BIN)/python examples/benchmarks/compare_losses.py --output_dir $(LOSSES)
+
+recipes: $(INSTALLED)
+	$(BIN)/python -m pip install --disable-pip-version-check torchjd qpsolvers \
+		-c constraints.txt -c examples/benchmarks/ablations_constraints.txt
+	$(BIN)/python examples/benchmarks/compare_recipes.py --output_dir $(RECIPES)
 
 test: $(INSTALLED)
 	$(BIN)/ruff check
