@@ -305,14 +305,15 @@ for _name in (RECIPE_METHOD, "gdpo", "marble", "awm"):
 
 # Name -> label, settings, and the units of the KL (see `Method`). All sample from the trained policy, but the last.
 # The units of beta are ratios of gradient norms over the first six steps, without a KL; that of GRPO's KL a ratio of
-# what it logs to what evaluations measure.
+# what it logs to what evaluations measure. With the defaults of `gdro_beta` and `dpo_beta`, 1000 and 5000, the policy
+# hardly moved within the tuning's steps (docs/losses.md): the higher they are, the nearer the optimum is to the base.
 LOSSES: dict[str, tuple[str, dict[str, Any], float, float]] = {
     "nft": ("DiffusionNFT", {}, 1.0, 1.0),
     "awm": ("AWM", {"policy_loss": "awm"}, 0.2, 1.0),
     "crd": ("CRD", {"policy_loss": "crd"}, 1.4, 1.0),
     "dgpo": ("DGPO", {"policy_loss": "dgpo"}, 0.35, 1.0),
-    "gdro": ("GDRO", {"policy_loss": "gdro"}, 8000.0, 1.0),
-    "dpo": ("pairs", {"policy_loss": "dpo"}, 4000.0, 1.0),
+    "gdro": ("GDRO", {"policy_loss": "gdro", "gdro_beta": 30.0}, 240.0, 1.0),
+    "dpo": ("pairs", {"policy_loss": "dpo", "dpo_beta": 100.0}, 80.0, 1.0),
     "grpo": (
         "GRPO",
         {"policy_loss": "grpo", "timestep_fraction": MarbleConfig.timestep_fraction},  # which it does not use
