@@ -17,8 +17,8 @@ AUDIT := build/audit
 # Environments of the lowest and of the newest versions that pyproject.toml allows, and what is tested in them.
 BOUNDS := build/bounds
 UV := $(BOUNDS)/uv/bin/uv
-CORE_EXTRAS := clip,completion,plots,server
-CORE_TOOLS := pytest pytest-xdist hypothesis
+CORE_EXTRAS := clip,completion,ocr,plots,server
+CORE_TOOLS := pytest pytest-xdist hypothesis tensorboard
 CORE_TESTS := $(addprefix tests/,balance callbacks checkpoint cli data evaluation hub losses pipelines rewards rollout shapeworld trainer update)
 
 RELEASE := build/release

@@ -210,8 +210,10 @@ def test_bash_completes_commands_options_choices_rewards_and_files(workplace, ca
     bash = shutil.which("bash")
     # Without a PATH: a tab press starts no Python.
     done = subprocess.run([bash, "-c", COMPLETE], check=True, capture_output=True, text=True, env={"PATH": ""})
-    assert done.stdout.splitlines() == [
-        "complete -o bashdefault -F _shtab_trl_marble trl-marble",
+    declared, *shown = done.stdout.splitlines()
+    # The option depends on shtab's version.
+    assert declared.startswith("complete -o ") and declared.endswith(" -F _shtab_trl_marble trl-marble")
+    assert shown == [
         " ".join(COMMANDS),
         "--balance_every --balance_ema",
         "loss advantage",

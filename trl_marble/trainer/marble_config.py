@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeAlias, get_args
 
-from accelerate.utils import is_torch_version, parse_flag_from_env
+from accelerate.utils import parse_flag_from_env
 from transformers import TrainingArguments
 
 from ..balance import OLD_POLICY_PRESETS, WEIGHTINGS
@@ -373,7 +373,7 @@ class MarbleConfig(TrainingArguments):
             Whether each process keeps only its part of the transformer's frozen weights (FSDP2), where the whole does
             not fit one GPU. They travel between processes in every forward and backward pass. The adapter, its
             gradients and the optimizer's state, which are small, stay whole on every process. Without effect with one
-            process. Needs PyTorch 2.7.
+            process.
 
         > Parameters that control the output folder
 
@@ -994,8 +994,6 @@ class MarbleConfig(TrainingArguments):
                 "`rollout_cache` and `torch_compile=True` do not work together: the compiled layers would be compiled "
                 "anew when the cache comes and goes. Leave one of them out."
             )
-        if self.shard_base and is_torch_version("<", "2.7"):
-            raise ValueError("`shard_base=True` needs PyTorch 2.7 or newer.")
 
     def build_acceleration(self) -> "Acceleration | None":
         """How rollouts are sampled faster; `None` where they are not."""
