@@ -20,7 +20,7 @@ def _place(
 ) -> None:
     """Put an emoji at a random place of a column of the picture; sizes and places are shares of the picture."""
     scale = size * SIZE / max(emoji.size)
-    shape = tuple(max(round(side * scale), 1) for side in emoji.size)
+    shape = max(round(emoji.width * scale), 1), max(round(emoji.height * scale), 1)
     # PIL multiplies with the opacity before it resizes, so that no colour of transparent pixels leaks in.
     small = emoji.resize(shape, Image.Resampling.LANCZOS)
     if rng.random() < 0.5:
