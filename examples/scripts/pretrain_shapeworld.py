@@ -23,7 +23,7 @@ part of the time), in one run with the defaults.
 import argparse
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -116,8 +116,8 @@ def build_tokenizer(prompts: list[str]) -> CLIPTokenizer:
         pieces = merge_pieces([*word[:-1], word[-1] + "</w>"], merges)
         while len(pieces) > 1:
             merges.append((pieces[0], pieces[1]))
-            pieces = [pieces[0] + pieces[1], *pieces[2:]]
-            vocabulary.append(pieces[0])
+            vocabulary.append(pieces[0] + pieces[1])
+            pieces = merge_pieces(pieces, merges)  # a pair can be in a word twice, such as the cu of cucumber
     ids = {token: i for i, token in enumerate(dict.fromkeys(vocabulary))}
     return CLIPTokenizer(vocab=ids, merges=merges, model_max_length=PROMPT_TOKENS)
 
@@ -308,7 +308,11 @@ def encode(pipeline: StableDiffusion3Pipeline, pictures: torch.Tensor, args: arg
 
 
 def train_flow(
-    pipeline: StableDiffusion3Pipeline, latents: torch.Tensor, prompts: list[str], args: argparse.Namespace
+    pipeline: StableDiffusion3Pipeline,
+    latents: torch.Tensor,
+    prompts: list[str],
+    args: argparse.Namespace,
+    grid_prompts: Sequence[str] = GRID_PROMPTS,
 ) -> float:
     transformer = pipeline.transformer
     # Without the option, the compiler would put the fused attention back that `main` turns off.
@@ -338,7 +342,7 @@ def train_flow(
         run.update(mse_loss(velocity.float(), noise - data))
         if (step + 1) % args.save_every == 0:
             with run.averaged():
-                publish(pipeline, args.output_dir)
+                publish(pipeline, args.output_dir, grid_prompts)
     run.load_average()
     return run.seconds
 
@@ -356,12 +360,12 @@ def save_grid(pictures: torch.Tensor, path: Path, *others: torch.Tensor) -> None
 
 
 @torch.no_grad()
-def publish(pipeline: StableDiffusion3Pipeline, output_dir: Path) -> None:
+def publish(pipeline: StableDiffusion3Pipeline, output_dir: Path, grid_prompts: Sequence[str] = GRID_PROMPTS) -> None:
     """Save a diffusers folder with half-precision weights, and a grid of samples drawn without guidance."""
     pipeline.set_progress_bar_config(disable=True)
-    generators = [torch.Generator().manual_seed(i) for _ in GRID_PROMPTS for i in range(8)]
+    generators = [torch.Generator().manual_seed(i) for _ in grid_prompts for i in range(8)]
     images = pipeline(
-        [p for p in GRID_PROMPTS for _ in range(8)],
+        [p for p in grid_prompts for _ in range(8)],
         num_inference_steps=10,
         guidance_scale=1.0,
         generator=generators,
