@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import emojiworld
 from datasets import Dataset
 from diffusers import DiffusionPipeline
 
@@ -51,5 +52,14 @@ WORLDS = {
         load_prompts=shapeworld.load_prompts,
         reward_funcs=shapeworld.reward_funcs,
         sources={"composition": "compositional", "reader": "glyph"},
-    )
+    ),
+    # Nothing is tuned on it.
+    "emojiworld": World(
+        rewards=("matching", "quality", "background", "vivid", "simple"),
+        load_pipeline=emojiworld.load_pipeline,
+        load_prompts=emojiworld.load_prompts,
+        reward_funcs=emojiworld.reward_funcs,
+        heldout_funcs=emojiworld.heldout_funcs,
+        sources={"background": "scene"},
+    ),
 }
