@@ -40,7 +40,7 @@ nickel cobalt helium keyboard monitor printer camera battery magnet pencil erase
 
 def draw(text, size=40, side=256, ink="black", paper="white", style="Sans", place=(16, 90), mode="RGB"):
     image = Image.new(mode, (side, side), paper)
-    font = ImageFont.truetype(FONTS / f"DejaVu{style}.ttf", size)
+    font = ImageFont.truetype(str(FONTS / f"DejaVu{style}.ttf"), size)
     ImageDraw.Draw(image).multiline_text(place, text, fill=ink, font=font)
     return image
 
@@ -49,7 +49,7 @@ def draw_somewhere(word, rng, side=256):
     """A word in a font, size, place and colours of its own; the brightness of ink and paper differs by at least 80."""
     style, size = rng.choice(STYLES), rng.randint(14, 48)
     while True:
-        left, top, right, bottom = ImageFont.truetype(FONTS / f"DejaVu{style}.ttf", size).getbbox(word)
+        left, top, right, bottom = ImageFont.truetype(str(FONTS / f"DejaVu{style}.ttf"), size).getbbox(word)
         if right - left <= side - 16:
             break
         size -= 2
