@@ -2,6 +2,7 @@
 """How often an optimizer step passes an image through the transformer, from the settings alone."""
 
 from dataclasses import dataclass
+from functools import cache, partial
 
 import torch
 
@@ -101,6 +102,7 @@ def compute_passes(
     base_calls = 2 if classifier_free and (args.reference_guidance_scale or 1) > 1 else 1
     sums = {"old": 0.0, "reference": 0.0, "trained": 0.0, "backward": 0.0}
     steps = args.max_steps if args.max_steps > 0 else UNBOUNDED_STEPS
+    objectives = cache(partial(_objectives, loss))
     for step in range(steps):
         # The old policy follows after each generation batch; at decay 0 it is the trained policy again.
         batch_start = step - step % updates
@@ -119,7 +121,7 @@ def compute_passes(
             reference = "reference" in reads or (has_penalties and loss.penalties.reference > 0)
             rows = num_rewards + num_teachers
             if weighted_rows:
-                rows = num_lessons + _objectives(loss, old, ahead, has_penalties and (reference or old))
+                rows = num_lessons + objectives(old, ahead, has_penalties and (reference or old))
             sums["old"] += share * old
             sums["reference"] += share * reference
             sums["backward"] += share * (measured * rows + 1 - measured)
