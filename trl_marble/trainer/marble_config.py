@@ -261,7 +261,7 @@ class MarbleConfig(TrainingArguments):
         dgpo_clip_range (`float`, *optional*, defaults to `1e-3`):
             How far from 1 the likelihood ratio of the trained to the old policy may be in DGPO before a sample has no
             gradient. Greater than 0.
-        gdro_beta (`float`, *optional*, defaults to `1000.0`):
+        gdro_beta (`float`, *optional*, defaults to `30.0`):
             How much of a difference of matching errors is a preference of the policy in GDRO. Greater than 0.
         gdro_temperature (`float`, *optional*, defaults to `0.2`):
             Temperature of the ranking that GDRO aims at, in units of the advantages. Greater than 0.
@@ -571,7 +571,7 @@ class MarbleConfig(TrainingArguments):
     )
     dgpo_clip_range: float = field(default=1e-3, metadata={"help": "Clip of DGPO's likelihood ratio."})
     gdro_beta: float = field(
-        default=1000.0, metadata={"help": "GDRO: how much of a difference of matching errors is a preference."}
+        default=30.0, metadata={"help": "GDRO: how much of a difference of matching errors is a preference."}
     )
     gdro_temperature: float = field(default=0.2, metadata={"help": "Temperature of the ranking that GDRO aims at."})
     gdro_best: float = field(default=0.05, metadata={"help": "How much GDRO learns the best sample by itself."})
