@@ -340,6 +340,11 @@ def test_the_published_code_mixes_advantages_between_two_solves(tmp_path):
     scale = 5.0 / trainer.args.nft_beta / (3 * trainer.update.grid.per_sample)
     torch.testing.assert_close(positive, (scale * share * (0.5 + mixed / 10))[None])
     torch.testing.assert_close(negative, (scale * share * (0.5 - mixed / 10))[None])
+    # A step that does not solve: these are the coefficients of its terms.
+    step.begin(1, torch.ones(2, 2), torch.ones(2, 2, dtype=torch.bool), 4, torch.ones(2))
+    terms = [torch.zeros(4, requires_grad=True) for _ in range(2)]
+    step.backward(terms, [torch.zeros(2, 4)] * 2, None)
+    assert terms[0].grad.equal(positive[0]) and terms[1].grad.equal(negative[0])
 
 
 def test_the_optimizers_metric_is_that_of_its_next_step(tmp_path):
