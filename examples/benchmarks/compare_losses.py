@@ -124,6 +124,23 @@ def difference_table(results: Mapping[str, LongResult]) -> str:
     return table(["", *header], rows)
 
 
+def drift_table(results: Mapping[str, LongResult]) -> str:
+    """
+    Mean and worst gain at the end divided by the square root of the KL, which is how far the velocities have moved:
+    near the base gains grow in proportion to that, so that runs that ended at other KLs can be compared.
+    """
+    rows = []
+    for result in results.values():
+        cells = [
+            estimate_text(
+                result.at_end(lambda point, name=name: getattr(point, name)[0] / point.kl[0] ** 0.5), digits=2
+            )
+            for name in ("mean", "worst")
+        ]
+        rows.append([result.label, *cells])
+    return table(["", "mean / root of KL", "worst / root of KL"], rows)
+
+
 _TEXT = (
     f"`kl_target={LOSS_KL:g}`. Gains in standard deviations of the untrained pipeline's images, mean over seeds ± "
     "standard error over seeds. Worst: of the reward that gained least. Joint: share of the held-out prompts on which "
@@ -145,6 +162,7 @@ def write_report(
         steps = {run.method: (run.steps, run.learning_rate) for run in runs}
         rows = [[own.label, str(steps[entry][0]), f"{steps[entry][1]:g}"] for entry, own in results.items()]
         parts += ["## At the end\n", end_table(results), table(["", "optimizer steps", "learning rate"], rows)]
+        parts += ["## For each unit of drift\n", drift_table(results)]
         parts += [f"## Minus {next(iter(LOSSES.values()))[0]}, same seed\n", difference_table(results)]
         cosines = cosine_table(results)
         if cosines:
