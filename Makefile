@@ -40,7 +40,7 @@ help:
 	@echo "make long   runs of 150 steps at several strengths of the KL: about 8 hours on two cores; results in $(LONG)/report/"
 	@echo "make variants  the demo's recipe over 150 steps with a policy that lags; results in $(LONG)/report/"
 	@echo "make time_to_reward  how soon a run has what earlier recipes have after 25 steps; results in $(TIMES)/report/"
-	@echo "make losses   every loss at equal cost and equal KL; results in $(LOSSES)/report/"
+	@echo "make losses   every loss at equal cost; results in $(LOSSES)/report/"
 	@echo "make recipes  balance, distil or average, at equal cost and equal KL; results in $(RECIPES)/report/"
 	@echo "make test   lint rules and the tests"
 	@echo "make slow   the tests that are left out of 'make test' because they take long"

@@ -3,16 +3,17 @@
 # /// script
 # dependencies = ["trl_marble", "rich"]
 # ///
-"""Every loss on ShapeWorld with five rewards, at equal cost and at equal KL, with GDPO and with MARBLE.
+"""Every loss on ShapeWorld with five rewards, at equal cost and with the same aim for the KL, with GDPO and MARBLE.
 
 ```bash
 python examples/benchmarks/compare_losses.py
 ```
 
 All runs have the demo's settings, and a `kl_target` of 0.03 in place of a fixed `beta`: coefficients of the KL cannot
-be compared between losses. They sample from the trained policy, and CRD with its published old policy and sampling
-policy too. A run has as many optimizer steps as cost what 60 steps of DiffusionNFT's loss with GDPO cost: passes of
-the transformer, and decoding and scoring an image in the same unit.
+be compared between losses. Slow losses end below it, so gains are also given for each unit of drift. They sample from
+the trained policy, and CRD with its published old policy and sampling policy too. A run has as many optimizer steps as
+cost what 60 steps of DiffusionNFT's loss with GDPO cost: passes of the transformer, and decoding and scoring an image
+in the same unit.
 
 Learning rates are chosen for each loss with GDPO, with seed 0 and prompts of the train split, at 40 steps' cost. The
 rule: the highest sum of the mean and the worst gain at the end. If it is the lowest or the highest rate, one more in
@@ -73,7 +74,7 @@ def scores_of(runs: Sequence[Run], scale: Scale, output_dir: Path) -> dict[Run, 
     """Mean and worst gain at the end of each run of a phase that is finished."""
     scores = {}
     for run in runs:
-        if run.is_finished(output_dir):
+        if run.is_finished(output_dir) and base_run(run.phase, scale).is_finished(output_dir):
             (result,) = collect_long([run], run.phase, scale, output_dir).values()
             scores[run] = result.ends[0].mean[0], result.ends[0].worst[0]
     return scores

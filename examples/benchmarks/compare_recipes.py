@@ -10,15 +10,17 @@ python examples/benchmarks/compare_recipes.py
 ```
 
 The budget of every recipe is what 150 steps of the demo's recipe cost, in passes of the transformer, with decoding and
-scoring an image in the same unit; the training of specialists and teachers is part of it. All have the demo's samples.
-Ways to balance hold a KL of 0.04 (`kl_target`). Recipes that combine specialists are scaled to that KL at the end, by
-a factor that is found on prompts of the train split. A student gets half of the budget, its teachers the other half;
-MapReduce has three rounds.
+scoring an image in the same unit; the base model's images of weights by progress and the training of specialists and
+teachers are part of it. All have the demo's samples. Ways to balance aim at a KL of 0.04 (`kl_target`), and all
+results are scaled to it at the end, by a factor that is found on prompts of the train split (about a twentieth of the
+budget, which is not counted). A student gets half of the budget, its teachers the other half; MapReduce has three
+rounds.
 
 `tune` chooses with seed 0 on prompts of the train split, three settings each: for ways to balance the learning rate,
-with a third of the budget; for what combines specialists the KL and the learning rate of the specialists, with all of
-it. The rule: the highest sum of the mean and the worst gain at the end. `main` runs three seeds on held-out prompts,
-and `bounds` each reward alone, with the first seed, at the same KL and cost. `report` writes tables and a picture.
+with a third of the budget; for what combines specialists the KL's coefficient and the learning rate of the
+specialists, with all of it. The rule: the highest sum of the mean and the worst gain at the end. `main` runs three
+seeds on held-out prompts, and `bounds` each reward alone on the prompts that it applies to, with the first seed, at
+the same KL and cost. `report` writes tables and a picture.
 
 Nothing is tuned on a second world: `--world` takes the settings that were chosen on ShapeWorld.
 
@@ -127,11 +129,13 @@ def tuning_runs(names: Sequence[str], scale: Scale) -> dict[str, list[Run]]:
     return runs
 
 
-def choose(runs: Mapping[str, Sequence[Run]], output_dir: Path) -> tuple[dict[str, tuple[str, float]], str]:
+def choose(
+    runs: Mapping[str, Sequence[Run]], scale: Scale, output_dir: Path
+) -> tuple[dict[str, tuple[str, float]], str]:
     """The entry and the learning rate of each name, by the rule, and the table of what was tried."""
     chosen, rows = {}, []
+    before = load_scores(base_run(TUNING, scale), output_dir)
     for name, own in runs.items():
-        before = load_scores(base_run(TUNING, own[0].scale), output_dir)
         scores = {}
         for run in own:
             end, _ = score_run(run, before, output_dir)
@@ -139,16 +143,16 @@ def choose(runs: Mapping[str, Sequence[Run]], output_dir: Path) -> tuple[dict[st
         best = max(scores, key=lambda run: sum(scores[run][:2]))
         chosen[name] = (best.method, best.learning_rate)
         for run, (mean, worst, kl) in scores.items():
-            strength = run.method.rpartition("target")[2] if find_method(run.method).composite else ABSENT
+            strength = run.method.rpartition("@")[2] if find_method(run.method).composite else ABSENT
             mark = "chosen" if run is best else ""
             rate = f"{run.learning_rate:g}"
             rows.append([label_of(run.method), strength, rate, f"{mean:.2f}", f"{worst:.2f}", f"{kl:.3f}", mark])
-    header = ["", "KL of the specialists", "learning rate", "mean", "worst", "KL", ""]
+    header = ["", "beta of the specialists", "learning rate", "mean", "worst", "KL", ""]
     return chosen, table(header, rows)
 
 
 _TEXT = (
-    f"Scaled to, or held at, a KL of {RECIPES_KL:g}. Gains in standard deviations of the untrained pipeline's images, "
+    f"Scaled to a KL of {RECIPES_KL:g}. Gains in standard deviations of the untrained pipeline's images, "
     "mean over seeds ± standard error over seeds. Worst: of the reward that gained least. Joint: share of the "
     "held-out prompts on which all rewards that apply rose. Passes and CPU time of all optimizer steps, divided by "
     "the recipe's.\n"
@@ -166,8 +170,7 @@ def write_report(results: Mapping[str, RecipeResult], bounds: Mapping[str, Recip
     parts += ["## The recipe minus each other, same seed\n", difference_table(results)]
     if shares := bounds_table(results, bounds, world.rewards):
         parts += ["## Shares of what each reward gains alone\n", shares]
-    if tuning:
-        parts += [f"## Settings: seed {TUNING_SEED}, prompts of the train split\n", tuning]
+    parts += [f"## Settings: seed {TUNING_SEED}, prompts of ShapeWorld's train split\n", tuning]
     if results:
         plot_recipes({args.world: results}, folder / "recipes.png")
         parts.append("![Worst against mean gain](recipes.png)\n")
@@ -183,14 +186,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     tuning = tuning_runs(args.methods, scale)  # on ShapeWorld, whatever the world
     every = [run for own in tuning.values() for run in own]
     if "tune" in args.stages:
-        bases = dict.fromkeys(base_run(TUNING, run.scale) for run in every)
-        run_missing("tune", [*bases, *every], args.output_dir, args.jobs, console, args.dry_run)
+        run_missing("tune", [base_run(TUNING, scale), *every], args.output_dir, args.jobs, console, args.dry_run)
     if missing := [run for run in every if not run.is_finished(args.output_dir)]:
         if args.dry_run:
             console.print("The runs of `main` follow when these are finished.")
             return
         raise SystemExit(f"No settings are chosen yet: {len(missing)} runs of `tune` are missing.")
-    chosen, text = choose(tuning, args.output_dir)
+    chosen, text = choose(tuning, scale, args.output_dir)
     scale = replace(scale, world=args.world)
     seeds = SEEDS[:1] if args.quick else SEEDS
     runs = [Run(MAIN, *chosen[name], seed, scale) for seed in seeds for name in args.methods]
@@ -203,7 +205,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         results = collect_recipes(runs, args.output_dir)
         found = collect_recipes(list(alone.values()), args.output_dir)
         bounds = {name: found[run.method] for name, run in alone.items() if run.method in found}
-        path = write_report(results, bounds, text if args.world == SHAPEWORLD else "", args)
+        path = write_report(results, bounds, text, args)
         console.print(f"The report is in {path.parent}", highlight=False)
 
 

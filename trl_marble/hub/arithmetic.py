@@ -127,11 +127,12 @@ def combine_adapters(weights: Mapping[str | os.PathLike, float], output_dir: str
         if file.exists() and file.samefile(find_adapter(os.fspath(adapter))):
             raise ValueError(f"{str(output_dir)!r} is the folder of one of the adapters. Pass another `output_dir`.")
     parts: dict[str, list[tuple[float, LoraLayer]]] = {}
-    first: Mapping[str, LoraLayer] | None = None
+    known: dict[str, LoraLayer] = {}  # of all adapters so far
     for adapter, weight in weights.items():
         layers = read_layers(adapter)
-        first = first or layers
-        _check_same_base(first, layers)
+        if known:
+            _check_same_base(known, layers)
+        known |= layers
         if weight:
             for name, layer in layers.items():
                 parts.setdefault(name, []).append((weight, layer))

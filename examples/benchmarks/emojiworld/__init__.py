@@ -1,6 +1,7 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
 """EmojiWorld: a second small world for benchmarks, with pictures that people drew and rewards that were learned."""
 
+import hashlib
 from pathlib import Path
 
 import torch
@@ -8,6 +9,7 @@ import torch
 from trl_marble.shapeworld import ShapeWorldPipeline
 
 from .captions import load_prompts
+from .networks import NETWORKS_FOLDER
 from .rewards import heldout_funcs, reward_funcs
 
 
@@ -39,4 +41,12 @@ def load_pipeline(folder: Path = PIPELINE_FOLDER) -> ShapeWorldPipeline:
     return ShapeWorldPipeline.from_pretrained(folder, dtype=torch.float32, **without_t5)
 
 
-__all__ = ["PIPELINE_FOLDER", "heldout_funcs", "load_pipeline", "load_prompts", "reward_funcs"]
+def fingerprint() -> str:
+    """SHA-256 of all weights, of the pipeline and of the networks: what is measured belongs to them."""
+    digest = hashlib.sha256()
+    for file in sorted([*PIPELINE_FOLDER.rglob("*.safetensors"), *NETWORKS_FOLDER.glob("*.safetensors")]):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+__all__ = ["PIPELINE_FOLDER", "fingerprint", "heldout_funcs", "load_pipeline", "load_prompts", "reward_funcs"]

@@ -86,7 +86,12 @@ IMAGE_PASSES = 5
 
 
 def estimate_passes(
-    settings: Mapping[str, Any], num_rewards: int, num_lessons: int = 0, num_teachers: int = 0
+    settings: Mapping[str, Any],
+    num_rewards: int,
+    num_lessons: int = 0,
+    num_teachers: int = 0,
+    taught: float = 1.0,
+    num_prompts: int | None = None,
 ) -> float:
     """
     About how many passes for each image an optimizer step takes, with decoding and scoring in the same unit. It
@@ -101,6 +106,11 @@ def estimate_passes(
             Most teachers that any sample has.
         num_teachers (`int`, *optional*, defaults to `0`):
             T.
+        taught (`float`, *optional*, defaults to `1.0`):
+            How many teachers a sample has on average, as a share of `num_lessons`.
+        num_prompts (`int`, *optional*):
+            Prompts of the prompt set. With weights by progress each has images of the base model once in a run, of as
+            many steps as `settings` has; by default these are left out.
     """
     args = MarbleConfig("estimated", **settings)
     passes = compute_passes(
@@ -110,8 +120,11 @@ def estimate_passes(
         num_rewards=num_rewards,
         num_lessons=num_lessons,
         num_teachers=num_teachers,
+        num_prompts=num_prompts,
     )
     updates = args.steps_per_generation // args.gradient_accumulation_steps * args.num_iterations
     scored = args.generation_batch_size / updates if num_rewards else 0.0
-    # An image of the base model, which weights by progress ask for once a prompt, is left out.
-    return passes.total - passes.base_images + IMAGE_PASSES * scored
+    base_images = 0.0 if num_prompts is None else passes.base_images
+    scored += base_images / args.num_inference_steps  # without guidance a pass is a solver step
+    own = passes.total - passes.base_images + base_images - (1 - taught) * passes.teachers
+    return own + IMAGE_PASSES * scored

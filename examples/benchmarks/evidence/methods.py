@@ -75,7 +75,7 @@ class Method:
             A name of `COMPOSITES`: several trainings, whose settings are for the specialists among them. Defaults to
             none.
         final_kl (`float`, *optional*):
-            The KL that the result of a composite is scaled to.
+            The KL that the result is scaled to.
     """
 
     label: str
@@ -329,7 +329,7 @@ LOSSES: dict[str, tuple[str, dict[str, Any], float, float]] = {
 }
 # Of both ways to combine rewards, the first is the one that learning rates are chosen with.
 LOSS_AGGREGATIONS = ("gdpo", "marble")
-LOSS_KL = 0.03  # held in all runs: about what the demo's recipe has after as many steps
+LOSS_KL = 0.03  # aimed at in all runs: about what the demo's recipe has after as many steps
 _FIRST_LOSS = f"{LOSS_AGGREGATIONS[0]}_demo@target{LOSS_KL:g}"  # has the cost that all others have
 for _name in LOSS_AGGREGATIONS:
     LONG_BASES |= {
@@ -458,17 +458,21 @@ TIMED_ENTRIES = (
 # ---- Recipes: balance, distil or average? See `compare_recipes.py` ----
 
 RECIPES_KL = 0.04  # of all results
-FIRST_RECIPE = f"{RECIPE_METHOD}_demo@target{RECIPES_KL:g}"  # what it costs is the budget of all
+FIRST_RECIPE = f"r_{RECIPE_METHOD}@target{RECIPES_KL:g}"  # what it costs is the budget of all
 _DEMO = {**SAMPLES[DEMO_SAMPLES][1], "old_policy_preset": 0}
 
 
 def _balanced(name: str, method: Method, settings: Mapping[str, Any] | None = None) -> None:
     LONG_BASES[name] = replace(
-        method, settings={**method.settings, **_DEMO, **(settings or {})}, tuned_as=None, costs_as=FIRST_RECIPE
+        method,
+        settings={**method.settings, **_DEMO, **(settings or {})},
+        tuned_as=None,
+        costs_as=FIRST_RECIPE,
+        final_kl=RECIPES_KL,
     )
 
 
-# As `progress_demo`, `gdpo_demo` and `marble_demo`, but at equal cost.
+_balanced("r_progress", LONG_BASES[RECIPE_METHOD])
 _balanced("r_weighted_sum", METHODS["weighted_sum"])
 _balanced("r_gdpo", METHODS["gdpo"])
 _balanced("r_equal", METHODS["equal"])
@@ -505,9 +509,9 @@ RECIPE_ENTRIES = (
     ),
 )
 COMPOSITE_ENTRIES = tuple(
-    f"r_{name}@target{kl:g}"
+    f"r_{name}@{beta:g}"
     for name in ("soup", "mapreduce", "distilled", "distilled_balanced")
-    for kl in (RECIPES_KL, 5 * RECIPES_KL)  # of the specialists
+    for beta in (0.05, 0.2)  # of the specialists
 )
 
 

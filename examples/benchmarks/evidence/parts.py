@@ -85,7 +85,8 @@ class Rescale:
     """
     An adapter times the factor with which its policy is at a given KL to the base model.
 
-    The factor is found on prompts of the train split: the KL grows about with its square.
+    The factor is found on prompts of the train split: the KL grows about with its square. What it was is in
+    `rescaled.json`, which is written last.
 
     Args:
         name (`str`):
@@ -108,6 +109,8 @@ class Rescale:
 
     def write(self, folder: Path, world: World) -> None:
         """Write the adapter below the folder of the run."""
+        if (folder / self.name / RESCALED_FILE).is_file():
+            return
         every = world.load_prompts("train")
         chosen = every.select([place * len(every) // self.prompts for place in range(self.prompts)])
         factor = 1.0
@@ -117,13 +120,23 @@ class Rescale:
             pipeline.load_lora_weights(folder / self.name)
             with tempfile.TemporaryDirectory() as place:
                 config = EvaluationConfig(place, num_generations=4, num_inference_steps=self.steps)
-                kl = evaluate_pipeline(pipeline, world.reward_funcs()[-1:], chosen, config).kl_to_base()
-            assert kl is not None  # the adapter is beside the base
-            factor *= math.sqrt(self.kl / kl[0])
-        combine_adapters({folder / self.part: factor}, folder / self.name)
+                measured = evaluate_pipeline(pipeline, world.reward_funcs()[-1:], chosen, config).kl_to_base()
+            assert measured is not None  # the adapter is beside the base
+            kl = measured[0]
+            if not (math.isfinite(kl) and kl > 0):
+                raise ValueError(f"`{folder / self.part}` times {factor:g} has a KL of {kl}; it cannot be scaled.")
+            if abs(kl / self.kl - 1) < RESCALED_WITHIN:
+                content = json.dumps({"factor": factor, "kl": kl})
+                write_atomically(folder / self.name / RESCALED_FILE, content.encode())
+                return
+            factor *= math.sqrt(self.kl / kl)
+        raise ValueError(
+            f"`{folder / self.part}` has a KL of {kl:g} after {RESCALINGS} scalings, and {self.kl:g} was wanted."
+        )
 
 
-RESCALINGS = 3
+RESCALED_FILE = "rescaled.json"
+RESCALINGS, RESCALED_WITHIN = 8, 0.02
 
 # ---- Runs of several parts ----
 
@@ -176,10 +189,16 @@ def map_reduce(world: World, settings: Mapping[str, Any], budget: float) -> list
 def _distill(world: World, settings: Mapping[str, Any], budget: float, student: Mapping[str, Any]) -> list[Piece]:
     parts = train_specialists(world, settings, budget * (1 - STUDENT_SHARE))
     teachers = {world.sources.get(part.name, f"all:{part.name}"): part.name for part in parts}
+    if len(teachers) < len(parts):
+        raise ValueError(f"Two rewards apply to the same source of prompts only: {dict(world.sources)}.")
     # Each sample is taught by those of all prompts, and by at most one of its source.
-    lessons = sum(key.startswith("all:") for key in teachers) + (len(world.sources) > 0)
+    of_all = sum(key.startswith("all:") for key in teachers)
+    lessons = of_all + (len(world.sources) > 0)
+    sources = world.load_prompts("train")["source"]
+    of_source = sum(source in teachers for source in sources) / len(sources)
     own = {name: value for name, value in settings.items() if name not in _ONLY_REWARDS} | {"beta": 0.0, **student}
-    passes = estimate_passes(own, 0, num_lessons=lessons, num_teachers=len(teachers))
+    taught = (of_all + of_source) / lessons
+    passes = estimate_passes(own, 0, num_lessons=lessons, num_teachers=len(teachers), taught=taught)
     steps = max(1, round(budget * STUDENT_SHARE / passes))
     return [*parts, Part("student", steps, own, teachers=teachers, number=len(parts))]
 

@@ -1,6 +1,7 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
 """Tables and the picture of `compare_recipes.py`: recipes at equal cost and equal KL, by worst and mean reward."""
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from trl_marble.evaluation.plots import PALETTE
 
 from .costs import read_costs, total_until
 from .methods import FIRST_RECIPE, find_method
-from .parts import COSTS_FILE, Part
+from .parts import COSTS_FILE, RESCALED_FILE, Part
 from .runs import Run, base_run, load_scores
 from .statistics import mean_over_seeds
 from .tables import ABSENT, estimate_text, table
@@ -38,6 +39,8 @@ class RecipeResult:
             CPU time of all optimizer steps, of each seed.
         passes (`list[int]`):
             Passes of the transformer in them.
+        factors (`list[float]`):
+            What its adapter was scaled by, to have the KL of all.
     """
 
     label: str
@@ -45,6 +48,7 @@ class RecipeResult:
     diversity: list[float]
     cpu_seconds: list[float]
     passes: list[int]
+    factors: list[float]
 
     def text(self, value: str, digits: int = 2) -> str:
         """Mean and error over seeds of `worst`, `mean`, `joint_gain` or `kl`."""
@@ -59,7 +63,7 @@ class RecipeResult:
 def label_of(entry: str) -> str:
     """What an entry is called: the method, without its strength where that is the KL of all."""
     label = find_method(entry).label
-    return label.partition(", target")[0].replace(", the demo's samples", "").replace(", N = 1", "")
+    return label.partition(", target")[0].partition(", beta")[0].replace("MARBLE, N = 1", "MARBLE")
 
 
 def score_run(run: Run, before: EvaluationResults, output_dir: Path) -> tuple[GainPoint, float]:
@@ -89,18 +93,19 @@ def collect_recipes(runs: Sequence[Run], output_dir: Path) -> dict[str, RecipeRe
             for part in run.parts
             if isinstance(part, Part)
         ]
-        own = results.setdefault(run.method, RecipeResult(label_of(run.method), {}, [], [], []))
+        own = results.setdefault(run.method, RecipeResult(label_of(run.method), {}, [], [], [], []))
         own.ends[run.seed] = end
         own.diversity.append(diversity)
         own.cpu_seconds.append(sum(cost.cpu_seconds for cost in costs))
         own.passes.append(sum(cost.passes for cost in costs))
+        own.factors.append(json.loads((output_dir / run.name / "rescaled" / RESCALED_FILE).read_text())["factor"])
     return results
 
 
 def recipe_table(results: Mapping[str, RecipeResult], rewards: Sequence[str]) -> str:
     """Where each recipe ended, and what it cost."""
     first = results.get(FIRST_RECIPE)
-    header = ["", "seeds", "KL", "worst", "mean", *rewards, "joint", "diversity", "passes", "CPU time"]
+    header = ["", "seeds", "KL", "worst", "mean", *rewards, "joint", "diversity", "scaled by", "passes", "CPU time"]
     rows = []
     for result in results.values():
         cost = [
@@ -121,6 +126,7 @@ def recipe_table(results: Mapping[str, RecipeResult], rewards: Sequence[str]) ->
                 *gains,
                 result.text("joint_gain"),
                 f"{np.mean(result.diversity):.2f}",
+                f"{np.mean(result.factors):.2f}",
                 *cost,
             ]
         )
@@ -211,6 +217,7 @@ def as_json(results: Mapping[str, RecipeResult]) -> dict[str, Any]:
             "diversity": result.diversity,
             "cpu_seconds": result.cpu_seconds,
             "passes": result.passes,
+            "factors": result.factors,
         }
         for entry, result in results.items()
     }

@@ -49,6 +49,7 @@ QUICK_SIZES = {
     "num_inference_steps": 3,  # trained at two, so that the KL can be taken at one of them
 }
 QUICK_SETTINGS = SHARED_SETTINGS | QUICK_SIZES
+QUICK_KL = 1e-5  # in the place of any `final_kl`
 
 # Learning rates are chosen on prompts of the train split, so that the test split does not influence the choice.
 TUNING, MAIN = "tuning", "main"
@@ -157,9 +158,10 @@ class Run:
     @property
     def name(self) -> str:
         """Name of its folder within the output folder, and in the progress display."""
+        world = "" if self.scale.world == SHAPEWORLD else f"{self.scale.world}/"
         if self.method == BASE:
-            return f"{self.phase}/{BASE}"
-        return f"{self.phase}/{self.method}/lr-{self.learning_rate:g}/seed-{self.seed}"
+            return f"{world}{self.phase}/{BASE}"
+        return f"{world}{self.phase}/{self.method}/lr-{self.learning_rate:g}/seed-{self.seed}"
 
     @property
     def world(self) -> World:
@@ -175,32 +177,47 @@ class Run:
     def parts(self) -> list[Piece]:
         """Its trainings and merges, in their order; the last one is the result."""
         method = find_method(self.method)
-        if method.composite is not None:
-            assert method.costs_as is not None  # what it may cost
-            other = dataclasses.replace(self, method=method.costs_as)
-            budget = self.scale.steps * estimate_passes(other.settings, len(self.world.rewards))
-            parts = COMPOSITES[method.composite](self.world, self.settings, budget)
-            assert method.final_kl is not None  # where it is compared
-            sizes = {"prompts": 3, "steps": 2} if self.scale.quick else {}
-            return [*parts, Rescale("rescaled", parts[-1].name, method.final_kl, **sizes)]
         parts: list[Piece] = []
-        for number, steps in enumerate(split_steps(self._steps_of_cost, len(method.stages))):
-            stage = method.stages[number]
-            rewards = self.world.rewards if stage == REWARDS else stage
-            on = tuple(part.name for part in parts)
-            parts.append(Part(f"stage-{number + 1}", steps, self.settings, rewards, on=on, number=number))
-        return parts
+        if method.composite is not None:
+            parts = COMPOSITES[method.composite](self.world, self.settings, self._budget)
+        else:
+            for number, steps in enumerate(split_steps(self._steps_of_cost, len(self.stages))):
+                on = tuple(part.name for part in parts)
+                rewards = self.stages[number]
+                # A reward alone learns from its own prompts, as specialists do.
+                alone = method.final_kl is not None and len(rewards) == 1
+                source = self.world.sources.get(rewards[0]) if alone else None
+                name = f"stage-{number + 1}"
+                parts.append(Part(name, steps, self.settings, rewards, source=source, on=on, number=number))
+        if method.final_kl is None:
+            return parts
+        kl, sizes = (QUICK_KL, {"prompts": 3, "steps": 2}) if self.scale.quick else (method.final_kl, {})
+        return [*parts, Rescale("rescaled", parts[-1].name, kl, **sizes)]
+
+    @property
+    def stages(self) -> tuple[tuple[str, ...], ...]:
+        """The rewards of each of its stages; all rewards are those of its world."""
+        return tuple(self.world.rewards if own == REWARDS else own for own in find_method(self.method).stages)
+
+    @property
+    def _budget(self) -> float:
+        """What it may cost: all steps of the method that it costs as."""
+        method = find_method(self.method)
+        assert method.costs_as is not None
+        other = dataclasses.replace(self, method=method.costs_as)
+        settings = {**other.settings, "max_steps": self.scale.steps}
+        # Where recipes are compared, the base model's images count too.
+        num_prompts = None if method.final_kl is None else len(self.world.load_prompts("train"))
+        return self.scale.steps * estimate_passes(settings, len(other.stages[0]), num_prompts=num_prompts)
 
     @property
     def _steps_of_cost(self) -> int:
         method = find_method(self.method)
         if not method.stages:
             return 0
-        if method.costs_as is None:
+        if method.costs_as in (None, self.method):
             return self.scale.steps
-        other, num_rewards = dataclasses.replace(self, method=method.costs_as), len(method.rewards)
-        ratio = estimate_passes(other.settings, num_rewards) / estimate_passes(self.settings, num_rewards)
-        return max(1, round(self.scale.steps * ratio))
+        return max(1, round(self._budget / estimate_passes(self.settings, len(self.stages[0]))))
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -232,13 +249,15 @@ class Run:
             del own["scale"][name]
         if self.scale.world == SHAPEWORLD:
             del own["scale"]["world"]
+        if self.world.fingerprint is not None:
+            own["weights"] = self.world.fingerprint()
         if method.costs_as is not None:
             own["steps"] = self.steps
-        if method.composite is not None:
+        if method.final_kl is not None:
             own["parts"] = json.loads(json.dumps([asdict(part) for part in self.parts]))  # as it is read
         return {
             **own,
-            "stages": [list(stage) for stage in method.stages],
+            "stages": [list(stage) for stage in self.stages],
             "weighting": method.weighting,
             "experiment": method.experiment,
             "drift": method.drift and list(method.drift),

@@ -30,6 +30,8 @@ class World:
             Rewards that are only measured at the end.
         sources (`Mapping[str, str]`, *optional*, defaults to none):
             Reward -> the only source of prompts that it applies to.
+        fingerprint (`Callable[[], str]`, *optional*):
+            Of its weights, where they are not part of the package: a run belongs to them.
     """
 
     rewards: tuple[str, ...]
@@ -38,6 +40,7 @@ class World:
     reward_funcs: Callable[[], Sequence[Any]]
     heldout_funcs: Callable[[], Sequence[Any]] = tuple
     sources: Mapping[str, str] = field(default_factory=dict)
+    fingerprint: Callable[[], str] | None = None
 
     def rewards_by_name(self) -> dict[str, Any]:
         """The rewards that are trained on."""
@@ -61,5 +64,6 @@ WORLDS = {
         reward_funcs=emojiworld.reward_funcs,
         heldout_funcs=emojiworld.heldout_funcs,
         sources={"background": "scene"},
+        fingerprint=emojiworld.fingerprint,
     ),
 }
