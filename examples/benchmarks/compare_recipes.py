@@ -159,7 +159,9 @@ _TEXT = (
 )
 
 
-def write_report(results: Mapping[str, RecipeResult], bounds: Mapping[str, RecipeResult], tuning: str, args) -> Path:
+def write_report(
+    results: Mapping[str, RecipeResult], bounds: Mapping[str, RecipeResult], tuning: str, args: argparse.Namespace
+) -> Path:
     """Write `report.md`, the picture and `recipes.json` of one world."""
     folder, world = args.output_dir / "report" / args.world, WORLDS[args.world]
     parts = [f"# Recipes: {args.world}\n", _TEXT, recipe_table(results, world.rewards)]
