@@ -10,6 +10,7 @@ from trl_marble import MarbleConfig, MarbleNFTTrainer
 from trl_marble.evaluation import EvaluationConfig, EvaluationResults, evaluate_pipeline
 from trl_marble.shapeworld import load_pipeline, load_prompts
 
+from .methods import DEMO_SAMPLES, SAMPLES
 from .runs import LONG_RATE, LONG_SETTINGS, MAIN, QUICK_SIZES, Scale
 
 
@@ -18,8 +19,8 @@ EVALUATION_SEED = 0
 
 
 def sizes_of(scale: Scale) -> dict[str, Any]:
-    """The settings of a long run of this scale, without those of a method."""
-    return LONG_SETTINGS | (QUICK_SIZES if scale.quick else {})
+    """The settings of a long run of this scale with the demo's samples, without those of a method."""
+    return LONG_SETTINGS | SAMPLES[DEMO_SAMPLES][1] | (QUICK_SIZES if scale.quick else {})
 
 
 def train_with(folder: Path, rewards: list, settings: Mapping[str, Any], seed: int, scale: Scale) -> None:
