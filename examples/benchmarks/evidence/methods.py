@@ -479,6 +479,12 @@ _balanced("r_equal", METHODS["equal"])
 _balanced("r_marble", METHODS["marble"])
 _balanced("r_marble_floor", VARIANTS["floor"])
 _balanced("r_upgrad", VARIANTS["upgrad"])
+# Of the other losses CRD has the largest sum of mean and worst gain (docs/evidence.md, "Losses").
+_balanced(
+    "r_crd",
+    replace(LONG_BASES[RECIPE_METHOD], label="weights by progress, CRD", beta_unit=LOSSES["crd"][2]),
+    LOSSES["crd"][1],
+)
 _balanced("r_published", METHODS["marble_reference"], {"old_policy_preset": 1, "regularizer_fraction": 1.0})
 for _name, _label in {
     "soup": "soup of specialists",
@@ -505,7 +511,7 @@ RECIPE_ENTRIES = (
     FIRST_RECIPE,
     *(
         f"r_{name}@target{RECIPES_KL:g}"
-        for name in ("weighted_sum", "gdpo", "equal", "marble", "marble_floor", "upgrad", "published")
+        for name in ("weighted_sum", "gdpo", "equal", "marble", "marble_floor", "upgrad", "published", "crd")
     ),
 )
 COMPOSITE_ENTRIES = tuple(
