@@ -69,10 +69,11 @@ def test_options_of_train_override_the_file(estimate):
 
 
 def test_every_known_gpu_is_shown_and_faster_ones_take_less(estimate):
-    shown = estimate()
+    fits_all = {"offload_components": True, "rollout_batch_size": 4, "activation_checkpointing": True}
+    shown = estimate(**fits_all)
     minutes = {name: float(re.search(rf"^{name} .* ([\d.]+) minutes", shown, re.MULTILINE)[1]) for name in GPUS}
     assert minutes["h100"] < minutes["a100"] < minutes["rtx4090"]
-    half = minutes_in(estimate("--gpu", "a100", "--utilization", "0.6"))
+    half = minutes_in(estimate("--gpu", "a100", "--utilization", "0.6", **fits_all))
     assert half == pytest.approx(minutes["a100"] / 2, abs=0.1)
 
 
@@ -82,6 +83,8 @@ def test_measured_seconds_stand_for_an_assumption(estimate):
     shown = estimate("--seconds_per_pass", "6", model="somebody/model", timestep_fraction=1.0, **settings)
     assert passes_in(shown) == 2 * (4 + 4 + 4) and minutes_in(shown) == pytest.approx(2.4)
     assert "Peak memory" not in shown
+    memory = re.search("Peak memory.*", estimate())[0]
+    assert memory in estimate("--seconds_per_pass", "6")  # which it does not depend on
     assert "give `--seconds_per_pass`" in estimate(model="somebody/model", **settings)
 
 
@@ -95,6 +98,9 @@ def test_measured_seconds_stand_for_an_assumption(estimate):
         ([], {"num_generation": 8}, "did you mean"),
         ([], {"balance_ema": 2}, "a decay must be in [0, 1)"),
         ([], {"height": None}, "`height`"),
+        ([], {"eval_strategy": "steps", "eval_steps": 10}, "`eval_strategy` needs `eval_prompts`"),
+        ([], {"rewards": ["pikscore"]}, "Did you mean 'pickscore'?"),
+        (["--num_processes", "0"], {}, "`num_processes` is 0; at least one process has to train"),
     ],
 )
 def test_mistakes_are_one_message(estimate, words, settings, message):
@@ -191,3 +197,24 @@ def test_an_adapter_for_every_balance_has_a_part_for_each_reward(estimate):
         return float(re.search(r"Peak memory of one GPU: ([0-9.]+)", estimate(**settings, **changes))[1])
 
     assert peak(balance_slider=True, lora_r=64) == peak(lora_r=128) > peak(lora_r=64)
+
+
+def peak_in(shown: str) -> float:
+    return float(re.search(r"Peak memory of one GPU: ([0-9.]+)", shown)[1])
+
+
+def test_gpus_that_are_too_small_are_named(estimate):
+    shown = estimate()
+    assert 24 < peak_in(shown) < 48
+    assert "rtx4090: does not fit its 24 GB\n" in shown and shown.count("minutes per step") == len(GPUS) - 1
+    assert "does not fit" not in estimate("--gpu", "h100")
+    assert "8 x rtx4090: does not fit its 24 GB" in estimate("--num_processes", "8")
+
+
+def test_text_encoders_are_gone_where_embeddings_are_cached(estimate):
+    saved = peak_in(estimate()) - peak_in(estimate(cache_embeddings=True))
+    assert 10 < saved < 12  # the docs say about 11 GB
+    # The largest encoder has to be there once, alone or not.
+    tight = {"offload_components": True, "quantize_base": "nf4", "per_device_train_batch_size": 1}
+    tight["gradient_accumulation_steps"] = 1152
+    assert peak_in(estimate(**tight)) == peak_in(estimate(**tight, cache_embeddings=True))

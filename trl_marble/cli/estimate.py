@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from .errors import UsageError
+from .errors import UsageError, usage_errors
 
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ DESCRIPTION = """Compute what `trl-marble train` is going to cost with the same 
 transformer in each step, minutes and hours on known GPUs, and peak memory. Nothing is loaded, and no GPU is needed.
 The times are not measured: operations of the transformer are divided by what a GPU does at the utilization given."""
 GB = 1e9
+LEAST_CUDA = 0.5  # GB that CUDA itself needs
 SHAPEWORLD_REWARDS = 5
 GENERATED = re.compile(r"(\w[\w.-]*=)?(ocr|compositional):(?P<number>\d+)")
 
@@ -112,7 +113,8 @@ def read_settings(words: list[str]) -> tuple[EstimateArguments, "ScriptArguments
     """
     from .launching import launch_arguments
     from .parsing import read_config
-    from .train import check_task
+    from .sources import check_reward_names
+    from .train import check_evaluation, check_task
 
     config, own_words = read_config(words)
     parser = make_parser()
@@ -129,6 +131,9 @@ def read_settings(words: list[str]) -> tuple[EstimateArguments, "ScriptArguments
             own_words += [f"--{name}", str(number * num_processes)]
     estimate_args, script_args, training_args = parser.build(own_words)
     check_task(script_args)
+    check_evaluation(script_args, training_args)
+    with usage_errors():
+        check_reward_names([*(script_args.rewards or []), *(script_args.eval_rewards or [])])
     if not 0 < estimate_args.utilization <= 1:
         raise UsageError(f"`--utilization` is {estimate_args.utilization}; it must be in (0, 1], such as 0.3")
     if estimate_args.seconds_per_pass is not None and not estimate_args.seconds_per_pass > 0:
@@ -190,23 +195,25 @@ def describe(
     )
     images = args.generation_batch_size
     devices = "1 GPU" if num_processes == 1 else f"{num_processes} GPUs"
+    rows = num_rewards + len(teachers)
+    memory = None if costs is None else _peak_memory(script_args, args, costs, rows)
     lines = [
         f"Each generation batch: {images} images ({args.prompts_per_generation} prompts x {args.num_generations})",
         f"Passes per step: {_passes(passes)}",
     ]
     if estimate_args.seconds_per_pass is not None:
-        height, width = args.height or 512, args.width or 512
-        backward = 1.0 if costs is None else costs.backward(height, width) / costs.forward(height, width)
+        backward = 1.0 if costs is None else costs.backward(*_size(args)) / costs.forward(*_size(args))
         seconds = estimate_args.seconds_per_pass * (passes.forward + backward * passes.backward) / num_processes
         lines.append(f"{devices} at {estimate_args.seconds_per_pass:g} s per pass: {_duration(seconds, args)}")
+        lines += _memory_lines(costs, memory)
     elif costs is None:
         lines.append(
             f"Time and memory: nothing is known of the size of `{script_args.model}`; measure a forward pass and give "
             "`--seconds_per_pass`"
         )
     else:
-        rows = num_rewards + len(teachers)
-        lines += _lines_of_known_model(estimate_args, script_args, args, costs, passes, num_processes, rows)
+        lines += _times(estimate_args, args, costs, passes, num_processes, memory)
+        lines += _memory_lines(costs, memory)
     lines.append(
         "Computed from the transformer's operations, not measured. Not counted: loading, encoding, decoding, rewards "
         "and evaluations."
@@ -220,33 +227,54 @@ def _generated_prompts(sources: list[str]) -> int | None:
     return sum(int(match["number"]) for match in found if match) if all(found) else None
 
 
-def _lines_of_known_model(
+def _times(
     estimate_args: EstimateArguments,
-    script_args: "ScriptArguments",
     args: "MarbleConfig",
     costs: "ModelCosts",
     passes: "StepPasses",
     num_processes: int,
-    num_rewards: int,
+    memory: float | None,
 ) -> list[str]:
-    if args.height is None or args.width is None:
-        raise UsageError("set `height` and `width`: the cost of a pass depends on them, and no pipeline is loaded")
-    operations = passes.forward * costs.forward(args.height, args.width)
-    operations += passes.backward * costs.backward(args.height, args.width)
+    """How long a step takes on known GPUs, and which of them it does not fit."""
+    height, width = _size(args)
+    operations = passes.forward * costs.forward(height, width) + passes.backward * costs.backward(height, width)
     lines = []
     for name, gpu in GPUS.items():
         if estimate_args.gpu in (None, name):
-            seconds = operations / (gpu.teraflops * 1e12 * estimate_args.utilization * num_processes)
             title = f"{num_processes} x {name}" if num_processes > 1 else name
+            if memory is not None and memory + LEAST_CUDA > gpu.memory:
+                lines.append(f"{title}: does not fit its {gpu.memory:g} GB")
+                continue
+            seconds = operations / (gpu.teraflops * 1e12 * estimate_args.utilization * num_processes)
             lines.append(
                 f"{title} at {estimate_args.utilization:.0%} of {gpu.teraflops:g} TFLOPS: {_duration(seconds, args)}"
             )
-    if script_args.quantize_base == "int8" or args.shard_base or not args.bf16:
-        lines.append("Peak memory of one GPU: computed only with `bf16`, and without `shard_base` and int8")
-    else:
-        peak = costs.peak_memory(script_args, args, num_rewards) / GB
-        lines.append(f"Peak memory of one GPU: {peak:.1f} GB, and 0.5 to 1 for CUDA, and the models of the rewards")
     return lines
+
+
+def _peak_memory(
+    script_args: "ScriptArguments", args: "MarbleConfig", costs: "ModelCosts", num_rows: int
+) -> float | None:
+    """The peak of one GPU in GB; `None` for settings that it is not computed for."""
+    _size(args)
+    if script_args.quantize_base == "int8" or args.shard_base or not args.bf16:
+        return None
+    return costs.peak_memory(script_args, args, num_rows) / GB
+
+
+def _size(args: "MarbleConfig") -> tuple[int, int]:
+    if args.height is None or args.width is None:
+        raise UsageError("set `height` and `width`: the cost of a pass depends on them, and no pipeline is loaded")
+    return args.height, args.width
+
+
+def _memory_lines(costs: "ModelCosts | None", memory: float | None) -> list[str]:
+    if costs is None:
+        return []
+    if memory is None:
+        return ["Peak memory of one GPU: computed only with `bf16`, and without `shard_base` and int8"]
+    others = f"and {LEAST_CUDA:g} to 1 for CUDA, and the models of the rewards"
+    return [f"Peak memory of one GPU: {memory:.1f} GB, {others}"]
 
 
 def _passes(passes: "StepPasses") -> str:

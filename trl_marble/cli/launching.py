@@ -79,7 +79,8 @@ def launch_arguments(
             The command with all its words.
 
     Raises:
-        [`UsageError`]: If a word is no option of either, or the file of `--accelerate_config` is missing.
+        [`UsageError`]: If a word is no option of either, the file of `--accelerate_config` is missing, or there would
+            be no process.
     """
     launcher = launch_parser()
     known = [*parser.option_strings, *launcher._option_string_actions]
@@ -92,6 +93,8 @@ def launch_arguments(
         raise UsageError(f"unexpected {arguments.training_script!r}")
     if arguments.config_file is not None and not Path(arguments.config_file).is_file():
         raise UsageError(f"`--accelerate_config {arguments.config_file}`: there is no such file")
+    if arguments.num_processes is not None and arguments.num_processes < 1:
+        raise UsageError(f"`num_processes` is {arguments.num_processes}; at least one process has to train")
     return arguments
 
 

@@ -73,14 +73,16 @@ class ModelCosts:
         texts = list(self.numbers["text_encoders"])
         if not script_args.use_t5:
             del texts[T5]
-        vae, offloads = self.numbers["vae"], args.offload_components
+        vae, offloads, caches = self.numbers["vae"], args.offload_components, args.cache_embeddings
         weights = self.numbers["transformer_nf4" if script_args.quantize_base == "nf4" else "transformer"]
-        held = weights + training + (0 if offloads else sum(texts) + vae)
+        held = weights + training + (0 if offloads else vae) + (0 if offloads or caches else sum(texts))
+        # Cached embeddings are made once, before anything else is done.
+        encoding = max(texts) if offloads else sum(texts) if caches else 0
         size = (args.height or 0) * (args.width or 0) / PIXELS
         sampled, trained = args.rollout_batch_size or args.num_generations, args.per_device_train_batch_size
         update = "update_checkpointed" if args.activation_checkpointing else "update"
         return held + max(
-            max(texts) if offloads else 0,
+            encoding,
             self._part("rollout", sampled, size),
             self._part("decode", sampled, size) + (vae if offloads else 0),
             self._part(update, trained, size),

@@ -19,6 +19,7 @@ from ..data.loading import SUFFIXES
 from ..pipelines import load_pipeline
 from ..pipelines.quantization import Quantization, quantization_config
 from ..rewards import ModelReward, RewardFunc, load_reward
+from ..rewards.loading import split_reward_name
 
 
 SHAPEWORLD = "shapeworld"
@@ -156,6 +157,22 @@ def _generate(kind: str, n: int, split: str, seed: int) -> Dataset:
     # A checksum of the prompt decides, so that a prompt is in the same split whatever else is drawn.
     rows = [i for i, prompt in enumerate(drawn["prompt"][:]) if (crc32(prompt.encode()) % HELD_OUT == 0) == held_out]
     return drawn.select(rows[:n])
+
+
+def check_reward_names(names: Sequence[str]) -> None:
+    """
+    Refuse names that no reward can have, without importing anything.
+
+    Args:
+        names (`Sequence[str]`):
+            As for [`load_rewards`].
+
+    Raises:
+        `ValueError`: If there is no such reward; names the nearest one.
+    """
+    for name in names:
+        if name != SHAPEWORLD:
+            split_reward_name(name)
 
 
 def load_rewards(names: Sequence[str], offload: bool = False) -> list[RewardFunc]:

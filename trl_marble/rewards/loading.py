@@ -38,15 +38,7 @@ def load_reward(name: str) -> Callable:
         `ValueError`: If there is no such reward; the message has the most similar name, or the missing part of the
             path.
     """
-    path = KNOWN_REWARDS.get(name.lower(), name)
-    module_name, _, attribute = path.rpartition(".")
-    if not module_name or not all(part.isidentifier() for part in path.split(".")):
-        nearest = difflib.get_close_matches(name.lower(), KNOWN_REWARDS, n=1)
-        hint = f"Did you mean {nearest[0]!r}? " if nearest else ""
-        raise ValueError(
-            f"There is no reward {name!r}. {hint}Known names: {', '.join(KNOWN_REWARDS)}; any other reward is written "
-            "as a dotted path, such as 'my_rewards.brightness'."
-        )
+    module_name, attribute = split_reward_name(name)
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
@@ -63,3 +55,29 @@ def load_reward(name: str) -> Callable:
     if not callable(reward):
         raise ValueError(f"The reward {name!r} is {reward!r}, which is not callable. Name a function or a class.")
     return reward
+
+
+def split_reward_name(name: str) -> tuple[str, str]:
+    """
+    Where a reward is, without importing anything.
+
+    Args:
+        name (`str`):
+            As for [`load_reward`].
+
+    Returns:
+        `tuple[str, str]`: The module, and the name in it.
+
+    Raises:
+        `ValueError`: If it is neither a key of `KNOWN_REWARDS` nor a dotted path.
+    """
+    path = KNOWN_REWARDS.get(name.lower(), name)
+    module_name, _, attribute = path.rpartition(".")
+    if not module_name or not all(part.isidentifier() for part in path.split(".")):
+        nearest = difflib.get_close_matches(name.lower(), KNOWN_REWARDS, n=1)
+        hint = f"Did you mean {nearest[0]!r}? " if nearest else ""
+        raise ValueError(
+            f"There is no reward {name!r}. {hint}Known names: {', '.join(KNOWN_REWARDS)}; any other reward is written "
+            "as a dotted path, such as 'my_rewards.brightness'."
+        )
+    return module_name, attribute
