@@ -33,7 +33,7 @@ from typing import Any
 from trl_marble.selftest.anonymous import anonymous
 
 
-# What imports torch does so in the functions below: only the processes of the parts need it.
+# What imports torch does so in the functions below: `--help` does not need it.
 
 SECONDS = {"machine": 30, "costs": 220, "profile": 70, "memory": 70, "computed": 85}  # limits on a GPU; 475 in all
 SIZES = ("tiny", "sd3.5m")
@@ -256,6 +256,12 @@ def main() -> None:
         name, file = args.part
         Path(file).write_text(json.dumps(MEASURE[name](args.size, args.device)), encoding="utf-8")
         return
+    import torch
+
+    from trl_marble.evaluation.records import write_atomically
+
+    if args.device.startswith("cuda") and not torch.cuda.is_available():
+        parser.error("no GPU is visible; `--size tiny --device cpu` shows without one what this does")
     args.output_dir.mkdir(parents=True, exist_ok=True)
     file = args.output_dir / "results.json"
     results: dict[str, Any] = {"size": args.size, "device": args.device, "parts": {}}
@@ -272,11 +278,14 @@ def main() -> None:
         print(f"{name}: at most {SECONDS[name]} s on a GPU", flush=True)
         part = results["parts"][name] = run_part(name, args.size, args.device)
         print(f"{name}: {part['status']} after {part['seconds']:.0f} s {part.get('error', '')}", flush=True)
-        file.write_text(json.dumps(results, indent=2), encoding="utf-8")
-        (args.output_dir / "table.md").write_text(to_markdown(results), encoding="utf-8")
+        write_atomically(file, json.dumps(results, indent=2).encode())
+        write_atomically(args.output_dir / "table.md", to_markdown(results).encode())
     if any(results["parts"][name]["status"] != "done" for name in args.parts):
         raise SystemExit("Some parts failed; the same command tries them again.")
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        raise SystemExit("Interrupted. The same command measures what is missing.") from None

@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from example_scripts import EXAMPLES
 
 
@@ -45,9 +46,17 @@ def test_parts_that_are_done_are_not_measured_again(tmp_path):
 
 def test_results_of_another_size_are_refused(tmp_path):
     write_results(tmp_path)
-    command = [sys.executable, SCRIPT, "--output_dir", tmp_path]
+    command = [sys.executable, SCRIPT, "--device", "cpu", "--output_dir", tmp_path]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 1 and "is of --size tiny --device cpu; give another --output_dir" in done.stderr
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_nothing_is_begun(tmp_path):
+    command = [sys.executable, SCRIPT, "--output_dir", tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and "no GPU is visible; `--size tiny --device cpu`" in done.stderr
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_part_that_fails_or_takes_too_long_says_so(tmp_path, monkeypatch):

@@ -138,6 +138,34 @@ def test_what_the_time_does_not_allow_is_not_run_or_stopped(model):
     assert verdicts == shown and verdicts[1].reason.startswith("it takes about 2")
 
 
+def test_a_slow_start_keeps_no_later_check_from_running(model):
+    seconds = iter([0.5, 0.01])
+
+    def run(subject):
+        time.sleep(next(seconds, 0))
+        return Finding("done")
+
+    checks = [Check("warms up", run, 1), Check("fast", run, 1), Check("four times", run, 4)]
+    verdicts = run_checks(checks, model, time.monotonic() + 1.5, lambda verdict: None)
+    assert [verdict.verdict for verdict in verdicts] == ["pass"] * 3
+
+
+def test_an_interruption_keeps_the_verdicts_so_far(command):
+    def interrupts(subject):
+        raise KeyboardInterrupt
+
+    status, _, report = command(GRADIENTS, Check("interrupts", interrupts, 1))
+    assert status == 130 and [check["name"] for check in report["checks"]] == ["per-reward gradients"]
+
+
+def test_a_model_that_takes_too_long_to_load_is_said_to(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(Subject, "load", lambda self: time.sleep(600))
+    start = time.monotonic()
+    assert main(["selftest", "--minutes", "0.02", "--output", str(tmp_path / "report.json")]) == 2
+    assert time.monotonic() - start < 60
+    assert "the model was not loaded when the minutes were over" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -244,20 +272,22 @@ def test_components_that_stay_where_they_were_are_found(model, monkeypatch):
 
 
 def test_a_quantized_base_is_checked(model, monkeypatch, tmp_path):
-    monkeypatch.setattr(quantized, "_choose", lambda subject: ("nf4", None))
     monkeypatch.setattr(quantized, "load_quantized", lambda *_: quantized_sd3("nf4", tmp_path))
     finding = check_quantized(model)
-    assert finding.measured["relative_error"] < 1e-4 and finding.reason.startswith("nf4: ")
+    assert finding.measured["relative_error"] < 1e-4 and finding.reason.startswith("bitsandbytes nf4: ")
 
 
 def test_two_processes_need_two_gpus(model):
-    with pytest.raises(Skipped, match="it needs two GPUs, and there is one"):
-        ProcessCheck(1)(model)
+    # No matter how little time is left.
+    checks = [check for check in runner.all_checks(num_gpus=1) if check.name in ("two processes", "quantized base")]
+    verdicts = run_checks(checks, model, time.monotonic() - 1, lambda verdict: None)
+    assert [verdict.verdict for verdict in verdicts] == ["skipped", "skipped"]
+    assert verdicts[1].reason == "it needs two GPUs, and there is one"
 
 
 @pytest.mark.slow
 def test_two_processes_take_the_step_of_one():
-    assert ProcessCheck(0).compare(Subject()).measured["relative_error"] < 1e-4
+    assert ProcessCheck(0)(Subject()).measured["relative_error"] < 1e-4
 
 
 @pytest.mark.slow

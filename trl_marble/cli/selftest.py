@@ -4,7 +4,7 @@
 import os
 import time
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from .errors import RUN_ERROR, UsageError, usage_errors
 HELP = "check in a few minutes whether training works on this machine"
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 SHARE = 0.95  # of the time that is given
+LEAST = 1e-3  # seconds
 
 
 def register(subparsers: Any, whole: bool = False) -> None:
@@ -38,15 +39,20 @@ def run(args: Namespace) -> int:
     if not output.absolute().parent.is_dir() or output.is_dir():
         raise UsageError(f"`--output {args.output}` is no file in a folder that exists; name one")
     num_gpus, visible = choose_one_gpu()
-    # The rest is for what comes before and after the checks.
-    verdicts = _check(args.model, start + SHARE * 60 * args.minutes, num_gpus, visible)
 
     from ..evaluation.results import to_json
     from ..selftest.report import as_json
 
     model = "shapeworld" if args.model is None else "a local folder" if Path(args.model).exists() else args.model
-    report = as_json(verdicts, model, num_gpus, args.minutes, time.monotonic() - start, environment())
-    output.write_bytes(to_json(report))
+    about = environment()
+
+    def write(verdicts: list[Any]) -> None:
+        report = as_json(verdicts, model, num_gpus, args.minutes, time.monotonic() - start, about)
+        output.write_bytes(to_json(report))
+
+    # The rest is for what comes before and after the checks.
+    verdicts = _check(args.model, start + SHARE * 60 * args.minutes, num_gpus, visible, write)
+    write(verdicts)
     print(f"The report, with versions and hardware, is in {args.output}; attach it to an issue.")
     return RUN_ERROR if any(verdict.verdict == "fail" for verdict in verdicts) else 0
 
@@ -66,28 +72,38 @@ def choose_one_gpu() -> tuple[int, str | None]:
     return number, before
 
 
-def _check(model: str | None, deadline: float, num_gpus: int, visible: str | None) -> list[Any]:
-    """Load the model, and run all checks with a line for each."""
+def _check(
+    model: str | None, deadline: float, num_gpus: int, visible: str | None, write: Callable[[list[Any]], None]
+) -> list[Any]:
+    """Load the model, and run all checks with a line for each; after each, all verdicts so far are written."""
     import torch
     from rich.console import Console
 
     from ..pipelines import find_family
     from ..selftest.report import as_line
-    from ..selftest.runner import all_checks, run_checks
+    from ..selftest.runner import OutOfTime, all_checks, limited, run_checks
     from ..selftest.subject import Subject
 
     subject = Subject(model, bf16=torch.cuda.is_available() and torch.cuda.is_bf16_supported())
     console = Console(highlight=False)
 
+    verdicts: list[Any] = []
+
     def show(verdict: Any) -> None:
         console.print(as_line(verdict), soft_wrap=True)
+        verdicts.append(verdict)
+        write(verdicts)  # so that an interruption loses nothing
 
-    with quiet():
-        with usage_errors(), subject.pipeline() as pipeline:  # a model that there is not is no fault of the machine
-            family = find_family(pipeline)
+    with quiet(), console.status("loading the model") as status:
+        try:
+            # A model that there is not is no fault of the machine.
+            with limited(max(deadline - time.monotonic(), LEAST)), usage_errors(), subject.pipeline() as pipeline:
+                family = find_family(pipeline)
+        except OutOfTime:
+            raise UsageError("the model was not loaded when the minutes were over; give it more --minutes") from None
         if family is not None and family.takes_image == "required":
             raise UsageError(f"`--model {model}` edits images; give a model that makes them from text alone")
-        return run_checks(all_checks(num_gpus, visible), subject, deadline, show)
+        return run_checks(all_checks(num_gpus, visible), subject, deadline, show, status.update)
 
 
 @contextmanager
@@ -96,15 +112,19 @@ def quiet() -> Iterator[None]:
     import logging
     import warnings
 
-    from diffusers.utils.logging import disable_progress_bar, enable_progress_bar
+    from diffusers.utils import logging as of_diffusers
+    from transformers.utils import logging as of_transformers
 
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
-    disable_progress_bar()
+    bars = [each for each in (of_diffusers, of_transformers) if each.is_progress_bar_enabled()]
+    for each in bars:
+        each.disable_progress_bar()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        enable_progress_bar()
+        for each in bars:
+            each.enable_progress_bar()
         logging.disable(before)

@@ -33,13 +33,17 @@ class ProcessCheck:
     def __init__(self, num_gpus: int, visible: str | None = None) -> None:
         self.num_gpus, self.visible = num_gpus, visible
 
-    def __call__(self, subject: Subject) -> Finding:
+    def require(self) -> None:
+        """
+        Ask for two GPUs.
+
+        Raises:
+            [`Skipped`]: If there are fewer.
+        """
         if self.num_gpus < 2:
             raise Skipped(f"it needs two GPUs, and there {'is one' if self.num_gpus else 'are none'}")
-        return self.compare(subject)
 
-    def compare(self, subject: Subject) -> Finding:
-        """The check itself, on whatever devices processes take."""
+    def __call__(self, subject: Subject) -> Finding:
         with tempfile.TemporaryDirectory(prefix="selftest") as folder:
             file = Path(folder, "direction.safetensors")
             self._run(subject, file)

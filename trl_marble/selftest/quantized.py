@@ -13,7 +13,7 @@ from .verdicts import Finding, Skipped
 
 def check_quantized(subject: Subject) -> Finding:
     """Per-reward gradients on a quantized base are those of autograd."""
-    method, config = _choose(subject)
+    method, config = "bitsandbytes nf4", quantization_config("nf4", subject.dtype)
     finding = check_gradients(subject, load_quantized(subject, config))
     return Finding(f"{method}: {finding.reason}", {"method": method, **finding.measured})
 
@@ -23,12 +23,16 @@ def load_quantized(subject: Subject, config: PipelineQuantizationConfig) -> Diff
     return subject.load(quantization_config=config)
 
 
-def _choose(subject: Subject) -> tuple[str, PipelineQuantizationConfig]:
-    """The method, with its configuration."""
+def require_quantization() -> None:
+    """
+    Ask for the library, and for a GPU.
+
+    Raises:
+        [`Skipped`]: If one of them is missing.
+    """
     try:
         require_extra("quantization", "A base in 4 bits")
     except MissingExtraError as error:
         raise Skipped(str(error)) from error
     if not torch.cuda.is_available():
         raise Skipped("bitsandbytes quantizes weights on a GPU only when it loads them")
-    return "bitsandbytes nf4", quantization_config("nf4", subject.dtype)

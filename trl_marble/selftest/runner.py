@@ -1,6 +1,7 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
 """Runs checks one after the other, within the time that there is."""
 
+import math
 import signal
 import sys
 import threading
@@ -17,7 +18,7 @@ from .offloading import check_offloading
 from .policies import check_policies
 from .precision import check_precision
 from .processes import ProcessCheck
-from .quantized import check_quantized
+from .quantized import check_quantized, require_quantization
 from .resuming import check_resuming
 from .subject import Subject
 from .verdicts import Failed, Finding, Skipped, Verdict
@@ -36,12 +37,15 @@ class Check(NamedTuple):
             About how often it takes as long as the first check that passed.
         seconds (`float`, *optional*, defaults to `0.0`):
             What it takes beside that, whatever the model.
+        require (`Callable[[], None]`, *optional*):
+            Raises [`Skipped`] where the check does not apply to this machine. Asked first, as no time changes it.
     """
 
     name: str
     run: Callable[[Subject], Finding]
     times: float
     seconds: float = 0.0
+    require: Callable[[], None] = lambda: None
 
 
 class OutOfTime(BaseException):
@@ -58,6 +62,7 @@ def all_checks(num_gpus: int = 0, visible: str | None = None) -> list[Check]:
         visible (`str`, *optional*):
             See [`ProcessCheck`].
     """
+    processes = ProcessCheck(num_gpus, visible)
     return [
         Check("per-reward gradients", check_gradients, 1),
         Check("old and base weights", check_policies, 1),
@@ -65,14 +70,18 @@ def all_checks(num_gpus: int = 0, visible: str | None = None) -> list[Check]:
         Check("bf16 directions", check_precision, 1.5),
         Check("cost of a step", check_costs, 4),
         Check("CPU offload", check_offloading, 3),
-        Check("quantized base", check_quantized, 1.5, 5),
-        Check("two processes", ProcessCheck(num_gpus, visible), 2, 30),
+        Check("quantized base", check_quantized, 1.5, 5, require_quantization),
+        Check("two processes", processes, 2, 30, processes.require),
         Check("torch.compile", check_compilation, 20, 10),
     ]
 
 
 def run_checks(
-    checks: Sequence[Check], subject: Subject, deadline: float, show: Callable[[Verdict], None]
+    checks: Sequence[Check],
+    subject: Subject,
+    deadline: float,
+    show: Callable[[Verdict], None],
+    begin: Callable[[str], None] = lambda name: None,
 ) -> list[Verdict]:
     """
     Run checks in their order. One that fails, whatever it raises, stops nobody else.
@@ -87,24 +96,35 @@ def run_checks(
             does is stopped (on Windows it goes on to its end).
         show (`Callable[[Verdict], None]`):
             Called with each verdict.
+        begin (`Callable[[str], None]`, *optional*):
+            Called with the name of each check before it.
 
     Returns:
         `list[Verdict]`: One for each check.
     """
-    unit, verdicts = None, []
+    unit, verdicts = math.inf, []
     for check in checks:
-        left = deadline - time.monotonic()
-        needed = 0.0 if unit is None else check.times * unit + check.seconds
-        if left <= 0 or needed > left:
-            about = "" if unit is None else f"it takes about {needed:.0f} s, and "
-            verdict = Verdict(check.name, "not run", f"{about}{max(left, 0):.0f} s are left; give it more --minutes")
-        else:
-            verdict = _run(check, subject, left)
-        if unit is None and verdict.verdict == "pass":
-            unit = verdict.seconds
+        begin(check.name)
+        verdict = _run_in_time(check, subject, deadline, unit)
+        if verdict.verdict == "pass":  # the first one warms up: a later one may say less
+            unit = min(unit, max(verdict.seconds - check.seconds, 0) / check.times)
         verdicts.append(verdict)
         show(verdict)
     return verdicts
+
+
+def _run_in_time(check: Check, subject: Subject, deadline: float, unit: float) -> Verdict:
+    """The verdict of a check that takes about so many times the unit, or why it was not begun."""
+    try:
+        check.require()
+    except Skipped as why:
+        return Verdict(check.name, "skipped", anonymous(str(why)))
+    left = deadline - time.monotonic()
+    needed = 0.0 if math.isinf(unit) else check.times * unit + check.seconds
+    if left > 0 and needed <= left:
+        return _run(check, subject, left)
+    about = f"it takes about {needed:.0f} s, and " if needed else ""
+    return Verdict(check.name, "not run", f"{about}{max(left, 0):.0f} s are left; give it more --minutes")
 
 
 def _run(check: Check, subject: Subject, seconds: float) -> Verdict:
@@ -135,7 +155,7 @@ def limited(seconds: float) -> Iterator[None]:
 
     Args:
         seconds (`float`):
-            The time. It has no effect on Windows, which has no such clock, and outside of the main thread.
+            The time, above 0. It has no effect on Windows, which has no such clock, and outside of the main thread.
 
     Raises:
         [`OutOfTime`]: When it is over.
