@@ -122,7 +122,7 @@ build:
 	rm -rf dist
 	$(RELEASE)/bin/python -m build --outdir dist .
 	$(RELEASE)/bin/twine check --strict dist/*
-	@size=$$(wc -c < dist/*.tar.gz); test $$size -lt $(MAX_SDIST) || { \
+	@size=$$(cat dist/*.tar.gz | wc -c); test $$size -lt $(MAX_SDIST) || { \
 		echo "The sdist has $$size bytes, which is not under $(MAX_SDIST): leave something out in pyproject.toml."; exit 1; }
 
 $(UV):
