@@ -20,9 +20,10 @@ rounds.
 with a third of the budget; for what combines specialists the KL's coefficient and the learning rate of the
 specialists, with all of it. The rule: the highest sum of the mean and the worst gain at the end. `main` runs three
 seeds on held-out prompts, and `bounds` each reward alone on the prompts that it applies to, with the first seed, at
-the same KL and cost. `report` writes tables and a picture.
+the same KL and cost. `report` writes tables, and a picture of all worlds.
 
-Nothing is tuned on a second world: `--world` takes the settings that were chosen on ShapeWorld.
+Nothing is tuned on the second world, [EmojiWorld](../../docs/emojiworld.md): its runs have the settings that were
+chosen on ShapeWorld.
 
 Every run has its own folder and is a process with one thread. Finished runs are not repeated, and interrupted ones
 continue from their last checkpoint.
@@ -69,7 +70,7 @@ from evidence.runs import (
 )
 from evidence.tables import ABSENT, table
 from evidence.workers import run_missing
-from evidence.worlds import SHAPEWORLD, WORLDS
+from evidence.worlds import WORLDS
 from rich.console import Console
 
 from trl_marble.evaluation.records import write_atomically
@@ -86,7 +87,7 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=Path("runs/recipes"), help="default: %(default)s")
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES), help="default: all")
-    parser.add_argument("--world", choices=list(WORLDS), default=SHAPEWORLD, help="default: %(default)s")
+    parser.add_argument("--worlds", nargs="+", choices=list(WORLDS), default=list(WORLDS), help="default: all")
     parser.add_argument("--methods", nargs="+", choices=list(CANDIDATES), help="default: all", metavar="NAME")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time; default: %(default)s")
     parser.add_argument("--dry_run", action="store_true", help="print what would be run")
@@ -160,11 +161,11 @@ _TEXT = (
 
 
 def write_report(
-    results: Mapping[str, RecipeResult], bounds: Mapping[str, RecipeResult], tuning: str, args: argparse.Namespace
-) -> Path:
-    """Write `report.md`, the picture and `recipes.json` of one world."""
-    folder, world = args.output_dir / "report" / args.world, WORLDS[args.world]
-    parts = [f"# Recipes: {args.world}\n", _TEXT, recipe_table(results, world.rewards)]
+    name: str, results: Mapping[str, RecipeResult], bounds: Mapping[str, RecipeResult], tuning: str, folder: Path
+) -> None:
+    """Write `report.md` and `recipes.json` of one world."""
+    world = WORLDS[name]
+    parts = [f"# Recipes: {name}\n", _TEXT, recipe_table(results, world.rewards)]
     if world.heldout_funcs():
         names = [reward.__name__ for reward in world.heldout_funcs()]
         rows = [[own.label, *(own.gain_text(name) for name in names)] for own in results.values()]
@@ -173,12 +174,8 @@ def write_report(
     if shares := bounds_table(results, bounds, world.rewards):
         parts += ["## Shares of what each reward gains alone\n", shares]
     parts += [f"## Settings: seed {TUNING_SEED}, prompts of ShapeWorld's train split\n", tuning]
-    if results:
-        plot_recipes({args.world: results}, folder / "recipes.png")
-        parts.append("![Worst against mean gain](recipes.png)\n")
     write_atomically(folder / "recipes.json", to_json({"results": as_json(results), "bounds": as_json(bounds)}))
     write_atomically(folder / "report.md", "\n".join(parts).encode())
-    return folder / "report.md"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -195,20 +192,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
             return
         raise SystemExit(f"No settings are chosen yet: {len(missing)} runs of `tune` are missing.")
     chosen, text = choose(tuning, scale, args.output_dir)
-    scale = replace(scale, world=args.world)
     seeds = SEEDS[:1] if args.quick else SEEDS
-    runs = [Run(MAIN, *chosen[name], seed, scale) for seed in seeds for name in args.methods]
-    if "main" in args.stages:
-        run_missing("main", [base_run(MAIN, scale), *runs], args.output_dir, args.jobs, console, args.dry_run)
-    alone = {name: Run(MAIN, alone_entry(name), LONG_RATE, SEEDS[0], scale) for name in WORLDS[args.world].rewards}
-    if "bounds" in args.stages and not args.quick:
-        run_missing("bounds", list(alone.values()), args.output_dir, args.jobs, console, args.dry_run)
-    if "report" in args.stages and not args.dry_run:
-        results = collect_recipes(runs, args.output_dir)
-        found = collect_recipes(list(alone.values()), args.output_dir)
-        bounds = {name: found[run.method] for name, run in alone.items() if run.method in found}
-        path = write_report(results, bounds, text, args)
-        console.print(f"The report is in {path.parent}", highlight=False)
+    report, of_worlds = args.output_dir / "report", {}
+    for world in args.worlds:
+        own = replace(scale, world=world)
+        runs = [Run(MAIN, *chosen[name], seed, own) for seed in seeds for name in args.methods]
+        if "main" in args.stages:
+            title = f"main, {world}"
+            run_missing(title, [base_run(MAIN, own), *runs], args.output_dir, args.jobs, console, args.dry_run)
+        alone = {name: Run(MAIN, alone_entry(name), LONG_RATE, SEEDS[0], own) for name in WORLDS[world].rewards}
+        if "bounds" in args.stages and not args.quick:
+            run_missing(f"bounds, {world}", list(alone.values()), args.output_dir, args.jobs, console, args.dry_run)
+        if "report" in args.stages and not args.dry_run:
+            of_worlds[world] = collect_recipes(runs, args.output_dir)
+            found = collect_recipes(list(alone.values()), args.output_dir)
+            bounds = {name: found[run.method] for name, run in alone.items() if run.method in found}
+            write_report(world, of_worlds[world], bounds, text, report / world)
+    if shown := {world: results for world, results in of_worlds.items() if results}:
+        plot_recipes(shown, report / "recipes.png")
+        console.print(f"The report is in {report}", highlight=False)
 
 
 if __name__ == "__main__":
