@@ -10,35 +10,44 @@ python examples/benchmarks/adversarial_reward.py
 ```
 
 Trains with the five rewards of ShapeWorld (`five`), and with an adversarial reward as a sixth whose reference are
-drawn pictures (`six`), each with three seeds and the KL to the base held at the same value. All are scored on held-out
-prompts: with the five rewards; with distances to other drawn pictures, by features that the adversarial reward sees
-(`layout`) and by some that it does not (`texture`); and with the accuracy of a network that learns afterwards to tell
-the images from drawn pictures, where 50 % would be pictures that nobody can tell. Writes `results.json`. Finished runs
+drawn pictures (`six`), each with three seeds and the KL to the base held at the same value (`kl_target`). The
+adapters are scaled to exactly the same KL, by a factor that is found on prompts of the train split. All are scored on
+held-out prompts: with the five rewards; with distances to other drawn pictures, by features that the adversarial
+reward sees (`layout`) and by some that it does not (`texture`); and with the accuracy of a network that learns
+afterwards to tell the images from drawn pictures, where 50 % would be pictures that nobody can tell. Writes `report.md`. Finished runs
 are not repeated, and interrupted ones continue from their last checkpoint. Runs with other `--variants` or `--seeds`
 may share `OUTPUT_DIR` and be started at the same time.
 """
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from evidence.other_rewards import HISTORY, evaluate_with, train_with
+from evidence.other_rewards import HISTORY, evaluate_with, scale_to_final_kl, train_with
 from evidence.runs import LONG, QUICK_LONG, SEEDS, Scale
+from evidence.statistics import mean_over_seeds
+from evidence.tables import ABSENT, estimate_text, table
 from PIL import Image
 from rich.console import Console
-from rich.table import Table
+from rich.markdown import Markdown
 from torch import Tensor
 
 from trl_marble.evaluation import EvaluationResults, gains_in_deviations
+from trl_marble.evaluation.records import write_atomically
 from trl_marble.rewards import AdversarialReward, MMDReward
 from trl_marble.rollout.diversity import thumbnails
 from trl_marble.shapeworld import generate, reward_funcs
 
 
 BASE, VARIANTS = "base", ("five", "six")
+LABELS = {BASE: "nothing", "five": "five rewards", "six": "five rewards and the adversarial one"}
+TEXT = (
+    "Gains in standard deviations of the untrained pipeline's images, mean over seeds ± standard error over seeds, on "
+    "held-out prompts at equal KL. Distances: squared MMD to drawn pictures that nothing was trained on. Told apart: "
+    "the accuracy of a network that learns afterwards to tell the images from drawn pictures."
+)
 DRAWN, UNSEEN = 512, 256  # pictures that the reward learns from, and others for the distances
 
 
@@ -101,15 +110,31 @@ def summarize(base: EvaluationResults, results: EvaluationResults, scale: Scale)
     five = [name for name in base.reward_names if name not in ("layout", "texture")]
     after = results.table
     before_and_after = [{name: of.table[name].to_numpy() for name in five} for of in (base, results)]
-    gains, (worst, _), _ = gains_in_deviations(*before_and_after, base.groups)
+    gains, (worst, _), (mean, _) = gains_in_deviations(*before_and_after, base.groups)
     distances = {f"distance {name}": -after[name].mean() for name in ("layout", "texture")}
     return {
         **{f"gain {name}": gain for name, (gain, _) in gains.items()},
         "worst gain": worst,
+        "mean gain": mean,
         **distances,
         "told apart": told_apart(results, scale),
         "KL": 0.0 if results is base else after["kl"].mean(),
     }
+
+
+def report(found: dict[str, list[dict[str, float]]]) -> str:
+    """A table in Markdown of what [`summarize`] has for each seed of each variant."""
+    header = ["trained on", "seeds", *found[BASE][0]]
+    rows = []
+    for variant, seeds in found.items():
+        if seeds:
+            values = [mean_over_seeds([row[name] for row in seeds]) for name in found[BASE][0]]
+            cells = [
+                estimate_text(value, digits=3 if name.startswith(("distance", "KL")) else 2)
+                for name, value in zip(found[BASE][0], values, strict=True)
+            ]
+            rows.append([LABELS[variant], ABSENT if variant == BASE else str(len(seeds)), *cells])
+    return f"# An adversarial reward\n\n{TEXT}\n\n{table(header, rows)}"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -130,14 +155,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
             folder = args.output_dir / variant / f"seed-{seed}"
             if not (folder / HISTORY).is_file():
                 train(folder, variant, seed, scale, args.kl_target)
-            results = evaluate_with(folder / "evaluation", folder, measures(scale), scale)
+            scaled = scale_to_final_kl(folder, scale)
+            results = evaluate_with(scaled / "evaluation", scaled, measures(scale), scale)
             found[variant].append(summarize(base, results, scale))
-            (args.output_dir / "results.json").write_text(json.dumps(found, indent=2, default=float))
-    table = Table("rewards", *found[BASE][0], title="mean over seeds (standard deviation)")
-    for variant, rows in found.items():
-        values = {name: np.array([row[name] for row in rows]) for name in found[BASE][0]}
-        table.add_row(variant, *(f"{each.mean():.3f} ({each.std():.3f})" for each in values.values()))
-    Console(width=200).print(table)
+    text = report(found)
+    write_atomically(args.output_dir / "report.md", text.encode())
+    Console(width=200).print(Markdown(text))
 
 
 if __name__ == "__main__":

@@ -10,9 +10,11 @@ python examples/benchmarks/set_rewards.py
 ```
 
 Trains with the five rewards of ShapeWorld (`five`), with the Vendi diversity of a prompt's images as a sixth (`six`),
-and with diversity alone (`diversity`), each with three seeds and the KL to the base held at the same value, and scores
-all on held-out prompts. Finished runs are not repeated, and interrupted ones continue from their last checkpoint. Runs
-with other `--variants` or `--seeds` may share `OUTPUT_DIR` and be started at the same time.
+and with diversity alone (`diversity`), each with three seeds and the KL to the base held at the same value
+(`kl_target`), scales the adapters to exactly the same KL, by a factor that is found on prompts of the train split, and
+scores all on held-out prompts. Writes `report.md`. Finished runs are not repeated, and interrupted ones continue from
+their last checkpoint. Runs with other `--variants` or `--seeds` may share `OUTPUT_DIR` and be started at the same
+time.
 """
 
 import argparse
@@ -21,20 +23,34 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from evidence.other_rewards import HISTORY, evaluate_with, sizes_of, train_with
+from evidence.other_rewards import HISTORY, evaluate_with, scale_to_final_kl, sizes_of, train_with
 from evidence.runs import LONG, QUICK_LONG, SEEDS, Scale
+from evidence.statistics import mean_over_seeds
+from evidence.tables import ABSENT, estimate_text, table
 from PIL import Image
 from rich.console import Console
-from rich.table import Table
+from rich.markdown import Markdown
 from torch import Tensor
 
 from trl_marble.evaluation import EvaluationResults, gains_in_deviations
+from trl_marble.evaluation.records import write_atomically
 from trl_marble.rewards import VendiDiversity
 from trl_marble.rollout.diversity import thumbnails
 from trl_marble.shapeworld import reward_funcs
 
 
 BASE, VARIANTS = "base", ("five", "six", "diversity")
+DIVERSITY = "VendiDiversity"
+LABELS = {
+    BASE: "nothing",
+    "five": "five rewards",
+    "six": "five rewards and diversity",
+    "diversity": "diversity alone",
+}
+TEXT = (
+    "Gains in standard deviations of the untrained pipeline's images, mean over seeds ± standard error over seeds, on "
+    "held-out prompts at equal KL. Vendi score: the effective number of different images of a prompt, of 24."
+)
 
 
 def small_pixels(images: list[Image.Image]) -> Tensor:
@@ -64,21 +80,32 @@ def _gains(
     return gains_in_deviations(before, after, base.groups)[0]
 
 
-def gains_table(base: EvaluationResults, found: dict[str, list[EvaluationResults]]) -> Table:
-    """Gains in standard deviations of the base's images, the mean over seeds; and the KL and the Vendi score."""
-    names = base.reward_names
-    table = Table("rewards", *names, "worst of five", "Vendi score", "KL", title="gains since the base")
-    five = [name for name in names if name != "VendiDiversity"]
+def report(base: EvaluationResults, found: dict[str, list[EvaluationResults]]) -> str:
+    """
+    Gains in standard deviations of the base's images, the Vendi score and the KL, as a table in Markdown.
+
+    Args:
+        base (`EvaluationResults`):
+            Of the untrained pipeline.
+        found (`dict[str, list[EvaluationResults]]`):
+            Variant -> the results of each seed.
+    """
+    five = [name for name in base.reward_names if name != DIVERSITY]
+    rows = [[LABELS[BASE], ABSENT, *("0" for _ in five), "0", "0", f"{base.table[DIVERSITY].mean():.3f}", "0"]]
     for variant, results in found.items():
-        points = [_gains(base, each, names) for each in results]
-        gains = {name: np.mean([point[name][0] for point in points]) for name in names}
-        worst = np.nanmin([gains[name] for name in five])
-        vendi = np.mean([each.table["VendiDiversity"].mean() for each in results])
-        kl = np.mean([each.table["kl"].mean() if "kl" in each.table else 0.0 for each in results])  # the base has none
-        table.add_row(
-            variant, *(f"{gain:+.2f}" for gain in gains.values()), f"{worst:+.2f}", f"{vendi:.3f}", f"{kl:.3f}"
-        )
-    return table
+        points = [{name: gain for name, (gain, _) in _gains(base, each, five).items()} for each in results]
+        kl = [each.kl_to_base() for each in results]
+        columns = [
+            *([point[name] for point in points] for name in five),
+            [min(point.values()) for point in points],
+            [float(np.mean([*point.values()])) for point in points],
+        ]
+        cells = [estimate_text(mean_over_seeds(column)) for column in columns]
+        cells.append(estimate_text(mean_over_seeds([each.table[DIVERSITY].mean() for each in results]), digits=3))
+        cells.append(estimate_text(mean_over_seeds([each[0] for each in kl if each is not None]), digits=3))
+        rows.append([LABELS[variant], str(len(results)), *cells])
+    header = ["trained on", "seeds", *five, "worst of five", "mean of five", "Vendi score", "KL"]
+    return f"# Diversity as a reward\n\n{TEXT}\n\n{table(header, rows)}"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -97,8 +124,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             folder = args.output_dir / variant / f"seed-{seed}"
             if not (folder / HISTORY).is_file():
                 train(folder, variant, seed, scale, args.kl_target)
-            found[variant].append(evaluate_with(folder / "evaluation", folder, rewards("six"), scale))
-    Console(width=160).print(gains_table(base, {BASE: [base], **found}))
+            scaled = scale_to_final_kl(folder, scale)
+            found[variant].append(evaluate_with(scaled / "evaluation", scaled, rewards("six"), scale))
+    text = report(base, found)
+    write_atomically(args.output_dir / "report.md", text.encode())
+    Console(width=200).print(Markdown(text))
 
 
 if __name__ == "__main__":

@@ -11,9 +11,12 @@ from trl_marble.evaluation import EvaluationConfig, EvaluationResults, evaluate_
 from trl_marble.shapeworld import load_pipeline, load_prompts
 
 from .methods import DEMO_SAMPLES, SAMPLES
-from .runs import LONG_RATE, LONG_SETTINGS, MAIN, QUICK_SIZES, Scale
+from .parts import Rescale
+from .runs import LONG_RATE, LONG_SETTINGS, MAIN, QUICK_KL, QUICK_SIZES, Scale
+from .worlds import SHAPEWORLD, WORLDS
 
 
+FINAL_KL = 0.05  # that all adapters are scaled to before they are scored
 HISTORY = "history.json"  # the last file that a run writes
 EVALUATION_SEED = 0
 
@@ -42,6 +45,14 @@ def train_with(folder: Path, rewards: list, settings: Mapping[str, Any], seed: i
     trainer.train(resume_from_checkpoint="auto")
     trainer.save_model()
     (folder / HISTORY).write_text(json.dumps(trainer.state.log_history))
+
+
+def scale_to_final_kl(folder: Path, scale: Scale) -> Path:
+    """The adapter of a run, scaled to the KL of all; made once."""
+    kl, sizes = (QUICK_KL, {"prompts": 3, "steps": 2}) if scale.quick else (FINAL_KL, {})
+    scaled = Rescale("rescaled", "", kl, **sizes)
+    scaled.write(folder, WORLDS[SHAPEWORLD])
+    return folder / scaled.name
 
 
 def evaluate_with(folder: Path, adapter: Path | None, rewards: list, scale: Scale) -> EvaluationResults:
