@@ -130,3 +130,35 @@ def test_bad_input_is_refused(clip) -> None:
         FrechetReward(images, colours, smoothing=0)
     with pytest.raises(ValueError, match="`DINOv2Features` has no features of texts; use `CLIPFeatures`"):
         DINOv2Features(clip).embed_texts(["a"])
+
+
+def test_a_frechet_distance_does_not_depend_on_the_order_of_its_reference() -> None:
+    reference = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
+    images = [picture(shade) for shade in range(0, 200, 20)]
+    features = torch.randn(10, 8, generator=torch.Generator().manual_seed(1))
+    scores = [
+        score(FrechetReward(reference[order], lambda _: features, **components), images, [0] * 10)
+        for order in ([0, 1, 2, 3], [2, 0, 3, 1])
+        for components in ({}, {"num_components": 3})  # four members differ in three directions
+    ]
+    for each in scores[1:]:
+        torch.testing.assert_close(each, scores[0], rtol=1e-4, atol=1e-5)
+
+
+def test_a_reference_of_equal_members_is_refused() -> None:
+    reward = FrechetReward([picture(100)] * 3, colours)
+    with pytest.raises(ValueError, match="All 3 members of `reference` have the same features"):
+        score(reward, [picture(90), picture(80)], [0, 0])
+
+
+def test_constants_of_a_reference_are_computed_once(monkeypatch) -> None:
+    from trl_marble.rewards import set_rewards
+
+    reference, images = [picture(shade) for shade in range(100, 140, 5)], [picture(90), picture(120)]
+    before = [score(kind(reference, colours), images, [0, 0]) for kind in (MMDReward, FrechetReward)]
+    rewards = [kind(reference, colours) for kind in (MMDReward, FrechetReward)]
+    for reward in rewards:
+        score(reward, images, [0, 0])
+    for name in ("median_distance", "mean_kernel", "principal_directions"):
+        monkeypatch.delattr(set_rewards, name)
+    assert all(torch.equal(score(reward, images, [0, 0]), own) for reward, own in zip(rewards, before, strict=True))

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 
+from trl_marble.rewards import set_values
 from trl_marble.rewards.set_values import frechet_distance, gaussian_kernel, median_distance, squared_mmd, vendi_score
 
 
@@ -123,3 +124,17 @@ def test_a_policy_that_follows_the_credit_of_its_samples_raises_the_value() -> N
         slope = torch.nn.functional.one_hot(drawn, 5) - logits.softmax(0)  # of the log-probability
         logits += 0.5 * (advantage[:, None] * slope).mean(dim=0)
     assert before < 2 and vendi_score(pictures[drawn]).value > 4.5
+
+
+def test_a_kernel_is_averaged_in_blocks(monkeypatch) -> None:
+    features = torch.randn(7, 3, generator=torch.Generator().manual_seed(0))
+    whole = set_values.gaussian_kernel(features.double(), features.double(), 2.0).mean().item()
+    monkeypatch.setattr(set_values, "BLOCK", 3)
+    assert set_values.mean_kernel(features, 2.0) == pytest.approx(whole, rel=1e-12)
+
+
+def test_of_many_features_some_give_the_bandwidth(monkeypatch) -> None:
+    features = torch.randn(300, 3, generator=torch.Generator().manual_seed(0))
+    whole = set_values.median_distance(features)
+    monkeypatch.setattr(set_values, "MOST", 100)
+    assert set_values.median_distance(features) == pytest.approx(whole, rel=0.1) != whole

@@ -8,6 +8,7 @@ value of the set.
 """
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from .extractor_reward import Extractor, ExtractorReward
 from .feature_models import FeatureModel
 from .protocol import Scope
 from .set_reward import SetReward
-from .set_values import frechet_distance, median_distance, squared_mmd, vendi_score
+from .set_values import frechet_distance, mean_kernel, median_distance, principal_directions, squared_mmd, vendi_score
 
 
 class ExtractedSetReward(ExtractorReward, SetReward):
@@ -122,7 +123,7 @@ class MMDReward(ReferenceSetReward):
     Minus the squared maximum mean discrepancy between the images of a generation batch and a reference set, with a
     Gaussian kernel (as CMMD, https://huggingface.co/papers/2401.09603): 0 if they have the same distribution. It needs
     no covariance, so it is the one for small batches. The bandwidth of the kernel is the median distance between two
-    members of the reference. For the equation see `squared_mmd` in
+    members of the reference (of 2,000 of them, where there are more). For the equation see `squared_mmd` in
     `trl_marble/rewards/set_values.py`.
 
     Args:
@@ -133,8 +134,14 @@ class MMDReward(ReferenceSetReward):
             See [`VendiDiversity`]. Defaults to `CLIPFeatures()`.
     """
 
+    @cached_property
+    def _kernel(self) -> tuple[float, float]:
+        """The bandwidth, and the mean of the kernel between members of the reference: no batch changes them."""
+        bandwidth = median_distance(self.reference)
+        return bandwidth, mean_kernel(self.reference, bandwidth)
+
     def credit(self, features: Tensor, groups: Tensor) -> Tensor:
-        return -squared_mmd(features, self.reference, median_distance(self.reference)).credit
+        return -squared_mmd(features, self.reference, *self._kernel).credit
 
 
 class FrechetReward(ReferenceSetReward):
@@ -151,12 +158,14 @@ class FrechetReward(ReferenceSetReward):
         extractor (`Callable`, *optional*):
             See [`VendiDiversity`]. Defaults to `CLIPFeatures()`.
         num_components (`int`, *optional*, defaults to `64`):
-            Number of principal components, at most; fewer than images in a generation batch.
+            Number of principal components, at most; fewer than images in a generation batch. Fewer are used where the
+            reference has no more: two members differ in one direction.
         smoothing (`float`, *optional*, defaults to `0.01`):
             Variance of the noise, as a fraction of the mean variance of the reference's components.
 
     Raises:
-        `ValueError`: If `num_components` or `smoothing` is not positive, and for a reference that is none.
+        `ValueError`: If `num_components` or `smoothing` is not positive, for a reference that is none, and on first
+            use for one whose members are all alike.
     """
 
     def __init__(
@@ -173,13 +182,22 @@ class FrechetReward(ReferenceSetReward):
             raise ValueError(f"`smoothing` must be greater than 0, got {smoothing}.")
         self.num_components, self.smoothing = num_components, smoothing
 
-    def credit(self, features: Tensor, groups: Tensor) -> Tensor:
+    @cached_property
+    def _normal(self) -> tuple[Tensor, Tensor, Tensor, float]:
+        """Mean, directions, covariance and smoothing: no batch changes them."""
         mean = self.reference.mean(dim=0)
         centred = self.reference - mean
-        # The right singular vectors are the principal directions, the first ones first.
-        directions = torch.linalg.svd(centred, full_matrices=False).Vh[: self.num_components]
+        directions = principal_directions(centred, self.num_components)
+        if len(directions) == 0:
+            raise ValueError(
+                f"All {len(centred)} members of `reference` have the same features, so they have no distribution to "
+                "compare with. Give different ones, or an `extractor` that tells them apart."
+            )
         projected = centred @ directions.T
         covariance = projected.T @ projected / len(projected)
-        smoothing = self.smoothing * covariance.diagonal().mean().item()
+        return mean, directions, covariance, self.smoothing * covariance.diagonal().mean().item()
+
+    def credit(self, features: Tensor, groups: Tensor) -> Tensor:
+        mean, directions, covariance, smoothing = self._normal
         own = (features.double() - mean) @ directions.T
         return -frechet_distance(own, torch.zeros(len(directions)), covariance, smoothing).credit

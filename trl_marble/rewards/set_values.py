@@ -21,6 +21,10 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 
+BLOCK = 1024  # rows of a kernel that are computed together
+MOST = 2000  # features that a median distance is taken of
+
+
 class SetValue(NamedTuple):
     """
     The value of a set and what each image does to it.
@@ -73,13 +77,30 @@ def gaussian_kernel(features: Tensor, others: Tensor, bandwidth: float) -> Tenso
     return (-torch.cdist(features, others).square() / (2 * bandwidth**2)).exp()
 
 
+def mean_kernel(features: Tensor, bandwidth: float) -> float:
+    """The mean of [`gaussian_kernel`] over all pairs, of each with itself too; `BLOCK` rows of it are in memory."""
+    features = features.double()
+    total = sum(gaussian_kernel(block, features, bandwidth).sum().item() for block in features.split(BLOCK))
+    return total / len(features) ** 2
+
+
 def median_distance(features: Tensor) -> float:
-    """The median distance between two different features: the usual bandwidth. 1 if it is 0."""
+    """
+    The median distance between two different features: the usual bandwidth. 1 if it is 0.
+
+    Args:
+        features (`Tensor` of shape `[n, D]`):
+            Features; `MOST` of them are used, evenly spaced, where there are more.
+    """
+    if len(features) > MOST:
+        features = features[torch.arange(MOST) * len(features) // MOST]
     distances = torch.pdist(features)
     return distances.median().item() or 1.0 if len(distances) else 1.0
 
 
-def squared_mmd(features: Tensor, reference: Tensor, bandwidth: float) -> SetValue:
+def squared_mmd(
+    features: Tensor, reference: Tensor, bandwidth: float, among_reference: float | None = None
+) -> SetValue:
     r"""
     Squared maximum mean discrepancy to a reference set, with a Gaussian kernel k.
 
@@ -95,13 +116,38 @@ def squared_mmd(features: Tensor, reference: Tensor, bandwidth: float) -> SetVal
             Those of the reference.
         bandwidth (`float`):
             `h` of the kernel.
+        among_reference (`float`, *optional*):
+            The last mean of F, where it is known; computed by default.
     """
     features, reference = features.double(), reference.double()
+    if among_reference is None:
+        among_reference = mean_kernel(reference, bandwidth)
     own = gaussian_kernel(features, features, bandwidth).mean(dim=1)
     to_reference = gaussian_kernel(features, reference, bandwidth).mean(dim=1)
-    among_reference = gaussian_kernel(reference, reference, bandwidth).mean()
     difference = own - to_reference
     return SetValue(own.mean() - 2 * to_reference.mean() + among_reference, 2 * difference - 2 * difference.mean())
+
+
+def principal_directions(centred: Tensor, number: int) -> Tensor:
+    """
+    The directions in which features differ most, the first ones first.
+
+    Directions whose deviation is that of rounding are left out: they are arbitrary. M features with the mean 0 have
+    at most M - 1 others.
+
+    Args:
+        centred (`Tensor` of shape `[M, D]`):
+            Features with the mean 0.
+        number (`int`):
+            How many directions, at most.
+
+    Returns:
+        `Tensor` of shape `[P, D]`: orthonormal; none where all features are alike.
+    """
+    _, deviations, directions = torch.linalg.svd(centred, full_matrices=False)
+    # Features come from networks that compute in float32, or less.
+    rounding = max(centred.shape) * torch.finfo(torch.float32).eps
+    return directions[deviations > rounding * deviations[0]][:number]
 
 
 def frechet_distance(features: Tensor, mean: Tensor, covariance: Tensor, smoothing: float) -> SetValue:
