@@ -15,6 +15,7 @@ from .answers import Answers
 from .call_log import LOG_KEYWORDS, CallLog, LogKey
 from .extractor_reward import ExtractorReward
 from .frame_reward import FrameReward
+from .human import HumanReward
 from .learning_reward import LearningReward
 from .model_reward import ModelReward
 from .parameters import accepts, accepts_log_function, call_signature
@@ -26,6 +27,7 @@ from .protocol import (
     reward_names,
     reward_scope,
     validate_reward_funcs,
+    without_partials,
 )
 from .reward_calls import PendingScores, RewardCalls, media_keyword
 from .scores import Scores
@@ -67,6 +69,8 @@ class RewardScorer:
         found = {row: find_learner(func) for row, func in enumerate(self.funcs)}
         self.learners = {row: learner for row, learner in found.items() if learner is not None}
         self.timeout = timeout
+        for func, name in zip(self.funcs, self.names, strict=True):
+            _check_timeout(func, name, timeout)
         self._calls, self._answers = RewardCalls(), Answers(timeout)
 
     def __len__(self) -> int:
@@ -355,3 +359,15 @@ class RewardScorer:
         # Only to rewards that accept them: others work without.
         kwargs |= {key: getattr(log, key) for key in LOG_KEYWORDS if accepts_log_function(func, key)}
         return self._calls.start(func, self.names[row], kwargs, log), log
+
+
+def _check_timeout(func: RewardFunc, name: str, timeout: float | None) -> None:
+    """Refuse people whose votes are waited for longer than for any answer: those that came would be lost."""
+    inner = without_partials(func)
+    if not isinstance(inner, HumanReward) or inner.timeout is None or timeout is None:
+        return
+    if inner.timeout >= timeout:
+        raise ValueError(
+            f"Reward `{name}` waits {inner.timeout:g} seconds for votes (its `timeout`), and `reward_timeout` is "
+            f"{timeout:g}: the votes would be lost. Make `timeout` less than `reward_timeout`."
+        )
