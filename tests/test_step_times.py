@@ -118,6 +118,36 @@ def test_every_step_logs_where_its_time_went(tmp_path):
     assert first["time/old"] == 0  # the old policy is the trained one, and is not asked
 
 
+class Learns:
+    """Learns slowly."""
+
+    def __call__(self, images, **kwargs):
+        return bright(images)
+
+    def update(self, images, rewards, trainer_state):
+        time.sleep(2 * DELAY)
+
+    def state_dict(self):
+        time.sleep(DELAY)
+        return {}
+
+    def load_state_dict(self, state_dict): ...
+
+
+def test_the_time_of_learning_is_logged_where_a_reward_learns(tmp_path):
+    trainer = small_trainer(tmp_path, [Learns(), blue])
+    trainer.train()
+    row = rows_of(trainer)[-1]
+    assert 4 * DELAY <= row["time/learning"] < 4 * DELAY + NOISE  # the state is copied before and after
+    assert row["time/learning"] + row["time/waiting"] <= row["time/rollout"]
+    assert 2 * DELAY <= row["time/rewards/Learns"] < 2 * DELAY + NOISE and row["time/rewards/blue"] < DELAY
+    labels = {label: seconds for label, seconds, _ in summarize_times([row]).rows()}
+    assert labels["- of it rewards learning"] == row["time/learning"] and labels["other"] < NOISE
+    fixed = small_trainer(tmp_path / "fixed", [blue], max_steps=1)
+    fixed.train()
+    assert "time/learning" not in rows_of(fixed)[-1]
+
+
 def test_a_step_without_a_rollout_has_no_time_of_one(tmp_path):
     trainer = small_trainer(tmp_path, per_device_train_batch_size=2, steps_per_generation=2, beta=0.0)
     trainer.train()

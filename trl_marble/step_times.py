@@ -29,6 +29,7 @@ PARTS = (
     "balance",
     "optimizer",
 )
+LEARNING = "learning"  # inside `rollout` too, where a reward learns
 REWARD = "rewards/"
 GB = 1e9
 
@@ -54,11 +55,16 @@ class StepTimes:
             The rewards that are trained on.
         images_per_step (`int`):
             The images that an optimizer step is trained on, on all processes.
+        learns (`bool`, *optional*, defaults to `False`):
+            Whether a reward learns, so that `LEARNING` is a part too.
     """
 
-    def __init__(self, device: torch.device, reward_names: Sequence[str], images_per_step: int) -> None:
+    def __init__(
+        self, device: torch.device, reward_names: Sequence[str], images_per_step: int, learns: bool = False
+    ) -> None:
         self._device, self._images_per_step = device, images_per_step
-        self._parts = (*PARTS, *(REWARD + name for name in reward_names))
+        learning = (LEARNING,) if learns else ()
+        self._parts = (*PARTS, *learning, *(REWARD + name for name in reward_names))
         self.clear()
 
     def clear(self) -> None:
@@ -68,7 +74,7 @@ class StepTimes:
         self._ahead: deque[tuple[str, torch.cuda.Event, torch.cuda.Event]] = deque()  # where the device may not be yet
 
     def begin(self, part: str) -> None:
-        """Begin a part, one of `PARTS`."""
+        """Begin a part, one of `PARTS` or `LEARNING`."""
         self._begun[part] = self._now()
 
     def end(self, part: str) -> None:
@@ -90,7 +96,7 @@ class StepTimes:
         self.end(part)
 
     def add_reward(self, name: str, seconds: float) -> None:
-        """Add the time that a reward took on its own thread."""
+        """Add the time that calls of a reward took on its own thread."""
         self._seconds[REWARD + name] += seconds
 
     def flush(self) -> dict[str, float]:

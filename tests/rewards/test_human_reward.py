@@ -2,6 +2,7 @@
 """People as a reward: what votes become, what survives, and the page in a real server and a real browser."""
 
 import asyncio
+import functools
 import io
 import json
 import logging
@@ -20,7 +21,7 @@ from PIL import Image
 from trainer_helpers import bright, small_trainer
 
 from trl_marble.cli import main as cli
-from trl_marble.rewards import HumanReward, votes
+from trl_marble.rewards import HumanReward, RewardScorer, votes
 from trl_marble.rewards.vote_server import VoteServer
 from trl_marble.rewards.votes import Vote, VoteFolder, group_id, read_vote
 
@@ -214,6 +215,15 @@ def test_a_call_that_is_cancelled_shows_nothing_any_more(folder):
 def test_a_time_limit_that_makes_no_sense_is_refused(timeout, tmp_path):
     with pytest.raises(ValueError, match="`timeout` is"):
         HumanReward(tmp_path, timeout=timeout)
+
+
+def test_a_time_limit_that_would_lose_votes_is_refused(tmp_path):
+    for timeout in (1, 3):
+        reward = functools.partial(HumanReward(tmp_path, timeout=timeout))
+        with pytest.raises(ValueError, match=rf"`HumanReward` waits {timeout} seconds .* and `reward_timeout` is 1: "):
+            RewardScorer([reward], timeout=1)
+    RewardScorer([HumanReward(tmp_path, timeout=0.5)], timeout=1)
+    RewardScorer([HumanReward(tmp_path, timeout=3)])
 
 
 # ---- What is kept ----

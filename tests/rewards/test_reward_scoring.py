@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from trl_marble.rewards import InfiniteRewardError, ModelReward, RewardError, RewardScorer, Scores
-from trl_marble.rewards.protocol import BrokenRewardError
+from trl_marble.rewards.errors import BrokenRewardError
 
 
 # A test that would wait for ever fails after this many seconds instead.

@@ -6,7 +6,7 @@ import functools
 import pytest
 import torch
 
-from trl_marble.rewards import FrameReward, ModelReward, RemoteReward
+from trl_marble.rewards import FrameReward, LearningReward, ModelReward, RemoteReward, SetReward
 from trl_marble.rewards.parameters import accepts_log_function
 from trl_marble.rewards.protocol import reward_names
 from trl_marble.rewards.signatures import check_signatures
@@ -127,6 +127,73 @@ def test_refuses_a_model_reward_and_names_the_wrong_method():
     with pytest.raises(ValueError, match="`Picky.applies` .*no value for `include`"):
         check(Picky())
     check(Narrow(), columns=["prompt"])
+
+    class NoPrompts(Scale):
+        def score(self, images, **columns): ...
+
+    with pytest.raises(ValueError, match=r"`NoPrompts.score` .* with `images`, `prompts` by position"):
+        check(NoPrompts())
+
+
+class Set(SetReward):
+    scope = "group"
+
+    def features(self, images, prompts, **kwargs): ...
+
+    def credit(self, features, groups): ...
+
+
+class Learning(LearningReward):
+    def features(self, images, prompts, log_metric, **kwargs): ...
+
+    def score(self, features): ...
+
+    def update(self, features, rewards, trainer_state): ...
+
+    def state_dict(self): ...
+
+    def load_state_dict(self, state_dict): ...
+
+
+def variant(base, **methods):
+    return type("Odd", (base,), methods)()
+
+
+def test_methods_that_could_not_be_called_are_refused_by_name():
+    check(Set())
+    check(Learning())
+    check(variant(Set, credit=lambda self, **kwargs: None))
+    check(variant(Learning, state_dict=lambda self, prefix="": None, load_state_dict=lambda self, *states: None))
+    for reward, message in [
+        (
+            variant(Set, credit=lambda self, f, groups: None),
+            r"`Odd.credit` .*\(f, groups\): there is no value for `f`",
+        ),
+        (variant(Set, credit=lambda self, features: None), "`Odd.credit` .* does not accept `groups`"),
+        (variant(Learning, score=lambda self: None), "`Odd.score` .* is called with `features` by position"),
+        (variant(Learning, score=lambda self, f, prompts: None), "`Odd.score` .*: there is no value for `prompts`"),
+        (variant(Learning, update=lambda self, features, rewards: None), "`Odd.update` .*not accept `trainer_state`"),
+        (variant(Learning, state_dict=lambda self, what: None), "`Odd.state_dict` .*: there is no value for `what`"),
+        (variant(Learning, load_state_dict=lambda self: None), "`Odd.load_state_dict` .* is called with `state_dict`"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            check(reward)
+
+
+def test_a_reward_that_asks_for_groups_is_told_how_to_get_them():
+    def compares(images, groups, **kwargs): ...
+
+    with pytest.raises(ValueError, match=r'Set `compares.scope = "group"` for .*, or "batch"') as caught:
+        check(compares)
+    assert "Did you mean" not in str(caught.value)
+    check(compares, columns=["prompt", "groups"])  # a column like any other
+    with pytest.raises(ValueError, match=r'`Odd.features` .*Set `Odd.scope = "group"`'):
+        check(variant(Learning, features=lambda self, images, groups, **kwargs: None))
+    check(variant(Learning, scope="group", features=lambda self, images, groups, **kwargs: None))
+    with pytest.raises(ValueError, match="`Odd.features` .* are given to `credit`"):
+        check(variant(Set, features=lambda self, images, groups, **kwargs: None))
+    compares.scope = "group"
+    check(compares)
 
 
 def test_the_keyword_for_videos_is_videos():

@@ -3,8 +3,10 @@
 
 import functools
 import math
+import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -169,6 +171,130 @@ class Dark:
 
     def __call__(self, images, **kwargs):
         return [-value for value in bright(images)]
+
+
+# ---- Features and failures ----
+
+
+class Noted(Novelty):
+    """Notes how many images each call has, and what it learns from; logs."""
+
+    def __init__(self, fails=()):
+        super().__init__()
+        self.fails, self.calls, self.learned = fails, [], []
+
+    def features(self, images, prompts, log_metric, **kwargs):
+        self.calls.append(len(images))
+        if any(prompt in self.fails for prompt in prompts):
+            raise OSError("gone")
+        log_metric("novelty/shown", len(images))
+        return torch.tensor([image.resize((1, 1)).getpixel((0, 0)) for image in images])  # integers
+
+    def score(self, features):
+        return features.norm(dim=1)
+
+    def update(self, features, rewards, trainer_state, prompts, **kwargs):
+        assert features.is_floating_point()
+        torch.testing.assert_close(features.norm(dim=1).tolist(), rewards["Noted"])
+        self.learned.append(prompts)
+
+
+def test_features_are_computed_once_by_rollout_batches(tmp_path):
+    reward = Noted()
+    trainer = small_trainer(tmp_path, [reward, blue], rollout_batch_size=2)
+    trainer.train()
+    assert reward.calls == [2] * 4 and [len(prompts) for prompts in reward.learned] == [4, 4]
+    assert all(row["novelty/shown"] == 2 for row in trainer.state.log_history if "loss" in row)
+
+
+def test_features_are_kept_where_prompts_are_replaced(tmp_path):
+    def same(images, prompts, **kwargs):
+        return [float("red" in prompt) * value for prompt, value in zip(prompts, blue(images), strict=True)]
+
+    class Seldom(Noted):
+        def score(self, features):
+            return torch.zeros(len(features))  # no prompt has a signal of it
+
+        def update(self, features, rewards, trainer_state, prompts):
+            assert len(features) == len(prompts) == 4 and rewards["Seldom"] == [0.0] * 4
+            self.learned.append(prompts)
+
+    reward = Seldom()
+    trainer = small_trainer(tmp_path, [reward, same], resample_silent_prompts=3, rollout_batch_size=2, max_steps=3)
+    trainer.train()
+    assert len(reward.learned) == 3 and sum(row.get("resampled/prompts", 0) for row in trainer.state.log_history) > 0
+
+
+class FailsOn(Counting):
+    """Learns from images, and fails on a prompt."""
+
+    def __call__(self, images, prompts, **kwargs):
+        if "a cat" in prompts:
+            raise OSError("gone")
+        return bright(images)
+
+
+def test_nothing_is_learned_from_images_that_it_failed_on(tmp_path):
+    by_features, by_images = Noted(fails=("a cat",)), FailsOn()
+    trainer = small_trainer(
+        tmp_path, [by_features, by_images], reward_failure="mask", rollout_batch_size=2, max_steps=3
+    )
+    trainer.train()
+    learned = [prompts for *_, prompts, _ in by_images.learned]
+    assert by_features.learned == learned and sorted(map(len, learned)) == [2, 4, 4]
+    assert not any("a cat" in prompts for prompts in learned)
+    failed = [row["rewards/Noted/failed"] for row in trainer.state.log_history if "loss" in row]
+    assert sorted(failed) == [0, 0, 2]
+
+
+def test_a_call_that_hangs_is_named_where_the_reward_is_to_learn(tmp_path):
+    class Hangs(Noted):
+        def features(self, images, prompts, **kwargs):
+            if self.calls:
+                time.sleep(4.0)
+            return super().features(images, prompts, **kwargs)
+
+    trainer = small_trainer(
+        tmp_path, [Hangs(), bright], reward_failure="mask", reward_timeout=0.4, rollout_batch_size=2
+    )
+    message = r"`Hangs.state_dict` could not be called: an earlier call of `Hangs`, .* It scores 2 images for '"
+    with pytest.raises(RewardError, match=message):
+        trainer.train()
+
+
+def test_a_call_of_its_own_must_keep_the_features(tmp_path):
+    class Own(Noted):
+        def __call__(self, images, prompts, **kwargs):
+            return bright(images)
+
+    with pytest.raises(RewardError, match="`Own` has scored an image and kept no features to learn from"):
+        small_trainer(tmp_path, [Own(), blue]).train()
+
+
+class OwnState(Counting):
+    def __init__(self, state):
+        super().__init__()
+        self.state = state
+
+    def state_dict(self):
+        if isinstance(self.state, Exception) and not self.scored:
+            raise self.state
+        return {"mean": [self.state if not self.updates else self.updates]}
+
+
+def test_a_state_that_cannot_be_saved_is_refused_at_once(tmp_path):
+    message = r"state of the reward `OwnState` .*`state_dict\(\).mean.0` is a ndarray.*`torch.from_numpy`"
+    with pytest.raises(TypeError, match=message) as caught:
+        small_trainer(tmp_path, [OwnState(np.zeros(3)), blue], save_only_model=True)
+    assert "save_only_model" not in str(caught.value)
+
+
+def test_a_reward_may_have_no_state_before_it_has_seen_images(tmp_path):
+    reward = OwnState(AttributeError("no network yet"))
+    trainer = small_trainer(tmp_path, [reward, blue], max_steps=1)
+    with pytest.raises(TypeError, match=r"`state_dict\(\).mean.0` is a AttributeError"):
+        trainer.train()
+    assert reward.scored
 
 
 # ---- What is refused before anything is sampled ----

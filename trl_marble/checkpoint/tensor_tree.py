@@ -10,6 +10,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 
+# What to do where a state cannot be saved.
+_OF_RUN = "Use another one, or `save_only_model=True`, with which nothing can be resumed."
+_OF_REWARD = (
+    "Make one of these of it in `state_dict`, for example with `torch.from_numpy` or `list`, and undo that in "
+    "`load_state_dict`. Other processes get the state too, so it is needed whatever is saved."
+)
 _STRUCTURE = "structure"  # the entry of the file's metadata that holds everything but the tensors, as JSON
 
 
@@ -29,13 +35,13 @@ def save_tree(path: Path, tree: Any, what: str) -> None:
         `TypeError`: If there is anything else in it, naming its place and `what`.
     """
     tensors: dict[str, Tensor] = {}
-    structure = _encode(tree, "", tensors, what)
+    structure = _encode(tree, "", tensors, what, _OF_RUN)
     save_file(tensors, path, metadata={_STRUCTURE: json.dumps(structure)})
 
 
 def copy_tree(tree: Any, what: str) -> Any:
     """
-    A copy of what [`save_tree`] could write, with its tensors on the CPU.
+    A copy of the state of a reward that [`save_tree`] could write, with its tensors on the CPU.
 
     Args:
         tree (`Any`):
@@ -47,7 +53,7 @@ def copy_tree(tree: Any, what: str) -> Any:
         `TypeError`: As [`save_tree`].
     """
     tensors: dict[str, Tensor] = {}
-    return _decode(_encode(tree, "", tensors, what), tensors)
+    return _decode(_encode(tree, "", tensors, what, _OF_REWARD), tensors)
 
 
 def load_tree(path: Path) -> Any:
@@ -68,7 +74,7 @@ def load_tree(path: Path) -> Any:
     return _decode(structure, tensors)
 
 
-def _encode(value: Any, place: str, tensors: dict[str, Tensor], what: str) -> Any:
+def _encode(value: Any, place: str, tensors: dict[str, Tensor], what: str, advice: str) -> Any:
     """The value in JSON's terms; tensors are put aside under their number and place."""
     if type(value) in (Tensor, nn.Parameter):  # a subclass may mean more than its values
         name = f"{len(tensors)}{place}"  # places may be alike, such as those of the keys 0 and "0"
@@ -77,16 +83,15 @@ def _encode(value: Any, place: str, tensors: dict[str, Tensor], what: str) -> An
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if type(value) is list:
-        return [_encode(each, f"{place}/{i}", tensors, what) for i, each in enumerate(value)]
+        return [_encode(each, f"{place}/{i}", tensors, what, advice) for i, each in enumerate(value)]
     if type(value) is tuple:
-        return {"tuple": [_encode(each, f"{place}/{i}", tensors, what) for i, each in enumerate(value)]}
+        return {"tuple": [_encode(each, f"{place}/{i}", tensors, what, advice) for i, each in enumerate(value)]}
     if isinstance(value, dict) and all(type(key) in (str, int) for key in value):
         # As pairs, since keys of JSON objects are strings.
-        return {"dict": [[key, _encode(each, f"{place}/{key}", tensors, what)] for key, each in value.items()]}
+        return {"dict": [[key, _encode(each, f"{place}/{key}", tensors, what, advice)] for key, each in value.items()]}
     raise TypeError(
         f"The state of {what} cannot be saved: `state_dict(){place.replace('/', '.')}` is a {type(value).__name__}. "
-        "Checkpoints hold tensors, numbers, strings, lists and dicts, nothing that must be pickled. Use another one, "
-        "or `save_only_model=True`, with which nothing can be resumed."
+        f"Checkpoints hold tensors, numbers, strings, lists and dicts, nothing that must be pickled. {advice}"
     )
 
 

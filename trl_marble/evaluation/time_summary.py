@@ -17,6 +17,7 @@ LABELS = {
     "rollout": "rollout",
     "decode": "- of it decoding",
     "waiting": "- of it waiting for rewards",
+    "learning": "- of it rewards learning",
     "old": "old policy",
     "reference": "base model",
     "forward": "forward passes",
@@ -24,7 +25,7 @@ LABELS = {
     "balance": "balancing",
     "optimizer": "optimizer",
 }
-INSIDE_ROLLOUT = ("decode", "waiting")
+INSIDE_ROLLOUT = ("decode", "waiting", "learning")
 
 
 class TimeRow(NamedTuple):

@@ -7,14 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .protocol import (
-    BrokenRewardError,
-    InfiniteRewardError,
-    RewardError,
-    errors_for_infinite,
-    most_common_prompts,
-    reward_tensor,
-)
+from .errors import BrokenRewardError, InfiniteRewardError, RewardError, WrongFeaturesError
+from .features import check_features, find_infinite
+from .protocol import errors_for_infinite, most_common_prompts, reward_tensor
 from .scores import Scores
 
 
@@ -51,6 +46,8 @@ class Answers:
     def scores(self, future: Future, name: str, prompts: list[str]) -> Scores:
         """The scores `[1, B]` of one reward."""
         answer = self.value(future)
+        if isinstance(answer, WrongFeaturesError):  # as where features are asked for: no failure, but a mistake
+            raise answer
         if isinstance(answer, BaseException):  # also SystemExit: on the thread of a reward it does not end the run
             nothing = torch.full((1, len(prompts)), torch.nan)
             return Scores(nothing, nothing.isnan(), [_failure(name, answer, prompts, name in self._answered)])
@@ -58,7 +55,7 @@ class Answers:
         rewards = reward_tensor(answer, name, prompts)
         failed = torch.tensor([isinstance(value, Exception) for value in answer])
         errors = [
-            value if isinstance(value, InfiniteRewardError) else _failure(name, value, [prompt], True)
+            _infinite(name, value) if isinstance(value, InfiniteRewardError) else _failure(name, value, [prompt], True)
             for value, prompt in zip(answer, prompts, strict=True)
             if isinstance(value, Exception)
         ]
@@ -74,20 +71,11 @@ class Answers:
         if isinstance(answer, BaseException):
             error = _failure(name, answer, prompts, name in self._answered)
             return None, torch.ones(len(prompts), dtype=torch.bool), [error]
-        if not isinstance(answer, Tensor) or answer.ndim != 2 or len(answer) != len(prompts):
-            shown = f"shape {tuple(answer.shape)}" if isinstance(answer, Tensor) else f"type {type(answer).__name__}"
-            raise RewardError(
-                f"`{name}.features` returned something of {shown} for {len(prompts)} images; return a tensor of shape "
-                f"({len(prompts)}, number of features)."
-            )
+        features = check_features(answer, name, len(prompts))
         self._answered.add(name)
-        infinite = answer.detach().cpu().isinf().any(dim=1)
-        errors: list[RewardError] = [
-            InfiniteRewardError(f"Reward `{name}` has infinite features for the prompt {prompt!r}; bound them.")
-            for prompt, is_infinite in zip(prompts, infinite.tolist(), strict=True)
-            if is_infinite
-        ]
-        return answer.detach().cpu().masked_fill(infinite[:, None], torch.nan), infinite, errors
+        errors = find_infinite(features, name, prompts)
+        infinite = torch.tensor([place in errors for place in range(len(prompts))])
+        return features.masked_fill(infinite[:, None], torch.nan), infinite, list(errors.values())
 
 
 def _failure(name: str, error: BaseException, prompts: list[str], has_answered: bool) -> RewardError:
@@ -103,3 +91,10 @@ def _failure(name: str, error: BaseException, prompts: list[str], has_answered: 
         failure = RewardError(text)
     failure.__cause__ = error
     return failure
+
+
+def _infinite(name: str, error: InfiniteRewardError) -> InfiniteRewardError:
+    """The error for an infinite number, which begins with the name that the reward has in this run."""
+    if str(error).startswith(f"Reward `{name}` "):
+        return error
+    return InfiniteRewardError(f"Reward `{name}` returned {type(error).__name__}: {error}")

@@ -3,7 +3,7 @@
 
 import threading
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from torch import Tensor
@@ -47,6 +47,7 @@ OWN_PREFIXES = (
 
 LogKey = tuple[str, str]
 """Name of the reward, and of the metric or the column."""
+Key = TypeVar("Key")
 
 
 class CallLog:
@@ -61,11 +62,14 @@ class CallLog:
 
     Attributes:
         seconds (`float`): How long the call took; 0 while it has not ended.
+        features (`list[Tensor | None]`, *optional*): What a [`LearningReward`] learns from, one tensor for each image
+            that it applies to.
     """
 
     def __init__(self, num_images: int) -> None:
         self._num_images = num_images
         self.seconds = 0.0
+        self.features: list[Tensor | None] | None = None
         self._lock = threading.Lock()
         self._metrics: dict[str, list[float]] = {}
         self._extras: dict[str, list[Any]] = {}
@@ -135,6 +139,10 @@ class CallLog:
                 )
             self._extras[column] = plain
 
+    def log_features(self, features: list[Tensor | None]) -> None:
+        """Keep the features of the images of the call, one tensor for each, `None` where the reward does not apply."""
+        self.features = features
+
     @property
     def metrics(self) -> dict[str, list[float]]:
         """The numbers of each metric so far."""
@@ -148,7 +156,7 @@ class CallLog:
             return {column: list(values) for column, values in self._extras.items()}
 
 
-def join_extras(parts: Sequence[tuple[Mapping[LogKey, list[Any]], int]]) -> dict[LogKey, list[Any]]:
+def join_columns(parts: Sequence[tuple[Mapping[Key, list[Any]], int]]) -> dict[Key, list[Any]]:
     """
     Concatenate the columns of consecutive batches of images.
 
@@ -159,8 +167,8 @@ def join_extras(parts: Sequence[tuple[Mapping[LogKey, list[Any]], int]]) -> dict
     Returns:
         `dict`: One value for each image of all batches, `None` where its batch has none.
     """
-    keys = dict.fromkeys(key for extras, _ in parts for key in extras)
-    return {key: [value for extras, number in parts for value in extras.get(key, [None] * number)] for key in keys}
+    keys = dict.fromkeys(key for columns, _ in parts for key in columns)
+    return {key: [value for columns, number in parts for value in columns.get(key, [None] * number)] for key in keys}
 
 
 def column_names(keys: Sequence[LogKey]) -> list[str]:

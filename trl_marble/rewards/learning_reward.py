@@ -2,10 +2,15 @@
 """The base class of rewards that learn from features of images."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any
 
 from PIL import Image
 from torch import Tensor
+
+from .errors import InfiniteRewardError
+from .features import check_features, find_infinite
+from .parameters import accepts_log_function
 
 
 class LearningReward(ABC):
@@ -51,7 +56,8 @@ class LearningReward(ABC):
     @abstractmethod
     def features(self, images: list[Image.Image], prompts: list[str], **columns: Any) -> Tensor:
         """
-        Features of images, called as a reward is called.
+        Features of images, called as a reward is called, once for each image: [`~LearningReward.update`] gets the same
+        features as [`~LearningReward.score`].
 
         Args:
             images (`list[PIL.Image.Image]`):
@@ -59,7 +65,8 @@ class LearningReward(ABC):
             prompts (`list[str]`):
                 Their prompts.
             columns (`list`):
-                The other columns of the dataset by name, one value per image; and `trainer_state`.
+                The other columns of the dataset by name, one value per image; `trainer_state`; and `log_metric` and
+                `log_extra`, if the method accepts them.
 
         Returns:
             `Tensor` of shape `[B, D]`: one row per image; NaN where the reward does not apply.
@@ -87,7 +94,7 @@ class LearningReward(ABC):
 
         Args:
             features (`Tensor` of shape `[N, D]`):
-                Features of the images of all processes that the reward applies to, on the CPU.
+                Features of the images of all processes that the reward applies to and has not failed on, on the CPU.
             rewards (`dict[str, list[float | None]]`):
                 Name of each reward that is trained on -> one score for each of these images; `None` where it does not
                 apply.
@@ -109,10 +116,11 @@ class LearningReward(ABC):
         self,
         images: list[Image.Image],
         prompts: list[str],
-        log_metric: Any = None,
-        log_extra: Any = None,
+        log_metric: Callable[[str, float], None] | None = None,
+        log_extra: Callable[[str, Any], None] | None = None,
+        log_features: Callable[[list[Tensor | None]], None] | None = None,
         **columns: Any,
-    ) -> list[float | None]:
+    ) -> list[float | InfiniteRewardError | None]:
         """
         Score images.
 
@@ -121,19 +129,36 @@ class LearningReward(ABC):
                 Images, RGB.
             prompts (`list[str]`):
                 Their prompts.
-            log_metric, log_extra (*optional*):
-                Not used.
+            log_metric, log_extra (`Callable`, *optional*):
+                Passed on to [`~LearningReward.features`], if it accepts them.
+            log_features (`Callable[[list[Tensor | None]], None]`, *optional*):
+                Called with the features of each image, which are learned from later: of shape `[D]`, and `None` where
+                the reward does not apply.
             columns:
                 The other columns of the dataset by name, one value per image; and `trainer_state`.
 
         Returns:
-            `list[float | None]`: one value per image, `None` where the reward does not apply.
+            `list[float | InfiniteRewardError | None]`: one value per image, `None` where the reward does not apply,
+            and the error of an image with infinite features.
+
+        Raises:
+            [`RewardError`]: If `features` did not return one row of numbers for each image.
         """
-        features = self.features(images=images, prompts=prompts, **columns).cpu()
-        applies = ~features.isnan().any(dim=1)
-        values: list[float | None] = [None] * len(images)
+        name = type(self).__name__
+        logs = {"log_metric": log_metric, "log_extra": log_extra}
+        accepted = {key: log for key, log in logs.items() if log and accepts_log_function(self.features, key)}
+        answer = self.features(images=images, prompts=prompts, **accepted, **columns)
+        features = check_features(answer, name, len(images))
+        applies = features.isfinite().all(dim=1)
+        values: list[float | InfiniteRewardError | None] = [None] * len(images)
         if applies.any():
             scores = self.score(features[applies]).tolist()
             for place, score in zip(applies.nonzero().flatten().tolist(), scores, strict=True):
                 values[place] = score
+        for place, error in find_infinite(features, name, prompts).items():
+            values[place] = error
+        if log_features is not None:
+            # Copies: what is sent to another process takes all of the memory that it is a part of with it.
+            rows = zip(features, applies.tolist(), strict=True)
+            log_features([row.clone() if is_used else None for row, is_used in rows])
         return values

@@ -11,4 +11,4 @@ class NoRewards(RewardScorer):
 
     def __init__(self) -> None:
         self.funcs, self.names, self.scopes, self.learners, self.timeout = [], [], [], {}, None
-        self._calls, self._answers = RewardCalls(), Answers(None)
+        self._calls, self._answers, self._hanging = RewardCalls(), Answers(None), {}

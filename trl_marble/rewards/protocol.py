@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from .errors import InfiniteRewardError, RewardError
 from .learning_reward import LearningReward
 from .loading import load_reward
 from .parameters import call_signature
@@ -68,8 +69,9 @@ class Learner(Protocol):
 
         Args:
             images (`list[PIL.Image.Image]`):
-                The images of all processes, as the reward itself gets them: a tensor with `image_type` `"pt"`, and
-                `videos` by that name. A [`LearningReward`] gets `features` instead.
+                The images of all processes, without those that the reward failed on, as the reward itself gets them: a
+                tensor with `image_type` `"pt"`, and `videos` by that name. A [`LearningReward`] gets `features`
+                instead.
             rewards (`dict[str, list[float | None]]`):
                 Name of each reward that is trained on -> one score per image; `None` where it does not apply.
             trainer_state ([`~transformers.TrainerState`]):
@@ -91,18 +93,6 @@ class Learner(Protocol):
 LEARNING = ("update", "state_dict", "load_state_dict")
 
 
-class RewardError(RuntimeError):
-    """A reward function failed or returned something that is not a reward."""
-
-
-class BrokenRewardError(RewardError):
-    """A reward function that has not scored any image so far, or whose code is wrong whatever the image."""
-
-
-class InfiniteRewardError(RewardError):
-    """A reward function returned a number for an image that is infinite, or too large for float32."""
-
-
 def reward_names(reward_funcs: Sequence[RewardFunc]) -> list[str]:
     """
     Unique names of the rewards of a run.
@@ -119,7 +109,7 @@ def reward_names(reward_funcs: Sequence[RewardFunc]) -> list[str]:
     taken: set[str] = set()
     names = []
     for func in reward_funcs:
-        inner = _without_partials(func)
+        inner = without_partials(func)
         base = getattr(inner, "__name__", type(inner).__name__)
         name, suffix = base, 0
         while name in taken:
@@ -183,7 +173,7 @@ def find_learner(func: RewardFunc) -> Learner | LearningReward | None:
     Raises:
         `ValueError`: If it has no `state_dict` or no `load_state_dict`.
     """
-    inner: Any = _without_partials(func)
+    inner: Any = without_partials(func)
     missing = [method for method in LEARNING if not callable(getattr(inner, method, None))]
     if "update" in missing:
         return None
@@ -196,14 +186,15 @@ def find_learner(func: RewardFunc) -> Learner | LearningReward | None:
     return inner
 
 
-def _without_partials(func: Any) -> Any:
+def without_partials(func: Any) -> Any:
+    """The callable inside `functools.partial` objects."""
     while isinstance(func, functools.partial):
         func = func.func
     return func
 
 
 def _attribute(func: Any, attribute: str, default: str, allowed: Sequence[str]) -> Any:
-    value = getattr(_without_partials(func), attribute, default)
+    value = getattr(without_partials(func), attribute, default)
     if value not in allowed:
         (name,) = reward_names([func])
         raise ValueError(

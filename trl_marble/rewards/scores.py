@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .call_log import LogKey, join_extras
-from .protocol import RewardError
+from .call_log import LogKey, join_columns
+from .errors import RewardError
 
 
 class Scores(NamedTuple):
@@ -30,6 +30,9 @@ class Scores(NamedTuple):
             Columns that rewards logged with `log_extra`: reward and column -> B values, `None` where there is none.
         seconds (`Mapping[str, float]`, *optional*):
             Reward -> how long its calls took, added up; calls of one batch run beside those of other rewards.
+        features (`Mapping[str, list[Tensor | None]]`, *optional*):
+            [`LearningReward`] -> what it learns from: a tensor of shape `[D]` for each image, `None` where the reward
+            does not apply or failed.
     """
 
     rewards: Tensor
@@ -38,6 +41,7 @@ class Scores(NamedTuple):
     metrics: Mapping[LogKey, list[float]] = MappingProxyType({})
     extras: Mapping[LogKey, list[Any]] = MappingProxyType({})
     seconds: Mapping[str, float] = MappingProxyType({})
+    features: Mapping[str, list[Tensor | None]] = MappingProxyType({})
 
     @staticmethod
     def concatenate(parts: "Sequence[Scores]") -> "Scores":
@@ -48,15 +52,19 @@ class Scores(NamedTuple):
             torch.cat([part.failed for part in parts], dim=1),
             [error for part in parts for error in part.errors],
             {key: [value for part in parts for value in part.metrics.get(key, [])] for key in keys},
-            join_extras([(part.extras, part.rewards.shape[1]) for part in parts]),
+            join_columns([(part.extras, part.rewards.shape[1]) for part in parts]),
             _add_seconds(parts),
+            join_columns([(part.features, part.rewards.shape[1]) for part in parts]),
         )
 
     def select(self, chosen: Sequence[int]) -> "Scores":
         """The scores of some of the images, with everything that is not of single images."""
         index = torch.tensor(chosen, dtype=torch.int64)
         extras = {key: [values[i] for i in chosen] for key, values in self.extras.items()}
-        return self._replace(rewards=self.rewards[:, index], failed=self.failed[:, index], extras=extras)
+        features = {name: [rows[i] for i in chosen] for name, rows in self.features.items()}
+        return self._replace(
+            rewards=self.rewards[:, index], failed=self.failed[:, index], extras=extras, features=features
+        )
 
     @staticmethod
     def stack(parts: "Sequence[Scores]") -> "Scores":
@@ -78,7 +86,8 @@ def _of_same_images(parts: Sequence[Scores], rewards: Tensor, failed: Tensor) ->
     metrics = {key: values for part in parts for key, values in part.metrics.items()}
     extras = {key: values for part in parts for key, values in part.extras.items()}
     errors = [error for part in parts for error in part.errors]
-    return Scores(rewards, failed, errors, metrics, extras, _add_seconds(parts))
+    features = {name: rows for part in parts for name, rows in part.features.items()}
+    return Scores(rewards, failed, errors, metrics, extras, _add_seconds(parts), features)
 
 
 def _add_seconds(parts: Sequence[Scores]) -> dict[str, float]:

@@ -13,19 +13,22 @@ from torch import Tensor
 from ..media import Sample
 from .answers import Answers
 from .call_log import LOG_KEYWORDS, CallLog, LogKey
+from .errors import RewardError
 from .extractor_reward import ExtractorReward
 from .frame_reward import FrameReward
+from .human import HumanReward
 from .learning_reward import LearningReward
 from .model_reward import ModelReward
 from .parameters import accepts, accepts_log_function, call_signature
 from .protocol import (
-    RewardError,
     RewardFunc,
     Scope,
     find_learner,
+    most_common_prompts,
     reward_names,
     reward_scope,
     validate_reward_funcs,
+    without_partials,
 )
 from .reward_calls import PendingScores, RewardCalls, media_keyword
 from .scores import Scores
@@ -51,6 +54,9 @@ class RewardScorer:
         names (`list[str]`): The unique name of each reward.
         scopes (`list[str]`): What a score of each reward depends on, see [`RewardFunc`].
         learners (`dict[int, Learner | LearningReward]`): The rewards that learn, by their number.
+
+    Raises:
+        `ValueError`: If two settings of a reward, or one of its and `timeout`, do not fit together.
     """
 
     def __init__(
@@ -67,7 +73,10 @@ class RewardScorer:
         found = {row: find_learner(func) for row, func in enumerate(self.funcs)}
         self.learners = {row: learner for row, learner in found.items() if learner is not None}
         self.timeout = timeout
+        for func, name in zip(self.funcs, self.names, strict=True):
+            _check_timeout(func, name, timeout)
         self._calls, self._answers = RewardCalls(), Answers(timeout)
+        self._hanging: dict[int, PendingScores] = {}  # calls that were given up, by the number of the reward
 
     def __len__(self) -> int:
         return len(self.funcs)
@@ -124,7 +133,7 @@ class RewardScorer:
         prompts: list[str],
         columns: dict[str, list],
         trainer_state: Any,
-        asked: Mapping[int, SetReward] | Mapping[int, LearningReward],
+        asked: Mapping[int, SetReward],
     ) -> PendingScores:
         """
         Start to compute the features for some rewards, by their numbers. For the other arguments see [`submit`].
@@ -213,6 +222,16 @@ class RewardScorer:
         func = functools.partial(getattr(self.learners[row], method), *args)
         future = self._calls.start(func, self.names[row], kwargs, CallLog(0))
         self._wait(PendingScores([future], [], [], [row]), None)
+        hanging = self._hanging.get(row)
+        if not future.done() and hanging is not None and not hanging.done:
+            future.cancel()
+            name, prompts = self.names[row], hanging.prompts
+            raise RewardError(
+                f"`{name}.{method}` could not be called: an earlier call of `{name}`, which was given up, has not "
+                f"ended another {self.timeout:g} seconds later (`reward_timeout`), and the calls of a reward run one "
+                f"after the other. It scores {len(prompts)} images for {most_common_prompts(prompts)}. Give what it "
+                "waits for a time limit of its own, or raise `reward_timeout`."
+            )
         answer = self._answers.value(future)
         if isinstance(answer, BaseException):
             raise RewardError(f"`{self.names[row]}.{method}` raised {type(answer).__name__}: {answer}.") from answer
@@ -245,7 +264,9 @@ class RewardScorer:
         failed = torch.zeros(rewards.shape, dtype=torch.bool)
         for row, part in zip(pending.rows, read, strict=True):
             rewards[row], failed[row] = part.rewards[0], part.failed[0]
-        return Scores(rewards, failed, [error for part in read for error in part.errors], *self._logs(pending))
+        self._note_hanging(pending)
+        errors = [error for part in read for error in part.errors]
+        return Scores(rewards, failed, errors, *self._logs(pending), self._features(pending, failed))
 
     def collect_features(
         self, pending: PendingScores, deadline: float | None = None
@@ -275,6 +296,7 @@ class RewardScorer:
             own, failed[row], own_errors = self._answers.features(future, self.names[row], pending.prompts)
             features.append(own)
             errors += own_errors
+        self._note_hanging(pending)
         nothing = torch.full(failed.shape, torch.nan)
         return features, Scores(nothing, failed, errors, *self._logs(pending))
 
@@ -323,6 +345,22 @@ class RewardScorer:
             deadline = time.monotonic() + self.timeout
         wait_until(pending.futures, deadline)
 
+    def _note_hanging(self, pending: PendingScores) -> None:
+        """Remember the calls that were given up, and go on."""
+        for row, future in zip(pending.rows, pending.futures, strict=True):
+            if not future.done():
+                self._hanging[row] = PendingScores([future], pending.prompts, [], [row])
+
+    def _features(self, pending: PendingScores, failed: Tensor) -> dict[str, list[Tensor | None]]:
+        """What the rewards that learn from features learn from: nothing of an image that they failed on."""
+        return {
+            self.names[row]: [
+                None if has_failed else own for own, has_failed in zip(log.features, failed[row].tolist(), strict=True)
+            ]
+            for row, log in zip(pending.rows, pending.logs, strict=True)
+            if log.features is not None
+        }
+
     def _logs(
         self, pending: PendingScores
     ) -> tuple[dict[LogKey, list[float]], dict[LogKey, list[Any]], dict[str, float]]:
@@ -352,6 +390,21 @@ class RewardScorer:
         kwargs |= media_keyword(self.funcs[row], samples)
         kwargs |= {"prompts": list(prompts), "trainer_state": trainer_state, **more}
         log = CallLog(len(prompts))
+        keywords: tuple[str, ...] = LOG_KEYWORDS
+        if isinstance(self.learners.get(row), LearningReward):
+            keywords = (*keywords, "log_features")
         # Only to rewards that accept them: others work without.
-        kwargs |= {key: getattr(log, key) for key in LOG_KEYWORDS if accepts_log_function(func, key)}
+        kwargs |= {key: getattr(log, key) for key in keywords if accepts_log_function(func, key)}
         return self._calls.start(func, self.names[row], kwargs, log), log
+
+
+def _check_timeout(func: RewardFunc, name: str, timeout: float | None) -> None:
+    """Refuse people whose votes are waited for longer than for any answer: those that came would be lost."""
+    inner = without_partials(func)
+    if not isinstance(inner, HumanReward) or inner.timeout is None or timeout is None:
+        return
+    if inner.timeout >= timeout:
+        raise ValueError(
+            f"Reward `{name}` waits {inner.timeout:g} seconds for votes (its `timeout`), and `reward_timeout` is "
+            f"{timeout:g}: the votes would be lost. Make `timeout` less than `reward_timeout`."
+        )

@@ -8,6 +8,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from .errors import InfiniteRewardError
+from .features import check_features, find_infinite
 from .protocol import Scope
 
 
@@ -88,7 +90,7 @@ class SetReward(ABC):
         groups: list[int],
         trainer_state: Any = None,
         **columns: list,
-    ) -> list[float]:
+    ) -> list[float | InfiniteRewardError]:
         """
         Score whole sets.
 
@@ -105,11 +107,20 @@ class SetReward(ABC):
                 The other columns of the dataset.
 
         Returns:
-            `list[float]`: one value per image; NaN where the reward does not apply.
+            `list[float | InfiniteRewardError]`: one value per image; NaN where the reward does not apply, and the
+            error of an image with infinite features.
+
+        Raises:
+            [`RewardError`]: If `features` did not return one row of numbers for each image.
         """
-        features = self.features(images=images, prompts=prompts, trainer_state=trainer_state, **columns).cpu()
+        name = type(self).__name__
+        answer = self.features(images=images, prompts=prompts, trainer_state=trainer_state, **columns)
+        features = check_features(answer, name, len(images))
         values = torch.full((len(images),), torch.nan)
-        applies = ~features.isnan().any(dim=1)
+        applies = features.isfinite().all(dim=1)
         if applies.any():
-            values[applies] = self.credit(features[applies], torch.tensor(groups)[applies]).float()
-        return values.tolist()
+            # By keyword, as in a run.
+            credit = self.credit(features=features[applies], groups=torch.tensor(groups)[applies])
+            values[applies] = credit.float()
+        infinite = find_infinite(features, name, prompts)
+        return [infinite.get(place, value) for place, value in enumerate(values.tolist())]

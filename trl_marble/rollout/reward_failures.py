@@ -10,7 +10,7 @@ from accelerate.utils import gather_object
 from transformers.utils import logging
 
 from ..rewards import InfiniteRewardError, RewardError, Scores
-from ..rewards.protocol import BrokenRewardError
+from ..rewards.errors import BrokenRewardError
 
 
 logger = logging.get_logger(__name__)

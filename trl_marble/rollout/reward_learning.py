@@ -1,7 +1,9 @@
 # Copyright 2026 The trl_marble Authors. Licensed under the Apache License, Version 2.0.
 """Lets rewards that learn do so after each generation batch, with one state on all processes."""
 
+import time
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -11,8 +13,9 @@ from torch import Tensor
 
 from ..media import Sample
 from ..processes import FailingTogether
-from ..rewards import InfiniteRewardError, LearningReward, RewardError, RewardScorer
+from ..rewards import LearningReward, RewardError, RewardScorer, Scores
 from ..rewards.call_log import LogKey
+from ..step_times import LEARNING, StepTimes
 from .set_scores import SetImages
 
 
@@ -25,7 +28,8 @@ class _Seen(NamedTuple):
 
     number: int
     image: Sample | None  # where a reward learns from images
-    features: dict[int, Tensor]  # by the number of a reward that learns from these
+    features: dict[int, Tensor]  # by the number of a reward that learns from these, where it applies
+    failed: list[bool]  # each reward
     rewards: dict[str, float | None]
     prompt: str
     columns: dict[str, Any]
@@ -45,26 +49,39 @@ class RewardLearning:
             Lets all processes stop where one fails.
         copy_state (`Callable[[Any, str], Any]`):
             Copies a state to the CPU, and refuses one that no checkpoint can hold; also gets what it is the state of.
+        times ([`~trl_marble.step_times.StepTimes`], *optional*):
+            What learning takes is added to. Defaults to measuring nothing.
+
+    Raises:
+        `TypeError`: If a reward has a state already, and no checkpoint can hold it.
     """
 
-    def __init__(self, scorer: RewardScorer, together: FailingTogether, copy_state: Callable[[Any, str], Any]) -> None:
-        self.scorer, self.together, self.copy_state = scorer, together, copy_state
+    def __init__(
+        self,
+        scorer: RewardScorer,
+        together: FailingTogether,
+        copy_state: Callable[[Any, str], Any],
+        times: StepTimes | None = None,
+    ) -> None:
+        self.scorer, self.together, self.copy_state, self.times = scorer, together, copy_state, times
         self._before: States | None = None  # while no optimizer step has used the latest generation batch
+        for row in scorer.learners:
+            self._check_first_state(row)
 
     @property
     def names(self) -> list[str]:
         """The rewards that learn."""
         return [self.scorer.names[row] for row in self.scorer.learners]
 
-    def update(self, own: SetImages, rewards: Tensor, trainer_state: Any) -> dict[LogKey, list[float]]:
+    def update(self, own: SetImages, scores: Scores, trainer_state: Any) -> dict[LogKey, list[float]]:
         """
         Learn from a generation batch that was scored. All processes call it.
 
         Args:
             own ([`SetImages`]):
                 This process's images.
-            rewards (`Tensor` of shape `[K, B]`):
-                Their rewards.
+            scores ([`~trl_marble.rewards.Scores`]):
+                Their scores, with the features that rewards learn from.
             trainer_state ([`~transformers.TrainerState`]):
                 Passed on to the rewards.
 
@@ -75,27 +92,8 @@ class RewardLearning:
             [`~trl_marble.rewards.RewardError`]: If one of them failed, whatever the failure policy is: what it has
                 learned is not known then.
         """
-        if not self.names:
-            return {}
-        state = PartialState()
-        with self.together.phase():
-            self._before = self._copy_states()
-            described = self._describe(own, rewards, trainer_state)
-        seen = [image for images in gather_object([described]) for image in images]
-        logged: dict[LogKey, list[float]] = {}
-        learned: list[Any] = [None]
-        with self.together.phase():
-            if state.is_main_process:
-                seen.sort(key=lambda image: image.number)
-                for row in self.scorer.learners:
-                    logged |= self._learn(row, seen, trainer_state)
-                learned = [self._copy_states()]
-        if state.num_processes > 1:
-            broadcast_object_list(learned)
-            with self.together.phase():
-                if not state.is_main_process:
-                    self._load(learned[0])
-        return logged
+        with nullcontext() if self.times is None else self.times.measure(LEARNING):
+            return self._update(own, scores, trainer_state)
 
     def commit(self) -> None:
         """Keep what was learned from the latest generation batch, once an optimizer step has used it."""
@@ -116,11 +114,42 @@ class RewardLearning:
         self._before = None
         self._load(state_dict)
 
+    def _update(self, own: SetImages, scores: Scores, trainer_state: Any) -> dict[LogKey, list[float]]:
+        state = PartialState()
+        with self.together.phase():
+            self._before = self._copy_states()
+            described = self._describe(own, scores)
+        seen = [image for images in gather_object([described]) for image in images]
+        logged: dict[LogKey, list[float]] = {}
+        learned: list[Any] = [None]
+        with self.together.phase():
+            if state.is_main_process:
+                seen.sort(key=lambda image: image.number)
+                for row in self.scorer.learners:
+                    logged |= self._learn(row, seen, trainer_state)
+                learned = [self._copy_states()]
+                self.scorer.release()
+        if state.num_processes > 1:
+            broadcast_object_list(learned)
+            with self.together.phase():
+                if not state.is_main_process:
+                    self._load(learned[0])
+        return logged
+
+    def _check_first_state(self, row: int) -> None:
+        """Refuse a state that cannot be saved before anything is sampled."""
+        try:
+            state = self.scorer.learners[row].state_dict()
+        except Exception:  # there may be none before it has seen images; it is checked again when it learns
+            return
+        self._copy_state(row, state)
+
+    def _copy_state(self, row: int, state: Any) -> Any:
+        return self.copy_state(state, f"the reward `{self.scorer.names[row]}`")
+
     def _copy_states(self) -> States:
         return {
-            self.scorer.names[row]: self.copy_state(
-                self.scorer.call(row, "state_dict"), f"the reward `{self.scorer.names[row]}`"
-            )
+            self.scorer.names[row]: self._copy_state(row, self.scorer.call(row, "state_dict"))
             for row in self.scorer.learners
         }
 
@@ -128,45 +157,49 @@ class RewardLearning:
         for row in self.scorer.learners:
             self.scorer.call(row, "load_state_dict", states[self.scorer.names[row]])
 
-    def _describe(self, own: SetImages, rewards: Tensor, trainer_state: Any) -> list[_Seen]:
+    def _describe(self, own: SetImages, scores: Scores) -> list[_Seen]:
         """This process's images, to be sent to the first one."""
-        shown = own.finite.nonzero().flatten().tolist()
-        if not shown:
-            return []
-        prompts = [own.prompts[i] for i in shown]
-        columns = {name: [values[i] for i in shown] for name, values in own.columns.items()}
-        images = [own.images[i] for i in shown]
-        learners = self.scorer.learners.items()
-        asked: dict[int, LearningReward] = {row: each for row, each in learners if isinstance(each, LearningReward)}
-        sends_images = len(asked) < len(self.scorer.learners)
-        pending = self.scorer.submit_features(images, prompts, columns, trainer_state, asked)
-        features, answer = self.scorer.collect_features(pending)
-        self.scorer.release()
-        for error in answer.errors:
-            if not isinstance(error, InfiniteRewardError):  # images with infinite features are left out
-                raise RewardError(f"{error} Nothing can be learned from this generation batch.") from error.__cause__
+        learners = self.scorer.learners
+        by_features = [row for row, learner in learners.items() if isinstance(learner, LearningReward)]
+        sends_images = len(by_features) < len(learners)
         return [
             _Seen(
                 own.numbers[i],
-                images[place] if sends_images else None,
-                {row: part[place] for row, part in zip(asked, features, strict=True) if part is not None},
+                own.images[i] if sends_images else None,
+                {row: part for row in by_features if (part := self._features(row, i, scores)) is not None},
+                scores.failed[:, i].tolist(),
                 {
                     name: None if value != value else value  # NaN
-                    for name, value in zip(self.scorer.names, rewards[:, i].tolist(), strict=True)
+                    for name, value in zip(self.scorer.names, scores.rewards[:, i].tolist(), strict=True)
                 },
-                prompts[place],
-                {name: values[place] for name, values in columns.items()},
+                own.prompts[i],
+                {name: values[i] for name, values in own.columns.items()},
             )
-            for place, i in enumerate(shown)
+            for i in own.finite.nonzero().flatten().tolist()
         ]
 
+    def _features(self, row: int, place: int, scores: Scores) -> Tensor | None:
+        """The features of an image that it was scored by; none where the reward does not apply or has failed."""
+        name = self.scorer.names[row]
+        features = scores.features[name][place] if name in scores.features else None
+        if features is None and not scores.rewards[row, place].isnan():
+            raise RewardError(
+                f"`{name}` has scored an image and kept no features to learn from. Its `__call__` must call that of "
+                "`LearningReward`, with all keywords that it got."
+            )
+        return features
+
     def _learn(self, row: int, seen: list[_Seen], trainer_state: Any) -> dict[LogKey, list[float]]:
-        """Let one reward learn from the images that it applies to, by their features, or from all images."""
-        chosen = [image for image in seen if row not in image.features or not image.features[row].isnan().any()]
+        """
+        Let one reward learn from the images that it applies to, by their features, or from all images, without those
+        that it failed on when it scored them.
+        """
+        of_features = isinstance(self.scorer.learners[row], LearningReward)
+        chosen = [image for image in seen if (row in image.features if of_features else not image.failed[row])]
         if not chosen:
             return {}
-        of_features = isinstance(self.scorer.learners[row], LearningReward)
-        return self.scorer.update(
+        start = time.perf_counter()
+        logged = self.scorer.update(
             row,
             torch.stack([image.features[row] for image in chosen])
             if of_features
@@ -176,3 +209,6 @@ class RewardLearning:
             {name: [image.columns[name] for image in chosen] for name in chosen[0].columns},
             trainer_state,
         )
+        if self.times is not None:
+            self.times.add_reward(self.scorer.names[row], time.perf_counter() - start)
+        return logged

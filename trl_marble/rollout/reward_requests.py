@@ -12,7 +12,6 @@ from torch import Tensor
 
 from ..media import Sample
 from ..rewards import PendingScores, RewardScorer, Scores
-from ..rewards.call_log import LogKey
 from ..rewards.threads import wait_until
 from .reward_failures import FailurePolicy
 
@@ -91,8 +90,12 @@ def spread_over_batch(parts: Sequence[Scores], was_shown: Tensor, num_rewards: i
         return Scores(rewards, failed, [])
     stacked = Scores.stack(parts)
     rewards[:, was_shown], failed[:, was_shown] = stacked.rewards, stacked.failed
-    extras: dict[LogKey, list[Any]] = {}
-    for key, values in stacked.extras.items():
-        each = iter(values)
-        extras[key] = [next(each) if is_shown else None for is_shown in was_shown.tolist()]
-    return stacked._replace(rewards=rewards, failed=failed, extras=extras)
+    extras = {key: _spread(values, was_shown) for key, values in stacked.extras.items()}
+    features = {name: _spread(values, was_shown) for name, values in stacked.features.items()}
+    return stacked._replace(rewards=rewards, failed=failed, extras=extras, features=features)
+
+
+def _spread(values: list[Any], was_shown: Tensor) -> list[Any]:
+    """The values of the images that were shown, and `None` for the others."""
+    each = iter(values)
+    return [next(each) if is_shown else None for is_shown in was_shown.tolist()]

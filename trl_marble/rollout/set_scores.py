@@ -139,7 +139,9 @@ def _score_images(
             )
             answer = scorer.collect(pending)
             failures.raise_failures(answer.errors)
-    sent_back = answer._replace(errors=[], metrics={}, extras=dict(answer.extras), seconds={})
+    sent_back = answer._replace(
+        errors=[], metrics={}, extras=dict(answer.extras), seconds={}, features=dict(answer.features)
+    )
     scored = Scores.concatenate(gather_object([sent_back]))
     numbers = gather_object([member.number for member in chosen])
     return _pick(scored, numbers, own.numbers)._replace(

@@ -260,6 +260,6 @@ class RolloutSource:
         if self.learning is None:
             return
         images = set_images(scored.rows, self._places(task), scored.samples)
-        logged = self.learning.update(images, scored.samples.scores.rewards, task.trainer_state)
+        logged = self.learning.update(images, scored.samples.scores, task.trainer_state)
         for name, mean in average_logged(logged).items():
             self.metrics.record(name, mean)

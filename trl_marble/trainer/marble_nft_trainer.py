@@ -184,7 +184,7 @@ class MarbleNFTTrainer(WithoutPredictions, ObservedTrainer):
         self.policy_loss = construction.build_policy_loss(args, has_rewards=len(self.scorer) > 0)
         self.base_evaluations = BaseEvaluations()
         images_per_step = args.generation_batch_size * args.gradient_accumulation_steps // args.steps_per_generation
-        self.times = StepTimes(args.device, self.scorer.names, images_per_step)
+        self.times = StepTimes(args.device, self.scorer.names, images_per_step, learns=bool(self.scorer.learners))
         self.sampler = construction.build_sampler(self.flow, self.together, self.progress, self.times, args)
         shared = self.accelerator, self.metrics
         self.rollouts = construction.build_source(

@@ -75,7 +75,7 @@ def build_source(
         meter,
         functools.partial(loss.window, num_steps=args.num_inference_steps, seed=args.seed),
         functools.partial(assign_teachers, teachers) if teachers else None,
-        RewardLearning(scorer, sampler.together, copy_tree) if scorer.learners else None,
+        RewardLearning(scorer, sampler.together, copy_tree, sampler.times) if scorer.learners else None,
     )
 
 
