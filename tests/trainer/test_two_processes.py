@@ -256,7 +256,7 @@ def test_two_processes_are_one(two, tmp_path, name) -> None:
     # What is logged, alpha and cosines included.
     (expected,), (on_first, on_second) = told(tmp_path, "one"), told(two, name)
     assert on_first["evaluation"] == pytest.approx(on_second["evaluation"], rel=0, abs=0, nan_ok=True)
-    assert on_first["evaluation"] == pytest.approx(expected["evaluation"], rel=1e-5, abs=1e-6, nan_ok=True)
+    assert on_first["evaluation"] == pytest.approx(expected["evaluation"], rel=tolerance, abs=1e-6, nan_ok=True)
     assert len(on_first["log"]) == len(expected["log"])
     for found, entry in zip(on_first["log"], expected["log"], strict=True):
         timeless = {
@@ -265,7 +265,7 @@ def test_two_processes_are_one(two, tmp_path, name) -> None:
             if not key.startswith(("time/", "memory/")) and "runtime" not in key and "second" not in key
         }
         assert ("loss" in entry) == ("time/rollout" in entry) == ("time/rollout" in found)
-        assert {key: found[key] for key in timeless} == pytest.approx(timeless, rel=1e-5, abs=1e-6, nan_ok=True)
+        assert {key: found[key] for key in timeless} == pytest.approx(timeless, rel=tolerance, abs=1e-6, nan_ok=True)
         rewards = EQUAL[name].get("rewards", ["left"])
         assert not balances or not rewards or "loss" not in entry or f"balance/alpha/{rewards[0]}" in entry
     if name == "every step":  # of two prompts: each is a half, and `red_only` applies to one of them
