@@ -261,6 +261,26 @@ def test_a_judge_that_prefers_a_place_favours_no_image():
         assert ask(make(PairwiseJudge, server), range(6), [0] * 6) == pytest.approx([0] * 6, abs=1e-9)
 
 
+@pytest.mark.parametrize("num_images", [2, 3, 6, 7, 8, 13])
+def test_a_judge_that_prefers_places_in_a_ranking_favours_no_image(num_images):
+    def keep_the_order(handler, request, number):
+        return "Ranking: " + " > ".join(str(k + 1) for k in range(len(levels(request))))
+
+    with endpoint(keep_the_order) as server:
+        scores = ask(make(RankingJudge, server), range(num_images), [0] * num_images)
+    assert scores == pytest.approx([0] * num_images, abs=1e-9)
+
+
+@pytest.mark.parametrize("size", [2, 3, 4, 5, 6, 7])
+def test_each_image_of_a_large_group_is_in_two_or_three_questions_each_asked_twice(size):
+    for num_images in range(size + 1, 4 * size):
+        asked = RankingJudge("m", "http://127.0.0.1:1", images_per_question=size).subsets(num_images)
+        assert len(asked) == 2 * -(-num_images // (size // 2))
+        assert asked[1::2] == [subset[::-1] for subset in asked[::2]]
+        times = {sum(k in subset for subset in asked[::2]) for k in range(num_images)}
+        assert times <= {2, 3} and all(len(set(subset)) == size for subset in asked)
+
+
 def test_an_image_alone_is_not_compared():
     with endpoint(prefer_red) as server:
         assert ask(make(PairwiseJudge, server), [1, 2, 3], [0, 1, 2]) == [None] * 3
@@ -271,9 +291,10 @@ def test_an_image_alone_is_not_compared():
 def test_a_ranking_orders_a_group():
     with endpoint(rank_by_red) as server:
         scores = ask(make(RankingJudge, server), [30, 10, 20], [0, 0, 0])
-    (request,) = server.requests
-    assert "You see 3 images" in seen_text(request) and "[p]" in seen_text(request)
-    wins = np.array([[0, 1, 1], [0, 0, 0], [0, 1, 0]])
+    assert sorted(levels(request) for request in server.requests) == [[20, 10, 30], [30, 10, 20]]
+    for request in server.requests:
+        assert "You see 3 images" in seen_text(request) and "[p]" in seen_text(request)
+    wins = np.array([[0, 2, 2], [0, 0, 0], [0, 2, 0]])
     assert scores == pytest.approx(bradley_terry(wins).tolist())
 
 
@@ -282,8 +303,8 @@ def test_a_large_group_is_ranked_in_parts_that_overlap():
     with endpoint(rank_by_red) as server:
         scores = ask(make(RankingJudge, server, images_per_question=6), reds, [0] * 24)
     asked = [levels(request) for request in server.requests]
-    assert len(asked) == 8 and all(len(reds) == 6 for reds in asked)
-    assert all(sum(red in reds for reds in asked) == 2 for red in range(24))
+    assert len(asked) == 16 and all(len(reds) == 6 for reds in asked)
+    assert all(sum(red in reds for reds in asked) == 4 for red in range(24))
     assert np.corrcoef(scores, reds)[0, 1] > 0.75
 
 

@@ -157,7 +157,8 @@ def _named(winner: re.Pattern[str], text: str, num_images: int) -> set[int]:
             named.add(TIE)
         elif word := groups["image"] or groups.get("number"):
             number = ORDINALS.get(word.lower()) or int(word[:9])
-            named |= {number} & set(range(1, num_images + 1))  # others count something else
+            if 1 <= number <= num_images:  # others count something else
+                named.add(number)
     return named
 
 
