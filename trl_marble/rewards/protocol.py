@@ -50,6 +50,7 @@ A reward that learns has the methods `update`, `state_dict` and `load_state_dict
 
 Scope = Literal["image", "group", "batch"]
 Center = Literal["group", "batch"]
+ImageType = Literal["pil", "pt"]
 
 
 class Learner(Protocol):
@@ -119,7 +120,7 @@ def reward_names(reward_funcs: Sequence[RewardFunc]) -> list[str]:
     taken: set[str] = set()
     names = []
     for func in reward_funcs:
-        inner = _without_partials(func)
+        inner = without_partials(func)
         base = getattr(inner, "__name__", type(inner).__name__)
         name, suffix = base, 0
         while name in taken:
@@ -142,7 +143,7 @@ def validate_reward_funcs(reward_funcs: Any, argument: str = "reward_funcs") -> 
 
     Raises:
         `TypeError`: If a reward is not callable.
-        `ValueError`: If there is none.
+        `ValueError`: If there is none, or a reward has an unknown `image_type`.
     """
     funcs = [reward_funcs] if callable(reward_funcs) or isinstance(reward_funcs, str) else list(reward_funcs or [])
     if not funcs:
@@ -151,6 +152,7 @@ def validate_reward_funcs(reward_funcs: Any, argument: str = "reward_funcs") -> 
     for position, func in enumerate(funcs):
         if not callable(func):
             raise TypeError(f"`{argument}[{position}]` is {func!r}; every reward must be a callable or a name.")
+        reward_image_type(func)
     return funcs
 
 
@@ -183,7 +185,7 @@ def find_learner(func: RewardFunc) -> Learner | LearningReward | None:
     Raises:
         `ValueError`: If it has no `state_dict` or no `load_state_dict`.
     """
-    inner: Any = _without_partials(func)
+    inner: Any = without_partials(func)
     missing = [method for method in LEARNING if not callable(getattr(inner, method, None))]
     if "update" in missing:
         return None
@@ -196,14 +198,28 @@ def find_learner(func: RewardFunc) -> Learner | LearningReward | None:
     return inner
 
 
-def _without_partials(func: Any) -> Any:
+def reward_image_type(func: RewardFunc) -> ImageType:
+    """
+    What a reward gets: PIL images (`"pil"`, the default) or a tensor (`"pt"`), the attribute `image_type`.
+
+    Raises:
+        `ValueError`: If it is neither.
+    """
+    return _attribute(func, "image_type", "pil", get_args(ImageType))
+
+
+def without_partials(func: Any) -> Any:
+    """The function or object inside of `functools.partial` objects."""
     while isinstance(func, functools.partial):
         func = func.func
     return func
 
 
 def _attribute(func: Any, attribute: str, default: str, allowed: Sequence[str]) -> Any:
-    value = getattr(_without_partials(func), attribute, default)
+    layer = func
+    while not hasattr(layer, attribute) and isinstance(layer, functools.partial):  # which may have it, too
+        layer = layer.func
+    value = getattr(layer, attribute, default)
     if value not in allowed:
         (name,) = reward_names([func])
         raise ValueError(
