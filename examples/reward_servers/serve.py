@@ -68,7 +68,7 @@ class ScorerProcess:
         log_metric: Any = None,
         log_extra: Any = None,
         **columns: list,
-    ) -> list[float | None]:
+    ) -> list[float | Exception | None]:
         encoded = [base64.b64encode(encode_png(image)).decode("ascii") for image in images]
         assert self._process.stdin is not None
         with suppress(BrokenPipeError):  # it has ended, which is seen where its answer is read
@@ -77,7 +77,7 @@ class ScorerProcess:
         answer = self._read()
         if "error" in answer:
             raise RuntimeError(answer["error"])
-        return answer["values"]
+        return [RuntimeError(value["error"]) if isinstance(value, dict) else value for value in answer["values"]]
 
     def close(self) -> None:
         """End the process."""

@@ -29,9 +29,9 @@ class Scorer:
         self.model = Qwen2_5_VLForConditionalGeneration.from_pretrained(MODEL, torch_dtype="auto", device_map="cuda")
 
     def __call__(self, images, prompts, columns):
-        return [self.score(image, prompt) for image, prompt in zip(images, prompts)]  # noqa: B905
+        return [read(self.answer(image, prompt)) for image, prompt in zip(images, prompts)]  # noqa: B905
 
-    def score(self, image, prompt):
+    def answer(self, image, prompt):
         content = [{"type": "image", "image": image}, {"type": "text", "text": TEXT.format(prompt)}]
         messages = [{"role": "user", "content": content}]
         text = self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
@@ -40,8 +40,16 @@ class Scorer:
         with torch.no_grad():
             tokens = self.model.generate(**inputs, max_new_tokens=256, do_sample=False)
         new = tokens[:, inputs.input_ids.shape[1] :]
-        answer = self.processor.batch_decode(new, skip_special_tokens=True)[0]
-        found = [re.search(rf"{axis} Score \(1-5\):\s*([\d.]+)", answer) for axis in AXES]
-        if None in found:
-            raise ValueError(f"the answer has not all three scores: {answer[:200]!r}")
-        return sum(float(match[1]) for match in found) / len(AXES)
+        return self.processor.batch_decode(new, skip_special_tokens=True)[0]
+
+
+def read(answer):
+    """The mean of the three scores, or an error, which is one of this image alone, if they are not all certain."""
+    scores = []
+    for axis in AXES:
+        found = set(re.findall(rf"{axis} Score \(1-5\):\s*([-\d.,/]*\d)", answer))
+        score = found.pop() if len(found) == 1 else ""
+        if not re.fullmatch(r"[1-5](\.\d+)?", score) or float(score) > 5:
+            return ValueError(f"the answer has not all three scores from 1 to 5: {answer[:200]!r}")
+        scores.append(float(score))
+    return sum(scores) / len(scores)

@@ -25,15 +25,22 @@ def load_scorer(path):
 
 
 def answer(scorer, request):
-    """One value per image, or what went wrong."""
+    """One value per image, or what went wrong for all of them."""
     files = [io.BytesIO(base64.b64decode(text)) for text in request["images"]]
     images = [Image.open(file, formats=["PNG"]).convert("RGB") for file in files]
     try:
         values = scorer(images, request["prompts"], request["columns"])
-        return {"values": [None if value is None else float(value) for value in values]}
+        return {"values": [encode(value) for value in values]}
     except Exception as error:
         traceback.print_exc()
         return {"error": f"{type(error).__name__}: {error}"}
+
+
+def encode(value):
+    """A value of an image as JSON has it: a number, none, or what went wrong for this image alone."""
+    if isinstance(value, Exception):
+        return {"error": f"{type(value).__name__}: {value}"}
+    return None if value is None else float(value)
 
 
 def main():

@@ -4,6 +4,7 @@
 import importlib.util
 import sys
 from contextlib import contextmanager
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -107,6 +108,8 @@ class AutoProcessor:
         (red,) = tokens[0]
         if red == 0:
             return ["I cannot say."]
+        if red == 1:
+            return ["Alignment Score (1-5): 45\\nCoherence Score (1-5): 3\\nStyle Score (1-5): 2.0"]
         return [f"Alignment Score (1-5): {red}.5\\nCoherence Score (1-5): 3\\nStyle Score (1-5): 2.0"]
 class Qwen2_5_VLForConditionalGeneration:
     device = "cuda"
@@ -185,8 +188,24 @@ def test_edit_score_gets_both_images(served):
 def test_unified_reward_reads_three_scores_and_refuses_other_answers(served):
     with served("unified_reward.py") as remote:
         assert remote(images=[picture(4)], prompts=["a dog"]) == [pytest.approx((4.5 + 3 + 2) / 3)]
-        with pytest.raises(RewardError, match="ValueError: the answer has not all three scores: 'I cannot say.'"):
-            remote(images=[picture(0)], prompts=["a dog"])
+        values = remote(images=[picture(0), picture(1), picture(3)], prompts=["a dog"] * 3)
+    assert values[2] == pytest.approx((3.5 + 3 + 2) / 3)  # one bad answer is a failure of its image only
+    for value, answer in zip(values, ("'I cannot say.'", "'Alignment Score (1-5): 45"), strict=False):
+        assert isinstance(value, RewardError) and f"not all three scores from 1 to 5: {answer}" in str(value)
+
+
+@pytest.mark.parametrize(
+    ("alignment", "is_score"),
+    [("4", True), ("4.5", True), ("5", True), ("1.", True), ("5.0", True)]
+    + [(text, False) for text in ("45", "0", "0.5", "5.5", "6", "-4", "4/10", "4-5", "4,5", "4.5.1", "X", "")]
+    + [("4\nAlignment Score (1-5): 2", False), ("4\nAlignment Score (1-5): 4", True)],
+)
+def test_unified_reward_scores_are_from_1_to_5(alignment, is_score, monkeypatch):
+    for module in ("qwen_vl_utils", "transformers", "torch"):
+        monkeypatch.setitem(sys.modules, module, MagicMock())
+    read = load("unified_reward").read
+    value = read(f"Alignment Score (1-5): {alignment}\nCoherence Score (1-5): 3\nStyle Score (1-5): 2.0")
+    assert isinstance(value, float if is_score else ValueError)
 
 
 def test_geneval2_applies_where_there_are_questions(served):

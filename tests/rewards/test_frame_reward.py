@@ -218,6 +218,14 @@ def test_a_model_moves_to_the_trainers_device_and_back():
     assert reward.to("cpu") is reward and FrameReward(red).to("cpu").release() is None
 
 
+def test_a_partial_of_a_reward_of_tensors_gets_a_tensor():
+    def is_tensor(images, weight, **kwargs):
+        return [weight * isinstance(images, torch.Tensor)] * len(images)
+
+    is_tensor.image_type = "pt"
+    assert score(FrameReward(functools.partial(is_tensor, weight=2))).rewards.tolist() == [[2, 2]]
+
+
 def test_it_has_the_name_of_the_reward_in_it(monkeypatch, tmp_path):
     rewards = [FrameReward(red), FrameReward("pickscore"), FrameReward(functools.partial(red)), red]
     assert reward_names(rewards) == ["red", "PickScore", "red_1", "red_2"]

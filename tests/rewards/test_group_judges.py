@@ -2,6 +2,7 @@
 """Judges that compare images, with a real HTTP server, and the scores that their answers become."""
 
 import asyncio
+import time
 
 import numpy as np
 import pytest
@@ -83,6 +84,21 @@ def test_an_order_is_wins_against_all_behind_and_half_among_equals():
         ("<think>Better image: 1</think>Better image: 2", 2),
         ("Better image: 2\n\nSo: better image: 2", 2),
         ("<answer>Better image: <b>1</b></answer>", 1),
+        ("Better image: 2, because image 1 has six fingers", 2),
+        ("Better image: 1 because image 2 does not show a dog.", 1),
+        ("Better image: 2 (image 1 has six fingers)", 2),
+        ("Better image: 1 - sharper, no artifacts, 3 dogs", 1),
+        ("Better image: 1, but only slightly.", 1),
+        ("Better image: 1, not image 2.", 1),
+        ("Better image: 1; it shows a dog rather than a cat.", 1),
+        ("Better image: 2, since it actually shows two cats, and image 1 only one.", 2),
+        ("Better image: 2. Image 1 is better lit, though.", 2),
+        ("Better image: 1, as the man wears a tie.", 1),
+        ("Better image: 2.\nReasons:\n1. The cat is there.\n2. The hat is red.", 2),
+        ("Does image 1 show a hat? No\nBetter image: 2", 2),
+        ("**Better image**\n\n2", 2),
+        ("Better image: tie, both are equally good.", None),
+        ('{"better_image": "2", "reason": "image 1 has six fingers", "confidence": 5}', 2),
     ],
 )
 def test_a_choice_is_the_number_after_its_label(answer, choice):
@@ -102,11 +118,42 @@ def test_a_choice_is_the_number_after_its_label(answer, choice):
         "Better image: not 1",
         "Better image: 1\nBetter image: 2",
         "<think>Better image: 1",
+        # What follows is no end of a clause, and no reason.
+        *(
+            "Better image: 1 = 2",
+            "Better image: 1-2",
+            "Better image: 1 ~ 2",
+            "Better image: 1 < 2",
+            "Better image: 1?",
+        ),
+        *("Better image: 1 vs 2: 2", "Better image: 1 -> 2", "Better image: 1 – 2", "Better image: 2%"),
+        *("Better image: 1 loses to 2", "Better image: 1 and image 2 are equal", "Better image: 1 if cats count"),
+        "Better image: 1 is not better; it is image 2",
+        "Better image:\n1. The cat is blue",
+        # Taken back, doubted, or another one is named.
+        *("Better image: 1. Wait, no: image 2 is better.", "Better image: 1? No, 2.", "Better image: 1, no, 2"),
+        *("Better image: 1\nCorrection: 2", "Better image: 1\n\nActually, the second", "Better image: tie? no, 1"),
+        *("Better image: 1, maybe", "Better image: 1 (or a tie)", "Better image: 1, 60% sure"),
+        *("Better image: 1. Image 2.", "Better image: 1; 2", "Better image: 1. The second one is better."),
+        *("Better image: 1, but image 2 has fewer faults, so 2.", "Better image: 1 for colors, 2 for composition"),
+        *("Better image: 1 (it is a tie)", "Better image: 1. Both are equally good."),
+        "Better image: tie, but image 1 is slightly better",
+        # Denied.
+        "Neither is the better image: 1 has six fingers",
+        "Neither image is a better image: 1",
+        "I can't say which is the better image: 1",
+        # As long answers as there are.
+        "Better image: 1" + " " * 100_000 + "x",
+        "Better image: 1. " * 20_000 + "so 2.",
+        "Better image: 1." + "\n" * 100_000 + "so " * 100_000 + "2.",
     ],
+    ids=lambda answer: answer[:50],
 )
 def test_an_uncertain_choice_is_refused(answer):
-    with pytest.raises(ValueError, match="The answer has"):
+    start = time.monotonic()
+    with pytest.raises(ValueError, match="The answer"):
         parse_choice(answer)
+    assert time.monotonic() - start < 10  # minutes where the time grows with the square of the length
 
 
 @pytest.mark.parametrize(
@@ -118,6 +165,10 @@ def test_an_uncertain_choice_is_refused(answer):
         ("Ranking: 3 > 2 = 1", [[2], [0, 1]]),
         ("Ranking: 1 > 2 > 3\nThe first shows 2 cats.\nRanking: 1, 2, 3 because of the light", [[0], [1], [2]]),
         ("<think>Ranking: 1 > 2 > 3</think>Ranking: 3>2>1", [[2], [1], [0]]),
+        ("Ranking: 1 > 2 > 3 (from best to worst)", [[0], [1], [2]]),
+        ("Ranking: 1 > 2 > 3, because image 2 is better than image 3", [[0], [1], [2]]),
+        ("Ranking: 1 > 2 = 3. Image 1 is the best.", [[0], [1, 2]]),
+        ("Ranking: 1 > 2 > 3\n\nImage 3 has no hat, and image 2 has 3 hands.", [[0], [1], [2]]),
     ],
 )
 def test_a_ranking_is_the_order_after_its_label(answer, order):
@@ -137,6 +188,12 @@ def test_a_ranking_is_the_order_after_its_label(answer, order):
         "Ranking: 0 > 1 > 2",
         "Ranking: 1 > 2 > 13",
         "Ranking: 1 > 2 > 3 or 3 > 2 > 1",
+        *("Ranking: 1 > 2 > 3 (from worst to best)", "From worst to best.\nRanking: 1 > 2 > 3"),
+        *("Ranking: 1 > 2 > 3, reversed", "Ranking: 1 > 2 > 3, in ascending order"),
+        *("Ranking: 1 > 2 > 3. Wait: 3 > 2 > 1", "Ranking: 1 > 2 > 3\nActually 3 > 2 > 1"),
+        *("Ranking: 1 > 2 > 3; 3 > 2 > 1", "Ranking: 1 > 2 > 3 / 3 > 2 > 1", "Ranking: 1 > 2 > 3 - 3 > 2 > 1"),
+        *("Ranking: 1 > 2 > 3?", "Ranking: 1 > 2 > 3, maybe", "Ranking: 1 > 2 > 3 ~ 3", "No ranking: 1 = 2 = 3"),
+        "Ranking: 1 > 2 > 3. Image 3 is the best.",
     ],
 )
 def test_an_uncertain_ranking_is_refused(answer):
@@ -204,6 +261,26 @@ def test_a_judge_that_prefers_a_place_favours_no_image():
         assert ask(make(PairwiseJudge, server), range(6), [0] * 6) == pytest.approx([0] * 6, abs=1e-9)
 
 
+@pytest.mark.parametrize("num_images", [2, 3, 6, 7, 8, 13])
+def test_a_judge_that_prefers_places_in_a_ranking_favours_no_image(num_images):
+    def keep_the_order(handler, request, number):
+        return "Ranking: " + " > ".join(str(k + 1) for k in range(len(levels(request))))
+
+    with endpoint(keep_the_order) as server:
+        scores = ask(make(RankingJudge, server), range(num_images), [0] * num_images)
+    assert scores == pytest.approx([0] * num_images, abs=1e-9)
+
+
+@pytest.mark.parametrize("size", [2, 3, 4, 5, 6, 7])
+def test_each_image_of_a_large_group_is_in_two_or_three_questions_each_asked_twice(size):
+    for num_images in range(size + 1, 4 * size):
+        asked = RankingJudge("m", "http://127.0.0.1:1", images_per_question=size).subsets(num_images)
+        assert len(asked) == 2 * -(-num_images // (size // 2))
+        assert asked[1::2] == [subset[::-1] for subset in asked[::2]]
+        times = {sum(k in subset for subset in asked[::2]) for k in range(num_images)}
+        assert times <= {2, 3} and all(len(set(subset)) == size for subset in asked)
+
+
 def test_an_image_alone_is_not_compared():
     with endpoint(prefer_red) as server:
         assert ask(make(PairwiseJudge, server), [1, 2, 3], [0, 1, 2]) == [None] * 3
@@ -214,9 +291,10 @@ def test_an_image_alone_is_not_compared():
 def test_a_ranking_orders_a_group():
     with endpoint(rank_by_red) as server:
         scores = ask(make(RankingJudge, server), [30, 10, 20], [0, 0, 0])
-    (request,) = server.requests
-    assert "You see 3 images" in seen_text(request) and "[p]" in seen_text(request)
-    wins = np.array([[0, 1, 1], [0, 0, 0], [0, 1, 0]])
+    assert sorted(levels(request) for request in server.requests) == [[20, 10, 30], [30, 10, 20]]
+    for request in server.requests:
+        assert "You see 3 images" in seen_text(request) and "[p]" in seen_text(request)
+    wins = np.array([[0, 2, 2], [0, 0, 0], [0, 2, 0]])
     assert scores == pytest.approx(bradley_terry(wins).tolist())
 
 
@@ -225,8 +303,8 @@ def test_a_large_group_is_ranked_in_parts_that_overlap():
     with endpoint(rank_by_red) as server:
         scores = ask(make(RankingJudge, server, images_per_question=6), reds, [0] * 24)
     asked = [levels(request) for request in server.requests]
-    assert len(asked) == 8 and all(len(reds) == 6 for reds in asked)
-    assert all(sum(red in reds for reds in asked) == 2 for red in range(24))
+    assert len(asked) == 16 and all(len(reds) == 6 for reds in asked)
+    assert all(sum(red in reds for reds in asked) == 4 for red in range(24))
     assert np.corrcoef(scores, reds)[0, 1] > 0.75
 
 

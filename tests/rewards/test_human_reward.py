@@ -2,6 +2,7 @@
 """People as a reward: what votes become, what survives, and the page in a real server and a real browser."""
 
 import asyncio
+import errno
 import functools
 import io
 import json
@@ -266,6 +267,52 @@ def test_a_kill_in_the_middle_of_a_vote_loses_no_other_and_asks_for_this_one_aga
     assert folder.vote_on(second) == Vote(best=1, worst=0)
 
 
+@pytest.fixture
+def slow_disk(monkeypatch):
+    """Both of two votes have seen that there is none, and are written, before one of them is kept."""
+    both, fsync = threading.Barrier(2), os.fsync
+
+    def wait(file):
+        both.wait(PATIENCE)
+        fsync(file)
+
+    monkeypatch.setattr(votes.os, "fsync", wait)
+
+
+def test_of_two_processes_that_write_a_vote_only_one_is_told_that_it_is_kept(folder, slow_disk):
+    (group,) = ask(folder, "a cat")
+    told = {}
+
+    def vote(place):
+        try:
+            VoteFolder(folder.folder).keep(group, {"best": place, "worst": None})
+            told[place] = "kept"
+        except FileExistsError:
+            told[place] = "too late"
+
+    threads = [threading.Thread(target=vote, args=(place,)) for place in (0, 3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(told.values()) == ["kept", "too late"]
+    assert told[folder.vote_on(group).best] == "kept"
+    assert [path.name for path in (folder.folder / "votes").iterdir()] == [f"{group}.parquet"]
+
+
+def test_votes_are_kept_where_there_are_no_hard_links(folder, monkeypatch):
+    def refuse(*_):
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(votes.os, "link", refuse)
+    (group,) = ask(folder, "a cat")
+    folder.keep(group, {"best": 2, "worst": 0})
+    with pytest.raises(FileExistsError):
+        folder.keep(group, {"best": 1, "worst": 0})
+    assert folder.vote_on(group) == Vote(best=2, worst=0)
+    assert [path.name for path in (folder.folder / "votes").iterdir()] == [f"{group}.parquet"]
+
+
 # ---- The server of the page ----
 
 
@@ -372,7 +419,9 @@ def test_images_that_are_not_there_are_not_found(server, folder):
     (group,) = ask(folder, "a cat")
     for path in (f"groups/{group}/4", f"groups/{'0' * 64}/0", f"groups/{group[:-1]}/0", f"groups/.{group}/0"):
         assert request(server, "GET", path).status_code == 404
-    assert request(server, "GET", f"groups/{group}/-1").status_code == 404
+    for place in ("-1", "9" * 300, "9" * 4000):
+        assert request(server, "GET", f"groups/{group}/{place}").status_code == 404
+    assert request(server, "GET", f"groups/{group}/{'9' * 5000}").status_code in (404, 422)
     assert request(server, "GET", f"groups/{group}/group.json").status_code == 422
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from trl_marble.rewards import RewardError, reward_names, reward_tensor
+from trl_marble.rewards import FrameReward, RewardError, reward_names, reward_tensor
 from trl_marble.rewards.protocol import (
     InfiniteRewardError,
     errors_for_infinite,
@@ -50,6 +50,18 @@ def test_one_callable_or_several_make_a_new_list() -> None:
     checked = validate_reward_funcs(given)
     assert checked == given and checked is not given
     assert validate_reward_funcs(sharpness) == [sharpness]
+
+
+def test_an_unknown_kind_of_images_is_refused() -> None:
+    def reward(images, **kwargs):
+        return []
+
+    reward.image_type = "tensor"
+    for wrapped in (reward, functools.partial(reward)):
+        with pytest.raises(ValueError, match="Reward `reward` has the attribute `image_type = 'tensor'`; it must be"):
+            validate_reward_funcs(wrapped)
+        with pytest.raises(ValueError, match="image_type = 'tensor'"):
+            FrameReward(wrapped)
 
 
 @pytest.mark.parametrize("empty", [None, [], ()])

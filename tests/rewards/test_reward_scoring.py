@@ -17,6 +17,7 @@ from PIL import Image
 
 from trl_marble.rewards import InfiniteRewardError, ModelReward, RewardError, RewardScorer, Scores
 from trl_marble.rewards.errors import BrokenRewardError
+from trl_marble.rewards.protocol import reward_image_type, reward_scope
 
 
 # A test that would wait for ever fails after this many seconds instead.
@@ -95,6 +96,19 @@ def test_tensor_rewards_get_one_batch_in_the_unit_interval(scorer) -> None:
         return [float(np.asarray(image)[..., 2].max()) for image in images]
 
     torch.testing.assert_close(score(scorer(Pixels(), pil)), torch.tensor([[0.2, 0.0], [0.0, 255.0]]))
+
+
+def test_a_partial_has_the_attributes_of_the_function_in_it_or_its_own(scorer) -> None:
+    def kind(images, weight, **kwargs):
+        return [weight * isinstance(images, torch.Tensor)] * len(images)
+
+    inner = functools.partial(functools.partial(kind, weight=0), weight=3)
+    kind.image_type, kind.scope = "pt", "group"
+    assert reward_image_type(inner) == "pt" and reward_scope(inner) == "group"
+    inner.image_type, inner.scope = "pil", "image"
+    assert reward_image_type(inner) == "pil" and reward_scope(inner) == "image"
+    del inner.image_type
+    assert score(scorer(inner)).tolist() == [[3, 3]]
 
 
 def test_grey_and_transparent_images_reach_tensor_rewards_as_rgb(scorer) -> None:
@@ -271,6 +285,39 @@ def test_a_reward_may_raise_a_timeout_of_its_own(scorer) -> None:
     assert "the server said nothing" in str(scores.errors[0])
 
 
+@pytest.mark.parametrize("calls_are_async", [False, True])
+def test_an_update_runs_on_the_rewards_thread_and_an_async_one_on_the_loop(scorer, calls_are_async) -> None:
+    ran_on = []
+
+    class Learns:
+        def __call__(self, images, **kwargs):
+            return [0.0] * len(images)
+
+        def update(self, images, rewards, trainer_state):
+            ran_on.append(threading.current_thread().name)
+
+        def state_dict(self):
+            return {}
+
+        def load_state_dict(self, state_dict): ...
+
+    class UpdatesLater(Learns):
+        async def update(self, images, rewards, trainer_state):
+            ran_on.append(threading.current_thread().name)
+
+    class CallsLater(Learns):
+        async def __call__(self, images, **kwargs):
+            return [0.0] * len(images)
+
+    class AllLater(UpdatesLater, CallsLater): ...
+
+    for kind in (CallsLater, AllLater) if calls_are_async else (Learns, UpdatesLater):
+        made = scorer(kind())
+        score(made)
+        made.update(0, IMAGES, {}, PROMPTS, {}, None)
+    assert ran_on == [f"reward-{'CallsLater' if calls_are_async else 'Learns'}", "async-rewards"]
+
+
 def test_models_move_to_the_device_and_back(scorer) -> None:
     class Constant(ModelReward):
         def load(self):
@@ -287,6 +334,9 @@ def test_models_move_to_the_device_and_back(scorer) -> None:
     reward.model.to = moves.append
     made.release()
     assert moves == ["cpu"]
+    made = scorer(functools.partial(Constant()))
+    made.to(torch.device("cpu"), torch.bfloat16)
+    assert score(made).tolist() == [[1, 1]]
 
 
 def test_a_wrong_answer_names_the_reward(scorer) -> None:

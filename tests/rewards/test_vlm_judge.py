@@ -504,6 +504,14 @@ P_YES = 0.7 / 0.95
         ),
         (thought("Yes", "Yes? No", logprobs=tokens("Yes", "? No", "</think>", "\n\n", "Yes", at={4: YES})), P_YES),
         (thought("\n\nYes", "No", "reasoning", logprobs=tokens("Yes", "", at={0: YES})), P_YES),
+        # Tokens that are written in another way than the answer.
+        (completion("Yes ✅", logprobs=tokens("Yes", " \ufffd", "\ufffd", at={0: YES})), P_YES),
+        (completion("✅ Yes", logprobs=tokens("\ufffd", "\ufffd", "▁Yes", at={2: YES})), P_YES),
+        (completion("Yes, it does", logprobs=tokens("▁Yes", ",", "▁it", "▁does", at={0: YES})), P_YES),
+        (completion("Yes, a &amp; b", logprobs=tokens("Yes", ", a", " &", "amp;", " b", at={0: YES})), P_YES),
+        (thought("Yes ✅", "Yes", logprobs=tokens("Yes", "</think>", "Yes", "\ufffd", at={2: YES})), P_YES),
+        # The answer is found as a whole: its first word may come again.
+        (completion("Yes ✅ Yes", logprobs=tokens("Yes", "\ufffd", "\ufffd", " Yes", at={0: YES})), P_YES),
     ],
 )
 def test_the_probability_of_yes_is_that_of_the_first_word(answer, expected):
@@ -528,7 +536,9 @@ def test_the_probability_of_yes_is_that_of_the_first_word(answer, expected):
         (completion("Yes", logprobs={"content": [{"token": 3}]}), "not as OpenAI's interface has them"),
         (completion("Yes", logprobs=[1]), "not a chat completion"),
         (completion("Yes", logprobs=tokens("Yes", at={0: [("Yes", 9.0), ("No", 1.0)]})), "of 10.000 only"),
+        (completion("Yes, it does", logprobs=tokens("Yes", ", it")), "of another text than the answer"),
         (completion("", logprobs=tokens("Yes")), "The answer is empty"),
+        (completion("是", logprobs=tokens("是")), "does not begin with Yes or No"),
         (
             completion("<think>Yes", finish_reason="length", logprobs=tokens("<think>", "Yes")),
             "in the middle of the model's thoughts",
@@ -539,7 +549,7 @@ def test_the_probability_of_yes_is_that_of_the_first_word(answer, expected):
         ),
         (completion("Yes", finish_reason="content_filter", logprobs=tokens("Yes")), "ended by 'content_filter'"),
     ],
-    ids=range(13),
+    ids=range(15),
 )
 def test_an_answer_without_a_probability_of_yes_is_a_failure_of_that_image(answer, said):
     with endpoint(lambda handler, request, number: send(handler, 200, answer)) as server:
@@ -771,6 +781,9 @@ def test_scores_are_found(answer, score):
             "Final Score: 4; 3 for style",
             "Final Score: 4, or maybe 3",
             "Final Score: 4. Wait, 3.",
+            "Final Score: 4\nWait, no: 3.",
+            "Final Score: 4\nCorrection: 3",
+            "Final Score: 4. The cat is nice. Actually, I say 3.",
         ),
         *("Final Score: 4 or 5", "Final Score: 4 → 3", "Final Score: 2? No, higher", "Final Score: 2 would be harsh"),
         *("Final Score: ~4", "Final Score: <4", "Final Score: 4+", "Final Score: 4 ± 0.5", "Final Score: 4th"),

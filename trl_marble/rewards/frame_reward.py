@@ -14,7 +14,16 @@ from .call_log import CallLog
 from .loading import load_reward
 from .model_reward import ModelReward
 from .parameters import accepts_log_function
-from .protocol import RewardFunc, find_learner, required_media, reward_names, reward_scope, reward_tensor
+from .protocol import (
+    RewardFunc,
+    find_learner,
+    required_media,
+    reward_image_type,
+    reward_names,
+    reward_scope,
+    reward_tensor,
+    without_partials,
+)
 
 
 class FrameReward:
@@ -42,7 +51,7 @@ class FrameReward:
     Raises:
         `TypeError`: If the reward cannot be called.
         `ValueError`: If `num_frames` is not positive, there is no reward of that name, the reward scores videos or
-            learns, or its `scope` is not `"image"`.
+            learns, its `scope` is not `"image"`, or its `image_type` is unknown.
     """
 
     def __init__(self, reward: str | RewardFunc, num_frames: int = 8) -> None:
@@ -56,6 +65,7 @@ class FrameReward:
             raise ValueError(
                 f"`reward` is `{self.__name__}`, which scores videos itself; pass it without `FrameReward`."
             )
+        reward_image_type(self.reward)  # raises for one that is unknown
         if reward_scope(self.reward) != "image":
             raise ValueError(
                 f"`reward` is `{self.__name__}`, which compares images with each other, and frames are scored each on "
@@ -112,7 +122,7 @@ class FrameReward:
         answer = self.reward(
             **{name: _repeat(values, counts) for name, values in columns.items()},
             **{keyword: log for keyword, log in logs.items() if accepts_log_function(self.reward, keyword)},
-            images=to_tensor(frames) if getattr(self.reward, "image_type", "pil") == "pt" else frames,
+            images=to_tensor(frames) if reward_image_type(self.reward) == "pt" else frames,
             prompts=texts,
             trainer_state=trainer_state,
         )
@@ -122,14 +132,14 @@ class FrameReward:
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Self:
         """Set the device of the reward if it is a [`ModelReward`], and its dtype unless it has its own."""
-        if isinstance(self.reward, ModelReward):
-            self.reward.to(device, dtype)
+        if isinstance(model := without_partials(self.reward), ModelReward):
+            model.to(device, dtype)
         return self
 
     def release(self) -> None:
         """Move the reward to the CPU if it is a [`ModelReward`] with `offload`."""
-        if isinstance(self.reward, ModelReward):
-            self.reward.release()
+        if isinstance(model := without_partials(self.reward), ModelReward):
+            model.release()
 
     async def _average_later(self, answer: Any, texts: list[str], counts: list[int]) -> list:
         return self._average(await answer, texts, counts)

@@ -172,10 +172,13 @@ class RankingJudge(_GroupJudge):
     """
     A vision-language model that orders several images of a prompt from best to worst.
 
+    Each question is asked twice, the second time with its images in reversed order. So each image is shown before
+    another one as often as behind it, and a judge that prefers some places favours no image.
+
     If a group has more images than a question, the images stand in a circle, in the order in which they were sampled,
-    and each question has the next `images_per_question`, from every half of that number on: each image is in two
-    questions, once in their first and once in their second half. Each order counts as a win of each image against all
-    images behind it (equal ones win half), and wins become strengths of a Bradley-Terry model as in [`PairwiseJudge`].
+    and questions have the next `images_per_question` of them, from every half of that number on: each image is in two
+    or three questions, each asked twice. Each order counts as a win of each image against all images behind it (equal
+    ones win half), and wins become strengths of a Bradley-Terry model as in [`PairwiseJudge`].
 
     What fails for one question leaves it out; an image fails if all of its questions do.
 
@@ -218,9 +221,9 @@ class RankingJudge(_GroupJudge):
 
     def subsets(self, num_images: int) -> list[tuple[int, ...]]:
         size = self.images_per_question
-        if num_images <= size:
-            return [tuple(range(num_images))] if num_images > 1 else []
-        return [tuple((start + k) % num_images for k in range(size)) for start in range(0, num_images, size // 2)]
+        starts = range(0, num_images, size // 2) if num_images > size else range(num_images > 1)
+        stretches = [tuple((start + k) % num_images for k in range(min(size, num_images))) for start in starts]
+        return [order for stretch in stretches for order in (stretch, stretch[::-1])]
 
     def read(self, answer: str, num_images: int) -> Tiers:
         return parse_ranking(answer, num_images)

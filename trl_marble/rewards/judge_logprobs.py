@@ -10,6 +10,8 @@ from .judge_score import remove_thoughts
 
 
 LEAST_MASS = 0.5  # of "yes" and "no" together; with less the model answers something else
+LETTER = re.compile(r"[0-9A-Za-z]")
+ENTITY = re.compile(r"&#?\w{1,31};")
 AROUND = " \n\t▁Ġ*_`\"'“”.,:!"  # what a token may have beside the word
 
 
@@ -61,14 +63,19 @@ def _first_word(answer: str, tokens: Sequence[dict[str, Any]]) -> int:
         whole = "".join(texts)
     except (LookupError, TypeError):
         raise ValueError("The log-probabilities are not as OpenAI's interface has them.") from None
-    word = re.search(r"\w", answer)
-    if word is None:
-        raise ValueError("The answer is empty.")
+    # Endpoints write spaces (`▁`, `Ġ`) and parts of a letter beyond ASCII in tokens in other ways than in the answer,
+    # in which HTML entities are replaced. So only ASCII letters and digits are compared.
+    whole = ENTITY.sub(lambda entity: " " * len(entity[0]), whole)
+    wanted = "".join(found[0] for found in LETTER.finditer(answer))
+    if not wanted:
+        reason = "does not begin with Yes or No" if re.search(r"\w", answer) else "is empty"
+        raise ValueError(f"The answer {reason}.")
+    letters = list(LETTER.finditer(whole))
     # Thoughts come first, and special tokens at the end: the answer is where it is found last.
-    start = whole.rfind(answer)
+    start = "".join(found[0] for found in letters).rfind(wanted)
     if start < 0:
         raise ValueError("The log-probabilities are of another text than the answer.")
-    left = start + word.start()
+    left = letters[start].start()
     for place, text in enumerate(texts):
         if left < len(text):
             return place

@@ -74,6 +74,12 @@ CORRECTION = re.compile(
     r"|sorry)\b.*\d",
     re.IGNORECASE,
 )
+# A clause that takes back what was said, anywhere after it.
+TAKEN_BACK = re.compile(
+    r"(?:^|[.,;:!?…(\n—–]|\s-)[\s*_]{0,10}(?:(?:but|oh|and|so)\b[\s,]{0,5})?(?:wait|hmm+|correction|scratch\s(?:that|this|it)"
+    r"|sorry|on\ssecond\sthoughts?|i\s(?:take\s(?:that|it)\sback|meant?)|(?<!,\s)actually|no(?=\s*[,:;.!—–]|\s+\d))\b",
+    re.IGNORECASE,
+)
 
 
 def parse_score(answer: str, label: str, score_range: tuple[float, float]) -> float:
@@ -103,12 +109,16 @@ def parse_score(answer: str, label: str, score_range: tuple[float, float]) -> fl
     text = LATEX.sub("", OTHER_TAG.sub(" ", text))
     found = list(_scores(text, label, low, high))
     scores = list(dict.fromkeys(score for score, _ in found))
-    if not any(is_answer for _, is_answer in found):
+    ends = [end for _, end in found if end is not None]
+    if not ends:
         raise ValueError(f"The answer has no score: expected '{label}: ' and a number from {low:g} to {high:g}.")
     if len(scores) > 1:
         raise ValueError(f"The answer has several scores: {', '.join(f'{score:g}' for score in scores)}.")
     if not low <= scores[0] <= high:
         raise ValueError(f"The score {scores[0]:g} is not from {low:g} to {high:g}.")
+    for back in TAKEN_BACK.finditer(text, ends[-1]):
+        if re.search(r"\d", text[back.end() :].partition("\n")[0]):
+            raise ValueError(f"The answer takes its score back: {_excerpt(text, back.start(), back.end())!r}.")
     _check_scales(text, low, high)
     return scores[0]
 
@@ -138,10 +148,10 @@ def remove_thoughts(answer: str) -> str:
     return kept + answer[place:] if depth == 0 else kept
 
 
-def _scores(text: str, label: str, low: float, high: float) -> Iterator[tuple[float, bool]]:
+def _scores(text: str, label: str, low: float, high: float) -> Iterator[tuple[float, int | None]]:
     """
-    The number after each mention of the label, if there is one, and whether it is an answer or only mentioned in a
-    sentence: "The final score of 4 reflects ...".
+    The number after each mention of the label, if there is one, and where it ends, or `None` if it is no answer but
+    only mentioned in a sentence: "The final score of 4 reflects ...".
     """
     words = r"[\s*_`-]{1,4}".join(re.escape(word) for word in label.split())
     for mention in re.finditer(rf"(?<![^\W_])(?<![^\W_][_-]){words}(?!_{{0,2}}[^\W_])", text, re.IGNORECASE):
@@ -153,14 +163,14 @@ def _scores(text: str, label: str, low: float, high: float) -> Iterator[tuple[fl
             place = before.end()
         elif out_of := OUT_OF.match(text, place):
             if out_of[0].lower().lstrip().startswith("of") and not SCORE.match(text, out_of.end()):
-                yield float(out_of["of"]), False
+                yield float(out_of["of"]), None
                 continue
             _check_top(out_of["of"], high)
             place = out_of.end()
         found = SCORE.match(text, place)
         if found:
             _check_text_after(text, mention.start(), found, low, high)
-            yield float(found["score"]), True
+            yield float(found["score"]), found.end()
         elif re.compile(rf"{FILLING}(?:is\b{FILLING})?[-+]?\d").match(text, place):
             raise ValueError(f"The score is uncertain: {_excerpt(text, mention.start(), place)!r}.")
 

@@ -51,6 +51,7 @@ A reward that learns has the methods `update`, `state_dict` and `load_state_dict
 
 Scope = Literal["image", "group", "batch"]
 Center = Literal["group", "batch"]
+ImageType = Literal["pil", "pt"]
 
 
 class Learner(Protocol):
@@ -132,7 +133,7 @@ def validate_reward_funcs(reward_funcs: Any, argument: str = "reward_funcs") -> 
 
     Raises:
         `TypeError`: If a reward is not callable.
-        `ValueError`: If there is none.
+        `ValueError`: If there is none, or a reward has an unknown `image_type`.
     """
     funcs = [reward_funcs] if callable(reward_funcs) or isinstance(reward_funcs, str) else list(reward_funcs or [])
     if not funcs:
@@ -141,6 +142,7 @@ def validate_reward_funcs(reward_funcs: Any, argument: str = "reward_funcs") -> 
     for position, func in enumerate(funcs):
         if not callable(func):
             raise TypeError(f"`{argument}[{position}]` is {func!r}; every reward must be a callable or a name.")
+        reward_image_type(func)
     return funcs
 
 
@@ -186,6 +188,16 @@ def find_learner(func: RewardFunc) -> Learner | LearningReward | None:
     return inner
 
 
+def reward_image_type(func: RewardFunc) -> ImageType:
+    """
+    What a reward gets: PIL images (`"pil"`, the default) or a tensor (`"pt"`), the attribute `image_type`.
+
+    Raises:
+        `ValueError`: If it is neither.
+    """
+    return _attribute(func, "image_type", "pil", get_args(ImageType))
+
+
 def without_partials(func: Any) -> Any:
     """The callable inside `functools.partial` objects."""
     while isinstance(func, functools.partial):
@@ -194,7 +206,10 @@ def without_partials(func: Any) -> Any:
 
 
 def _attribute(func: Any, attribute: str, default: str, allowed: Sequence[str]) -> Any:
-    value = getattr(without_partials(func), attribute, default)
+    layer = func
+    while not hasattr(layer, attribute) and isinstance(layer, functools.partial):  # which may have it, too
+        layer = layer.func
+    value = getattr(layer, attribute, default)
     if value not in allowed:
         (name,) = reward_names([func])
         raise ValueError(

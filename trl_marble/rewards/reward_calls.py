@@ -13,6 +13,7 @@ import torch
 from ..media import Sample, to_rgb, to_tensor
 from .call_log import CallLog
 from .frame_reward import FrameReward
+from .protocol import reward_image_type, without_partials
 from .threads import EventLoopThread, Worker
 
 
@@ -76,7 +77,7 @@ class RewardCalls:
 def media_keyword(func: Callable, samples: Sequence[Sample]) -> dict[str, Any]:
     """The keyword with the images or videos as a reward gets them: in RGB, in new lists that it may change."""
     keyword = "videos" if isinstance(samples[0], list) else "images"
-    if getattr(func, "image_type", "pil") == "pt":
+    if reward_image_type(func) == "pt":
         return {keyword: to_tensor(samples)}
     return {keyword: [[to_rgb(frame) for frame in s] if isinstance(s, list) else to_rgb(s) for s in samples]}
 
@@ -101,8 +102,7 @@ async def _timed_async(log: CallLog, func: Callable, kwargs: dict[str, Any]) -> 
 
 def _is_async(func: Any) -> bool:
     """Whether a reward is an async function, or an object with an async `__call__`."""
-    while isinstance(func, functools.partial):
-        func = func.func
+    func = without_partials(func)
     if isinstance(func, FrameReward):
         return _is_async(func.reward)
     return inspect.iscoroutinefunction(func) or inspect.iscoroutinefunction(type(func).__call__)

@@ -205,8 +205,8 @@ class RewardScorer:
 
     def call(self, row: int, method: str, *args: Any, **kwargs: Any) -> Any:
         """
-        Call a method of a reward that learns where its calls run, so that none runs at the same time, and wait for the
-        result.
+        Call a method of a reward that learns, a sync one on the reward's thread and an async one on the event loop of
+        async rewards, and wait for the result.
 
         Args:
             row (`int`):
@@ -322,14 +322,14 @@ class RewardScorer:
         """
         self._calls.device = device
         for func in self.funcs:
-            if isinstance(func, ModelReward | FrameReward | ExtractorReward):
-                func.to(device, dtype)
+            if isinstance(model := without_partials(func), ModelReward | FrameReward | ExtractorReward):
+                model.to(device, dtype)
 
     def release(self) -> None:
         """Move the rewards that are models with `offload` to the CPU."""
         for func in self.funcs:
-            if isinstance(func, ModelReward | FrameReward | ExtractorReward):
-                func.release()
+            if isinstance(model := without_partials(func), ModelReward | FrameReward | ExtractorReward):
+                model.release()
 
     def close(self) -> None:
         """

@@ -2,7 +2,6 @@
 """Serves the page on which people vote, for `trl-marble vote`. Needs the extra `server`."""
 
 import json
-import threading
 from collections import Counter
 from http import HTTPStatus
 from pathlib import Path
@@ -77,7 +76,6 @@ def make_app(folder: VoteFolder, token: str) -> FastAPI:
             What requests must carry, in the header `Authorization`.
     """
     shown_times: Counter[str] = Counter()
-    lock = threading.Lock()  # one vote at a time, so that the first on a group is the one that counts
 
     def check(request: Request) -> None:
         check_token(request, token)
@@ -113,8 +111,7 @@ def make_app(folder: VoteFolder, token: str) -> FastAPI:
 
     def keep(group: str, body: bytes) -> None:
         try:
-            with lock:
-                folder.keep(group, json.loads(body))
+            folder.keep(group, json.loads(body))
         except FileNotFoundError as error:
             raise HTTPException(HTTPStatus.NOT_FOUND, "The run does not wait for a vote on this group.") from error
         except FileExistsError as error:

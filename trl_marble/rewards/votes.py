@@ -6,14 +6,17 @@ The folder in which a run asks people, and people answer.
     votes/<id>.parquet                          the vote on it, with its images: a dataset
 
 The id is a digest of the prompt and the pixels. Only the run writes and removes groups, only the page writes votes.
-Both are written under another name and renamed when they are whole, so that nothing that is read is half written. The
+Both are written under another name and get their own when they are whole, so that nothing that is read is half
+written. The first vote on a group gets the name, also where several servers of the page write into one folder. The
 page hears that its vote is kept when it is on the disk, whatever is killed afterwards.
 """
 
+import errno
 import hashlib
 import json
 import os
 import re
+import secrets
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -31,6 +34,8 @@ from .http_client import encode_png
 
 STARS = 5
 GROUP_ID = re.compile(r"[0-9a-f]{64}")
+# What file systems without hard links answer.
+NO_HARD_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 FEATURES = Features(
     {
         "prompt": Value("string"),
@@ -188,6 +193,8 @@ class VoteFolder:
         Raises:
             `FileNotFoundError`: If there is no such image, or the run waits no more.
         """
+        if not 0 <= place < self._asked(group)["num_images"]:  # of any size: it becomes part of a path
+            raise FileNotFoundError(f"The group {group} has no image {place}.")
         return (self._groups / group / f"{place}.png").read_bytes()
 
     def keep(self, group: str, content: Any) -> None:
@@ -205,10 +212,9 @@ class VoteFolder:
             `FileExistsError`: If somebody has voted on the group.
             `ValueError`: If it is no vote.
         """
-        asked = json.loads((self._groups / group / "group.json").read_text())
+        asked = self._asked(group)
         vote = read_vote(content, asked["num_images"])
-        if self._vote_file(group).exists():
-            raise FileExistsError(f"There is a vote on {group}.")
+        self._check_no_vote(group)
         row: Mapping[str, Any] = {
             "prompt": asked["prompt"],
             "images": [{"bytes": self.image(group, place), "path": None} for place in range(asked["num_images"])],
@@ -216,13 +222,36 @@ class VoteFolder:
             "step": asked["step"],
             "time": datetime.now(UTC).replace(microsecond=0),
         }
-        unfinished = self._votes / f".{group}.tmp"
-        with unfinished.open("wb") as file:
-            rows = Dataset.from_dict({name: [value] for name, value in row.items()}, features=FEATURES)
-            pq.write_table(rows.data.table, file)
-            file.flush()
-            os.fsync(file.fileno())
-        unfinished.replace(self._vote_file(group))
+        # Another server of the page may write a vote on the same group at this moment.
+        unfinished = self._votes / f".{group}.{secrets.token_hex(8)}.tmp"
+        try:
+            with unfinished.open("xb") as file:
+                rows = Dataset.from_dict({name: [value] for name, value in row.items()}, features=FEATURES)
+                pq.write_table(rows.data.table, file)
+                file.flush()
+                os.fsync(file.fileno())
+            self._name_vote(unfinished, group)
+        finally:
+            unfinished.unlink(missing_ok=True)
+
+    def _name_vote(self, unfinished: Path, group: str) -> None:
+        """Give a vote that is whole its name, unless there is one."""
+        try:
+            os.link(unfinished, self._vote_file(group))
+        except OSError as error:
+            self._check_no_vote(group)
+            if error.errno not in NO_HARD_LINKS:
+                raise
+            # A USB stick, some network folders: two votes within the same moment may both count as kept, the last is.
+            unfinished.replace(self._vote_file(group))
+
+    def _check_no_vote(self, group: str) -> None:
+        if self._vote_file(group).exists():
+            raise FileExistsError(f"There is a vote on {group}.")
+
+    def _asked(self, group: str) -> dict[str, Any]:
+        """What is asked about a group that is shown: prompt, number of images, step and time."""
+        return json.loads((self._groups / group / "group.json").read_text())
 
     def _vote_file(self, group: str) -> Path:
         return self._votes / f"{group}.parquet"
@@ -233,7 +262,7 @@ class VoteFolder:
         for path in self._groups.iterdir():
             if GROUP_ID.fullmatch(path.name):
                 try:
-                    found[path.name] = json.loads((path / "group.json").read_text())
+                    found[path.name] = self._asked(path.name)
                 except FileNotFoundError:
                     continue
         return found
