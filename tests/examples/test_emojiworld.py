@@ -311,7 +311,7 @@ def test_the_trained_networks_know_damage_and_their_files_are_small():
 def test_samples_of_the_pipeline_match_their_prompts_better_than_others():
     pipeline = emojiworld.load_pipeline()
     pipeline.set_progress_bar_config(disable=True)
-    prompts = load_prompts("test")["prompt"]
+    prompts = list(load_prompts("test")["prompt"])
     generators = [torch.Generator().manual_seed(i) for i in range(len(prompts))]
     images = pipeline(prompts, num_inference_steps=8, guidance_scale=1.0, generator=generators).images
     for function in (emojiworld.reward_funcs()[0], emojiworld.heldout_funcs()[0]):
