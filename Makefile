@@ -25,23 +25,28 @@ RELEASE := build/release
 MAX_SDIST := 20000000
 
 # The comparison of methods, from nothing; an interrupted one goes on where it was.
-EVIDENCE := runs/compare
+METHODS := runs/compare
 LONG := runs/long
 TIMES := runs/time_to_reward
 LOSSES := runs/losses
 RECIPES := runs/recipes
+SLIDER := runs/slider_front
+REWARDS := runs/new_rewards
 
-.PHONY: demo evidence ablations long variants time_to_reward losses recipes test slow gpu pretended-gpu fuzz audit docs lint build test-lowest test-latest clean help
+.PHONY: demo evidence recipes methods ablations long variants time_to_reward losses slider rewards test slow gpu pretended-gpu fuzz audit docs lint build test-lowest test-latest clean help
 
 help:
 	@echo "make demo   train ShapeWorld against five rewards; results in runs/demo/"
-	@echo "make evidence  compare methods on ShapeWorld, 4.1 hours on two cores; tables and pictures in $(EVIDENCE)/report/"
+	@echo "make evidence  all that docs/evidence.md shows, by the targets below up to rewards: more than a day on two cores"
+	@echo "make recipes  balance, distil or average, at equal cost and equal KL, in two worlds; results in $(RECIPES)/report/"
+	@echo "make methods  compare methods in 25 steps, 4.1 hours on two cores; results in $(METHODS)/report/"
 	@echo "make ablations  the same, and what else was tried: 4.2 hours more"
 	@echo "make long   runs of 150 steps at several strengths of the KL: about 8 hours on two cores; results in $(LONG)/report/"
 	@echo "make variants  the demo's recipe over 150 steps with a policy that lags; results in $(LONG)/report/"
 	@echo "make time_to_reward  how soon a run has what earlier recipes have after 25 steps; results in $(TIMES)/report/"
 	@echo "make losses   every loss at equal cost; results in $(LOSSES)/report/"
-	@echo "make recipes  balance, distil or average, at equal cost and equal KL; results in $(RECIPES)/report/"
+	@echo "make slider   one adapter for many balances, and a soup; results in $(SLIDER)/"
+	@echo "make rewards  diversity, and an adversarial network, as a sixth reward; results in $(REWARDS)/"
 	@echo "make test   lint rules and the tests"
 	@echo "make slow   the tests that are left out of 'make test' because they take long"
 	@echo "make gpu    the tests that need a GPU"
@@ -57,14 +62,17 @@ help:
 demo: $(INSTALLED)
 	$(BIN)/trl-marble demo
 
-evidence: $(INSTALLED)
-	$(BIN)/python examples/benchmarks/compare.py --output_dir $(EVIDENCE)
+# Each of them goes on where it was interrupted.
+evidence: recipes methods ablations long variants time_to_reward losses slider rewards
+
+methods: $(INSTALLED)
+	$(BIN)/python examples/benchmarks/compare.py --output_dir $(METHODS)
 
 # Some of the variants need packages that nothing else does.
-ablations: evidence
+ablations: methods
 	$(BIN)/python -m pip install --disable-pip-version-check "torchjd[cagrad,nash_mtl]" qpsolvers \
 		-c constraints.txt -c examples/benchmarks/ablations_constraints.txt
-	$(BIN)/python examples/benchmarks/compare.py --stages ablations report --output_dir $(EVIDENCE)
+	$(BIN)/python examples/benchmarks/compare.py --stages ablations report --output_dir $(METHODS)
 
 long: $(INSTALLED)
 	$(BIN)/python examples/benchmarks/long_runs.py --output_dir $(LONG)
@@ -82,6 +90,14 @@ recipes: $(INSTALLED)
 	$(BIN)/python -m pip install --disable-pip-version-check torchjd qpsolvers \
 		-c constraints.txt -c examples/benchmarks/ablations_constraints.txt
 	$(BIN)/python examples/benchmarks/compare_recipes.py --output_dir $(RECIPES)
+
+# One thread each: the steps of a world of this size gain little from a second one.
+slider: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python examples/benchmarks/slider_front.py --output_dir $(SLIDER)
+
+rewards: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python examples/benchmarks/set_rewards.py --output_dir $(REWARDS)/sets
+	OMP_NUM_THREADS=1 $(BIN)/python examples/benchmarks/adversarial_reward.py --output_dir $(REWARDS)/adversarial
 
 test: $(INSTALLED)
 	$(BIN)/ruff check
