@@ -247,7 +247,8 @@ def test_two_processes_are_one(two, tmp_path, name) -> None:
         assert relative_error(both, alone[f"advantages/{step}"]) < 1e-5
         for key in (f"sample_ids/{step}", f"first_half/{step}"):
             assert torch.cat([first[key], second[key]]).equal(alone[key])
-    tolerance = 3e-5 if name == "learning" else 1e-5  # what is learned from rounded features is rounded twice
+    # What is learned from rounded features, or computed of sets of them, is rounded twice.
+    tolerance = 3e-5 if name in ("learning", "sets") else 1e-5
     for key, value in alone.items():
         if key.split("/")[0] not in ("advantages", "sample_ids", "first_half"):
             assert relative_error(first[key], value) < tolerance, key
