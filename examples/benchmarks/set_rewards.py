@@ -100,7 +100,7 @@ def report(base: EvaluationResults, found: dict[str, list[EvaluationResults]]) -
             [min(point.values()) for point in points],
             [float(np.mean([*point.values()])) for point in points],
         ]
-        cells = [estimate_text(mean_over_seeds(column)) for column in columns]
+        cells = [estimate_text(mean_over_seeds(column), digits=2) for column in columns]
         cells.append(estimate_text(mean_over_seeds([each.table[DIVERSITY].mean() for each in results]), digits=3))
         cells.append(estimate_text(mean_over_seeds([each[0] for each in kl if each is not None]), digits=3))
         rows.append([LABELS[variant], str(len(results)), *cells])
