@@ -28,26 +28,16 @@ from typing import Any
 
 import numpy as np
 from evidence.costs import estimate_passes
-from evidence.parts import Merge, Part, Rescale, train_part
-from evidence.runs import (
-    EVALUATION_SEED,
-    LONG_RATE,
-    MAIN,
-    QUICK_KL,
-    QUICK_SIZES,
-    SEEDS,
-    TUNING,
-    TUNING_SEED,
-    Scale,
-)
+from evidence.other_rewards import evaluate_with, sizes_of
+from evidence.parts import Merge, Part, rescaling, train_part
+from evidence.runs import LONG_RATE, MAIN, SEEDS, TUNING, TUNING_SEED, Scale
 from evidence.statistics import mean_over_seeds
 from evidence.tables import estimate_text
 from evidence.worlds import SHAPEWORLD, WORLDS
 from rich.console import Console
 from rich.table import Table
 
-from trl_marble.cli.demo import DEMO_SETTINGS
-from trl_marble.evaluation import EvaluationConfig, EvaluationResults, evaluate_pipeline, gains_in_deviations
+from trl_marble.evaluation import EvaluationResults, gains_in_deviations
 from trl_marble.evaluation.figures import FAINT, new_figure, save_figure
 from trl_marble.evaluation.plots import PALETTE
 from trl_marble.evaluation.records import write_atomically
@@ -61,7 +51,6 @@ SETTINGS = ((0.05, LONG_RATE), (0.2, LONG_RATE), (0.2, 2 * LONG_RATE))  # beta, 
 LABELS = {"slider": "one adapter, many balances", "soup": "soup of specialists"}
 SCALE = Scale(steps=STEPS, images=24, tuning_images=8, long=True)
 QUICK = Scale(steps=4, images=2, tuning_images=2, long=True, quick=True)
-SAMPLES = {"per_device_train_batch_size": 64, "regularizer_fraction": 0.25}  # of the demo
 SUM = {"multi_objective_aggregation": "normalize_then_sum", "scale_rewards": "group"}
 
 
@@ -77,7 +66,7 @@ def parts_of(method: str, settings: Mapping[str, Any], steps: int) -> list[Part]
 def train(folder: Path, method: str, beta: float, rate: float, seed: int, scale: Scale) -> None:
     """Train the adapters of a method, and write the five mixtures at the same KL."""
     world = WORLDS[SHAPEWORLD]
-    settings = {**scale.settings, **SAMPLES, **SUM, **(QUICK_SIZES if scale.quick else {}), "beta": beta}
+    settings = {**sizes_of(scale), **SUM, "beta": beta}
     run = {"learning_rate": rate, "seed": seed, "use_cpu": True, "save_steps": 10, "save_total_limit": 1}
     run |= {"report_to": "none", "log_images": False, "disable_tqdm": True}
     for part in parts_of(method, settings, scale.steps):
@@ -88,25 +77,13 @@ def train(folder: Path, method: str, beta: float, rate: float, seed: int, scale:
         weights = dict(zip((where.format(name) for name in REWARDS), (1 - share, share), strict=True))
         mixture = Merge(f"mixture-{share:g}", {name: weight for name, weight in weights.items() if weight})
         mixture.write(folder)
-        kl, sizes = (QUICK_KL, {"prompts": 3, "steps": 2}) if scale.quick else (KL, {})
-        Rescale(f"at-{share:g}", mixture.name, kl, **sizes).write(folder, world)
+        rescaling(f"at-{share:g}", mixture.name, KL, scale.quick).write(folder, world)
 
 
 def evaluate(folder: Path, adapter: Path | None, phase: str, scale: Scale) -> EvaluationResults:
-    """Score an adapter, or the base, on the prompts of a phase."""
-    world = WORLDS[SHAPEWORLD]
-    pipeline = world.load_pipeline()
-    if adapter is not None:
-        pipeline.load_lora_weights(adapter)
-    config = EvaluationConfig(
-        str(folder),
-        num_generations=scale.tuning_images if phase == TUNING else scale.images,
-        num_inference_steps=scale.evaluation_steps,
-        seed=EVALUATION_SEED,
-        batch_size=DEMO_SETTINGS["per_device_eval_batch_size"],
-    )
-    by_name = world.rewards_by_name()
-    return evaluate_pipeline(pipeline, [by_name[name] for name in REWARDS], scale.prompts(phase), config)
+    """Score an adapter, or the base, with both rewards."""
+    by_name = WORLDS[SHAPEWORLD].rewards_by_name()
+    return evaluate_with(folder, adapter, [by_name[name] for name in REWARDS], scale, phase)
 
 
 def front_area(points: Sequence[Sequence[float]]) -> float:

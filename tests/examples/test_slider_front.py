@@ -29,7 +29,7 @@ def test_the_area_of_a_front_is_the_union_of_its_rectangles(points, area):
 
 
 def test_both_methods_cost_the_same():
-    settings = {**benchmark.SCALE.settings, **benchmark.SAMPLES, **benchmark.SUM, "beta": 0.1}
+    settings = {**benchmark.sizes_of(benchmark.SCALE), **benchmark.SUM, "beta": 0.1}
     costs = {
         method: sum(
             part.steps * estimate_passes(part.settings, len(part.rewards))

@@ -205,7 +205,6 @@ def describe(
         backward = 1.0 if costs is None else costs.backward(*_size(args)) / costs.forward(*_size(args))
         seconds = estimate_args.seconds_per_pass * (passes.forward + backward * passes.backward) / num_processes
         lines.append(f"{devices} at {estimate_args.seconds_per_pass:g} s per pass: {_duration(seconds, args)}")
-        lines += _memory_lines(costs, memory)
     elif costs is None:
         lines.append(
             f"Time and memory: nothing is known of the size of `{script_args.model}`; measure a forward pass and give "
@@ -213,7 +212,8 @@ def describe(
         )
     else:
         lines += _times(estimate_args, args, costs, passes, num_processes, memory)
-        lines += _memory_lines(costs, memory)
+    if costs is not None:
+        lines.append(_memory_line(memory))
     lines.append(
         "Computed from the transformer's operations, not measured. Not counted: loading, encoding, decoding, rewards "
         "and evaluations."
@@ -268,13 +268,10 @@ def _size(args: "MarbleConfig") -> tuple[int, int]:
     return args.height, args.width
 
 
-def _memory_lines(costs: "ModelCosts | None", memory: float | None) -> list[str]:
-    if costs is None:
-        return []
+def _memory_line(memory: float | None) -> str:
     if memory is None:
-        return ["Peak memory of one GPU: computed only with `bf16`, and without `shard_base` and int8"]
-    others = f"and {LEAST_CUDA:g} to 1 for CUDA, and the models of the rewards"
-    return [f"Peak memory of one GPU: {memory:.1f} GB, {others}"]
+        return "Peak memory of one GPU: computed only with `bf16`, and without `shard_base` and int8"
+    return f"Peak memory of one GPU: {memory:.1f} GB, and {LEAST_CUDA:g} to 1 for CUDA, and the models of the rewards"
 
 
 def _passes(passes: "StepPasses") -> str:

@@ -52,7 +52,6 @@ def run(args: Namespace) -> int:
 
     # The rest is for what comes before and after the checks.
     verdicts = _check(args.model, start + SHARE * 60 * args.minutes, num_gpus, visible, write)
-    write(verdicts)
     print(f"The report, with versions and hardware, is in {args.output}; attach it to an issue.")
     return RUN_ERROR if any(verdict.verdict == "fail" for verdict in verdicts) else 0
 

@@ -11,8 +11,8 @@ from trl_marble.evaluation import EvaluationConfig, EvaluationResults, evaluate_
 from trl_marble.shapeworld import load_pipeline, load_prompts
 
 from .methods import DEMO_SAMPLES, SAMPLES
-from .parts import Rescale
-from .runs import LONG_RATE, LONG_SETTINGS, MAIN, QUICK_KL, QUICK_SIZES, Scale
+from .parts import rescaling
+from .runs import LONG_RATE, LONG_SETTINGS, MAIN, QUICK_SIZES, TUNING, Scale
 from .worlds import SHAPEWORLD, WORLDS
 
 
@@ -49,19 +49,20 @@ def train_with(folder: Path, rewards: list, settings: Mapping[str, Any], seed: i
 
 def scale_to_final_kl(folder: Path, scale: Scale) -> Path:
     """The adapter of a run, scaled to the KL of all; made once."""
-    kl, sizes = (QUICK_KL, {"prompts": 3, "steps": 2}) if scale.quick else (FINAL_KL, {})
-    scaled = Rescale("rescaled", "", kl, **sizes)
+    scaled = rescaling("rescaled", "", FINAL_KL, scale.quick)
     scaled.write(folder, WORLDS[SHAPEWORLD])
     return folder / scaled.name
 
 
-def evaluate_with(folder: Path, adapter: Path | None, rewards: list, scale: Scale) -> EvaluationResults:
-    """Score an adapter, or the base, on held-out prompts."""
+def evaluate_with(
+    folder: Path, adapter: Path | None, rewards: list, scale: Scale, phase: str = MAIN
+) -> EvaluationResults:
+    """Score an adapter, or the base, on the prompts of a phase: held-out ones by default."""
     config = EvaluationConfig(
         str(folder),
         adapter=None if adapter is None else str(adapter),
-        num_generations=scale.images,
+        num_generations=scale.tuning_images if phase == TUNING else scale.images,
         num_inference_steps=2 if scale.quick else scale.evaluation_steps,
         seed=EVALUATION_SEED,
     )
-    return evaluate_pipeline(load_pipeline(), rewards, scale.prompts(MAIN), config)
+    return evaluate_pipeline(load_pipeline(), rewards, scale.prompts(phase), config)

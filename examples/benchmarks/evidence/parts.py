@@ -135,6 +135,12 @@ class Rescale:
         )
 
 
+def rescaling(name: str, part: str, kl: float, quick: bool) -> Rescale:
+    """A [`Rescale`]; a quick one, which only tests the code, is to the small KL that a run of two steps can have."""
+    return Rescale(name, part, QUICK_KL, prompts=3, steps=2) if quick else Rescale(name, part, kl)
+
+
+QUICK_KL = 1e-5
 RESCALED_FILE = "rescaled.json"
 RESCALINGS, RESCALED_WITHIN = 8, 0.02
 

@@ -21,7 +21,7 @@ from .costs import estimate_passes
 from .drift import DRIFT_CONTROLS
 from .experiments import EXPERIMENTS
 from .methods import BASE, METHODS, REWARDS, SHARED_SETTINGS, find_method, make_weighting
-from .parts import COMPOSITES, HISTORY_FILE, Merge, Part, Piece, Rescale, fuse, join_histories, train_part
+from .parts import COMPOSITES, HISTORY_FILE, Merge, Part, Piece, Rescale, fuse, join_histories, rescaling, train_part
 from .worlds import SHAPEWORLD, WORLDS, World
 
 
@@ -49,7 +49,6 @@ QUICK_SIZES = {
     "num_inference_steps": 3,  # trained at two, so that the KL can be taken at one of them
 }
 QUICK_SETTINGS = SHARED_SETTINGS | QUICK_SIZES
-QUICK_KL = 1e-5  # in the place of any `final_kl`
 
 # Learning rates are chosen on prompts of the train split, so that the test split does not influence the choice.
 TUNING, MAIN = "tuning", "main"
@@ -191,8 +190,7 @@ class Run:
                 parts.append(Part(name, steps, self.settings, rewards, source=source, on=on, number=number))
         if method.final_kl is None:
             return parts
-        kl, sizes = (QUICK_KL, {"prompts": 3, "steps": 2}) if self.scale.quick else (method.final_kl, {})
-        return [*parts, Rescale("rescaled", parts[-1].name, kl, **sizes)]
+        return [*parts, rescaling("rescaled", parts[-1].name, method.final_kl, self.scale.quick)]
 
     @property
     def stages(self) -> tuple[tuple[str, ...], ...]:
