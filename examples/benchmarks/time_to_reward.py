@@ -16,7 +16,7 @@ of today and 75 steps.
 
 A run has reached a baseline when both its mean gain (in standard deviations of the base's images) and its worst
 reward's fraction of its bound are what the baseline of the same seed had at its end. Bounds are how far each reward
-rises when it is trained alone (docs/evidence.md). All are evaluated alike, every fifth step on held-out prompts with 8
+rises when it is trained alone (docs/evidence/short_runs.md). All are evaluated alike, every fifth step on held-out prompts with 8
 solver steps, and between evaluations both numbers are taken to be linear. A target counts as reached if the next
 evaluation is not below it again.
 
@@ -29,7 +29,7 @@ The settings of today were chosen with `--tuning`: how samples are made and used
 split, where the demo at 61ec878 is the baseline. A setting has as many steps as cost what 50 steps of the long runs'
 recipe (128 images) cost, by an estimate, and its learning rate falls to 0 within them. The rule: settings that reach
 the baseline in less than 0.9 of the CPU time of the recipe are combined. A combination is kept if it needs less than
-0.9 of the passes of its best part. What is chosen has to lose no reward in 150 steps (docs/evidence.md).
+0.9 of the passes of its best part. What is chosen has to lose no reward in 150 steps (docs/evidence/long_runs.md).
 """
 
 import argparse

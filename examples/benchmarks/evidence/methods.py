@@ -306,7 +306,7 @@ for _name in (RECIPE_METHOD, "gdpo", "marble", "awm"):
 # Name -> label, settings, and the units of the KL (see `Method`). All sample from the trained policy, but the last.
 # The units of beta are ratios of gradient norms over the first six steps, without a KL; that of GRPO's KL a ratio of
 # what it logs to what evaluations measure. With 1000 for `gdro_beta`, and 5000 for `dpo_beta`, its default, the policy
-# hardly moved in the tuning (docs/evidence.md): the higher they are, the nearer the optimum is to the base.
+# hardly moved in the tuning (docs/evidence/losses.md): the higher they are, the nearer the optimum is to the base.
 LOSSES: dict[str, tuple[str, dict[str, Any], float, float]] = {
     "nft": ("DiffusionNFT", {}, 1.0, 1.0),
     "awm": ("AWM", {"policy_loss": "awm"}, 0.2, 1.0),
@@ -479,7 +479,7 @@ _balanced("r_equal", METHODS["equal"])
 _balanced("r_marble", METHODS["marble"])
 _balanced("r_marble_floor", VARIANTS["floor"])
 _balanced("r_upgrad", VARIANTS["upgrad"])
-# Of the other losses CRD has the largest sum of mean and worst gain (docs/evidence.md, "Losses").
+# Of the other losses CRD has the largest sum of mean and worst gain (docs/evidence/losses.md).
 _balanced(
     "r_crd",
     replace(LONG_BASES[RECIPE_METHOD], label="weights by progress, CRD", beta_unit=LOSSES["crd"][2]),
