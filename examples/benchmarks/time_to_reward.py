@@ -16,9 +16,9 @@ of today and 75 steps.
 
 A run has reached a baseline when both its mean gain (in standard deviations of the base's images) and its worst
 reward's fraction of its bound are what the baseline of the same seed had at its end. Bounds are how far each reward
-rises when it is trained alone (docs/evidence/short_runs.md). All are evaluated alike, every fifth step on held-out prompts with 8
-solver steps, and between evaluations both numbers are taken to be linear. A target counts as reached if the next
-evaluation is not below it again.
+rises when it is trained alone (docs/evidence/short_runs.md). All are evaluated alike, every fifth step on held-out
+prompts with 8 solver steps, and between evaluations both numbers are taken to be linear. A target counts as reached if
+the next evaluation is not below it again.
 
 Time is CPU time of the optimizer steps, rollouts and rewards included, evaluations not. Beside it are passes of the
 transformer, which do not depend on what else the machine does. Every run has its own folder and is a process with one
