@@ -17,7 +17,8 @@ of gains in both rewards. The coefficient of the KL and the learning rate are ch
 train split, from the same three settings for each; the rule: the largest area. Writes `front.json` and `front.png`.
 
 Finished parts are not repeated, and interrupted ones continue from their last checkpoint. Runs with other `--methods`
-or `--seeds` may share `OUTPUT_DIR` and be started at the same time.
+or `--seeds` may share `OUTPUT_DIR` and be started at the same time. All adapters are on every linear layer of the
+transformer.
 """
 
 import argparse
@@ -29,7 +30,7 @@ from typing import Any
 import numpy as np
 from evidence.costs import estimate_passes
 from evidence.other_rewards import evaluate_with, sizes_of
-from evidence.parts import Merge, Part, rescaling, train_part
+from evidence.parts import EVERY_LAYER, Merge, Part, rescaling, train_part
 from evidence.runs import LONG_RATE, MAIN, SEEDS, TUNING, TUNING_SEED, Scale
 from evidence.statistics import mean_over_seeds
 from evidence.tables import estimate_text
@@ -71,7 +72,9 @@ def train(folder: Path, method: str, beta: float, rate: float, seed: int, scale:
     run |= {"report_to": "none", "log_images": False, "disable_tqdm": True}
     for part in parts_of(method, settings, scale.steps):
         own = {**run, "data_seed": seed + 100 * part.number}
-        train_part(part, folder, world, own, [], change=lambda trainer: None, card_name=None)
+        train_part(
+            part, folder, world, own, [], change=lambda trainer: None, card_name=None, peft_config=EVERY_LAYER
+        )
     where = "slider/adapters/{}.safetensors" if method == "slider" else "{}"
     for share in SHARES:
         weights = dict(zip((where.format(name) for name in REWARDS), (1 - share, share), strict=True))

@@ -76,6 +76,8 @@ class Method:
             none.
         final_kl (`float`, *optional*):
             The KL that the result is scaled to.
+        every_layer (`bool`, *optional*, defaults to `False`):
+            Whether all linear layers of the transformer have an adapter, not only those of attention.
     """
 
     label: str
@@ -91,6 +93,7 @@ class Method:
     kl_unit: float = 1.0
     composite: str | None = None
     final_kl: float | None = None
+    every_layer: bool = False
 
     @property
     def rewards(self) -> tuple[str, ...]:
@@ -462,17 +465,25 @@ FIRST_RECIPE = f"r_{RECIPE_METHOD}@target{RECIPES_KL:g}"  # what it costs is the
 _DEMO = {**SAMPLES[DEMO_SAMPLES][1], "old_policy_preset": 0}
 
 
-def _balanced(name: str, method: Method, settings: Mapping[str, Any] | None = None) -> None:
+def _balanced(
+    name: str, method: Method, settings: Mapping[str, Any] | None = None, every_layer: bool = True
+) -> None:
     LONG_BASES[name] = replace(
         method,
         settings={**method.settings, **_DEMO, **(settings or {})},
         tuned_as=None,
         costs_as=FIRST_RECIPE,
         final_kl=RECIPES_KL,
+        every_layer=every_layer,
     )
 
 
 _balanced("r_progress", LONG_BASES[RECIPE_METHOD])
+_balanced(
+    "r_attention",
+    replace(LONG_BASES[RECIPE_METHOD], label="weights by progress, adapter on attention only"),
+    every_layer=False,
+)
 _balanced("r_weighted_sum", METHODS["weighted_sum"])
 _balanced("r_gdpo", METHODS["gdpo"])
 _balanced("r_equal", METHODS["equal"])
@@ -493,7 +504,12 @@ for _name, _label in {
     "distilled_balanced": "balanced distillation",
 }.items():
     LONG_BASES[f"r_{_name}"] = Method(
-        _label, settings={**WEIGHTED_SUM, **_DEMO}, composite=_name, final_kl=RECIPES_KL, costs_as=FIRST_RECIPE
+        _label,
+        settings={**WEIGHTED_SUM, **_DEMO},
+        composite=_name,
+        final_kl=RECIPES_KL,
+        costs_as=FIRST_RECIPE,
+        every_layer=True,
     )
 
 
@@ -511,7 +527,17 @@ RECIPE_ENTRIES = (
     FIRST_RECIPE,
     *(
         f"r_{name}@target{RECIPES_KL:g}"
-        for name in ("weighted_sum", "gdpo", "equal", "marble", "marble_floor", "upgrad", "published", "crd")
+        for name in (
+            "weighted_sum",
+            "gdpo",
+            "equal",
+            "marble",
+            "marble_floor",
+            "upgrad",
+            "published",
+            "crd",
+            "attention",
+        )
     ),
 )
 COMPOSITE_ENTRIES = tuple(

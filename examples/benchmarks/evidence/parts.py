@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from diffusers import DiffusionPipeline
+from peft import LoraConfig
 from transformers import TrainerCallback
 
 from trl_marble import MarbleConfig, MarbleNFTTrainer
@@ -24,6 +25,9 @@ from .worlds import World
 
 HISTORY_FILE = "history.json"
 COSTS_FILE = "costs.json"
+
+# The package's adapter, but on all linear layers of the transformer.
+EVERY_LAYER = LoraConfig(r=32, lora_alpha=64, init_lora_weights="gaussian", target_modules="all-linear")
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,19 @@ from .costs import estimate_passes
 from .drift import DRIFT_CONTROLS
 from .experiments import EXPERIMENTS
 from .methods import BASE, METHODS, REWARDS, SHARED_SETTINGS, find_method, make_weighting
-from .parts import COMPOSITES, HISTORY_FILE, Merge, Part, Piece, Rescale, fuse, join_histories, rescaling, train_part
+from .parts import (
+    COMPOSITES,
+    EVERY_LAYER,
+    HISTORY_FILE,
+    Merge,
+    Part,
+    Piece,
+    Rescale,
+    fuse,
+    join_histories,
+    rescaling,
+    train_part,
+)
 from .worlds import SHAPEWORLD, WORLDS, World
 
 
@@ -251,6 +263,8 @@ class Run:
             own["weights"] = self.world.fingerprint()
         if method.costs_as is not None:
             own["steps"] = self.steps
+        if method.every_layer:
+            own["every_layer"] = True
         if method.final_kl is not None:
             own["parts"] = json.loads(json.dumps([asdict(part) for part in self.parts]))  # as it is read
         return {
@@ -401,6 +415,7 @@ def _train(run: Run, part: Part, folder: Path, done: int) -> None:
         card_name=f"{run.scale.world}-{run.method.replace('_', '-')}-seed-{run.seed}" if run.has_curves else None,
         eval_dataset=run.scale.prompts(run.phase),
         weighting=make_weighting(method),
+        peft_config=EVERY_LAYER if method.every_layer else None,
     )
 
 
