@@ -72,9 +72,7 @@ def train(folder: Path, method: str, beta: float, rate: float, seed: int, scale:
     run |= {"report_to": "none", "log_images": False, "disable_tqdm": True}
     for part in parts_of(method, settings, scale.steps):
         own = {**run, "data_seed": seed + 100 * part.number}
-        train_part(
-            part, folder, world, own, [], change=lambda trainer: None, card_name=None, peft_config=EVERY_LAYER
-        )
+        train_part(part, folder, world, own, [], change=lambda trainer: None, card_name=None, peft_config=EVERY_LAYER)
     where = "slider/adapters/{}.safetensors" if method == "slider" else "{}"
     for share in SHARES:
         weights = dict(zip((where.format(name) for name in REWARDS), (1 - share, share), strict=True))

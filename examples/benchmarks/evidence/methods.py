@@ -465,9 +465,7 @@ FIRST_RECIPE = f"r_{RECIPE_METHOD}@target{RECIPES_KL:g}"  # what it costs is the
 _DEMO = {**SAMPLES[DEMO_SAMPLES][1], "old_policy_preset": 0}
 
 
-def _balanced(
-    name: str, method: Method, settings: Mapping[str, Any] | None = None, every_layer: bool = True
-) -> None:
+def _balanced(name: str, method: Method, settings: Mapping[str, Any] | None = None, every_layer: bool = True) -> None:
     LONG_BASES[name] = replace(
         method,
         settings={**method.settings, **_DEMO, **(settings or {})},
