@@ -430,14 +430,19 @@ class Step:
             self.rows.backward([Objective(each, coefficients) for each in (positive, negative, divergence)])
 
 
-def without_values(model: Model, dtype: torch.dtype = torch.bfloat16) -> DiffusionPipeline:
-    """A model's pipeline with the default adapter on the meta device, without values."""
+def without_values(
+    model: Model, dtype: torch.dtype = torch.bfloat16, target_modules: str | None = None
+) -> DiffusionPipeline:
+    """A model's pipeline with an adapter, by default the package's, on the meta device, without values."""
     scheduler = FlowMatchEulerDiscreteScheduler()
     with torch.device("meta"):
         pipeline = model.pipeline(scheduler)
     for component in (pipeline.transformer, pipeline.vae):
         component.to(dtype)
-    add_trainable_adapter(pipeline, lora_config(pipeline))
+    config = lora_config(pipeline)
+    if target_modules is not None:
+        config.target_modules = target_modules
+    add_trainable_adapter(pipeline, config)
     return pipeline
 
 

@@ -11,8 +11,9 @@ python examples/benchmarks/model_costs.py --models sd3.5m flux qwen-image
 ```
 
 Everything is computed with the fake tensors of `memory.py`, which have the published sizes and no data, for three
-sizes of images and two of batches, and written as coefficients to `trl_marble/cli/model_costs.json`. It takes minutes
-for each model. Run it again when a step allocates other tensors.
+sizes of images and two of batches, with an adapter on the package's layers and on all linear ones. It is written as
+coefficients to `trl_marble/cli/model_costs.json`. It takes minutes for each model. Run it again when a step allocates
+other tensors.
 
 With P = height x width / 512^2 and batches of B images:
 
@@ -41,6 +42,8 @@ HUB_IDS = {
     "flux": ["black-forest-labs/FLUX.1-dev", "black-forest-labs/FLUX.1-schnell"],
     "qwen-image": ["Qwen/Qwen-Image", "Qwen/Qwen-Image-2512"],
 }
+# Layers -> peft's `target_modules`; `None` for those of the package.
+ADAPTERS = {"default": None, "all-linear": "all-linear"}
 SCALES = (0.5, 0.75, 1.0)  # of height and width
 BATCHES = {"rollout": (4, 24), "decode": (4, 24), "update": (4, 8)}
 REWARDS = 5  # does not matter for what is measured here: gradient buffers are counted apart
@@ -107,28 +110,35 @@ class Steps:
 
 
 def model_costs(name: str) -> dict[str, Any]:
-    """The entry of one model."""
+    """The entry of one model, with each of the adapters."""
     model = memory.MODELS[name]
-    text_encoders, pipeline = memory._text_encoders(model), memory.without_values(model)
-    with FakeTensorMode(allow_non_fake_inputs=True), memory.norms_of_cuda_autocast():
-        steps = Steps(model, pipeline)
-        step = steps.step
-        linear, attention = zip(*(steps.operations(scale) for scale in SCALES), strict=True)
-        pixels = [steps.pixels(scale) for scale in SCALES]
-        peaks = {part: steps.bytes_of_part(part) for part in ("rollout", "decode", "update")}
-        step.checkpoint(True)
-        peaks["update_checkpointed"] = steps.bytes_of_part("update")
-        return {
-            "hub_ids": HUB_IDS.get(name, []),
-            "linear": np.polyfit(pixels, linear, 1)[::-1].round().tolist(),
-            "attention": np.polyfit(pixels, attention, 2)[::-1].round().tolist(),
-            "transformer": step.frozen,
-            "transformer_nf4": step.frozen - memory._nf4_saves(pipeline.transformer),
-            "text_encoders": text_encoders,
-            "vae": step.vae,
-            "adapter_of_rank_32": step.adapter,
-            "peaks": peaks,
-        }
+    costs: dict[str, Any] = {
+        "hub_ids": HUB_IDS.get(name, []),
+        "text_encoders": memory._text_encoders(model),
+        "adapters": {},
+    }
+    for layers, target_modules in ADAPTERS.items():
+        pipeline = memory.without_values(model, target_modules=target_modules)
+        with FakeTensorMode(allow_non_fake_inputs=True), memory.norms_of_cuda_autocast():
+            steps = Steps(model, pipeline)
+            step = steps.step
+            linear, attention = zip(*(steps.operations(scale) for scale in SCALES), strict=True)
+            pixels = [steps.pixels(scale) for scale in SCALES]
+            peaks = {part: steps.bytes_of_part(part) for part in ("rollout", "decode", "update")}
+            step.checkpoint(True)
+            peaks["update_checkpointed"] = steps.bytes_of_part("update")
+            costs |= {
+                "transformer": step.frozen,
+                "transformer_nf4": step.frozen - memory._nf4_saves(pipeline.transformer),
+                "vae": step.vae,
+            }
+            costs["adapters"][layers] = {
+                "bytes_of_rank_32": step.adapter,
+                "linear": np.polyfit(pixels, linear, 1)[::-1].round().tolist(),
+                "attention": np.polyfit(pixels, attention, 2)[::-1].round().tolist(),
+                "peaks": peaks,
+            }
+    return costs
 
 
 def main() -> None:

@@ -190,6 +190,16 @@ def test_the_memory_is_that_of_the_documented_table(column, model, tmp_path, mon
         ), label
 
 
+def test_an_adapter_on_every_layer_needs_more_memory_and_one_on_other_layers_is_not_computed(estimate):
+    def peak(*layers):
+        return re.search(r"Peak memory of one GPU: (.*)", estimate(lora_target_modules=list(layers)))[1]
+
+    of_all = peak("all-linear")
+    assert peak("All-Linear") == of_all
+    assert float(of_all.split()[0]) > float(re.search(r"Peak memory of one GPU: ([0-9.]+)", estimate())[1])
+    assert peak("attn.to_q").startswith("computed only with") and "all-linear" in peak("attn.to_q")
+
+
 def test_an_adapter_for_every_balance_has_a_part_for_each_reward(estimate):
     settings = {"multi_objective_aggregation": "normalize_then_sum"}
 

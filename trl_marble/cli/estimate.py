@@ -176,7 +176,7 @@ def describe(
     from .sources import read_teachers
     from .step_passes import compute_passes
 
-    costs = find_costs(script_args.model)
+    costs = find_costs(script_args.model, script_args.lora_target_modules)
     num_rewards = sum(SHAPEWORLD_REWARDS if name == "shapeworld" else 1 for name in script_args.rewards or [])
     teachers = read_teachers(script_args.teachers or [])
     of_all = sum(name.partition(":")[0] == "all" for name in teachers)
@@ -257,7 +257,7 @@ def _peak_memory(
 ) -> float | None:
     """The peak of one GPU in GB; `None` for settings that it is not computed for."""
     _size(args)
-    if script_args.quantize_base == "int8" or args.shard_base or not args.bf16:
+    if script_args.quantize_base == "int8" or args.shard_base or not args.bf16 or not costs.knows_memory:
         return None
     return costs.peak_memory(script_args, args, num_rows) / GB
 
@@ -270,7 +270,10 @@ def _size(args: "MarbleConfig") -> tuple[int, int]:
 
 def _memory_line(memory: float | None) -> str:
     if memory is None:
-        return "Peak memory of one GPU: computed only with `bf16`, and without `shard_base` and int8"
+        return (
+            "Peak memory of one GPU: computed only with `bf16`, without `shard_base` and int8, and with an adapter on "
+            "the default layers or on `all-linear`"
+        )
     return f"Peak memory of one GPU: {memory:.1f} GB, and {LEAST_CUDA:g} to 1 for CUDA, and the models of the rewards"
 
 

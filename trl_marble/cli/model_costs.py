@@ -2,6 +2,7 @@
 """Operations and memory of models of known sizes, as examples/benchmarks/model_costs.py has computed them."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,17 +23,24 @@ BACKWARD_ATTENTION = 2.5
 @dataclass(frozen=True)
 class ModelCosts:
     """
-    What a model costs. examples/benchmarks/model_costs.py explains the coefficients.
+    What a model costs with an adapter. examples/benchmarks/model_costs.py explains the coefficients.
 
     Args:
         name (`str`):
             Its name there.
         numbers (`dict[str, Any]`):
-            Its entry in model_costs.json.
+            Of its entry in model_costs.json, what does not depend on the adapter.
+        adapter (`dict[str, Any]`):
+            What does.
+        knows_memory (`bool`):
+            Whether the adapter is one that these numbers are for; otherwise they are those of the package's, whose
+            operations differ little.
     """
 
     name: str
     numbers: dict[str, Any]
+    adapter: dict[str, Any]
+    knows_memory: bool = True
 
     def forward(self, height: int, width: int) -> float:
         """Floating-point operations of a forward pass of one image."""
@@ -47,7 +55,7 @@ class ModelCosts:
     def _operations(self, height: int, width: int) -> tuple[float, float]:
         size = height * width / PIXELS
         linear, attention = (
-            sum(coefficient * size**power for power, coefficient in enumerate(self.numbers[kind]))
+            sum(coefficient * size**power for power, coefficient in enumerate(self.adapter[kind]))
             for kind in ("linear", "attention")
         )
         return linear, attention
@@ -65,7 +73,7 @@ class ModelCosts:
                 K.
         """
         parts = num_rewards if args.balance_slider else 1
-        adapter = self.numbers["adapter_of_rank_32"] * parts * script_args.lora_r / RANK
+        adapter = self.adapter["bytes_of_rank_32"] * parts * script_args.lora_r / RANK
         # A gradient of each reward in both halves of the step, and of what they share; or one of all rewards.
         gradients = 2 * num_rewards + 1 if args.balances_gradients else 1
         copies = 2 if args.sampling_policy_preset is None else 3  # old, averaged, and what samples
@@ -89,22 +97,26 @@ class ModelCosts:
         )
 
     def _part(self, name: str, batch_size: int, size: float) -> float:
-        once, by_image, by_pixel = self.numbers["peaks"][name]
+        once, by_image, by_pixel = self.adapter["peaks"][name]
         return once + batch_size * (by_image + by_pixel * size)
 
 
-def find_costs(model: str) -> ModelCosts | None:
+def find_costs(model: str, target_modules: Sequence[str] | None = None) -> ModelCosts | None:
     """
     The costs of a model.
 
     Args:
         model (`str`):
             Its Hub id.
+        target_modules (`Sequence[str]`, *optional*):
+            The layers that are adapted, as `lora_target_modules` has them. Defaults to those of its family.
 
     Returns:
         [`ModelCosts`], *optional*: `None` for a model that nothing was computed of.
     """
+    layers = "default" if target_modules is None else " ".join(target_modules).lower()
     for name, numbers in json.loads(FILE.read_text()).items():
         if model.lower() in (hub_id.lower() for hub_id in numbers["hub_ids"]):
-            return ModelCosts(name, numbers)
+            adapters = numbers["adapters"]
+            return ModelCosts(name, numbers, adapters.get(layers, adapters["default"]), layers in adapters)
     return None
