@@ -139,7 +139,7 @@ def choose(
     for name, own in runs.items():
         scores = {}
         for run in own:
-            end, _ = score_run(run, before, output_dir)
+            end = score_run(run, before, output_dir).end
             scores[run] = (end.mean[0], end.worst[0], end.kl[0])
         best = max(scores, key=lambda run: sum(scores[run][:2]))
         chosen[name] = (best.method, best.learning_rate)
@@ -154,7 +154,8 @@ def choose(
 
 _TEXT = (
     f"Scaled to a KL of {RECIPES_KL:g}. Gains in standard deviations of the untrained pipeline's images, "
-    "mean over seeds ± standard error over seeds. Worst: of the reward that gained least. Joint: share of the "
+    "mean over seeds ± standard error over seeds; after the slash that over prompts (jackknife). Worst: of the reward "
+    "that gained least. Joint: share of the "
     "held-out prompts on which all rewards that apply rose. Passes and CPU time of all optimizer steps, divided by "
     "the recipe's.\n"
 )

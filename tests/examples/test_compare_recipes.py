@@ -5,12 +5,14 @@ import json
 import sys
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from example_scripts import EXAMPLES
 from trainer_helpers import small_config
 
 from trl_marble import MarbleConfig
 from trl_marble.evaluation import GainPoint
+from trl_marble.evaluation.gains import measure_gains
 
 
 sys.path.append(str(EXAMPLES / "benchmarks"))
@@ -19,6 +21,7 @@ from compare_recipes import CANDIDATES, SCALE, tuning_runs  # noqa: E402
 from evidence import methods  # noqa: E402
 from evidence.costs import estimate_passes  # noqa: E402
 from evidence.parts import Merge, Part, Rescale  # noqa: E402
+from evidence.prompt_errors import PromptGains, jackknife_error, leave_out_each_prompt, sum_by_prompt  # noqa: E402
 from evidence.recipes_report import RecipeResult, bounds_table, difference_table, plot_recipes, recipe_table  # noqa: E402
 from evidence.runs import MAIN, Run, base_run  # noqa: E402
 from evidence.worlds import WORLDS, World  # noqa: E402
@@ -170,7 +173,34 @@ def result(label, worst, mean, passes, calm=0.2):
         )
         for seed in (1, 2)
     }
-    return RecipeResult(label, ends, [0.9, 1.0], [10.0, 12.0], [passes, passes], [1.0, 1.2])
+    # Four prompts of two images each, of which two prompts have `reader`.
+    totals = np.array([[0.2, 0.6, 0.4, 0.8], [mean, 3 * mean, 0.0, 0.0]])
+    prompts = PromptGains(totals, np.array([[2, 2, 2, 2], [2, 2, 0, 0]]))
+    return RecipeResult(
+        label, ends, [0.9, 1.0], [10.0, 12.0], [passes, passes], [1.0, 1.2], dict.fromkeys((1, 2), prompts)
+    )
+
+
+def test_errors_over_prompts_are_those_of_a_mean_and_know_that_another_reward_may_be_the_worst():
+    generator = np.random.default_rng(0)
+    groups = np.repeat(np.arange(6), 4)
+    before = {name: generator.normal(size=24) for name in ("a", "b")}
+    before["b"][groups > 3] = np.nan  # applies to four of the prompts
+    after = {name: values + generator.normal(1.0, 0.5, size=24) for name, values in before.items()}
+    sums = sum_by_prompt(before, after, groups)
+    point = measure_gains(before, after, groups, (0.04, 0.0))
+    gains = sums.totals.sum(axis=1) / sums.counts.sum(axis=1)
+    assert dict(zip(before, gains, strict=True)) == pytest.approx(
+        {key: gain for key, (gain, _) in point.gains.items()}
+    )
+    only = PromptGains(sums.totals[:1], sums.counts[:1])
+    for error in map(jackknife_error, leave_out_each_prompt([only, only])):
+        assert error == pytest.approx(point.gains["a"][1])
+    # By hand: two prompts, and without one of them the other reward is the worst.
+    by_hand = PromptGains(np.array([[1.0, 3.0], [4.0, 0.5]]), np.ones((2, 2)))
+    left_out = leave_out_each_prompt([by_hand])
+    assert left_out.tolist() == [[0.5, 1.0], [1.75, 2.5]]
+    assert jackknife_error(left_out[0]) == pytest.approx(0.25)
 
 
 def test_tables_by_hand(tmp_path):
@@ -178,10 +208,14 @@ def test_tables_by_hand(tmp_path):
     results = {methods.FIRST_RECIPE: first, "r_gdpo@target0.04": other}
     text = recipe_table(results, ("calm", "reader"))
     row = next(line for line in text.splitlines() if line.startswith("| theirs"))
-    assert [cell.strip() for cell in row.split("|")][2:6] == ["2", "0.040 ± 0.000", "0.25 ± 0.05", "0.60 ± 0.00"]
+    cells = [cell.strip() for cell in row.split("|")]
+    # The worst is `calm`, whose means by prompt are .1, .3, .2 and .4.
+    assert cells[2:5] == ["2", "0.040 ± 0.000", "0.25 ± 0.05 / 0.06"] and cells[5].startswith("0.60 ± 0.00 / ")
     assert row.rstrip(" |").endswith("0.95 | 1.10 | 0.90 | 1.00")
     line = difference_table(results).splitlines()[-1]
-    assert [cell.strip() for cell in line.split("|")][1:5] == ["theirs", "2", "0.100 ± 0.000", "-0.100 ± 0.000"]
+    cells = [cell.strip() for cell in line.split("|")]
+    # `calm` is the same for both, on every prompt.
+    assert cells[1:4] == ["theirs", "2", "0.100 ± 0.000 / 0.000"] and cells[4].startswith("-0.100 ± 0.000 / ")
     bounds = {"calm": result("calm alone", 0, 0, 1, calm=0.55), "reader": result("reader alone", 0, 1.0, 1)}
     assert bounds_table(results, bounds, ("calm", "reader")).splitlines()[-1].split("|")[2:5] == [
         " 0.50 ",

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -18,9 +18,13 @@ from trl_marble.evaluation.plots import PALETTE
 from .costs import read_costs, total_until
 from .methods import FIRST_RECIPE, find_method
 from .parts import COSTS_FILE, RESCALED_FILE, Part
+from .prompt_errors import PromptGains, jackknife_error, leave_out_each_prompt, sum_by_prompt
 from .runs import Run, base_run, load_scores
 from .statistics import mean_over_seeds
 from .tables import ABSENT, estimate_text, table
+
+
+WORST_AND_MEAN = ("worst", "mean")
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,8 @@ class RecipeResult:
             Passes of the transformer in them.
         factors (`list[float]`):
             What its adapter was scaled by, to have the KL of all.
+        prompts (`dict[int, PromptGains]`):
+            Seed -> gains of trained rewards by prompt.
     """
 
     label: str
@@ -49,11 +55,15 @@ class RecipeResult:
     cpu_seconds: list[float]
     passes: list[int]
     factors: list[float]
+    prompts: dict[int, PromptGains]
 
     def text(self, value: str, digits: int = 2) -> str:
-        """Mean and error over seeds of `worst`, `mean`, `joint_gain` or `kl`."""
-        values = [getattr(point, value)[0] for point in self.ends.values()]
-        return estimate_text(mean_over_seeds(values), digits=digits)
+        """Mean and error over seeds of `worst`, `mean`, `joint_gain` or `kl`; of the first two also over prompts."""
+        found = mean_over_seeds([getattr(point, value)[0] for point in self.ends.values()])
+        if value in WORST_AND_MEAN:
+            left_out = leave_out_each_prompt(list(self.prompts.values()))[WORST_AND_MEAN.index(value)]
+            found = found._replace(prompt_error=jackknife_error(left_out))
+        return estimate_text(found, digits=digits)
 
     def gain_text(self, reward: str) -> str:
         """Mean and error over seeds of a reward's gain."""
@@ -66,8 +76,26 @@ def label_of(entry: str) -> str:
     return label.partition(", target")[0].partition(", beta")[0].replace("MARBLE, N = 1", "MARBLE")
 
 
-def score_run(run: Run, before: EvaluationResults, output_dir: Path) -> tuple[GainPoint, float]:
-    """Gains of a finished run at its end, and its diversity divided by the base's."""
+class Score(NamedTuple):
+    """
+    What a finished run reached.
+
+    Args:
+        end ([`GainPoint`]):
+            Its gains, of trained and of held-out rewards.
+        diversity (`float`):
+            That of its images divided by the base's.
+        prompts ([`PromptGains`]):
+            Gains of trained rewards by prompt.
+    """
+
+    end: GainPoint
+    diversity: float
+    prompts: PromptGains
+
+
+def score_run(run: Run, before: EvaluationResults, output_dir: Path) -> Score:
+    """Compare the images of a finished run with those of the base."""
     after = load_scores(run, output_dir)
     held_out = [reward.__name__ for reward in run.world.heldout_funcs()]
     first, second = (
@@ -75,7 +103,10 @@ def score_run(run: Run, before: EvaluationResults, output_dir: Path) -> tuple[Ga
     )
     kl = after.kl_to_base()
     assert kl is not None  # the adapter is beside the base
-    return measure_gains(first, second, before.groups, kl, held_out), after.diversity()[0] / before.diversity()[0]
+    end = measure_gains(first, second, before.groups, kl, held_out)
+    trained = {name: first[name] for name in run.world.rewards}
+    diversity = after.diversity()[0] / before.diversity()[0]
+    return Score(end, diversity, sum_by_prompt(trained, second, before.groups))
 
 
 def collect_recipes(runs: Sequence[Run], output_dir: Path) -> dict[str, RecipeResult]:
@@ -87,15 +118,15 @@ def collect_recipes(runs: Sequence[Run], output_dir: Path) -> dict[str, RecipeRe
     for run in runs:
         if not run.is_finished(output_dir):
             continue
-        end, diversity = score_run(run, before, output_dir)
+        score = score_run(run, before, output_dir)
         costs = [
             total_until(read_costs(output_dir / run.name / part.name / COSTS_FILE), part.steps)
             for part in run.parts
             if isinstance(part, Part)
         ]
-        own = results.setdefault(run.method, RecipeResult(label_of(run.method), {}, [], [], [], []))
-        own.ends[run.seed] = end
-        own.diversity.append(diversity)
+        own = results.setdefault(run.method, RecipeResult(label_of(run.method), {}, [], [], [], [], {}))
+        own.ends[run.seed], own.prompts[run.seed] = score.end, score.prompts
+        own.diversity.append(score.diversity)
         own.cpu_seconds.append(sum(cost.cpu_seconds for cost in costs))
         own.passes.append(sum(cost.passes for cost in costs))
         own.factors.append(json.loads((output_dir / run.name / "rescaled" / RESCALED_FILE).read_text())["factor"])
@@ -141,10 +172,13 @@ def difference_table(results: Mapping[str, RecipeResult]) -> str:
         seeds = sorted(set(other.ends) & set(first.ends)) if first else []
         if first is None or entry == FIRST_RECIPE or not seeds:
             continue
+        left_out = [leave_out_each_prompt([each.prompts[seed] for seed in seeds]) for each in (first, other)]
+        errors = [jackknife_error(values) for values in left_out[0] - left_out[1]]
         cells = []
-        for value in ("worst", "mean", "kl"):
+        for value, error in zip((*WORST_AND_MEAN, "kl"), (*errors, math.nan), strict=True):
             pairs = [(getattr(first.ends[seed], value)[0], getattr(other.ends[seed], value)[0]) for seed in seeds]
-            cells.append(estimate_text(mean_over_seeds([own - theirs for own, theirs in pairs]), digits=3))
+            found = mean_over_seeds([own - theirs for own, theirs in pairs])
+            cells.append(estimate_text(found._replace(prompt_error=error), digits=3))
         rows.append([other.label, str(len(seeds)), *cells])
     return table(["the recipe minus", "seeds", "worst", "mean", "KL"], rows) if rows else ""
 
