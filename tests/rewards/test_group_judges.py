@@ -78,30 +78,19 @@ def test_an_order_is_wins_against_all_behind_and_half_among_equals():
         ("Better image: 1", 1),
         ("The first has no cat.\n**Better image:** 2", 2),
         ("**Better Image: Image 2**.", 2),
+        ("- 1 has six fingers\n- 2 has none\n\n### Better image: **2**\n```\n", 2),
         ('{"better_image": 1}', 1),
+        ('{\n  "reason": "image 1 has six fingers",\n  "better_image": "2"\n}', 2),
         ("Better image is 1.", 1),
         ("Better image: tie", None),
         ("<think>Better image: 1</think>Better image: 2", 2),
-        ("Better image: 2\n\nSo: better image: 2", 2),
+        ("Better image: 2\n\nSo it is:\nbetter image: 2", 2),
         ("<answer>Better image: <b>1</b></answer>", 1),
-        ("Better image: 2, because image 1 has six fingers", 2),
-        ("Better image: 1 because image 2 does not show a dog.", 1),
-        ("Better image: 2 (image 1 has six fingers)", 2),
-        ("Better image: 1 - sharper, no artifacts, 3 dogs", 1),
-        ("Better image: 1, but only slightly.", 1),
-        ("Better image: 1, not image 2.", 1),
-        ("Better image: 1; it shows a dog rather than a cat.", 1),
-        ("Better image: 2, since it actually shows two cats, and image 1 only one.", 2),
-        ("Better image: 2. Image 1 is better lit, though.", 2),
-        ("Better image: 1, as the man wears a tie.", 1),
-        ("Better image: 2.\nReasons:\n1. The cat is there.\n2. The hat is red.", 2),
         ("Does image 1 show a hat? No\nBetter image: 2", 2),
-        ("**Better image**\n\n2", 2),
-        ("Better image: tie, both are equally good.", None),
-        ('{"better_image": "2", "reason": "image 1 has six fingers", "confidence": 5}', 2),
+        ("The better image is 1? Its hat is blue, so no.\r\nBetter image：2\r\n", 2),
     ],
 )
-def test_a_choice_is_the_number_after_its_label(answer, choice):
+def test_a_choice_is_the_last_line(answer, choice):
     assert parse_choice(answer) == choice
 
 
@@ -113,43 +102,28 @@ def test_a_choice_is_the_number_after_its_label(answer, choice):
         "Better image: 3",
         "Better image: 12",
         "Better image: 1.5",
-        "Better image: 1 or 2",
-        "Better image: 1/2",
+        "Better image: -1",
         "Better image: not 1",
         "Better image: 1\nBetter image: 2",
         "<think>Better image: 1",
-        # What follows is no end of a clause, and no reason.
-        *(
-            "Better image: 1 = 2",
-            "Better image: 1-2",
-            "Better image: 1 ~ 2",
-            "Better image: 1 < 2",
-            "Better image: 1?",
-        ),
-        *("Better image: 1 vs 2: 2", "Better image: 1 -> 2", "Better image: 1 – 2", "Better image: 2%"),
-        *("Better image: 1 loses to 2", "Better image: 1 and image 2 are equal", "Better image: 1 if cats count"),
-        "Better image: 1 is not better; it is image 2",
-        "Better image:\n1. The cat is blue",
-        # Taken back, doubted, or another one is named.
-        *("Better image: 1. Wait, no: image 2 is better.", "Better image: 1? No, 2.", "Better image: 1, no, 2"),
-        *("Better image: 1\nCorrection: 2", "Better image: 1\n\nActually, the second", "Better image: tie? no, 1"),
-        *("Better image: 1, maybe", "Better image: 1 (or a tie)", "Better image: 1, 60% sure"),
-        *("Better image: 1. Image 2.", "Better image: 1; 2", "Better image: 1. The second one is better."),
-        *("Better image: 1, but image 2 has fewer faults, so 2.", "Better image: 1 for colors, 2 for composition"),
-        *("Better image: 1 (it is a tie)", "Better image: 1. Both are equally good."),
-        "Better image: tie, but image 1 is slightly better",
-        # Denied.
-        "Neither is the better image: 1 has six fingers",
-        "Neither image is a better image: 1",
+        # More on its line, or after it: a reason, or what takes it back.
+        *("Better image: 1 or 2", "Better image: 1/2", "Better image: 1 = 2", "Better image: 1-2", "Better image: 2%"),
+        *("Better image: 1?", "Better image: 1? No, 2.", "Better image: 1, no, 2", "Better image: 1, maybe"),
+        *("Better image: 1 because of the hat", "Better image: 1. Wait, no: image 2 is better."),
+        *("Better image: 1\nCorrection: 2", "Better image: 1\n\nActually, the second", "Better image:\n1. A cat"),
+        *("Better image: 1. Image 2.", "Better image: 1. Both are equally good.", "Better image: 1 (it is a tie)"),
+        # Before it.
+        "Neither is the better image: 1",
         "I can't say which is the better image: 1",
         # As long answers as there are.
         "Better image: 1" + " " * 100_000 + "x",
         "Better image: 1. " * 20_000 + "so 2.",
-        "Better image: 1." + "\n" * 100_000 + "so " * 100_000 + "2.",
+        "Better image" + " * " * 50_000 + "1",
+        "Better image: 1\n" * 20_000 + "so 2.",
     ],
     ids=lambda answer: answer[:50],
 )
-def test_an_uncertain_choice_is_refused(answer):
+def test_any_other_answer_is_refused(answer):
     start = time.monotonic()
     with pytest.raises(ValueError, match="The answer"):
         parse_choice(answer)
@@ -163,15 +137,11 @@ def test_an_uncertain_choice_is_refused(answer):
         ("All are good.\n**Ranking:** Image 3 > Image 1 > Image 2.", [[2], [0], [1]]),
         ('{"ranking": [1, 2, 3]}', [[0], [1], [2]]),
         ("Ranking: 3 > 2 = 1", [[2], [0, 1]]),
-        ("Ranking: 1 > 2 > 3\nThe first shows 2 cats.\nRanking: 1, 2, 3 because of the light", [[0], [1], [2]]),
+        ("Ranking: 1 > 2 > 3\nThe first shows 2 cats.\nRanking: 1, 2, 3", [[0], [1], [2]]),
         ("<think>Ranking: 1 > 2 > 3</think>Ranking: 3>2>1", [[2], [1], [0]]),
-        ("Ranking: 1 > 2 > 3 (from best to worst)", [[0], [1], [2]]),
-        ("Ranking: 1 > 2 > 3, because image 2 is better than image 3", [[0], [1], [2]]),
-        ("Ranking: 1 > 2 = 3. Image 1 is the best.", [[0], [1, 2]]),
-        ("Ranking: 1 > 2 > 3\n\nImage 3 has no hat, and image 2 has 3 hands.", [[0], [1], [2]]),
     ],
 )
-def test_a_ranking_is_the_order_after_its_label(answer, order):
+def test_a_ranking_is_the_last_line(answer, order):
     assert parse_ranking(answer, 3) == order
 
 
@@ -187,13 +157,10 @@ def test_a_ranking_is_the_order_after_its_label(answer, order):
         "Ranking: 1 > 2 > 3\nRanking: 3 > 2 > 1",
         "Ranking: 0 > 1 > 2",
         "Ranking: 1 > 2 > 13",
-        "Ranking: 1 > 2 > 3 or 3 > 2 > 1",
-        *("Ranking: 1 > 2 > 3 (from worst to best)", "From worst to best.\nRanking: 1 > 2 > 3"),
-        *("Ranking: 1 > 2 > 3, reversed", "Ranking: 1 > 2 > 3, in ascending order"),
+        *("Ranking: 1 > 2 > 3 or 3 > 2 > 1", "Ranking: 1 > 2 > 3; 3 > 2 > 1", "Ranking: 1 > 2 > 3 / 3 > 2 > 1"),
+        *("Ranking: 1 > 2 > 3 (from worst to best)", "Ranking: 1 > 2 > 3, reversed", "Ranking (reversed): 1 > 2 > 3"),
         *("Ranking: 1 > 2 > 3. Wait: 3 > 2 > 1", "Ranking: 1 > 2 > 3\nActually 3 > 2 > 1"),
-        *("Ranking: 1 > 2 > 3; 3 > 2 > 1", "Ranking: 1 > 2 > 3 / 3 > 2 > 1", "Ranking: 1 > 2 > 3 - 3 > 2 > 1"),
         *("Ranking: 1 > 2 > 3?", "Ranking: 1 > 2 > 3, maybe", "Ranking: 1 > 2 > 3 ~ 3", "No ranking: 1 = 2 = 3"),
-        "Ranking: 1 > 2 > 3. Image 3 is the best.",
     ],
 )
 def test_an_uncertain_ranking_is_refused(answer):

@@ -126,7 +126,7 @@ class PairwiseJudge(_GroupJudge):
         rounds (`int`, *optional*, defaults to `3`):
             The judge is asked `rounds` times per image.
         prompt_template (`str`, *optional*, defaults to `PAIR_TEMPLATE`):
-            The question about two images, which must ask for an answer such as "Better image: 1". `{prompt}` is
+            The question about two images, which must ask for a last line such as "Better image: 1". `{prompt}` is
             replaced by their prompt.
         prior (`float`, *optional*, defaults to `1.0`):
             Precision of the normal prior of the strengths: with more, few wins count less.
@@ -188,7 +188,7 @@ class RankingJudge(_GroupJudge):
         images_per_question (`int`, *optional*, defaults to `6`):
             Largest number of images in a question.
         prompt_template (`str`, *optional*, defaults to `RANKING_TEMPLATE`):
-            The question, which must ask for an answer such as "Ranking: 2 > 3 > 1". `{prompt}` and `{number}` are
+            The question, which must ask for a last line such as "Ranking: 2 > 3 > 1". `{prompt}` and `{number}` are
             replaced by the prompt and the number of images.
         prior (`float`, *optional*, defaults to `1.0`):
             See [`PairwiseJudge`].
