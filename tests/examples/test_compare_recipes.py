@@ -201,6 +201,8 @@ def test_errors_over_prompts_are_those_of_a_mean_and_know_that_another_reward_ma
     left_out = leave_out_each_prompt([by_hand])
     assert left_out.tolist() == [[0.5, 1.0], [1.75, 2.5]]
     assert jackknife_error(left_out[0]) == pytest.approx(0.25)
+    lonely = PromptGains(np.array([[1.0, 3.0], [4.0, 0.0]]), np.array([[1, 1], [1, 0]]))
+    assert np.isnan(leave_out_each_prompt([lonely])[0]).tolist() == [True, False]
 
 
 def test_tables_by_hand(tmp_path):
@@ -240,14 +242,15 @@ def test_nothing_is_run_without_settings(tmp_path, capsys):
 @pytest.mark.slow
 def test_from_nothing_to_a_report(tmp_path):
     names = ["r_progress", "r_published", "r_mapreduce", "r_distilled_balanced"]
-    world = ["--worlds", "shapeworld"]
-    compare_recipes.main(["--quick", "--methods", *names, *world, "--output_dir", str(tmp_path), "--jobs", "1"])
-    folder = tmp_path / "report" / "shapeworld"
-    text = (folder / "report.md").read_text()
-    assert "MapReduce LoRA" in text and "## The recipe minus each other" in text
+    compare_recipes.main(["--quick", "--methods", *names, "--output_dir", str(tmp_path), "--jobs", "1"])
     assert (tmp_path / "report" / "recipes.png").is_file()
-    content = json.loads((folder / "recipes.json").read_text())
-    assert len(content["results"]) == 4 and all(own["passes"][0] > 0 for own in content["results"].values())
+    for world in WORLDS:
+        folder = tmp_path / "report" / world
+        text = (folder / "report.md").read_text()
+        assert "MapReduce LoRA" in text and "## The recipe minus each other" in text
+        assert ("## Held-out networks" in text) == (world == "emojiworld")
+        content = json.loads((folder / "recipes.json").read_text())
+        assert len(content["results"]) == 4 and all(own["passes"][0] > 0 for own in content["results"].values())
 
 
 def test_a_world_is_asked_for_its_own_parts():

@@ -61,11 +61,12 @@ def leave_out_each_prompt(runs: Sequence[PromptGains]) -> np.ndarray:
             Of all seeds.
 
     Returns:
-        `np.ndarray` of shape `[2, G]`.
+        `np.ndarray` of shape `[2, G]`: NaN without the only prompt of a reward.
     """
     found = []
     for totals, counts in runs:
-        gains = (totals.sum(axis=1, keepdims=True) - totals) / (counts.sum(axis=1, keepdims=True) - counts)
+        rest = counts.sum(axis=1, keepdims=True) - counts
+        gains = (totals.sum(axis=1, keepdims=True) - totals) / np.where(rest == 0, math.nan, rest)
         found.append([gains.min(axis=0), gains.mean(axis=0)])
     return np.mean(found, axis=0)
 
