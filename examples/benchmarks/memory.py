@@ -439,10 +439,7 @@ def without_values(
         pipeline = model.pipeline(scheduler)
     for component in (pipeline.transformer, pipeline.vae):
         component.to(dtype)
-    config = lora_config(pipeline)
-    if target_modules is not None:
-        config.target_modules = target_modules
-    add_trainable_adapter(pipeline, config)
+    add_trainable_adapter(pipeline, lora_config(pipeline, target_modules=target_modules))
     return pipeline
 
 

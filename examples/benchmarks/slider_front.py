@@ -30,7 +30,7 @@ from typing import Any
 import numpy as np
 from evidence.costs import estimate_passes
 from evidence.other_rewards import evaluate_with, sizes_of
-from evidence.parts import EVERY_LAYER, Merge, Part, rescaling, train_part
+from evidence.parts import Merge, Part, rescaling, train_part
 from evidence.runs import LONG_RATE, MAIN, SEEDS, TUNING, TUNING_SEED, Scale
 from evidence.statistics import mean_over_seeds
 from evidence.tables import estimate_text
@@ -72,7 +72,7 @@ def train(folder: Path, method: str, beta: float, rate: float, seed: int, scale:
     run |= {"report_to": "none", "log_images": False, "disable_tqdm": True}
     for part in parts_of(method, settings, scale.steps):
         own = {**run, "data_seed": seed + 100 * part.number}
-        train_part(part, folder, world, own, [], change=lambda trainer: None, card_name=None, peft_config=EVERY_LAYER)
+        train_part(part, folder, world, own, [], change=lambda trainer: None, card_name=None, every_layer=True)
     where = "slider/adapters/{}.safetensors" if method == "slider" else "{}"
     for share in SHARES:
         weights = dict(zip((where.format(name) for name in REWARDS), (1 - share, share), strict=True))

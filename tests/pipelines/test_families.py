@@ -195,9 +195,8 @@ class Adapted:
 
     def __post_init__(self):
         self.pipeline = self.case.make()
-        config = lora_config(self.pipeline, r=2, lora_alpha=4)
-        if self.every_layer:
-            config.target_modules = "all-linear"
+        layers = "all-linear" if self.every_layer else None
+        config = lora_config(self.pipeline, r=2, lora_alpha=4, target_modules=layers)
         self.targets = config.target_modules
         self.trainable = dict(add_trainable_adapter(self.pipeline, config))
         generator = torch.Generator().manual_seed(0)

@@ -65,6 +65,32 @@ class GainPoint:
         return step | pairs | {"gains": {name: named(gain) for name, gain in self.gains.items()}}
 
 
+def differences_in_deviations(
+    before: Mapping[str, np.ndarray], after: Mapping[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    """
+    The gain of each image in standard deviations of the baseline's images.
+
+    Args:
+        before (`Mapping[str, np.ndarray]`):
+            Reward name -> rewards of the baseline's N images; NaN where there is none.
+        after (`Mapping[str, np.ndarray]`):
+            The same for other images of the same prompts and seeds.
+
+    Returns:
+        `dict[str, np.ndarray]`: reward name -> N numbers, all of them NaN for a reward that applies to no image, or is
+        the same for all of the baseline's images.
+    """
+    scaled = {}
+    for name, values in before.items():
+        valid = values[~np.isnan(values)]
+        # By the range: the deviation of equal numbers may be that of a rounding.
+        deviation = valid.std() if len(valid) and np.ptp(valid) > 0 else 0.0
+        difference = np.asarray(after[name], dtype=float) - values
+        scaled[name] = difference / deviation if deviation > 0 else np.full(len(values), math.nan)
+    return scaled
+
+
 def gains_in_deviations(
     before: Mapping[str, np.ndarray], after: Mapping[str, np.ndarray], groups: np.ndarray
 ) -> tuple[dict[str, Measured], Measured, Measured]:
@@ -83,13 +109,7 @@ def gains_in_deviations(
         `tuple`: the gains by reward, the worst and the mean gain, see [`GainPoint`]. The standard deviation counts as
         a constant in the errors; that of the mean knows that the rewards of one image are not independent.
     """
-    scaled = {}
-    for name, values in before.items():
-        valid = values[~np.isnan(values)]
-        # By the range: the deviation of equal numbers may be that of a rounding.
-        deviation = valid.std() if len(valid) and np.ptp(valid) > 0 else 0.0
-        difference = np.asarray(after[name], dtype=float) - values
-        scaled[name] = difference / deviation if deviation > 0 else np.full(len(values), math.nan)
+    scaled = differences_in_deviations(before, after)
     gains = {name: clustered_mean(values, groups) for name, values in scaled.items()}
     measured = [scaled[name] for name, (gain, _) in gains.items() if not math.isnan(gain)]
     if not measured:

@@ -4,7 +4,7 @@
 import copy
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,10 +68,15 @@ def load_pipeline(
         ) from error
 
 
-def lora_config(pipeline: DiffusionPipeline | Family, r: int = 32, lora_alpha: int = 64) -> LoraConfig:
+def lora_config(
+    pipeline: DiffusionPipeline | Family,
+    r: int = 32,
+    lora_alpha: int = 64,
+    target_modules: str | Sequence[str] | None = None,
+) -> LoraConfig:
     """
-    The default LoRA of a pipeline: the attention layers of its family, gaussian initialization, and rank and alpha of
-    [DiffusionNFT](https://huggingface.co/papers/2509.16117).
+    The LoRA of a pipeline, by default on the attention layers of its family, with gaussian initialization and rank and
+    alpha of [DiffusionNFT](https://huggingface.co/papers/2509.16117).
 
     Args:
         pipeline ([`~diffusers.DiffusionPipeline`] or `Family`):
@@ -80,6 +85,8 @@ def lora_config(pipeline: DiffusionPipeline | Family, r: int = 32, lora_alpha: i
             The rank.
         lora_alpha (`int`, *optional*, defaults to `64`):
             The scale of the update is `lora_alpha / r`.
+        target_modules (`str` or `Sequence[str]`, *optional*):
+            Other layers, as peft names them, such as `"all-linear"`.
 
     Returns:
         [`~peft.LoraConfig`]: the configuration.
@@ -88,7 +95,7 @@ def lora_config(pipeline: DiffusionPipeline | Family, r: int = 32, lora_alpha: i
         `ValueError`: the pipeline's class is known not to work.
     """
     family = pipeline if isinstance(pipeline, Family) else find_family(pipeline) or assume_family(pipeline)
-    targets = family.lora_target_modules
+    targets = family.lora_target_modules if target_modules is None else target_modules
     return LoraConfig(
         r=r,
         lora_alpha=lora_alpha,

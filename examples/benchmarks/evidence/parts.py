@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from diffusers import DiffusionPipeline
-from peft import LoraConfig
 from transformers import TrainerCallback
 
 from trl_marble import MarbleConfig, MarbleNFTTrainer
 from trl_marble.evaluation import EvaluationConfig, evaluate_pipeline
 from trl_marble.evaluation.records import write_atomically
 from trl_marble.hub import combine_adapters
+from trl_marble.pipelines import lora_config
 
 from .costs import StepCosts, estimate_passes
 from .worlds import World
@@ -25,9 +25,6 @@ from .worlds import World
 
 HISTORY_FILE = "history.json"
 COSTS_FILE = "costs.json"
-
-# The package's adapter, but on all linear layers of the transformer.
-EVERY_LAYER = LoraConfig(r=32, lora_alpha=64, init_lora_weights="gaussian", target_modules="all-linear")
 
 
 @dataclass(frozen=True)
@@ -258,6 +255,7 @@ def train_part(
     callbacks: Sequence[TrainerCallback],
     change: Callable[[MarbleNFTTrainer], None],
     card_name: str | None,
+    every_layer: bool = False,
     **arguments: Any,
 ) -> Path:
     """
@@ -279,6 +277,8 @@ def train_part(
             Changes the trainer before it trains.
         card_name (`str`, *optional*):
             The model's name in the card beside the adapter; `None` for no card.
+        every_layer (`bool`, *optional*, defaults to `False`):
+            Whether all linear layers of the transformer have an adapter.
         **arguments:
             Of [`MarbleNFTTrainer`].
 
@@ -303,6 +303,7 @@ def train_part(
         train_dataset=prompts,
         teachers={key: folder / name for key, name in part.teachers.items()} or None,
         callbacks=[*callbacks, StepCosts(own / COSTS_FILE)],
+        peft_config=lora_config(pipeline, target_modules="all-linear") if every_layer else None,
         **arguments,
     )
     change(trainer)

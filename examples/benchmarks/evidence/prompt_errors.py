@@ -11,6 +11,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from trl_marble.evaluation.gains import differences_in_deviations
+
 
 class PromptGains(NamedTuple):
     """
@@ -44,8 +46,7 @@ def sum_by_prompt(
     """
     size = int(groups.max()) + 1
     totals, counts = [], []
-    for name, values in before.items():
-        gains = (np.asarray(after[name], dtype=float) - values) / np.nanstd(values)
+    for gains in differences_in_deviations(before, after).values():
         known = ~np.isnan(gains)
         totals.append(np.bincount(groups[known], gains[known], size))
         counts.append(np.bincount(groups[known], minlength=size))

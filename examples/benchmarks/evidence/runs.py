@@ -23,7 +23,6 @@ from .experiments import EXPERIMENTS
 from .methods import BASE, METHODS, REWARDS, SHARED_SETTINGS, find_method, make_weighting
 from .parts import (
     COMPOSITES,
-    EVERY_LAYER,
     HISTORY_FILE,
     Merge,
     Part,
@@ -415,7 +414,7 @@ def _train(run: Run, part: Part, folder: Path, done: int) -> None:
         card_name=f"{run.scale.world}-{run.method.replace('_', '-')}-seed-{run.seed}" if run.has_curves else None,
         eval_dataset=run.scale.prompts(run.phase),
         weighting=make_weighting(method),
-        peft_config=EVERY_LAYER if method.every_layer else None,
+        every_layer=method.every_layer,
     )
 
 
