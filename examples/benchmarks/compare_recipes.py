@@ -18,7 +18,8 @@ them on attention only. A student gets half of the budget, its teachers the othe
 
 `tune` chooses with seed 0 on prompts of the train split, three settings each: for ways to balance the learning rate,
 with a third of the budget; for what combines specialists the KL's coefficient and the learning rate of the
-specialists, with all of it. The rule: the highest sum of the mean and the worst gain at the end. `main` runs three
+specialists, with all of it. The rule: the highest sum of the mean and the worst gain at the end. By the same rule it
+chooses the best of the ways to balance, which the report compares with every other recipe. `main` runs three
 seeds on held-out prompts, and `bounds` each reward alone on the prompts that it applies to, with the first seed, at
 the same KL and cost. `report` writes tables, and a picture of all worlds.
 
@@ -34,6 +35,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 from evidence.methods import (
     COMPOSITE_ENTRIES,
@@ -130,26 +132,46 @@ def tuning_runs(names: Sequence[str], scale: Scale) -> dict[str, list[Run]]:
     return runs
 
 
-def choose(
-    runs: Mapping[str, Sequence[Run]], scale: Scale, output_dir: Path
-) -> tuple[dict[str, tuple[str, float]], str]:
-    """The entry and the learning rate of each name, by the rule, and the table of what was tried."""
-    chosen, rows = {}, []
+class Choice(NamedTuple):
+    """
+    What `tune` chose.
+
+    Args:
+        settings (`dict[str, tuple[str, float]]`):
+            Name of each recipe -> its entry and learning rate.
+        best (`str`):
+            Entry of the best way to balance. What combines specialists had longer runs, so it takes no part in this.
+        text (`str`):
+            The table of what was tried.
+    """
+
+    settings: dict[str, tuple[str, float]]
+    best: str
+    text: str
+
+
+def choose(runs: Mapping[str, Sequence[Run]], scale: Scale, output_dir: Path) -> Choice:
+    """Apply the rule: the highest sum of the mean and the worst gain, for each recipe and among ways to balance."""
+    settings, sums, rows = {}, {}, []
     before = load_scores(base_run(TUNING, scale), output_dir)
     for name, own in runs.items():
         scores = {}
         for run in own:
             end = score_run(run, before, output_dir).end
             scores[run] = (end.mean[0], end.worst[0], end.kl[0])
-        best = max(scores, key=lambda run: sum(scores[run][:2]))
-        chosen[name] = (best.method, best.learning_rate)
+        chosen = max(scores, key=lambda run: sum(scores[run][:2]))
+        settings[name] = (chosen.method, chosen.learning_rate)
+        sums[chosen.method] = sum(scores[chosen][:2])
         for run, (mean, worst, kl) in scores.items():
             strength = run.method.rpartition("@")[2] if find_method(run.method).composite else ABSENT
-            mark = "chosen" if run is best else ""
+            mark = "chosen" if run is chosen else ""
             rate = f"{run.learning_rate:g}"
             rows.append([label_of(run.method), strength, rate, f"{mean:.2f}", f"{worst:.2f}", f"{kl:.3f}", mark])
     header = ["", "beta of the specialists", "learning rate", "mean", "worst", "KL", ""]
-    return chosen, table(header, rows)
+    # Without any way to balance, `--methods` named none.
+    balanced = [entry for entry in sums if find_method(entry).composite is None]
+    best = max(balanced or sums, key=lambda entry: sums[entry])
+    return Choice(settings, best, table(header, rows))
 
 
 _TEXT = (
@@ -162,7 +184,7 @@ _TEXT = (
 
 
 def write_report(
-    name: str, results: Mapping[str, RecipeResult], bounds: Mapping[str, RecipeResult], tuning: str, folder: Path
+    name: str, results: Mapping[str, RecipeResult], bounds: Mapping[str, RecipeResult], choice: Choice, folder: Path
 ) -> None:
     """Write `report.md` and `recipes.json` of one world."""
     world = WORLDS[name]
@@ -171,10 +193,12 @@ def write_report(
         names = [reward.__name__ for reward in world.heldout_funcs()]
         rows = [[own.label, *(own.gain_text(name) for name in names)] for own in results.values()]
         parts += ["## Held-out networks\n", table(["", *names], rows)]
-    parts += ["## The recipe minus each other, same seed\n", difference_table(results)]
+    if choice.best in results:
+        title = f"## Best in tuning, {results[choice.best].label}, minus each other, same seed\n"
+        parts += [title, difference_table(results, choice.best)]
     if shares := bounds_table(results, bounds, world.rewards):
         parts += ["## Shares of what each reward gains alone\n", shares]
-    parts += [f"## Settings: seed {TUNING_SEED}, prompts of ShapeWorld's train split\n", tuning]
+    parts += [f"## Settings: seed {TUNING_SEED}, prompts of ShapeWorld's train split\n", choice.text]
     write_atomically(folder / "recipes.json", to_json({"results": as_json(results), "bounds": as_json(bounds)}))
     write_atomically(folder / "report.md", "\n".join(parts).encode())
 
@@ -192,12 +216,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
             console.print("The runs of `main` follow when these are finished.")
             return
         raise SystemExit(f"No settings are chosen yet: {len(missing)} runs of `tune` are missing.")
-    chosen, text = choose(tuning, scale, args.output_dir)
+    choice = choose(tuning, scale, args.output_dir)
     seeds = SEEDS[:1] if args.quick else SEEDS
     report, of_worlds = args.output_dir / "report", {}
     for world in args.worlds:
         own = replace(scale, world=world)
-        runs = [Run(MAIN, *chosen[name], seed, own) for seed in seeds for name in args.methods]
+        runs = [Run(MAIN, *choice.settings[name], seed, own) for seed in seeds for name in args.methods]
         if "main" in args.stages:
             title = f"main, {world}"
             run_missing(title, [base_run(MAIN, own), *runs], args.output_dir, args.jobs, console, args.dry_run)
@@ -208,7 +232,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             of_worlds[world] = collect_recipes(runs, args.output_dir)
             found = collect_recipes(list(alone.values()), args.output_dir)
             bounds = {name: found[run.method] for name, run in alone.items() if run.method in found}
-            write_report(world, of_worlds[world], bounds, text, report / world)
+            write_report(world, of_worlds[world], bounds, choice, report / world)
     if shown := {world: results for world, results in of_worlds.items() if results}:
         plot_recipes(shown, report / "recipes.png")
         console.print(f"The report is in {report}", highlight=False)

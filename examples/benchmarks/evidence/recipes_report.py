@@ -164,13 +164,12 @@ def recipe_table(results: Mapping[str, RecipeResult], rewards: Sequence[str]) ->
     return table(header, rows)
 
 
-def difference_table(results: Mapping[str, RecipeResult]) -> str:
-    """The first recipe minus each other, seed by seed; empty while there is nothing to compare."""
-    first = results.get(FIRST_RECIPE)
-    rows = []
+def difference_table(results: Mapping[str, RecipeResult], best: str) -> str:
+    """The recipe with the entry `best` minus each other, seed by seed, over the seeds that both have."""
+    first, rows = results[best], []
     for entry, other in results.items():
-        seeds = sorted(set(other.ends) & set(first.ends)) if first else []
-        if first is None or entry == FIRST_RECIPE or not seeds:
+        seeds = sorted(set(other.ends) & set(first.ends))
+        if entry == best or not seeds:
             continue
         left_out = [leave_out_each_prompt([each.prompts[seed] for seed in seeds]) for each in (first, other)]
         errors = [jackknife_error(values) for values in left_out[0] - left_out[1]]
@@ -180,7 +179,7 @@ def difference_table(results: Mapping[str, RecipeResult]) -> str:
             found = mean_over_seeds([own - theirs for own, theirs in pairs])
             cells.append(estimate_text(found._replace(prompt_error=error), digits=3))
         rows.append([other.label, str(len(seeds)), *cells])
-    return table(["the recipe minus", "seeds", "worst", "mean", "KL"], rows) if rows else ""
+    return table(["minus", "seeds", "worst", "mean", "KL"], rows) if rows else ""
 
 
 def bounds_table(
