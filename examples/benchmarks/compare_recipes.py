@@ -16,12 +16,12 @@ results are scaled to it at the end, by a factor that is found on prompts of the
 budget, which is not counted). Adapters are on every linear layer of the transformer; one entry has
 them on attention only. A student gets half of the budget, its teachers the other half; MapReduce has three rounds.
 
-`tune` chooses with seed 0 on prompts of the train split, three settings each: for ways to balance the learning rate,
-with a third of the budget; for what combines specialists the KL's coefficient and the learning rate of the
-specialists, with all of it. The rule: the highest sum of the mean and the worst gain at the end. By the same rule it
-chooses the best of the ways to balance, which the report compares with every other recipe. `main` runs three
-seeds on held-out prompts, and `bounds` each reward alone on the prompts that it applies to, with the first seed, at
-the same KL and cost. `report` writes tables, and a picture of all worlds.
+`tune` chooses with seed 0 on prompts of the train split, three settings each: for what combines specialists the KL's
+coefficient and the learning rate of the specialists, with the whole budget; for ways to balance the learning rate,
+first with a third of the budget, then the better two with all of it. The rule: the highest sum of the mean and the
+worst gain at the end. By the same rule it chooses the best recipe, which the report compares with every other one.
+`main` runs three seeds on held-out prompts, and `bounds` each reward alone on the prompts that it applies to, with the
+first seed, at the same KL and cost. `report` writes tables, and a picture of all worlds.
 
 Nothing is tuned on the second world, [EmojiWorld](../../docs/emojiworld.md): its runs have the settings that were
 chosen on ShapeWorld.
@@ -60,6 +60,7 @@ from evidence.runs import (
     LEARNING_RATES,
     LONG,
     LONG_RATE,
+    LONG_STEPS,
     MAIN,
     QUICK_LONG,
     SEEDS,
@@ -75,13 +76,15 @@ from evidence.workers import run_missing
 from evidence.worlds import WORLDS
 from rich.console import Console
 
+from trl_marble.evaluation import GainPoint
 from trl_marble.evaluation.records import write_atomically
 from trl_marble.evaluation.results import to_json
 
 
 STAGES = ("tune", "main", "bounds", "report")
-SCALE = replace(LONG, images=48, tuning_images=16, curve_steps=50)
-SHORT = 50  # steps of the recipe, when learning rates are chosen
+SCALE = replace(LONG, images=48, tuning_images=16, curve_steps=LONG_STEPS)
+SHORT = 50  # steps of the recipe, when learning rates are tried first
+FINALISTS = "finalists"  # the folder of those that are tried with the whole budget
 FAST_RATE = 2 * LONG_RATE
 
 
@@ -125,11 +128,34 @@ def tuning_runs(names: Sequence[str], scale: Scale) -> dict[str, list[Run]]:
     runs = {}
     for name in names:
         entries = CANDIDATES[name][:1] if scale.quick else CANDIDATES[name]
-        own = scale
-        if not scale.quick and find_method(entries[0][0]).composite is None:
-            own = replace(scale, steps=SHORT)
+        own = scale if scale.quick or _is_composite(name) else replace(scale, steps=SHORT)
         runs[name] = [Run(TUNING, entry, rate, TUNING_SEED, own) for entry, rate in entries]
     return runs
+
+
+def _is_composite(name: str) -> bool:
+    return find_method(CANDIDATES[name][0][0]).composite is not None
+
+
+def score_tuning(runs: Mapping[str, Sequence[Run]], scale: Scale, output_dir: Path) -> dict[str, dict[Run, GainPoint]]:
+    """Name -> each of its runs, all of them finished, and what it has at its end."""
+    before = load_scores(base_run(TUNING, scale), output_dir)
+    return {name: {run: score_run(run, before, output_dir).end for run in own} for name, own in runs.items()}
+
+
+def sum_of(end: GainPoint) -> float:
+    """What the rule goes by: the sum of the mean and the worst gain."""
+    return end.mean[0] + end.worst[0]
+
+
+def finalists(scores: Mapping[str, Mapping[Run, GainPoint]], scale: Scale) -> dict[str, list[Run]]:
+    """Name -> the better two of its settings, with the whole budget: of those that had less."""
+    chosen = {}
+    for name, own in scores.items():
+        if not _is_composite(name):
+            better = sorted(own, key=lambda run: sum_of(own[run]), reverse=True)[:2]
+            chosen[name] = [replace(run, scale=scale) for run in better]
+    return chosen
 
 
 class Choice(NamedTuple):
@@ -140,9 +166,9 @@ class Choice(NamedTuple):
         settings (`dict[str, tuple[str, float]]`):
             Name of each recipe -> its entry and learning rate.
         best (`str`):
-            Entry of the best way to balance. What combines specialists had longer runs, so it takes no part in this.
+            Entry of the best recipe.
         text (`str`):
-            The table of what was tried.
+            The tables of what was tried.
     """
 
     settings: dict[str, tuple[str, float]]
@@ -150,28 +176,30 @@ class Choice(NamedTuple):
     text: str
 
 
-def choose(runs: Mapping[str, Sequence[Run]], scale: Scale, output_dir: Path) -> Choice:
-    """Apply the rule: the highest sum of the mean and the worst gain, for each recipe and among ways to balance."""
-    settings, sums, rows = {}, {}, []
-    before = load_scores(base_run(TUNING, scale), output_dir)
-    for name, own in runs.items():
-        scores = {}
-        for run in own:
-            end = score_run(run, before, output_dir).end
-            scores[run] = (end.mean[0], end.worst[0], end.kl[0])
-        chosen = max(scores, key=lambda run: sum(scores[run][:2]))
-        settings[name] = (chosen.method, chosen.learning_rate)
-        sums[chosen.method] = sum(scores[chosen][:2])
-        for run, (mean, worst, kl) in scores.items():
-            strength = run.method.rpartition("@")[2] if find_method(run.method).composite else ABSENT
-            mark = "chosen" if run is chosen else ""
-            rate = f"{run.learning_rate:g}"
-            rows.append([label_of(run.method), strength, rate, f"{mean:.2f}", f"{worst:.2f}", f"{kl:.3f}", mark])
+def choose(*rounds: Mapping[str, Mapping[Run, GainPoint]]) -> Choice:
+    """
+    Apply the rule, for each recipe and to all.
+
+    Args:
+        rounds (`Mapping[str, Mapping[Run, GainPoint]]`):
+            Name -> runs and what they have: first of all settings, then of those that were tried again.
+    """
+    last = {name: own for scores in rounds for name, own in scores.items()}
+    best_of = {name: max(own, key=lambda run: sum_of(own[run])) for name, own in last.items()}
+    best = max(best_of, key=lambda name: sum_of(last[name][best_of[name]]))
     header = ["", "beta of the specialists", "learning rate", "mean", "worst", "KL", ""]
-    # Without any way to balance, `--methods` named none.
-    balanced = [entry for entry in sums if find_method(entry).composite is None]
-    best = max(balanced or sums, key=lambda entry: sums[entry])
-    return Choice(settings, best, table(header, rows))
+    tables = []
+    for scores in rounds:
+        rows = []
+        for name, own in scores.items():
+            for run, end in own.items():
+                strength = run.method.rpartition("@")[2] if _is_composite(name) else ABSENT
+                mark = "chosen" if run is best_of[name] and own is last[name] else ""
+                numbers = (f"{run.learning_rate:g}", f"{end.mean[0]:.2f}", f"{end.worst[0]:.2f}", f"{end.kl[0]:.3f}")
+                rows.append([label_of(run.method), strength, *numbers, mark])
+        tables.append(table(header, rows))
+    settings = {name: (run.method, run.learning_rate) for name, run in best_of.items()}
+    return Choice(settings, best_of[best].method, "\n".join(tables))
 
 
 _TEXT = (
@@ -203,20 +231,31 @@ def write_report(
     write_atomically(folder / "report.md", "\n".join(parts).encode())
 
 
+def tune(args: argparse.Namespace, scale: Scale, console: Console) -> Choice | None:
+    """Choose the settings, on ShapeWorld; `None` in a dry run, while runs are missing."""
+    rounds: list[dict[str, dict[Run, GainPoint]]] = []
+    for folder in (args.output_dir, args.output_dir / FINALISTS):
+        runs = finalists(rounds[0], scale) if rounds else tuning_runs(args.methods, scale)
+        every = [run for own in runs.values() for run in own]
+        if "tune" in args.stages:
+            title = f"tune, {folder.name}" if rounds else "tune"
+            run_missing(title, [base_run(TUNING, scale), *every], folder, args.jobs, console, args.dry_run)
+        if missing := [run for run in every if not run.is_finished(folder)]:
+            if args.dry_run:
+                return None
+            raise SystemExit(f"No settings are chosen yet: {len(missing)} runs of `tune` are missing.")
+        rounds.append(score_tuning(runs, scale, folder))
+    return choose(*rounds)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     args = parse_args(arguments)
     console = Console()
     scale = QUICK_LONG if args.quick else SCALE
-    tuning = tuning_runs(args.methods, scale)  # on ShapeWorld, whatever the world
-    every = [run for own in tuning.values() for run in own]
-    if "tune" in args.stages:
-        run_missing("tune", [base_run(TUNING, scale), *every], args.output_dir, args.jobs, console, args.dry_run)
-    if missing := [run for run in every if not run.is_finished(args.output_dir)]:
-        if args.dry_run:
-            console.print("The runs of `main` follow when these are finished.")
-            return
-        raise SystemExit(f"No settings are chosen yet: {len(missing)} runs of `tune` are missing.")
-    choice = choose(tuning, scale, args.output_dir)
+    choice = tune(args, scale, console)
+    if choice is None:
+        console.print("The runs of `main` follow when these are finished.")
+        return
     seeds = SEEDS[:1] if args.quick else SEEDS
     report, of_worlds = args.output_dir / "report", {}
     for world in args.worlds:

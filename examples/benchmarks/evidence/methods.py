@@ -482,6 +482,13 @@ _balanced(
     replace(LONG_BASES[RECIPE_METHOD], label="weights by progress, adapter on attention only"),
     every_layer=False,
 )
+# Closer to equal weights: the mean counts for more.
+_EVEN = 0.3
+_balanced(
+    "r_even",
+    replace(LONG_BASES[RECIPE_METHOD], label=f"weights by progress, temperature {_EVEN:g}"),
+    {"progress_temperature": _EVEN},
+)
 _balanced("r_weighted_sum", METHODS["weighted_sum"])
 _balanced("r_gdpo", METHODS["gdpo"])
 _balanced("r_equal", METHODS["equal"])
@@ -534,6 +541,7 @@ RECIPE_ENTRIES = (
             "upgrad",
             "published",
             "crd",
+            "even",
             "attention",
         )
     ),
