@@ -86,8 +86,8 @@ class Rescale:
     """
     An adapter times the factor with which its policy is at a given KL to the base model.
 
-    The factor is found on prompts of the train split: the KL grows about with its square. What it was is in
-    `rescaled.json`, which is written last.
+    The factor is found on prompts of the train split, equally many of each source, as where runs are scored: the KL
+    differs between sources. It grows about with the square of the factor, which is in `rescaled.json`, written last.
 
     Args:
         name (`str`):
@@ -96,8 +96,8 @@ class Rescale:
             An earlier part or merge.
         kl (`float`):
             The mean of (v - v_base)^2 that it is to have.
-        prompts (`int`, *optional*, defaults to `48`):
-            How many prompts it is measured on, evenly spaced.
+        prompts (`int`, *optional*, defaults to `16`):
+            How many prompts of each source it is measured on.
         steps (`int`, *optional*, defaults to `8`):
             Solver steps.
     """
@@ -105,15 +105,14 @@ class Rescale:
     name: str
     part: str
     kl: float
-    prompts: int = 48
+    prompts: int = 16
     steps: int = 8
 
     def write(self, folder: Path, world: World) -> None:
         """Write the adapter below the folder of the run."""
         if (folder / self.name / RESCALED_FILE).is_file():
             return
-        every = world.load_prompts("train")
-        chosen = every.select([place * len(every) // self.prompts for place in range(self.prompts)])
+        chosen = world.some_prompts("train", self.prompts)
         factor = 1.0
         for _ in range(RESCALINGS):
             combine_adapters({folder / self.part: factor}, folder / self.name)
@@ -138,7 +137,7 @@ class Rescale:
 
 def rescaling(name: str, part: str, kl: float, quick: bool) -> Rescale:
     """A [`Rescale`]; a quick one, which only tests the code, is to the small KL that a run of two steps can have."""
-    return Rescale(name, part, QUICK_KL, prompts=3, steps=2) if quick else Rescale(name, part, kl)
+    return Rescale(name, part, QUICK_KL, prompts=1, steps=2) if quick else Rescale(name, part, kl)
 
 
 QUICK_KL = 1e-5

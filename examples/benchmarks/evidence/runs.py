@@ -127,12 +127,7 @@ class Scale:
     def prompts(self, phase: str) -> Dataset:
         """The prompts on which the runs of a phase are scored, equally many of each source."""
         limit = 1 if self.quick else PROMPTS_OF_A_SOURCE
-        rows = WORLDS[self.world].load_prompts("train" if phase == TUNING else "test")
-        places: dict[str, list[int]] = {}
-        for place, source in enumerate(rows["source"]):
-            places.setdefault(source, []).append(place)
-        # Evenly spaced over each source: its first prompts are all of one kind.
-        return rows.select([own[i * len(own) // limit] for own in places.values() for i in range(limit)])
+        return WORLDS[self.world].some_prompts("train" if phase == TUNING else "test", limit)
 
 
 QUICK = Scale(steps=2, images=2, tuning_images=2, quick=True)

@@ -46,6 +46,15 @@ class World:
         """The rewards that are trained on."""
         return {reward.__name__: reward for reward in self.reward_funcs()}
 
+    def some_prompts(self, split: str, of_each: int) -> Dataset:
+        """Equally many prompts of each source of a split."""
+        rows = self.load_prompts(split)
+        places: dict[str, list[int]] = {}
+        for place, source in enumerate(rows["source"]):
+            places.setdefault(source, []).append(place)
+        # Evenly spaced over each source: its first prompts are all of one kind.
+        return rows.select([own[i * len(own) // of_each] for own in places.values() for i in range(of_each)])
+
 
 SHAPEWORLD = "shapeworld"
 WORLDS = {
