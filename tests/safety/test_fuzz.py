@@ -427,6 +427,8 @@ def test_any_text_as_prompts(folder, content):
 @example(b'{"prompt": "a", "tag": ' + DEEP.encode() + b"}", "jsonl")
 @example(b"[" * 100_000, "json")
 @example(b'{"prompt": "\\ud800"}', "jsonl")
+@example(b'{"": null, "\\u0000": null}', "jsonl")
+@example(b'{"prompt": "a", "b\\u0000c": 1}', "jsonl")
 @example(b'{"prompt": "a", "n": 9223372036854775808}', "jsonl")
 @example(b'{"prompt": "a", "n": ' + b"9" * 5000 + b"}", "jsonl")
 def test_any_json_as_prompts(folder, content, ending):

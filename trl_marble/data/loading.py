@@ -208,6 +208,8 @@ def _load_json(file: Path, column: str) -> Dataset:
             )
         columns |= {key: [] for key in record if key not in columns}
     for key, values in columns.items():
+        if "\0" in key:  # where tables end a name
+            raise ValueError(f"The column {key!r} of `{file}` has a NUL character in its name; rename it.")
         for _, record in records:
             value = record.get(key)
             values.append(_dump(value) if isinstance(value, list | dict) and key != column else value)
