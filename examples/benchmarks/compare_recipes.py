@@ -76,7 +76,7 @@ from evidence.workers import run_missing
 from evidence.worlds import WORLDS
 from rich.console import Console
 
-from trl_marble.evaluation import GainPoint
+from trl_marble.evaluation import EvaluationResults, GainPoint
 from trl_marble.evaluation.records import write_atomically
 from trl_marble.evaluation.results import to_json
 
@@ -137,9 +137,10 @@ def _is_composite(name: str) -> bool:
     return find_method(CANDIDATES[name][0][0]).composite is not None
 
 
-def score_tuning(runs: Mapping[str, Sequence[Run]], scale: Scale, output_dir: Path) -> dict[str, dict[Run, GainPoint]]:
+def score_tuning(
+    runs: Mapping[str, Sequence[Run]], before: EvaluationResults, output_dir: Path
+) -> dict[str, dict[Run, GainPoint]]:
     """Name -> each of its runs, all of them finished, and what it has at its end."""
-    before = load_scores(base_run(TUNING, scale), output_dir)
     return {name: {run: score_run(run, before, output_dir).end for run in own} for name, own in runs.items()}
 
 
@@ -233,18 +234,18 @@ def write_report(
 
 def tune(args: argparse.Namespace, scale: Scale, console: Console) -> Choice | None:
     """Choose the settings, on ShapeWorld; `None` in a dry run, while runs are missing."""
-    rounds: list[dict[str, dict[Run, GainPoint]]] = []
+    base, rounds = base_run(TUNING, scale), list[dict[str, dict[Run, GainPoint]]]()
     for folder in (args.output_dir, args.output_dir / FINALISTS):
         runs = finalists(rounds[0], scale) if rounds else tuning_runs(args.methods, scale)
         every = [run for own in runs.values() for run in own]
         if "tune" in args.stages:
             title = f"tune, {folder.name}" if rounds else "tune"
-            run_missing(title, [base_run(TUNING, scale), *every], folder, args.jobs, console, args.dry_run)
+            run_missing(title, every if rounds else [base, *every], folder, args.jobs, console, args.dry_run)
         if missing := [run for run in every if not run.is_finished(folder)]:
             if args.dry_run:
                 return None
             raise SystemExit(f"No settings are chosen yet: {len(missing)} runs of `tune` are missing.")
-        rounds.append(score_tuning(runs, scale, folder))
+        rounds.append(score_tuning(runs, load_scores(base, args.output_dir), folder))
     return choose(*rounds)
 
 
