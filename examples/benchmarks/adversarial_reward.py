@@ -10,13 +10,13 @@ python examples/benchmarks/adversarial_reward.py
 ```
 
 Trains with the five rewards of ShapeWorld (`five`), and with an adversarial reward as a sixth whose reference are
-drawn pictures (`six`), each with three seeds and the KL to the base held at the same value (`kl_target`). The
-adapters are scaled to exactly the same KL, by a factor that is found on prompts of the train split. All are scored on
-held-out prompts: with the five rewards; with distances to other drawn pictures, by features that the adversarial
-reward sees (`layout`) and by some that it does not (`texture`); and with the accuracy of a network that learns
-afterwards to tell the images from drawn pictures, where 50 % would be pictures that nobody can tell. Writes
-`report.md`. Finished runs are not repeated, and interrupted ones continue from their last checkpoint. Runs with other
-`--variants` or `--seeds` may share `OUTPUT_DIR` and be started at the same time.
+drawn pictures (`six`), each with three seeds and the KL to the base held at the same value (`kl_target`). All are
+scored on held-out prompts, with the adapters scaled to the same KL of the scored images: with the five rewards; with
+distances to other drawn pictures, by features that the adversarial reward sees (`layout`) and by some that it does not
+(`texture`); and with the accuracy of a network that learns afterwards to tell the images from drawn pictures, where
+50 % would be pictures that nobody can tell. Writes `report.md`. Finished runs are not repeated, and interrupted ones
+continue from their last checkpoint. Runs with other `--variants` or `--seeds` may share `OUTPUT_DIR` and be started at
+the same time.
 """
 
 import argparse

@@ -12,9 +12,9 @@ python examples/benchmarks/compare_recipes.py
 The budget of every recipe is what 150 steps of the demo's recipe cost, in passes of the transformer, with decoding and
 scoring an image in the same unit; the base model's images of weights by progress and the training of specialists and
 teachers are part of it. All have the demo's samples. Ways to balance aim at a KL of 0.04 (`kl_target`), and all
-results are scaled to it at the end, by a factor that is found on prompts of the train split (about a twentieth of the
-budget, which is not counted). Adapters are on every linear layer of the transformer; one entry has
-them on attention only. A student gets half of the budget, its teachers the other half; MapReduce has three rounds.
+results are scaled to it at the end, on the images that are scored (which is not counted). Adapters are on every linear
+layer of the transformer; one entry has them on attention only. A student gets half of the budget, its teachers the
+other half; MapReduce has three rounds.
 
 `tune` chooses with seed 0 on prompts of the train split, three settings each: for what combines specialists the KL's
 coefficient and the learning rate of the specialists, with the whole budget; for ways to balance the learning rate,

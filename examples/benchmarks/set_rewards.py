@@ -11,10 +11,9 @@ python examples/benchmarks/set_rewards.py
 
 Trains with the five rewards of ShapeWorld (`five`), with the Vendi diversity of a prompt's images as a sixth (`six`),
 and with diversity alone (`diversity`), each with three seeds and the KL to the base held at the same value
-(`kl_target`), scales the adapters to exactly the same KL, by a factor that is found on prompts of the train split, and
-scores all on held-out prompts. Writes `report.md`. Finished runs are not repeated, and interrupted ones continue from
-their last checkpoint. Runs with other `--variants` or `--seeds` may share `OUTPUT_DIR` and be started at the same
-time.
+(`kl_target`), and scores all on held-out prompts, with the adapters scaled to the same KL of the scored images. Writes
+`report.md`. Finished runs are not repeated, and interrupted ones continue from their last checkpoint. Runs with other
+`--variants` or `--seeds` may share `OUTPUT_DIR` and be started at the same time.
 """
 
 import argparse

@@ -11,10 +11,10 @@ python examples/benchmarks/slider_front.py
 
 The rewards are `centring` and `calm` of ShapeWorld, which conflict. `slider` trains both parts together, in mixtures
 (`balance_slider=True`); `soup` trains one specialist for each reward, each with half of the passes. Both are then
-mixed with five shares, and each mixture is scaled to the same KL to the base (0.04) by a factor that is found on
-prompts of the train split, and scored on held-out prompts. A front is measured by its area: what is below the points
-of gains in both rewards. The coefficient of the KL and the learning rate are chosen with seed 0 on prompts of the
-train split, from the same three settings for each; the rule: the largest area. Writes `front.json` and `front.png`.
+mixed with five shares, and each mixture is scaled to the same KL to the base (0.04) on the images that are scored, of
+held-out prompts. A front is measured by its area: what is below the points of gains in both rewards. The coefficient
+of the KL and the learning rate are chosen with seed 0 on prompts of the train split, from the same three settings for
+each; the rule: the largest area. Writes `front.json` and `front.png`.
 
 Finished parts are not repeated, and interrupted ones continue from their last checkpoint. Runs with other `--methods`
 or `--seeds` may share `OUTPUT_DIR` and be started at the same time. All adapters are on every linear layer of the
@@ -30,7 +30,7 @@ from typing import Any
 import numpy as np
 from evidence.costs import estimate_passes
 from evidence.other_rewards import evaluate_with, sizes_of
-from evidence.parts import Merge, Part, rescaling, train_part
+from evidence.parts import Merge, Part, train_part
 from evidence.runs import LONG_RATE, MAIN, SEEDS, TUNING, TUNING_SEED, Scale
 from evidence.statistics import mean_over_seeds
 from evidence.tables import estimate_text
@@ -64,7 +64,7 @@ def parts_of(method: str, settings: Mapping[str, Any], steps: int) -> list[Part]
     return [Part(name, own, settings, (name,), number=place) for place, name in enumerate(REWARDS)]
 
 
-def train(folder: Path, method: str, beta: float, rate: float, seed: int, scale: Scale) -> None:
+def train(folder: Path, phase: str, method: str, beta: float, rate: float, seed: int, scale: Scale) -> None:
     """Train the adapters of a method, and write the five mixtures at the same KL."""
     world = WORLDS[SHAPEWORLD]
     settings = {**sizes_of(scale), **SUM, "beta": beta}
@@ -78,7 +78,7 @@ def train(folder: Path, method: str, beta: float, rate: float, seed: int, scale:
         weights = dict(zip((where.format(name) for name in REWARDS), (1 - share, share), strict=True))
         mixture = Merge(f"mixture-{share:g}", {name: weight for name, weight in weights.items() if weight})
         mixture.write(folder)
-        rescaling(f"at-{share:g}", mixture.name, KL, scale.quick).write(folder, world)
+        scale.rescaling(f"at-{share:g}", mixture.name, KL, phase).write(folder, world)
 
 
 def evaluate(folder: Path, adapter: Path | None, phase: str, scale: Scale) -> EvaluationResults:
@@ -128,7 +128,7 @@ def run(
     file = folder / "points.json"
     if not file.is_file():
         base = evaluate(output_dir / phase / "base", None, phase, scale)
-        train(folder, method, beta, rate, seed, scale)
+        train(folder, phase, method, beta, rate, seed, scale)
         write_atomically(file, json.dumps(measure(folder, base, phase, scale)).encode())
     return json.loads(file.read_text())
 

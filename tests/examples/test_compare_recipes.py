@@ -24,7 +24,7 @@ from evidence.costs import estimate_passes  # noqa: E402
 from evidence.parts import Merge, Part, Rescale  # noqa: E402
 from evidence.prompt_errors import PromptGains, jackknife_error, leave_out_each_prompt, sum_by_prompt  # noqa: E402
 from evidence.recipes_report import RecipeResult, bounds_table, difference_table, plot_recipes, recipe_table  # noqa: E402
-from evidence.runs import MAIN, Run, base_run  # noqa: E402
+from evidence.runs import MAIN, QUICK_KL, TUNING, Run, base_run  # noqa: E402
 from evidence.worlds import WORLDS, World  # noqa: E402
 
 
@@ -82,12 +82,14 @@ def test_all_aim_at_the_kl_or_are_limited_and_all_are_scaled_to_it():
         part, last = run_of(entry).parts
         assert part.settings["kl_target"] == 0.04 and part.rewards == SHAPEWORLD.rewards
         assert part.settings["old_policy_preset"] == ("published" in entry)
-        assert last == Rescale("rescaled", part.name, 0.04)
+        assert last == Rescale("rescaled", part.name, 0.04, "test", images=48)
     for entry in methods.COMPOSITE_ENTRIES:
         *_, before, last = run_of(entry).parts
-        assert last == Rescale("rescaled", before.name, 0.04)
+        assert last == Rescale("rescaled", before.name, 0.04, "test", images=48)
     part, last = run_of(methods.alone_entry("reader")).parts
     assert part.rewards == ("reader",) and part.source == "glyph" and last.kl == 0.04
+    last = replace(run_of(methods.FIRST_RECIPE), phase=TUNING).parts[-1]
+    assert (last.split, last.images) == ("train", 16)  # where and on how many images these are scored
 
 
 def test_a_soup_is_the_mean_of_specialists_on_their_own_prompts():
@@ -168,7 +170,7 @@ def test_an_adapter_is_scaled_to_a_kl(tmp_path):
     )
     trainer.train()
     trainer.save_model()
-    Rescale("scaled", "part", 0.01, prompts=3, steps=2).write(tmp_path, SHAPEWORLD)
+    Rescale("scaled", "part", 0.01, "train", images=4, prompts=3, steps=2).write(tmp_path, SHAPEWORLD)
     pipeline = SHAPEWORLD.load_pipeline()
     pipeline.load_lora_weights(tmp_path / "scaled")
     chosen = SHAPEWORLD.some_prompts("train", 3)
@@ -273,6 +275,8 @@ def test_from_nothing_to_a_report(tmp_path):
         assert ("## Held-out networks" in text) == (world == "emojiworld")
         content = json.loads((folder / "recipes.json").read_text())
         assert len(content["results"]) == 4 and all(own["passes"][0] > 0 for own in content["results"].values())
+        kls = [own["ends"]["1"]["kl"][0] for own in content["results"].values()]
+        assert kls == pytest.approx([QUICK_KL] * 4, rel=0.025)  # of the images that are scored
 
 
 def test_a_world_is_asked_for_its_own_parts():

@@ -11,14 +11,13 @@ from trl_marble.evaluation import EvaluationConfig, EvaluationResults, evaluate_
 from trl_marble.shapeworld import load_pipeline, load_prompts
 
 from .methods import DEMO_SAMPLES, SAMPLES
-from .parts import rescaling
-from .runs import LONG_RATE, LONG_SETTINGS, MAIN, QUICK_SIZES, TUNING, Scale
+from .parts import EVALUATION_SEED
+from .runs import LONG_RATE, LONG_SETTINGS, MAIN, QUICK_SIZES, Scale
 from .worlds import SHAPEWORLD, WORLDS
 
 
 FINAL_KL = 0.05  # that all adapters are scaled to before they are scored
 HISTORY = "history.json"  # the last file that a run writes
-EVALUATION_SEED = 0
 
 
 def sizes_of(scale: Scale) -> dict[str, Any]:
@@ -49,7 +48,7 @@ def train_with(folder: Path, rewards: list, settings: Mapping[str, Any], seed: i
 
 def scale_to_final_kl(folder: Path, scale: Scale) -> Path:
     """The adapter of a run, scaled to the KL of all; made once."""
-    scaled = rescaling("rescaled", "", FINAL_KL, scale.quick)
+    scaled = scale.rescaling("rescaled", "", FINAL_KL, MAIN)
     scaled.write(folder, WORLDS[SHAPEWORLD])
     return folder / scaled.name
 
@@ -61,8 +60,8 @@ def evaluate_with(
     config = EvaluationConfig(
         str(folder),
         adapter=None if adapter is None else str(adapter),
-        num_generations=scale.tuning_images if phase == TUNING else scale.images,
-        num_inference_steps=2 if scale.quick else scale.evaluation_steps,
+        num_generations=scale.scored_images(phase),
+        num_inference_steps=scale.evaluation_steps,
         seed=EVALUATION_SEED,
     )
     return evaluate_pipeline(load_pipeline(), rewards, scale.prompts(phase), config)

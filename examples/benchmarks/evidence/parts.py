@@ -14,6 +14,7 @@ from diffusers import DiffusionPipeline
 from transformers import TrainerCallback
 
 from trl_marble import MarbleConfig, MarbleNFTTrainer
+from trl_marble.cli.demo import DEMO_SETTINGS
 from trl_marble.evaluation import EvaluationConfig, evaluate_pipeline
 from trl_marble.evaluation.records import write_atomically
 from trl_marble.hub import combine_adapters
@@ -22,6 +23,10 @@ from trl_marble.pipelines import lora_config
 from .costs import StepCosts, estimate_passes
 from .worlds import World
 
+
+PROMPTS_OF_A_SOURCE = 16  # that are scored
+# Seed of the evaluation's images, the same for all methods and seeds of training.
+EVALUATION_SEED = 0
 
 HISTORY_FILE = "history.json"
 COSTS_FILE = "costs.json"
@@ -86,8 +91,9 @@ class Rescale:
     """
     An adapter times the factor with which its policy is at a given KL to the base model.
 
-    The factor is found on prompts of the train split, equally many of each source, as where runs are scored: the KL
-    differs between sources. It grows about with the square of the factor, which is in `rescaled.json`, written last.
+    The KL is that of the very images that are scored, and no reward is looked at. Single images differ in it so much
+    that a factor found on 192 others was up to a quarter off. The KL grows about with the square of the factor, which
+    is in `rescaled.json`, written last.
 
     Args:
         name (`str`):
@@ -96,8 +102,12 @@ class Rescale:
             An earlier part or merge.
         kl (`float`):
             The mean of (v - v_base)^2 that it is to have.
-        prompts (`int`, *optional*, defaults to `16`):
-            How many prompts of each source it is measured on.
+        split (`str`):
+            Of the prompts that are scored.
+        images (`int`):
+            Of each prompt.
+        prompts (`int`, *optional*, defaults to `PROMPTS_OF_A_SOURCE`):
+            How many prompts of each source are scored.
         steps (`int`, *optional*, defaults to `8`):
             Solver steps.
     """
@@ -105,21 +115,29 @@ class Rescale:
     name: str
     part: str
     kl: float
-    prompts: int = 16
+    split: str
+    images: int
+    prompts: int = PROMPTS_OF_A_SOURCE
     steps: int = 8
 
     def write(self, folder: Path, world: World) -> None:
         """Write the adapter below the folder of the run."""
         if (folder / self.name / RESCALED_FILE).is_file():
             return
-        chosen = world.some_prompts("train", self.prompts)
+        chosen = world.some_prompts(self.split, self.prompts)
         factor = 1.0
         for _ in range(RESCALINGS):
             combine_adapters({folder / self.part: factor}, folder / self.name)
             pipeline = world.load_pipeline()
             pipeline.load_lora_weights(folder / self.name)
             with tempfile.TemporaryDirectory() as place:
-                config = EvaluationConfig(place, num_generations=4, num_inference_steps=self.steps)
+                config = EvaluationConfig(
+                    place,
+                    num_generations=self.images,
+                    num_inference_steps=self.steps,
+                    seed=EVALUATION_SEED,
+                    batch_size=DEMO_SETTINGS["per_device_eval_batch_size"],
+                )
                 measured = evaluate_pipeline(pipeline, world.reward_funcs()[-1:], chosen, config).kl_to_base()
             assert measured is not None  # the adapter is beside the base
             kl = measured[0]
@@ -135,12 +153,6 @@ class Rescale:
         )
 
 
-def rescaling(name: str, part: str, kl: float, quick: bool) -> Rescale:
-    """A [`Rescale`]; a quick one, which only tests the code, is to the small KL that a run of two steps can have."""
-    return Rescale(name, part, QUICK_KL, prompts=1, steps=2) if quick else Rescale(name, part, kl)
-
-
-QUICK_KL = 1e-5
 RESCALED_FILE = "rescaled.json"
 RESCALINGS, RESCALED_WITHIN = 8, 0.02
 

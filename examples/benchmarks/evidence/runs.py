@@ -23,14 +23,15 @@ from .experiments import EXPERIMENTS
 from .methods import BASE, METHODS, REWARDS, SHARED_SETTINGS, find_method, make_weighting
 from .parts import (
     COMPOSITES,
+    EVALUATION_SEED,
     HISTORY_FILE,
+    PROMPTS_OF_A_SOURCE,
     Merge,
     Part,
     Piece,
     Rescale,
     fuse,
     join_histories,
-    rescaling,
     train_part,
 )
 from .worlds import SHAPEWORLD, WORLDS, World
@@ -63,9 +64,6 @@ QUICK_SETTINGS = SHARED_SETTINGS | QUICK_SIZES
 
 # Learning rates are chosen on prompts of the train split, so that the test split does not influence the choice.
 TUNING, MAIN = "tuning", "main"
-PROMPTS_OF_A_SOURCE = 16
-# Seed of the evaluation's images, the same for all methods and seeds of training.
-EVALUATION_SEED = 0
 STAGE_SEEDS = 100  # difference between the seeds of a run's stages, so that these begin with different prompts
 # Small evaluations during the training, for the curves.
 CURVE_STEPS, CURVE_IMAGES = 5, 8
@@ -124,10 +122,40 @@ class Scale:
         """Solver steps of the last evaluation."""
         return LONG_EVALUATION_STEPS if self.long else self.settings["num_inference_steps"]
 
+    @property
+    def prompts_of_a_source(self) -> int:
+        """How many prompts of each source are scored."""
+        return 1 if self.quick else PROMPTS_OF_A_SOURCE
+
     def prompts(self, phase: str) -> Dataset:
         """The prompts on which the runs of a phase are scored, equally many of each source."""
-        limit = 1 if self.quick else PROMPTS_OF_A_SOURCE
-        return WORLDS[self.world].some_prompts("train" if phase == TUNING else "test", limit)
+        return WORLDS[self.world].some_prompts(_split(phase), self.prompts_of_a_source)
+
+    def scored_images(self, phase: str) -> int:
+        """How many images of each prompt are scored."""
+        return self.tuning_images if phase == TUNING else self.images
+
+    def rescaling(self, name: str, part: str, kl: float, phase: str) -> Rescale:
+        """
+        An adapter at a given KL, where the runs of a phase are scored. That of quick runs, which only test the code,
+        is as small as runs of two steps can have.
+        """
+        return Rescale(
+            name,
+            part,
+            QUICK_KL if self.quick else kl,
+            _split(phase),
+            self.scored_images(phase),
+            self.prompts_of_a_source,
+            self.evaluation_steps,
+        )
+
+
+QUICK_KL = 1e-5
+
+
+def _split(phase: str) -> str:
+    return "train" if phase == TUNING else "test"
 
 
 QUICK = Scale(steps=2, images=2, tuning_images=2, quick=True)
@@ -196,7 +224,7 @@ class Run:
                 parts.append(Part(name, steps, self.settings, rewards, source=source, on=on, number=number))
         if method.final_kl is None:
             return parts
-        return [*parts, rescaling("rescaled", parts[-1].name, method.final_kl, self.scale.quick)]
+        return [*parts, self.scale.rescaling("rescaled", parts[-1].name, method.final_kl, self.phase)]
 
     @property
     def stages(self) -> tuple[tuple[str, ...], ...]:
@@ -232,7 +260,7 @@ class Run:
     @property
     def images(self) -> int:
         """Number of sampled images per prompt, including those for the curves."""
-        images = self.scale.tuning_images if self.phase == TUNING else self.scale.images
+        images = self.scale.scored_images(self.phase)
         if not self.has_curves:
             return images
         return images + (1 + self.steps // self.scale.curve_steps) * min(self.scale.curve_images, images)
@@ -341,7 +369,7 @@ def execute(run: Run, output_dir: Path) -> None:
                 fuse(pipeline, folder / name)
     config = EvaluationConfig(
         str(folder / "evaluation"),
-        num_generations=run.scale.tuning_images if run.phase == TUNING else run.scale.images,
+        num_generations=run.scale.scored_images(run.phase),
         num_inference_steps=run.scale.evaluation_steps,
         seed=EVALUATION_SEED,
         batch_size=DEMO_SETTINGS["per_device_eval_batch_size"],
