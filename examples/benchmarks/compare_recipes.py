@@ -86,6 +86,10 @@ SCALE = replace(LONG, images=48, tuning_images=16, curve_steps=LONG_STEPS)
 SHORT = 50  # steps of the recipe, when learning rates are tried first
 FINALISTS = "finalists"  # the folder of those that are tried with the whole budget
 FAST_RATE = 2 * LONG_RATE
+ROUNDS = (
+    "### First round: combinations of specialists with the whole budget, the others with a third of it\n",
+    "### Second round: the better two settings of the others with the whole budget\n",
+)
 
 
 def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -190,7 +194,7 @@ def choose(*rounds: Mapping[str, Mapping[Run, GainPoint]]) -> Choice:
     best = max(best_of, key=lambda name: sum_of(last[name][best_of[name]]))
     header = ["", "beta of the specialists", "learning rate", "mean", "worst", "KL", ""]
     tables = []
-    for scores in rounds:
+    for round_title, scores in zip(ROUNDS, rounds, strict=True):
         rows = []
         for name, own in scores.items():
             for run, end in own.items():
@@ -198,7 +202,7 @@ def choose(*rounds: Mapping[str, Mapping[Run, GainPoint]]) -> Choice:
                 mark = "chosen" if run is best_of[name] and own is last[name] else ""
                 numbers = (f"{run.learning_rate:g}", f"{end.mean[0]:.2f}", f"{end.worst[0]:.2f}", f"{end.kl[0]:.3f}")
                 rows.append([label_of(run.method), strength, *numbers, mark])
-        tables.append(table(header, rows))
+        tables += [round_title, table(header, rows)]
     settings = {name: (run.method, run.learning_rate) for name, run in best_of.items()}
     return Choice(settings, best_of[best].method, "\n".join(tables))
 

@@ -151,6 +151,8 @@ def test_the_better_two_learning_rates_are_tried_with_the_whole_budget():
     assert choice.best == "r_soup@0.05"
     marked = [line for line in choice.text.splitlines() if line.rstrip(" |").endswith("chosen")]
     assert len(marked) == 2 and "0.0024" in marked[1]
+    titles = [line for line in choice.text.splitlines() if line.startswith("### ")]
+    assert ["First" in titles[0], "Second" in titles[1]] == [True, True]
 
 
 # ---- An adapter at a given KL ----
@@ -242,9 +244,10 @@ def test_tables_by_hand(tmp_path):
     # `calm` is the same for both, on every prompt.
     assert cells[1:4] == ["theirs", "2", "0.100 ± 0.000 / 0.000"] and cells[4].startswith("-0.100 ± 0.000 / ")
     bounds = {"calm": result("calm alone", 0, 0, 1, calm=0.55), "reader": result("reader alone", 0, 1.0, 1)}
-    assert bounds_table(results, bounds, ("calm", "reader")).splitlines()[-1].split("|")[2:5] == [
+    assert bounds_table(results, bounds, ("calm", "reader")).splitlines()[-1].split("|")[2:6] == [
         " 0.50 ",
         " 0.60 ",
+        " 0.55 ",
         " 0.50 (calm) ",
     ]
     assert bounds_table(results, {}, ("calm", "reader")) == ""

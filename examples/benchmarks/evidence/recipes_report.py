@@ -199,8 +199,9 @@ def bounds_table(
             for name in rewards
         }
         worst = min(shares, key=lambda name: shares[name])
-        rows.append([result.label, *(f"{shares[name]:.2f}" for name in rewards), f"{shares[worst]:.2f} ({worst})"])
-    return table(["", *rewards, "lowest"], rows)
+        cells = [f"{shares[name]:.2f}" for name in rewards]
+        rows.append([result.label, *cells, f"{np.mean(list(shares.values())):.2f}", f"{shares[worst]:.2f} ({worst})"])
+    return table(["", *rewards, "mean", "lowest"], rows)
 
 
 def plot_recipes(results: Mapping[str, Mapping[str, RecipeResult]], path: Path) -> None:
