@@ -22,6 +22,7 @@ from rich.table import Table
 
 from trl_marble import MarbleConfig, MarbleNFTTrainer
 from trl_marble.evaluation import summarize_balance
+from trl_marble.evaluation.records import write_atomically
 from trl_marble.shapeworld import load_pipeline, load_prompts, reward_funcs
 
 
@@ -82,7 +83,7 @@ def main() -> None:
             report = folder / "report.json"
             if not report.exists():
                 result = train(folder, seed, SCHEDULES[schedule])
-                report.write_text(json.dumps(result, indent=2))
+                write_atomically(report, json.dumps(result, indent=2).encode())
             result = json.loads(report.read_text())
             rises = [result["rise"][name] for name in names]
             cells = [f"{value:+.3f}" for value in (*rises, sum(rises) / len(rises), result["cos_min"])]

@@ -8,6 +8,7 @@ from typing import Any
 
 from trl_marble import MarbleConfig, MarbleNFTTrainer
 from trl_marble.evaluation import EvaluationConfig, EvaluationResults, evaluate_pipeline
+from trl_marble.evaluation.records import write_atomically
 from trl_marble.shapeworld import load_pipeline, load_prompts
 
 from .methods import DEMO_SAMPLES, SAMPLES
@@ -43,7 +44,7 @@ def train_with(folder: Path, rewards: list, settings: Mapping[str, Any], seed: i
     trainer = MarbleNFTTrainer(load_pipeline(), rewards, args=config, train_dataset=load_prompts("train"))
     trainer.train(resume_from_checkpoint="auto")
     trainer.save_model()
-    (folder / HISTORY).write_text(json.dumps(trainer.state.log_history))
+    write_atomically(folder / HISTORY, json.dumps(trainer.state.log_history).encode())
 
 
 def scale_to_final_kl(folder: Path, scale: Scale) -> Path:
