@@ -21,7 +21,7 @@ coefficient and the learning rate of the specialists, with the whole budget; for
 first with a third of the budget, then the better two with all of it. The rule: the highest sum of the mean and the
 worst gain at the end. By the same rule it chooses the best recipe, which the report compares with every other one.
 `main` runs three seeds on held-out prompts, and `bounds` each reward alone on the prompts that it applies to, with the
-first seed, at the same KL and cost. `report` writes tables, and a picture of all worlds.
+first seed, at the same KL and cost. `report` writes tables, images and a picture of all worlds.
 
 Nothing is tuned on the second world, [EmojiWorld](../../docs/emojiworld.md): its runs have the settings that were
 chosen on ShapeWorld.
@@ -45,6 +45,7 @@ from evidence.methods import (
     find_method,
     missing_packages,
 )
+from evidence.pictures import draw_some_images
 from evidence.recipes_report import (
     RecipeResult,
     as_json,
@@ -86,6 +87,8 @@ SCALE = replace(LONG, images=48, tuning_images=16, curve_steps=LONG_STEPS)
 SHORT = 50  # steps of the recipe, when learning rates are tried first
 FINALISTS = "finalists"  # the folder of those that are tried with the whole budget
 FAST_RATE = 2 * LONG_RATE
+# Whose images the report shows, beside those of the best: one of each kind.
+SHOWN = ("r_weighted_sum", "r_gdpo", "r_marble", "r_published", "r_soup", "r_mapreduce", "r_distilled")
 ROUNDS = (
     "### First round: combinations of specialists with the whole budget, the others with a third of it\n",
     "### Second round: the better two settings of the others with the whole budget\n",
@@ -236,6 +239,19 @@ def write_report(
     write_atomically(folder / "report.md", "\n".join(parts).encode())
 
 
+def draw_images(scale: Scale, choice: Choice, output_dir: Path, path: Path) -> None:
+    """The same prompts and noise with some of the recipes, those whose first seed is finished."""
+    evaluations = {"untrained": load_scores(base_run(MAIN, scale), output_dir)}
+    shown = [choice.settings[name] for name in SHOWN if name in choice.settings]
+    best = [setting for setting in choice.settings.values() if setting[0] == choice.best]
+    for entry, rate in dict.fromkeys((*best, *shown)):
+        run = Run(MAIN, entry, rate, SEEDS[0], scale)
+        if run.is_finished(output_dir):
+            label = "best in tuning" if entry == choice.best else label_of(entry)
+            evaluations[label] = load_scores(run, output_dir)
+    draw_some_images(evaluations, path)
+
+
 def tune(args: argparse.Namespace, scale: Scale, console: Console) -> Choice | None:
     """Choose the settings, on ShapeWorld; `None` in a dry run, while runs are missing."""
     base, rounds = base_run(TUNING, scale), list[dict[str, dict[Run, GainPoint]]]()
@@ -277,6 +293,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             found = collect_recipes(list(alone.values()), args.output_dir)
             bounds = {name: found[run.method] for name, run in alone.items() if run.method in found}
             write_report(world, of_worlds[world], bounds, choice, report / world)
+            if of_worlds[world]:
+                draw_images(own, choice, args.output_dir, report / world / "images.png")
     if shown := {world: results for world, results in of_worlds.items() if results}:
         plot_recipes(shown, report / "recipes.png")
         console.print(f"The report is in {report}", highlight=False)

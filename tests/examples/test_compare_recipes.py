@@ -9,6 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from example_scripts import EXAMPLES
+from PIL import Image
 from trainer_helpers import small_config
 
 from trl_marble import MarbleConfig
@@ -274,6 +275,8 @@ def test_from_nothing_to_a_report(tmp_path):
         folder = tmp_path / "report" / world
         text = (folder / "report.md").read_text()
         assert "MapReduce LoRA" in text
+        with Image.open(folder / "images.png") as picture:
+            assert min(picture.size) > 400
         assert "## Best in tuning, " in text and ", minus each other" in text
         assert ("## Held-out networks" in text) == (world == "emojiworld")
         content = json.loads((folder / "recipes.json").read_text())

@@ -137,20 +137,25 @@ def plot_cosines(results: Mapping[str, MethodResult], path: Path) -> str:
 
 def draw_images(base: EvaluationResults, results: Mapping[str, MethodResult], path: Path) -> str:
     """One image of some prompts, from the same noise, for every method that trains on several rewards."""
+    first_seeds = {result.label: result.results[0] for result in _several(results).values()}
+    draw_some_images({METHODS[BASE].label: base, **first_seeds}, path)
+    return "The first image of some held-out prompts, from the same noise, with the adapter of the first seed."
+
+
+def draw_some_images(evaluations: Mapping[str, EvaluationResults], path: Path) -> None:
+    """The first image of some prompts of each source: one row per prompt, one column per evaluation."""
+    base = next(iter(evaluations.values()))
     chosen = []
     for source in dict.fromkeys(base.table["source"]):
         prompts = list(dict.fromkeys(base.table.loc[base.table["source"] == source, "prompt"]))
         step = max(1, len(prompts) // PROMPTS_OF_A_SOURCE)
         chosen += prompts[::step][:PROMPTS_OF_A_SOURCE]
     first = {prompt: int(base.table.index[base.table["prompt"] == prompt][0]) for prompt in chosen}
-    several = _several(results)
-    evaluations = [base, *(result.results[0] for result in several.values())]
     rows = [
-        [_open(each.folder / each.table["image"].iloc[first[prompt]]) for each in evaluations] for prompt in chosen
+        [_open(each.folder / each.table["image"].iloc[first[prompt]]) for each in evaluations.values()]
+        for prompt in chosen
     ]
-    labels = [METHODS[BASE].label, *(result.label for result in several.values())]
-    image_grid(rows, chosen, path, column_labels=labels, cell=110)
-    return "The first image of some held-out prompts, from the same noise, with the adapter of the first seed."
+    image_grid(rows, chosen, path, column_labels=list(evaluations), cell=110)
 
 
 def _open(path: Path) -> Image.Image:
