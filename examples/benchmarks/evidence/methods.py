@@ -476,7 +476,7 @@ def _balanced(name: str, method: Method, settings: Mapping[str, Any] | None = No
     )
 
 
-_balanced("r_progress", LONG_BASES[RECIPE_METHOD])
+_balanced("r_progress", replace(LONG_BASES[RECIPE_METHOD], label="weights by progress, temperature 0.15"))
 _balanced(
     "r_attention",
     replace(LONG_BASES[RECIPE_METHOD], label="weights by progress, adapter on attention only"),
