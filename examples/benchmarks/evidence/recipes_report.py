@@ -3,7 +3,7 @@
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -206,7 +206,8 @@ def bounds_table(
 
 def plot_recipes(results: Mapping[str, Mapping[str, RecipeResult]], path: Path) -> None:
     """
-    Worst against mean gain, one panel for each world.
+    Worst against mean gain, one panel for each world, with errors over seeds. Circles: weights by progress; squares:
+    other ways to balance; triangles: combinations of specialists.
 
     Args:
         results (`Mapping[str, Mapping[str, RecipeResult]]`):
@@ -216,19 +217,21 @@ def plot_recipes(results: Mapping[str, Mapping[str, RecipeResult]], path: Path) 
     """
     figure = new_figure(6.2 * len(results), 5.0)
     panels = figure.subplots(1, len(results), squeeze=False).flatten()
-    places = {entry: place for place, entry in enumerate(dict.fromkeys(e for own in results.values() for e in own))}
+    styles = _styles(dict.fromkeys(entry for own in results.values() for entry in own))
     for axes, (world, own) in zip(panels, results.items(), strict=True):
-        for entry, result in own.items():
+        for entry, (marker, color) in styles.items():
+            if entry not in own:
+                continue
+            result = own[entry]
             means = mean_over_seeds([point.mean[0] for point in result.ends.values()])
             worst = mean_over_seeds([point.worst[0] for point in result.ends.values()])
-            again, place = divmod(places[entry], len(PALETTE))
             axes.errorbar(
                 means.mean,
                 worst.mean,
                 xerr=0.0 if math.isnan(means.seed_error) else means.seed_error,
                 yerr=0.0 if math.isnan(worst.seed_error) else worst.seed_error,
-                fmt="os^Dv"[again],
-                color=PALETTE[place],
+                fmt=marker,
+                color=color,
                 markersize=6,
                 elinewidth=1.0,
                 label=result.label,
@@ -240,6 +243,20 @@ def plot_recipes(results: Mapping[str, Mapping[str, RecipeResult]], path: Path) 
         axes.spines[["top", "right"]].set_visible(False)
     panels[-1].legend(fontsize=7.5, frameon=False, loc="center left", bbox_to_anchor=(1.01, 0.5))
     save_figure(figure, path)
+
+
+def _styles(entries: Iterable[str]) -> dict[str, tuple[str, str]]:
+    """Marker and color of each entry, by kind; each kind has its marker."""
+    kinds: dict[str, list[str]] = {"o": [], "s": [], "^": []}
+    for entry in entries:
+        method = find_method(entry)
+        by_progress = method.settings.get("multi_objective_aggregation") == "progress"
+        kinds["^" if method.composite is not None else "o" if by_progress else "s"].append(entry)
+    return {
+        entry: (marker, PALETTE[place % len(PALETTE)])
+        for marker, own in kinds.items()
+        for place, entry in enumerate(own)
+    }
 
 
 def as_json(results: Mapping[str, RecipeResult]) -> dict[str, Any]:
