@@ -234,22 +234,31 @@ class Run:
     @property
     def _budget(self) -> float:
         """What it may cost: all steps of the method that it costs as."""
-        method = find_method(self.method)
-        assert method.costs_as is not None
-        other = dataclasses.replace(self, method=method.costs_as)
-        settings = {**other.settings, "max_steps": self.scale.steps}
+        costs_as = find_method(self.method).costs_as
+        assert costs_as is not None
+        other = dataclasses.replace(self, method=costs_as)
         # Where recipes are compared, the base model's images count too.
-        num_prompts = None if method.final_kl is None else len(self.world.load_prompts("train"))
-        return self.scale.steps * estimate_passes(settings, len(other.stages[0]), num_prompts=num_prompts)
+        return self.scale.steps * other._passes_per_step() + other._passes_of_the_base_model
+
+    def _passes_per_step(self, **more: Any) -> float:
+        return estimate_passes({**self.settings, "max_steps": self.scale.steps}, len(self.stages[0]), **more)
+
+    @property
+    def _passes_of_the_base_model(self) -> float:
+        """Of a whole run, for the images that weights by progress compare with; 0 where these do not count."""
+        if find_method(self.method).final_kl is None:
+            return 0.0
+        num_prompts = len(self.world.load_prompts("train"))
+        return self.scale.steps * (self._passes_per_step(num_prompts=num_prompts) - self._passes_per_step())
 
     @property
     def _steps_of_cost(self) -> int:
         method = find_method(self.method)
         if not method.stages:
             return 0
-        if method.costs_as in (None, self.method):
+        if method.costs_as is None:
             return self.scale.steps
-        return max(1, round(self._budget / estimate_passes(self.settings, len(self.stages[0]))))
+        return max(1, round((self._budget - self._passes_of_the_base_model) / self._passes_per_step()))
 
     @property
     def settings(self) -> dict[str, Any]:
