@@ -213,9 +213,9 @@ def choose(*rounds: Mapping[str, Mapping[Run, GainPoint]]) -> Choice:
 _TEXT = (
     f"Scaled to a KL of {RECIPES_KL:g}. Gains in standard deviations of the untrained pipeline's images, "
     "mean over seeds ± standard error over seeds; after the slash that over prompts (jackknife). Worst: of the reward "
-    "that gained least. Joint: share of the "
-    "held-out prompts on which all rewards that apply rose. Passes and CPU time of all optimizer steps, divided by "
-    "the recipe's.\n"
+    "that gained least. Joint: share of the held-out prompts on which all rewards that apply rose. Steps: of all "
+    "trainings. Passes (forward and backward ones alike) and CPU time of them, divided by those of weights by "
+    "progress, temperature 0.15.\n"
 )
 
 

@@ -206,7 +206,7 @@ def result(label, worst, mean, passes, calm=0.2):
     totals = np.array([[0.2, 0.6, 0.4, 0.8], [mean, 3 * mean, 0.0, 0.0]])
     prompts = PromptGains(totals, np.array([[2, 2, 2, 2], [2, 2, 0, 0]]))
     return RecipeResult(
-        label, ends, [0.9, 1.0], [10.0, 12.0], [passes, passes], [1.0, 1.2], dict.fromkeys((1, 2), prompts)
+        label, ends, [0.9, 1.0], [10.0, 12.0], [passes, passes], [1.0, 1.2], dict.fromkeys((1, 2), prompts), 150
     )
 
 
@@ -241,7 +241,8 @@ def test_tables_by_hand(tmp_path):
     row = next(line for line in text.splitlines() if line.startswith("| theirs"))
     cells = [cell.strip() for cell in row.split("|")]
     # The worst is `calm`, whose means by prompt are .1, .3, .2 and .4.
-    assert cells[2:5] == ["2", "0.040 ± 0.000", "0.25 ± 0.05 / 0.06"] and cells[5].startswith("0.60 ± 0.00 / ")
+    assert cells[2:5] == ["2", "150", "0.040 ± 0.000"]
+    assert cells[5] == "0.25 ± 0.05 / 0.06" and cells[6].startswith("0.60 ± 0.00 / ")
     assert row.rstrip(" |").endswith("0.95 | 1.10 | 0.90 | 1.00")
     line = difference_table(results, methods.FIRST_RECIPE).splitlines()[-1]
     cells = [cell.strip() for cell in line.split("|")]

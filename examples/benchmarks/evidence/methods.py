@@ -491,9 +491,9 @@ _balanced(
 )
 _balanced("r_weighted_sum", METHODS["weighted_sum"])
 _balanced("r_gdpo", METHODS["gdpo"])
-_balanced("r_equal", METHODS["equal"])
+_balanced("r_equal", replace(METHODS["equal"], label="equal weights of unit gradients"))
 _balanced("r_marble", METHODS["marble"])
-_balanced("r_marble_floor", VARIANTS["floor"])
+_balanced("r_marble_floor", replace(VARIANTS["floor"], label=f"MARBLE, every weight at least {FLOOR:g}"))
 _balanced("r_upgrad", VARIANTS["upgrad"])
 # Of the other losses CRD has the largest sum of mean and worst gain (docs/evidence/losses.md).
 _balanced(
@@ -501,7 +501,11 @@ _balanced(
     replace(LONG_BASES[RECIPE_METHOD], label="weights by progress, CRD", beta_unit=LOSSES["crd"][2]),
     LOSSES["crd"][1],
 )
-_balanced("r_published", METHODS["marble_reference"], {"old_policy_preset": 1, "regularizer_fraction": 1.0})
+_balanced(
+    "r_published",
+    replace(METHODS["marble_reference"], label="MARBLE as in its published code"),
+    {"old_policy_preset": 1, "regularizer_fraction": 1.0},
+)
 for _name, _label in {
     "soup": "soup of specialists",
     "mapreduce": "MapReduce LoRA",

@@ -47,6 +47,8 @@ class RecipeResult:
             What its adapter was scaled by, to have the KL of all.
         prompts (`dict[int, PromptGains]`):
             Seed -> gains of trained rewards by prompt.
+        steps (`int`):
+            Optimizer steps of all its trainings.
     """
 
     label: str
@@ -56,6 +58,7 @@ class RecipeResult:
     passes: list[int]
     factors: list[float]
     prompts: dict[int, PromptGains]
+    steps: int
 
     def text(self, value: str, digits: int = 2) -> str:
         """Mean and error over seeds of `worst`, `mean`, `joint_gain` or `kl`; of the first two also over prompts."""
@@ -110,7 +113,7 @@ def score_run(run: Run, before: EvaluationResults, output_dir: Path) -> Score:
 
 
 def collect_recipes(runs: Sequence[Run], output_dir: Path) -> dict[str, RecipeResult]:
-    """The finished runs of a phase by entry; empty while the untrained pipeline is not scored."""
+    """The finished runs of a phase by entry, the largest worst gain first; empty while the base is not scored."""
     if not runs or not (base := base_run(runs[0].phase, runs[0].scale)).is_finished(output_dir):
         return {}
     before = load_scores(base, output_dir)
@@ -124,19 +127,24 @@ def collect_recipes(runs: Sequence[Run], output_dir: Path) -> dict[str, RecipeRe
             for part in run.parts
             if isinstance(part, Part)
         ]
-        own = results.setdefault(run.method, RecipeResult(label_of(run.method), {}, [], [], [], [], {}))
+        own = results.setdefault(run.method, RecipeResult(label_of(run.method), {}, [], [], [], [], {}, run.steps))
         own.ends[run.seed], own.prompts[run.seed] = score.end, score.prompts
         own.diversity.append(score.diversity)
         own.cpu_seconds.append(sum(cost.cpu_seconds for cost in costs))
         own.passes.append(sum(cost.passes for cost in costs))
         own.factors.append(json.loads((output_dir / run.name / "rescaled" / RESCALED_FILE).read_text())["factor"])
-    return results
+    return dict(sorted(results.items(), key=lambda item: _mean_worst(item[1]), reverse=True))
+
+
+def _mean_worst(result: RecipeResult) -> float:
+    return float(np.mean([point.worst[0] for point in result.ends.values()]))
 
 
 def recipe_table(results: Mapping[str, RecipeResult], rewards: Sequence[str]) -> str:
     """Where each recipe ended, and what it cost."""
     first = results.get(FIRST_RECIPE)
-    header = ["", "seeds", "KL", "worst", "mean", *rewards, "joint", "diversity", "scaled by", "passes", "CPU time"]
+    header = ["", "seeds", "steps", "KL", "worst", "mean", *rewards]
+    header += ["joint", "diversity", "scaled by", "passes", "CPU time"]
     rows = []
     for result in results.values():
         cost = [
@@ -151,6 +159,7 @@ def recipe_table(results: Mapping[str, RecipeResult], rewards: Sequence[str]) ->
             [
                 result.label,
                 str(len(result.ends)),
+                str(result.steps),
                 result.text("kl", digits=3),
                 result.text("worst"),
                 result.text("mean"),
