@@ -20,7 +20,7 @@ from .methods import FIRST_RECIPE, find_method
 from .parts import COSTS_FILE, RESCALED_FILE, Part
 from .prompt_errors import PromptGains, jackknife_error, leave_out_each_prompt, sum_by_prompt
 from .runs import Run, base_run, load_scores
-from .statistics import mean_over_seeds
+from .statistics import Estimate, mean_over_seeds
 from .tables import ABSENT, estimate_text, table
 
 
@@ -60,9 +60,13 @@ class RecipeResult:
     prompts: dict[int, PromptGains]
     steps: int
 
+    def over_seeds(self, value: str) -> Estimate:
+        """Mean and error over seeds of `worst`, `mean`, `joint_gain` or `kl`."""
+        return mean_over_seeds([getattr(point, value)[0] for point in self.ends.values()])
+
     def text(self, value: str, digits: int = 2) -> str:
         """Mean and error over seeds of `worst`, `mean`, `joint_gain` or `kl`; of the first two also over prompts."""
-        found = mean_over_seeds([getattr(point, value)[0] for point in self.ends.values()])
+        found = self.over_seeds(value)
         if value in WORST_AND_MEAN:
             left_out = leave_out_each_prompt(list(self.prompts.values()))[WORST_AND_MEAN.index(value)]
             found = found._replace(prompt_error=jackknife_error(left_out))
@@ -133,11 +137,7 @@ def collect_recipes(runs: Sequence[Run], output_dir: Path) -> dict[str, RecipeRe
         own.cpu_seconds.append(sum(cost.cpu_seconds for cost in costs))
         own.passes.append(sum(cost.passes for cost in costs))
         own.factors.append(json.loads((output_dir / run.name / "rescaled" / RESCALED_FILE).read_text())["factor"])
-    return dict(sorted(results.items(), key=lambda item: _mean_worst(item[1]), reverse=True))
-
-
-def _mean_worst(result: RecipeResult) -> float:
-    return float(np.mean([point.worst[0] for point in result.ends.values()]))
+    return dict(sorted(results.items(), key=lambda item: item[1].over_seeds("worst").mean, reverse=True))
 
 
 def recipe_table(results: Mapping[str, RecipeResult], rewards: Sequence[str]) -> str:
@@ -232,8 +232,7 @@ def plot_recipes(results: Mapping[str, Mapping[str, RecipeResult]], path: Path) 
             if entry not in own:
                 continue
             result = own[entry]
-            means = mean_over_seeds([point.mean[0] for point in result.ends.values()])
-            worst = mean_over_seeds([point.worst[0] for point in result.ends.values()])
+            means, worst = result.over_seeds("mean"), result.over_seeds("worst")
             axes.errorbar(
                 means.mean,
                 worst.mean,

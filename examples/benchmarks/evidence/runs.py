@@ -240,8 +240,9 @@ class Run:
         # Where recipes are compared, the base model's images count too.
         return self.scale.steps * other._passes_per_step() + other._passes_of_the_base_model
 
-    def _passes_per_step(self, **more: Any) -> float:
-        return estimate_passes({**self.settings, "max_steps": self.scale.steps}, len(self.stages[0]), **more)
+    def _passes_per_step(self, num_prompts: int | None = None) -> float:
+        settings = {**self.settings, "max_steps": self.scale.steps}
+        return estimate_passes(settings, len(self.stages[0]), num_prompts=num_prompts)
 
     @property
     def _passes_of_the_base_model(self) -> float:
