@@ -19,7 +19,7 @@ other half; MapReduce has three rounds.
 `tune` chooses with seed 0 on prompts of the train split, three settings each: for what combines specialists the KL's
 coefficient and the learning rate of the specialists, with the whole budget; for ways to balance the learning rate,
 first with a third of the budget, then the better two with all of it. The rule: the highest sum of the mean and the
-worst gain at the end. By the same rule it chooses the best recipe, which the report compares with every other one.
+worst gain at the end. By the same rule it chooses the best two recipes, which the report compares with every other.
 `main` runs three seeds on held-out prompts, and `bounds` each reward alone on the prompts that it applies to, with the
 first seed, at the same KL and cost. `report` writes tables, images and a picture of all worlds.
 
@@ -173,14 +173,14 @@ class Choice(NamedTuple):
     Args:
         settings (`dict[str, tuple[str, float]]`):
             Name of each recipe -> its entry and learning rate.
-        best (`str`):
-            Entry of the best recipe.
+        best (`list[str]`):
+            Entries of the best two recipes, the better one first.
         text (`str`):
             The tables of what was tried.
     """
 
     settings: dict[str, tuple[str, float]]
-    best: str
+    best: list[str]
     text: str
 
 
@@ -194,8 +194,8 @@ def choose(*rounds: Mapping[str, Mapping[Run, GainPoint]]) -> Choice:
     """
     last = {name: own for scores in rounds for name, own in scores.items()}
     best_of = {name: max(own, key=lambda run: sum_of(own[run])) for name, own in last.items()}
-    best = max(best_of, key=lambda name: sum_of(last[name][best_of[name]]))
-    header = ["", "beta of the specialists", "learning rate", "mean", "worst", "KL", ""]
+    best = sorted(best_of, key=lambda name: sum_of(last[name][best_of[name]]), reverse=True)[:2]
+    header = ["", "beta of the specialists", "learning rate", "mean", "worst", "sum", "KL", ""]
     tables = []
     for round_title, scores in zip(ROUNDS, rounds, strict=True):
         rows = []
@@ -203,11 +203,12 @@ def choose(*rounds: Mapping[str, Mapping[Run, GainPoint]]) -> Choice:
             for run, end in own.items():
                 strength = run.method.rpartition("@")[2] if _is_composite(name) else ABSENT
                 mark = "chosen" if run is best_of[name] and own is last[name] else ""
-                numbers = (f"{run.learning_rate:g}", f"{end.mean[0]:.2f}", f"{end.worst[0]:.2f}", f"{end.kl[0]:.3f}")
-                rows.append([label_of(run.method), strength, *numbers, mark])
+                values = (end.mean[0], end.worst[0], sum_of(end), end.kl[0])
+                numbers = (f"{value:.3f}" for value in values)
+                rows.append([label_of(run.method), strength, f"{run.learning_rate:g}", *numbers, mark])
         tables += [round_title, table(header, rows)]
     settings = {name: (run.method, run.learning_rate) for name, run in best_of.items()}
-    return Choice(settings, best_of[best].method, "\n".join(tables))
+    return Choice(settings, [best_of[name].method for name in best], "\n".join(tables))
 
 
 _TEXT = (
@@ -229,9 +230,10 @@ def write_report(
         names = [reward.__name__ for reward in world.heldout_funcs()]
         rows = [[own.label, *(own.gain_text(name) for name in names)] for own in results.values()]
         parts += ["## Held-out networks\n", table(["", *names], rows)]
-    if choice.best in results:
-        title = f"## Best in tuning, {results[choice.best].label}, minus each other, same seed\n"
-        parts += [title, difference_table(results, choice.best)]
+    for place, best in zip(("Best", "Second"), choice.best, strict=False):
+        if best in results:
+            title = f"## {place} in tuning, {results[best].label}, minus each other, same seed\n"
+            parts += [title, difference_table(results, best)]
     if shares := bounds_table(results, bounds, world.rewards):
         parts += ["## Shares of what each reward gains alone\n", shares]
     parts += [f"## Settings: seed {TUNING_SEED}, prompts of ShapeWorld's train split\n", choice.text]
@@ -243,11 +245,12 @@ def draw_images(scale: Scale, choice: Choice, output_dir: Path, path: Path) -> N
     """The same prompts and noise with some of the recipes, those whose first seed is finished."""
     evaluations = {"untrained": load_scores(base_run(MAIN, scale), output_dir)}
     shown = [choice.settings[name] for name in SHOWN if name in choice.settings]
-    best = [setting for setting in choice.settings.values() if setting[0] == choice.best]
-    for entry, rate in dict.fromkeys((*best, *shown)):
+    best = choice.best[0]
+    of_best = [setting for setting in choice.settings.values() if setting[0] == best]
+    for entry, rate in dict.fromkeys((*of_best, *shown)):
         run = Run(MAIN, entry, rate, SEEDS[0], scale)
         if run.is_finished(output_dir):
-            label = "best in tuning" if entry == choice.best else label_of(entry)
+            label = "best in tuning" if entry == best else label_of(entry)
             evaluations[label] = load_scores(run, output_dir)
     draw_some_images(evaluations, path)
 
