@@ -244,13 +244,12 @@ def write_report(
 def draw_images(scale: Scale, choice: Choice, output_dir: Path, path: Path) -> None:
     """The same prompts and noise with some of the recipes, those whose first seed is finished."""
     evaluations = {"untrained": load_scores(base_run(MAIN, scale), output_dir)}
-    shown = [choice.settings[name] for name in SHOWN if name in choice.settings]
-    best = choice.best[0]
-    of_best = [setting for setting in choice.settings.values() if setting[0] == best]
-    for entry, rate in dict.fromkeys((*of_best, *shown)):
-        run = Run(MAIN, entry, rate, SEEDS[0], scale)
+    rates = dict(choice.settings.values())
+    shown = [choice.best[0], *(choice.settings[name][0] for name in SHOWN if name in choice.settings)]
+    for entry in dict.fromkeys(shown):
+        run = Run(MAIN, entry, rates[entry], SEEDS[0], scale)
         if run.is_finished(output_dir):
-            label = "best in tuning" if entry == best else label_of(entry)
+            label = "best in tuning" if entry == choice.best[0] else label_of(entry)
             evaluations[label] = load_scores(run, output_dir)
     draw_some_images(evaluations, path)
 
