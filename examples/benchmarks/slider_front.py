@@ -14,7 +14,7 @@ The rewards are `centring` and `calm` of ShapeWorld, which conflict. `slider` tr
 mixed with five shares, and each mixture is scaled to the same KL to the base (0.04) on the images that are scored, of
 held-out prompts. A front is measured by its area: what is below the points of gains in both rewards. The coefficient
 of the KL and the learning rate are chosen with seed 0 on prompts of the train split, from the same three settings for
-each; the rule: the largest area. Writes `front.json` and `front.png`.
+each; the rule: the largest area. Writes `report.md`, `front.json` and `front.png`.
 
 Finished parts are not repeated, and interrupted ones continue from their last checkpoint. Runs with other `--methods`
 or `--seeds` may share `OUTPUT_DIR` and be started at the same time. All adapters are on every linear layer of the
@@ -33,10 +33,10 @@ from evidence.other_rewards import evaluate_with, sizes_of
 from evidence.parts import Merge, Part, train_part
 from evidence.runs import LONG_RATE, MAIN, SEEDS, TUNING, TUNING_SEED, Scale
 from evidence.statistics import mean_over_seeds
-from evidence.tables import estimate_text
+from evidence.tables import estimate_text, table
 from evidence.worlds import SHAPEWORLD, WORLDS
 from rich.console import Console
-from rich.table import Table
+from rich.markdown import Markdown
 
 from trl_marble.evaluation import EvaluationResults, gains_in_deviations
 from trl_marble.evaluation.figures import FAINT, new_figure, save_figure
@@ -52,6 +52,11 @@ SETTINGS = ((0.05, LONG_RATE), (0.2, LONG_RATE), (0.2, 2 * LONG_RATE))  # beta, 
 LABELS = {"slider": "one adapter, many balances", "soup": "soup of specialists"}
 SCALE = Scale(steps=STEPS, images=24, tuning_images=8, long=True)
 QUICK = Scale(steps=4, images=2, tuning_images=2, long=True, quick=True)
+TEXT = (
+    f"Gains in standard deviations of the untrained pipeline's images, at a KL of {KL:g}, mean over seeds ± standard "
+    f"error over seeds. Share: of `{REWARDS[1]}`; the other reward has the rest. Area: of all that is below the "
+    "points of a front in both gains.\n"
+)
 SUM = {"multi_objective_aggregation": "normalize_then_sum", "scale_rewards": "group"}
 
 
@@ -155,6 +160,36 @@ def plot(fronts: Mapping[str, Sequence[Sequence[Mapping[str, float]]]], path: Pa
     save_figure(figure, path)
 
 
+def report(fronts: Mapping[str, Sequence[Sequence[Mapping[str, float]]]], settings: Sequence[Sequence[str]]) -> str:
+    """
+    Tables in Markdown.
+
+    Args:
+        fronts (`Mapping[str, Sequence[Sequence[Mapping[str, float]]]]`):
+            Method -> the points of each seed, see [`measure`].
+        settings (`Sequence[Sequence[str]]`):
+            Rows of what was tried on prompts of the train split.
+    """
+    rows = []
+    areas = {method: [area_of(own) for own in seeds] for method, seeds in fronts.items()}
+    for method, seeds in fronts.items():
+        for place, share in enumerate(SHARES):
+            values = [mean_over_seeds([own[place][name] for own in seeds]) for name in (*REWARDS, "kl")]
+            cells = [estimate_text(value, digits=digits) for value, digits in zip(values, (2, 2, 3), strict=True)]
+            rows.append([LABELS[method], f"{share:g}", *cells])
+    parts = ["# One adapter for many balances, and a soup\n", TEXT, table(["", "share", *REWARDS, "KL"], rows)]
+    rows = [[LABELS[method], estimate_text(mean_over_seeds(own), digits=3)] for method, own in areas.items()]
+    if len(areas) == len(METHODS):
+        first, second = areas.values()
+        difference = mean_over_seeds([own - other for own, other in zip(first, second, strict=True)])
+        rows.append(["difference, same seed", estimate_text(difference, digits=3)])
+    parts += ["## Areas of the fronts\n", table(["", "area"], rows)]
+    header = ["", "beta", "learning rate", "area", ""]
+    return "\n".join(
+        [*parts, f"## Settings: seed {TUNING_SEED}, prompts of the train split\n", table(header, settings)]
+    )
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=Path("runs/slider_front"), help="default: %(default)s")
@@ -163,27 +198,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="one setting, tiny steps: tests only the code")
     args = parser.parse_args(arguments)
     scale = QUICK if args.quick else SCALE
-    console = Console(width=140)
-    tuning = Table("", "beta", "learning rate", "area", title="settings: seed 0, prompts of the train split")
+    settings: list[list[str]] = []
     fronts = {}
     for method in args.methods:
         areas = {}
         for beta, rate in SETTINGS[:1] if args.quick else SETTINGS:
             areas[beta, rate] = area_of(run(args.output_dir, TUNING, method, beta, rate, TUNING_SEED, scale))
-            tuning.add_row(LABELS[method], f"{beta:g}", f"{rate:g}", f"{areas[beta, rate]:.3f}")
         beta, rate = max(areas, key=areas.__getitem__)
+        for own, area in areas.items():
+            mark = "chosen" if own == (beta, rate) else ""
+            settings.append([LABELS[method], *(f"{value:g}" for value in own), f"{area:.3f}", mark])
         fronts[method] = [run(args.output_dir, MAIN, method, beta, rate, seed, scale) for seed in args.seeds]
-    console.print(tuning)
-    table = Table("", "share", *REWARDS, "KL", "area", title=f"gains of mixtures; share: of {REWARDS[1]}")
-    for method, seeds in fronts.items():
-        area = estimate_text(mean_over_seeds([area_of(own) for own in seeds]), digits=3)
-        for place, share in enumerate(SHARES):
-            values = [mean_over_seeds([own[place][name] for own in seeds]) for name in (*REWARDS, "kl")]
-            cells = [estimate_text(value, digits=digits) for value, digits in zip(values, (2, 2, 3), strict=True)]
-            table.add_row(LABELS[method] if not place else "", f"{share:g}", *cells, area if not place else "")
-    console.print(table)
+    text = report(fronts, settings)
+    write_atomically(args.output_dir / "report.md", text.encode())
     write_atomically(args.output_dir / "front.json", json.dumps(fronts, indent=2).encode())
     plot(fronts, args.output_dir / "front.png")
+    Console(width=140).print(Markdown(text))
 
 
 if __name__ == "__main__":

@@ -40,6 +40,18 @@ def test_both_methods_cost_the_same():
     assert costs["soup"] == pytest.approx(costs["slider"], rel=0.02)
 
 
+def test_the_report_compares_areas_seed_by_seed():
+    def front(size):
+        return [{"share": share, "centring": size, "calm": size, "kl": 0.04} for share in benchmark.SHARES]
+
+    fronts = {"slider": [front(1.0), front(2.0)], "soup": [front(0.0), front(1.0)]}
+    text = benchmark.report(fronts, [])
+    assert "| one adapter, many balances | 2.500 ± 1.500 |" in text  # areas 1 and 4
+    assert "| soup of specialists | 0.500 ± 0.500 |" in text
+    assert "| difference, same seed | 2.000 ± 1.000 |" in text
+    assert "| soup of specialists | 0.25 | 0.50 ± 0.50 | 0.50 ± 0.50 | 0.040 ± 0.000 |" in text
+
+
 @pytest.mark.slow
 def test_a_quick_run_ends_with_two_fronts(tmp_path):
     arguments = ["--quick", "--seeds", "1", "--output_dir", str(tmp_path)]
@@ -51,6 +63,7 @@ def test_a_quick_run_ends_with_two_fronts(tmp_path):
         assert len({tuple(point.values()) for point in points}) == len(points)
         assert all(point["kl"] > 0 for point in points)
     assert (tmp_path / "front.png").stat().st_size > 10_000
+    assert "difference, same seed" in (tmp_path / "report.md").read_text()
     before = (tmp_path / "front.json").read_bytes()
     benchmark.main(arguments)  # everything is finished: nothing changes
     assert (tmp_path / "front.json").read_bytes() == before
