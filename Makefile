@@ -45,7 +45,7 @@ help:
 	@echo "make variants  the demo's recipe over 150 steps with a policy that lags; results in $(LONG)/report/"
 	@echo "make time_to_reward  how soon a run has what earlier recipes have after 25 steps; results in $(TIMES)/report/"
 	@echo "make losses   every loss at equal cost; results in $(LOSSES)/report/"
-	@echo "make slider   one adapter for many balances, and a soup; results in $(SLIDER)/"
+	@echo "make slider   one adapter for many balances, and a soup: about 2.2 hours of one core; results in $(SLIDER)/"
 	@echo "make rewards  diversity, and an adversarial network, as a sixth reward; results in $(REWARDS)/"
 	@echo "make test   lint rules and the tests"
 	@echo "make slow   the tests that are left out of 'make test' because they take long"
