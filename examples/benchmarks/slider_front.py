@@ -180,7 +180,7 @@ def report(fronts: Mapping[str, Sequence[Sequence[Mapping[str, float]]]], settin
     parts = ["# One adapter for many balances, and a soup\n", TEXT, table(["", "share", *REWARDS, "KL"], rows)]
     rows = [[LABELS[method], estimate_text(mean_over_seeds(own), digits=3)] for method, own in areas.items()]
     if len(areas) == len(METHODS):
-        first, second = areas.values()
+        first, second = (areas[method] for method in METHODS)  # also if they were asked for in another order
         difference = mean_over_seeds([own - other for own, other in zip(first, second, strict=True)])
         rows.append(["difference, same seed", estimate_text(difference, digits=3)])
     parts += ["## Areas of the fronts\n", table(["", "area"], rows)]

@@ -49,6 +49,7 @@ def test_the_report_compares_areas_seed_by_seed():
     assert "| one adapter, many balances | 2.500 ± 1.500 |" in text  # areas 1 and 4
     assert "| soup of specialists | 0.500 ± 0.500 |" in text
     assert "| difference, same seed | 2.000 ± 1.000 |" in text
+    assert "| difference, same seed | 2.000 ± 1.000 |" in benchmark.report(dict(reversed(fronts.items())), [])
     assert "| soup of specialists | 0.25 | 0.50 ± 0.50 | 0.50 ± 0.50 | 0.040 ± 0.000 |" in text
 
 
