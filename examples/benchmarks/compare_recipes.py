@@ -23,6 +23,8 @@ worst gain at the end. By the same rule it chooses the best two recipes, which t
 `main` runs three seeds on held-out prompts, and `bounds` each reward alone on the prompts that it applies to, with the
 first seed, at the same KL and cost. `report` writes tables, images and a picture of all worlds.
 
+One more entry, MARBLE with advantages scaled by group, is not tuned: it has the settings that are chosen for MARBLE.
+
 Nothing is tuned on the second world, [EmojiWorld](../../docs/emojiworld.md): its runs have the settings that were
 chosen on ShapeWorld.
 
@@ -89,6 +91,8 @@ FINALISTS = "finalists"  # the folder of those that are tried with the whole bud
 FAST_RATE = 2 * LONG_RATE
 # Whose images the report shows, beside those of the best: one of each kind.
 SHOWN = ("r_weighted_sum", "r_gdpo", "r_marble", "r_published", "r_soup", "r_mapreduce", "r_distilled")
+# Name -> entries that have its learning rate, which is not chosen again for them.
+NOT_TUNED = {"r_marble": (f"r_marble_group@target{RECIPES_KL:g}",)}
 ROUNDS = (
     "### First round: combinations of specialists with the whole budget, the others with a third of it\n",
     "### Second round: the better two settings of the others with the whole budget\n",
@@ -271,6 +275,13 @@ def tune(args: argparse.Namespace, scale: Scale, console: Console) -> Choice | N
     return choose(*rounds)
 
 
+def entries_of(choice: Choice) -> list[tuple[str, float]]:
+    """Each entry of the comparison and its learning rate."""
+    return [
+        (entry, rate) for name, (own, rate) in choice.settings.items() for entry in (own, *NOT_TUNED.get(name, ()))
+    ]
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     args = parse_args(arguments)
     console = Console()
@@ -283,7 +294,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     report, of_worlds = args.output_dir / "report", {}
     for world in args.worlds:
         own = replace(scale, world=world)
-        runs = [Run(MAIN, *choice.settings[name], seed, own) for seed in seeds for name in args.methods]
+        runs = [Run(MAIN, entry, rate, seed, own) for seed in seeds for entry, rate in entries_of(choice)]
         if "main" in args.stages:
             title = f"main, {world}"
             run_missing(title, [base_run(MAIN, own), *runs], args.output_dir, args.jobs, console, args.dry_run)

@@ -19,7 +19,16 @@ from trl_marble.evaluation.gains import measure_gains
 
 sys.path.append(str(EXAMPLES / "benchmarks"))
 import compare_recipes  # noqa: E402
-from compare_recipes import CANDIDATES, SCALE, choose, finalists, tuning_runs  # noqa: E402
+from compare_recipes import (  # noqa: E402
+    CANDIDATES,
+    NOT_TUNED,
+    SCALE,
+    Choice,
+    choose,
+    entries_of,
+    finalists,
+    tuning_runs,
+)
 from evidence import methods  # noqa: E402
 from evidence.costs import estimate_passes  # noqa: E402
 from evidence.parts import Merge, Part, Rescale  # noqa: E402
@@ -61,7 +70,8 @@ def test_all_cost_the_same(name):
     budget = 150 * estimate_passes(settings, 5) + base_images
     alone = [methods.alone_entry(reward) for reward in world.rewards]
     names = set()
-    for entry in (*methods.RECIPE_ENTRIES, *methods.COMPOSITE_ENTRIES, *alone):
+    not_tuned = [entry for own in NOT_TUNED.values() for entry in own]
+    for entry in (*methods.RECIPE_ENTRIES, *methods.COMPOSITE_ENTRIES, *alone, *not_tuned):
         run = Run(MAIN, entry, 1.2e-3, 1, scale)
         names.add(run.name)
         parts = [part for part in run.parts if isinstance(part, Part)]
@@ -72,7 +82,7 @@ def test_all_cost_the_same(name):
         for part in parts:
             MarbleConfig("compared", max_steps=part.steps, **part.settings)  # is a possible configuration
             assert set(part.rewards) <= set(world.rewards) and (part.rewards or part.teachers)
-    assert len(names) == len(methods.RECIPE_ENTRIES) + len(methods.COMPOSITE_ENTRIES) + 5
+    assert len(names) == len(methods.RECIPE_ENTRIES) + len(methods.COMPOSITE_ENTRIES) + 5 + len(not_tuned)
     assert first.steps == 150 and first.name.startswith("" if name == "shapeworld" else name)
 
 
@@ -157,6 +167,15 @@ def test_the_better_two_learning_rates_are_tried_with_the_whole_budget():
     assert len(marked) == 2 and "0.0024" in marked[1]
     titles = [line for line in choice.text.splitlines() if line.startswith("### ")]
     assert len(titles) == 2 and "First" in titles[0] and "Second" in titles[1]
+
+
+def test_what_is_not_tuned_has_the_settings_of_another_and_differs_in_one():
+    choice = Choice({"r_gdpo": ("r_gdpo@target0.04", 2.4e-3), "r_marble": ("r_marble@target0.04", 6e-4)}, [], "")
+    entries = entries_of(choice)
+    assert entries[:2] == list(choice.settings.values()) and entries[2:] == [("r_marble_group@target0.04", 6e-4)]
+    marble, group = (run_of(f"{name}@target0.04").settings for name in ("r_marble", "r_marble_group"))
+    assert group == {**marble, "scale_rewards": "group"} != marble
+    assert entries_of(Choice({"r_gdpo": choice.settings["r_gdpo"]}, [], "")) == entries[:1]
 
 
 # ---- An adapter at a given KL ----

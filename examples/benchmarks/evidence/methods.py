@@ -493,6 +493,7 @@ _balanced("r_weighted_sum", METHODS["weighted_sum"])
 _balanced("r_gdpo", METHODS["gdpo"])
 _balanced("r_equal", replace(METHODS["equal"], label="equal weights of unit gradients"))
 _balanced("r_marble", METHODS["marble"])
+_balanced("r_marble_group", replace(VARIANTS["marble_group"], label="MARBLE, scaled by group"))
 _balanced("r_marble_floor", replace(VARIANTS["floor"], label=f"MARBLE, every weight at least {FLOOR:g}"))
 _balanced("r_upgrad", VARIANTS["upgrad"])
 # Of the other losses CRD has the largest sum of mean and worst gain (docs/evidence/losses.md).

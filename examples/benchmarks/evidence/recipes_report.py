@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from matplotlib.axes import Axes
 
 from trl_marble.evaluation import EvaluationResults, GainPoint
 from trl_marble.evaluation.figures import FAINT, INK, new_figure, save_figure
@@ -215,8 +216,9 @@ def bounds_table(
 
 def plot_recipes(results: Mapping[str, Mapping[str, RecipeResult]], path: Path) -> None:
     """
-    Worst against mean gain, one panel for each world, with errors over seeds. Circles: weights by progress; squares:
-    other ways to balance; triangles: combinations of specialists.
+    Worst against mean gain, one column for each world, with errors over seeds. Circles: weights by progress; squares
+    and diamonds: other ways to balance; triangles: combinations of specialists. These can be far from the others, so
+    a second row shows the ways to balance alone.
 
     Args:
         results (`Mapping[str, Mapping[str, RecipeResult]]`):
@@ -224,45 +226,53 @@ def plot_recipes(results: Mapping[str, Mapping[str, RecipeResult]], path: Path) 
         path (`Path`):
             The file to write.
     """
-    figure = new_figure(6.2 * len(results), 5.0)
-    panels = figure.subplots(1, len(results), squeeze=False).flatten()
     styles = _styles(dict.fromkeys(entry for own in results.values() for entry in own))
-    for axes, (world, own) in zip(panels, results.items(), strict=True):
-        for entry, (marker, color) in styles.items():
-            if entry not in own:
-                continue
-            result = own[entry]
-            means, worst = result.over_seeds("mean"), result.over_seeds("worst")
-            axes.errorbar(
-                means.mean,
-                worst.mean,
-                xerr=0.0 if math.isnan(means.seed_error) else means.seed_error,
-                yerr=0.0 if math.isnan(worst.seed_error) else worst.seed_error,
-                fmt=marker,
-                color=color,
-                markersize=6,
-                elinewidth=1.0,
-                label=result.label,
-            )
-        axes.set_title(world, color=INK, fontsize=10, loc="left")
-        axes.set_xlabel("mean gain (standard deviations of the base)", color=FAINT, fontsize=9)
-        axes.set_ylabel("worst gain (standard deviations of the base)", color=FAINT, fontsize=9)
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
-    panels[-1].legend(fontsize=7.5, frameon=False, loc="center left", bbox_to_anchor=(1.01, 0.5))
+    balanced = {entry: style for entry, style in styles.items() if find_method(entry).composite is None}
+    rows = [styles] if len(balanced) in (0, len(styles)) else [styles, balanced]
+    figure = new_figure(6.2 * len(results), 4.6 * len(rows))
+    panels = figure.subplots(len(rows), len(results), squeeze=False)
+    for shown, row in zip(rows, panels, strict=True):
+        for axes, (world, own) in zip(row, results.items(), strict=True):
+            _draw_recipes(axes, own, shown)
+            title = world if shown is styles else f"{world}, ways to balance only"
+            axes.set_title(title, color=INK, fontsize=10, loc="left")
+    panels[0, -1].legend(fontsize=7.5, frameon=False, loc="center left", bbox_to_anchor=(1.01, 0.5))
     save_figure(figure, path)
 
 
+def _draw_recipes(axes: Axes, results: Mapping[str, RecipeResult], styles: Mapping[str, tuple[str, str]]) -> None:
+    for entry, (marker, color) in styles.items():
+        if entry not in results:
+            continue
+        result = results[entry]
+        means, worst = result.over_seeds("mean"), result.over_seeds("worst")
+        axes.errorbar(
+            means.mean,
+            worst.mean,
+            xerr=0.0 if math.isnan(means.seed_error) else means.seed_error,
+            yerr=0.0 if math.isnan(worst.seed_error) else worst.seed_error,
+            fmt=marker,
+            color=color,
+            markersize=6,
+            elinewidth=1.0,
+            label=result.label,
+        )
+    axes.set_xlabel("mean gain (standard deviations of the base)", color=FAINT, fontsize=9)
+    axes.set_ylabel("worst gain (standard deviations of the base)", color=FAINT, fontsize=9)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
 def _styles(entries: Iterable[str]) -> dict[str, tuple[str, str]]:
-    """Marker and color of each entry, by kind; each kind has its marker."""
-    kinds: dict[str, list[str]] = {"o": [], "s": [], "^": []}
+    """Marker and color of each entry, by kind; each kind has markers of its own, the next one when colors run out."""
+    kinds: dict[str, list[str]] = {"oh": [], "sD": [], "^v": []}
     for entry in entries:
         method = find_method(entry)
         by_progress = method.settings.get("multi_objective_aggregation") == "progress"
-        kinds["^" if method.composite is not None else "o" if by_progress else "s"].append(entry)
+        kinds["^v" if method.composite is not None else "oh" if by_progress else "sD"].append(entry)
     return {
-        entry: (marker, PALETTE[place % len(PALETTE)])
-        for marker, own in kinds.items()
+        entry: (markers[place // len(PALETTE)], PALETTE[place % len(PALETTE)])
+        for markers, own in kinds.items()
         for place, entry in enumerate(own)
     }
 
