@@ -38,7 +38,7 @@ REWARDS := runs/new_rewards
 help:
 	@echo "make demo   train ShapeWorld against five rewards; results in runs/demo/"
 	@echo "make evidence  all that docs/evidence.md and its pages show, by the targets below up to rewards: about two days on two cores"
-	@echo "make recipes  balance, distil or average, at equal cost and equal KL, in two worlds: about 11 hours on two cores; results in $(RECIPES)/report/"
+	@echo "make recipes  balance, distil or average, at equal cost and equal KL, in two worlds: about 12 hours on two cores; results in $(RECIPES)/report/"
 	@echo "make methods  compare methods in 25 steps, 4.1 hours on two cores; results in $(METHODS)/report/"
 	@echo "make ablations  the same, and what else was tried: 4.2 hours more"
 	@echo "make long   runs of 150 steps at several strengths of the KL: about 8 hours on two cores; results in $(LONG)/report/"

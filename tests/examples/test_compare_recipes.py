@@ -15,6 +15,7 @@ from trainer_helpers import small_config
 from trl_marble import MarbleConfig
 from trl_marble.evaluation import GainPoint
 from trl_marble.evaluation.gains import measure_gains
+from trl_marble.evaluation.plots import PALETTE
 
 
 sys.path.append(str(EXAMPLES / "benchmarks"))
@@ -33,7 +34,7 @@ from evidence import methods  # noqa: E402
 from evidence.costs import estimate_passes  # noqa: E402
 from evidence.parts import Merge, Part, Rescale  # noqa: E402
 from evidence.prompt_errors import PromptGains, jackknife_error, leave_out_each_prompt, sum_by_prompt  # noqa: E402
-from evidence.recipes_report import RecipeResult, bounds_table, difference_table, plot_recipes, recipe_table  # noqa: E402
+from evidence.recipes_report import RecipeResult, _styles, bounds_table, difference_table, plot_recipes, recipe_table  # noqa: E402
 from evidence.runs import MAIN, QUICK_KL, TUNING, Run, base_run  # noqa: E402
 from evidence.worlds import WORLDS, World  # noqa: E402
 
@@ -275,8 +276,22 @@ def test_tables_by_hand(tmp_path):
         " 0.50 (calm) ",
     ]
     assert bounds_table(results, {}, ("calm", "reader")) == ""
-    plot_recipes({"one": results, "another": results}, tmp_path / "picture.png")
-    assert (tmp_path / "picture.png").stat().st_size > 10_000
+    assert height_of(results, tmp_path / "balanced.png") < height_of(
+        {**results, "r_soup@0.2": other}, tmp_path / "all.png"
+    )
+
+
+def height_of(results, path):
+    """Of the picture for two worlds."""
+    plot_recipes({"one": results, "another": results}, path)
+    assert path.stat().st_size > 10_000
+    with Image.open(path) as picture:
+        return picture.height
+
+
+def test_no_two_entries_look_the_same():
+    entries = [*methods.RECIPE_ENTRIES, *(entry for own in NOT_TUNED.values() for entry in own)]
+    assert len(set(_styles(entries).values())) == len(entries) > len(PALETTE)
 
 
 def test_nothing_is_run_without_settings(tmp_path, capsys):
